@@ -1,0 +1,44 @@
+"""What a dataset is to the rest of the package: uint8 images, labels and the names of the classes."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class LabelledImages:
+    """Images that live in memory as one tensor, so that a batch is an index and not a worker process."""
+
+    images: Tensor
+    """(N, 3, H, W) uint8, contiguous."""
+    labels: Tensor
+    """(N,) int64, in [0, number of classes)."""
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.shape[1] != 3:
+            raise ValueError(f"images must be (N, 3, H, W) uint8, not {tuple(self.images.shape)} {self.images.dtype}")
+        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
+            raise ValueError(f"labels must be ({len(self.images)},) int64, not {tuple(self.labels.shape)}")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> "LabelledImages":
+        """Move both tensors to `device` (no copy when they are there already)."""
+        return LabelledImages(images=self.images.to(device), labels=self.labels.to(device))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Dataset:
+    """A training set and a test set with the same classes."""
+
+    name: str
+    class_names: tuple[str, ...]
+    train: LabelledImages
+    test: LabelledImages
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are, with or without images of each."""
+        return len(self.class_names)

@@ -1,0 +1,1 @@
+"""The loop, and what makes it survive."""
