@@ -1,0 +1,200 @@
+"""What was typed -> one command with typed options. Nothing here imports torch, so that every --help is immediate."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from cifar_dist import __version__
+from cifar_dist.config.errors import EXIT_KEYBOARD_INTERRUPT, EXIT_USER_ERROR, UserError
+from cifar_dist.config.loading import parse_assignments, recipe_names
+from cifar_dist.config.options import BenchOptions, EvalOptions, TrainOptions
+from cifar_dist.config.parsing import nearest
+
+_COMMANDS = {"train": "train", "eval": "evaluate", "bench": "bench"}
+Options = TrainOptions | EvalOptions | BenchOptions
+_PRECISIONS = ("auto", "no", "fp16", "bf16")
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose refusals are UserErrors: one line, like every other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 1 failed, 2 the user's mistake, 130 interrupted."""
+    try:
+        command, options = _parse(list(sys.argv[1:] if argv is None else argv))
+        # Read by torch when it is imported, so it must stand before that; it only matters on a Mac.
+        os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+        code: int = importlib.import_module(f"cifar_dist.commands.{_COMMANDS[command]}").run(options)
+        return code
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_KEYBOARD_INTERRUPT
+
+
+def _parse(argv: list[str]) -> tuple[str, Options]:
+    top = _top_parser()
+    if argv[:1] in (["-h"], ["--help"], ["--version"]):
+        top.parse_args(argv[:1])
+    command = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
+    if command not in _COMMANDS:
+        raise UserError(f"unknown command '{command}'{nearest(command, _COMMANDS)} (commands: {', '.join(_COMMANDS)})")
+    table: dict[str, tuple[Callable[[], _Parser], Callable[[argparse.Namespace], Options]]] = {
+        "train": (_train_parser, _train_options),
+        "eval": (_eval_parser, _eval_options),
+        "bench": (_bench_parser, _bench_options),
+    }
+    make_parser, make_options = table[command]
+    parser = make_parser()
+    typed, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        raise UserError(f"unknown argument '{name}'{nearest(name, parser._option_string_actions)}")
+    return command, make_options(typed)
+
+
+def _top_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="launch.py",
+        usage="launch.py [train|eval|bench] [options]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Train one ResNet-18 recipe for CIFAR on the device that is there.",
+        epilog="""commands (each has its own --help):
+  train    train a recipe; what runs when no command is named
+  eval     evaluate a checkpoint, or a bare state dict
+  bench    measure the training loop against the bare training step
+
+first steps:
+  launch.py --dataset shapes --recipe original --epochs 3    a first try: no files, no network
+  launch.py --recipe original --epochs 20                    CIFAR-10, downloaded when missing
+  launch.py eval --ckpt runs/original-cifar10-seed0          the test accuracy of that run
+""",
+    )
+    parser.add_argument("--version", action="version", version=f"cifar-dist {__version__}")
+    return parser
+
+
+def _command_parser(command: str, description: str) -> _Parser:
+    parser = _Parser(prog=f"launch.py {command}", description=description, allow_abbrev=False)
+    parser.add_argument("--config", metavar="YAML", help="an Accelerate config: device, processes, mixed precision")
+    parser.add_argument("--precision", choices=_PRECISIONS, help="default: what the device does best (auto)")
+    return parser
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--recipe", metavar="NAME|FILE", help=f"{', '.join(recipe_names())} (default standard), or YAML"
+    )
+
+
+def _add_set(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set",
+        dest="assignments",
+        metavar="KEY=VALUE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="set fields of the recipe, e.g. optimizer.learning_rate=0.1; wins over flags and files",
+    )
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dataset", metavar="NAME", help="cifar10 (default) or shapes, which needs no files")
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="holds cifar-10-batches-py (default: data)")
+
+
+def _train_parser() -> _Parser:
+    parser = _command_parser("train", "Train a recipe, then evaluate it once on the test images.")
+    _add_recipe(parser)
+    _add_data(parser)
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/<recipe>-<dataset>-seed<seed>")
+    parser.add_argument("--resume", nargs="?", const="", metavar="DIR", help="go on with the run in DIR (or --run-dir)")
+    _add_set(parser)
+    parser.add_argument("--epochs", type=int, metavar="N", help="the recipe's, unless typed")
+    parser.add_argument("--seed", type=int, metavar="N", help="the recipe's, unless typed")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan; start nothing and write nothing")
+    parser.add_argument("--quiet", action="store_true", help="no progress, only the result")
+    return parser
+
+
+def _train_options(typed: argparse.Namespace) -> TrainOptions:
+    resume_dir = Path(typed.resume) if typed.resume else None
+    if resume_dir and typed.run_dir and resume_dir != typed.run_dir:
+        raise UserError(f"--resume {resume_dir} and --run-dir {typed.run_dir} name two runs: type one of them")
+    return TrainOptions(
+        config=typed.config,
+        recipe=typed.recipe,
+        dataset=typed.dataset,
+        data_dir=typed.data_dir,
+        run_dir=typed.run_dir,
+        resume=typed.resume is not None,
+        resume_dir=resume_dir,
+        assignments=parse_assignments(typed.assignments),
+        epochs=typed.epochs,
+        seed=typed.seed,
+        precision=typed.precision,
+        dry_run=typed.dry_run,
+        quiet=typed.quiet,
+    )
+
+
+def _eval_parser() -> _Parser:
+    parser = _command_parser("eval", "Evaluate a checkpoint or a bare state dict; each image is counted once.")
+    parser.add_argument("--ckpt", type=Path, required=True, metavar="FILE|RUN_DIR", help="what to evaluate")
+    _add_data(parser)
+    parser.add_argument("--split", choices=("test", "validation"), default="test", help="default: test")
+    parser.add_argument(
+        "--recipe", metavar="NAME|FILE", help="for bare weights: whose stem and normalisation they have"
+    )
+    parser.add_argument("--tta", choices=("none", "mirror"), default="none", help="average over the mirror image too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="draw confusion.png and predictions.png there")
+    return parser
+
+
+def _eval_options(typed: argparse.Namespace) -> EvalOptions:
+    return EvalOptions(
+        checkpoint=typed.ckpt,
+        config=typed.config,
+        dataset=typed.dataset,
+        data_dir=typed.data_dir,
+        split=typed.split,
+        recipe=typed.recipe,
+        precision=typed.precision,
+        tta=typed.tta,
+        json=typed.json,
+        figures=typed.figures,
+    )
+
+
+def _bench_parser() -> _Parser:
+    parser = _command_parser("bench", "Measure the training loop against the bare training step, in alternation.")
+    _add_recipe(parser)
+    _add_set(parser)
+    parser.add_argument("--seconds", type=float, default=10.0, metavar="S", help="for each loop measured (default 10)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    return parser
+
+
+def _bench_options(typed: argparse.Namespace) -> BenchOptions:
+    if not 0 < typed.seconds < 86_400:
+        raise UserError(f"--seconds must be above 0 and below a day, not {typed.seconds:g}")
+    return BenchOptions(
+        recipe=typed.recipe or "standard",
+        config=typed.config,
+        precision=typed.precision,
+        assignments=parse_assignments(typed.assignments),
+        seconds=typed.seconds,
+        json=typed.json,
+    )

@@ -1,0 +1,91 @@
+"""Where a recipe comes from: a name or a file, then the flags that were typed, then `--set`."""
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cifar_dist.config.errors import UserError
+from cifar_dist.config.parsing import build, merge, nearest, to_mapping
+from cifar_dist.config.recipe import Recipe
+
+_RECIPES = resources.files("cifar_dist.config") / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """Give the names of the recipes in the package, in alphabetical order."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in _RECIPES.iterdir() if entry.name.endswith(".yaml"))
+
+
+def read_yaml(path: Path, what: str) -> dict[str, Any]:
+    """Read a YAML file that must hold a mapping. Raises UserError that names the file and, where known, the line."""
+    try:
+        return _mapping(path.read_text(encoding="utf-8"), f"{what} {path}")
+    except OSError as error:
+        raise UserError(f"cannot read {what} {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{what} {path} is not a text file") from None
+
+
+def read_recipe(name_or_file: str) -> dict[str, Any]:
+    """Read a recipe of the package by name, or a file laid over `standard`; a run's config.yaml is such a file too."""
+    if name_or_file in recipe_names():
+        return _mapping((_RECIPES / f"{name_or_file}.yaml").read_text(encoding="utf-8"), f"recipe {name_or_file}")
+    path = Path(name_or_file)
+    if not path.is_file():
+        if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+            raise UserError(f"recipe file {path} does not exist")
+        names = recipe_names()
+        raise UserError(f"unknown recipe '{name_or_file}'{nearest(name_or_file, names)} (recipes: {', '.join(names)})")
+    values = read_yaml(path, "recipe file")
+    if isinstance(values.get("recipe"), Mapping):
+        values = dict(values["recipe"])
+    return merge(read_recipe("standard"), values)
+
+
+def recipe_label(name_or_file: str) -> str:
+    """Give the short name of a recipe, used for the run directory."""
+    path = Path(name_or_file)
+    return path.parent.name if path.name == "config.yaml" and path.parent.name else path.stem
+
+
+def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
+    """Turn `--set` arguments (`optimizer.learning_rate=0.1`) into a nested mapping; values are parsed as YAML."""
+    result: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals or not all(name.strip().split(".")):
+            raise UserError(f"--set takes FIELD=VALUE, not '{assignment}'")
+        try:
+            value = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError):
+            raise UserError(f"--set {name.strip()}: '{text}' is not a YAML value") from None
+        for part in reversed(name.strip().split(".")):
+            value = {part: value}
+        result = merge(result, value)
+    return result
+
+
+def resolve_recipe(base: Mapping[str, Any], flags: Mapping[str, Any], assignments: Mapping[str, Any]) -> Recipe:
+    """Lay the typed flags, then `--set`, over the base recipe and check the whole. Raises UserError."""
+    return build(Recipe, merge(merge(base, flags), assignments))
+
+
+def recipe_to_mapping(recipe: Recipe) -> dict[str, Any]:
+    """Give the recipe as plain values, as config.yaml and the checkpoint hold it."""
+    mapping: dict[str, Any] = to_mapping(recipe)
+    return mapping
+
+
+def _mapping(text: str, what: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" (line {mark.line + 1})" if mark else ""
+        raise UserError(f"{what} is not valid YAML{line}: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UserError(f"{what} must be a mapping of field names to values")
+    return values

@@ -1,0 +1,61 @@
+"""What was typed, as typed data: one frozen dataclass a command."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainOptions:
+    """`launch.py [train]`. None stands for what was not typed."""
+
+    config: str | None = None
+    recipe: str | None = None
+    dataset: str | None = None
+    data_dir: Path | None = None
+    run_dir: Path | None = None
+    resume: bool = False
+    resume_dir: Path | None = None
+    """The folder typed after `--resume`, which must exist."""
+    assignments: Mapping[str, Any] = field(default_factory=dict)
+    """`--set`, as a nested mapping."""
+    epochs: int | None = None
+    seed: int | None = None
+    precision: str | None = None
+    dry_run: bool = False
+    quiet: bool = False
+
+    @property
+    def recipe_flags(self) -> dict[str, Any]:
+        """The typed flags that are fields of the recipe."""
+        flags = {"epochs": self.epochs, "seed": self.seed}
+        return {name: value for name, value in flags.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalOptions:
+    """`launch.py eval`."""
+
+    checkpoint: Path
+    config: str | None = None
+    dataset: str | None = None
+    data_dir: Path | None = None
+    split: str = "test"
+    recipe: str | None = None
+    precision: str | None = None
+    tta: str = "none"
+    json: Path | None = None
+    figures: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchOptions:
+    """`launch.py bench`."""
+
+    recipe: str = "standard"
+    config: str | None = None
+    precision: str | None = None
+    assignments: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 10.0
+    json: Path | None = None

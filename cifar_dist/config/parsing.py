@@ -1,0 +1,110 @@
+"""Plain mappings (from YAML, `--set`, a checkpoint) into typed dataclasses and back; every refusal names its field."""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, TypeVar
+
+from cifar_dist.config.errors import UserError
+
+T = TypeVar("T")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Say `, did you mean X?` for the known name closest to `name`, or nothing when none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f", did you mean '{close[0]}'?" if close else ""
+
+
+def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """Make the dataclass `cls` from a mapping that has all of its fields and no other.
+
+    `where` is the dotted prefix used in messages. Raises UserError for an unknown or missing field, a value of the
+    wrong type, and whatever the dataclass itself refuses (its ValueError names the field).
+    """
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in names:
+            raise UserError(f"unknown recipe field '{where}{key}'{nearest(str(key), names)}")
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise UserError(f"recipe field '{where}{missing[0]}' is missing")
+    converted = {name: _convert(hints[name], values[name], f"{where}{name}") for name in names}
+    try:
+        return cls(**converted)
+    except ValueError as error:
+        raise UserError(f"{where}{error}") from None
+
+
+def to_mapping(value: Any) -> Any:
+    """Turn a dataclass into dicts, lists and scalars that YAML and `torch.load(weights_only=True)` both take."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_mapping(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, list | tuple):
+        return [to_mapping(item) for item in value]
+    return value
+
+
+def flatten(mapping: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Give a nested mapping's leaves by their dotted names."""
+    leaves: dict[str, Any] = {}
+    for key, value in mapping.items():
+        leaves.update(flatten(value, f"{where}{key}.") if isinstance(value, Mapping) else {f"{where}{key}": value})
+    return leaves
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay `over` on `base`, nested mappings field by field."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """Check one value against its type hint; integers become floats and lists tuples where those are asked for."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return _choice(arguments, value, where)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _convert(next(each for each in arguments if each is not type(None)), value, where)
+    if origin is tuple:
+        return _sequence(arguments, value, where)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise UserError(f"{where} must be a mapping of its fields, not {value!r}")
+        return build(hint, value, f"{where}.")  # type: ignore[arg-type]
+    return _scalar(hint, value, where)
+
+
+def _choice(allowed: tuple[Any, ...], value: Any, where: str) -> Any:
+    if not isinstance(value, str) or value not in allowed:
+        raise UserError(f"{where} must be one of {', '.join(allowed)}, not {value!r}")
+    return value
+
+
+def _sequence(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    open_ended = len(arguments) == 2 and arguments[1] is Ellipsis
+    if not isinstance(value, list | tuple) or not (open_ended or len(value) == len(arguments)):
+        raise UserError(f"{where} must be a list{'' if open_ended else f' of {len(arguments)}'}, not {value!r}")
+    hints = arguments[:1] * len(value) if open_ended else arguments
+    return tuple(_convert(hint, item, f"{where}[{i}]") for i, (hint, item) in enumerate(zip(hints, value, strict=True)))
+
+
+def _scalar(hint: Any, value: Any, where: str) -> Any:
+    names = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
+    if hint is float and not isinstance(value, bool):
+        try:  # YAML 1.1 reads 5e-4 (no dot) as text
+            value = float(value) if isinstance(value, int | float | str) else value
+        except (ValueError, OverflowError):
+            pass
+    if type(value) is not hint or (hint is float and not math.isfinite(value)):
+        raise UserError(f"{where} must be {names[hint]}, not {value!r}")
+    return value

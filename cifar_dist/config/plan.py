@@ -1,0 +1,113 @@
+"""Where the experiment and the world meet: the arithmetic of a run, once, in one pure function."""
+
+from dataclasses import dataclass, replace
+
+from cifar_dist.config.errors import UserError
+from cifar_dist.config.recipe import Recipe
+
+# Steps between two looks at the device (display, and later signals): about a second's worth of images, so that the
+# device is not made to wait. Orders of magnitude for a ResNet-18, not measurements of one machine.
+_IMAGES_A_SECOND = {"cpu": 500, "mps": 2_000, "cuda": 30_000}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DatasetSizes:
+    """How many images a dataset has, before anything is held out."""
+
+    num_train: int
+    num_test: int
+
+
+KNOWN_SIZES = {"cifar10": DatasetSizes(num_train=50_000, num_test=10_000),
+               "shapes": DatasetSizes(num_train=5_000, num_test=1_000)}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunPlan:
+    """Every derived number of a run."""
+
+    global_batch_size: int
+    per_device_batch_size: int
+    world_size: int
+    gradient_accumulation_steps: int
+    num_train: int
+    """Images trained on, the validation split taken out."""
+    num_validation: int
+    num_test: int
+    epochs: int
+    steps_per_epoch: int
+    images_per_epoch: int
+    """`num_train`, or one fewer where the last batch would be a single image."""
+    report_every_steps: int
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run, unless it is stopped early."""
+        return self.epochs * self.steps_per_epoch
+
+    @property
+    def equation(self) -> str:
+        """The global batch as the product of its factors."""
+        processes = f"{self.world_size} process{'es' if self.world_size > 1 else ''}"
+        return (
+            f"global_batch_size {self.global_batch_size} = {self.per_device_batch_size} per device"
+            f" x {processes} x {self.gradient_accumulation_steps} accumulation"
+        )
+
+    @property
+    def lines(self) -> list[str]:
+        """The plan in words, a line each."""
+        left_out = self.num_train - self.images_per_epoch
+        note = f" ({left_out} image left out of each epoch: BatchNorm needs two)" if left_out else ""
+        return [
+            self.equation,
+            f"{self.num_train:,} training, {self.num_validation:,} validation, {self.num_test:,} test images",
+            f"{self.steps_per_epoch:,} steps an epoch x {self.epochs:,} epochs = {self.total_steps:,} steps{note}",
+        ]
+
+
+def fit_to_dataset(recipe: Recipe, sizes: DatasetSizes, *, validation_size_was_typed: bool) -> Recipe:
+    """Cut a validation size that nobody typed to a tenth of the training set; refuse a typed one that leaves nothing.
+
+    Raises UserError.
+    """
+    size = recipe.validation_size
+    if not validation_size_was_typed:
+        size = min(size, sizes.num_train // 10)
+    if sizes.num_train - size < 2:
+        raise UserError(
+            f"validation_size={size} leaves no images to train on: the training set has {sizes.num_train},"
+            f" set it to at most {max(sizes.num_train - 2, 0)}"
+        )
+    return replace(recipe, validation_size=size)
+
+
+def make_plan(recipe: Recipe, *, world_size: int, sizes: DatasetSizes, device_type: str) -> RunPlan:
+    """Derive the numbers of a run. Any number of images goes with any world; the global batch must divide.
+
+    Raises UserError with the nearest batch sizes that do.
+    """
+    factor = world_size * recipe.gradient_accumulation_steps
+    batch = recipe.global_batch_size
+    if batch % factor:
+        below, above = batch // factor * factor, (batch // factor + 1) * factor
+        nearest = f"{below} or {above}" if below else f"{above}"
+        raise UserError(
+            f"global_batch_size={batch} does not divide by {world_size} processes"
+            f" x {recipe.gradient_accumulation_steps} accumulation: set it to {nearest}"
+        )
+    num_train = sizes.num_train - recipe.validation_size
+    images_per_epoch = num_train - (1 if num_train % batch == 1 else 0)
+    return RunPlan(
+        global_batch_size=batch,
+        per_device_batch_size=batch // factor,
+        world_size=world_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+        num_train=num_train,
+        num_validation=recipe.validation_size,
+        num_test=sizes.num_test,
+        epochs=recipe.epochs,
+        steps_per_epoch=-(-images_per_epoch // batch),
+        images_per_epoch=images_per_epoch,
+        report_every_steps=max(1, _IMAGES_A_SECOND.get(device_type, 2_000) // batch),
+    )

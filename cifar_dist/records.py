@@ -1,0 +1,108 @@
+"""What a run says of itself: plain data, to and from JSON, and the observer that hears it while it happens."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Status = Literal["running", "completed", "early_stopped", "interrupted", "diverged"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EpochRecord:
+    """One line of metrics.jsonl. Accuracies are fractions of 1; what there is none of is None."""
+
+    epoch: int
+    """From 1."""
+    step: int
+    """Optimiser steps done since the start of the run."""
+    lr: float
+    """The learning rate last used."""
+    train_loss: float
+    train_acc: float
+    val_loss: float | None
+    val_acc: float | None
+    images_per_second: float
+    epoch_seconds: float
+    """Time spent training, evaluation apart."""
+    world_size: int
+
+    def to_json(self) -> str:
+        """Give the record as one line."""
+        return json.dumps(dataclasses.asdict(self), allow_nan=False)
+
+    @classmethod
+    def from_json(cls, line: str) -> "EpochRecord":
+        """Read a line of metrics.jsonl. Raises ValueError or TypeError where it is none."""
+        return cls(**json.loads(line))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """How well weights do on a set of images, each counted once."""
+
+    num_samples: int
+    loss: float
+    top1: float
+    top5: float | None
+    """None where there are five classes or fewer."""
+    per_class_accuracy: Mapping[str, float | None]
+    """None where a class has no image."""
+    confusion_matrix: Sequence[Sequence[int]]
+    """Rows are the true classes, columns the predicted ones."""
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Give plain values for JSON."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Summary:
+    """summary.json: what became of a run."""
+
+    status: Status
+    epochs: int
+    """Epochs done."""
+    best_epoch: int | None
+    train_seconds: float
+    """Time spent training over all starts of the run, evaluation apart."""
+    world_size: int
+    device: str
+    precision: str
+    num_threads: int
+    peak_memory_mib: int | None
+    test: Evaluation | None
+
+    def to_json(self) -> str:
+        """Give the summary as JSON with one field a line."""
+        fields = dataclasses.asdict(self).items()
+        return (
+            "{\n" + ",\n".join(f' "{name}": {json.dumps(value, allow_nan=False)}' for name, value in fields) + "\n}\n"
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> "Summary":
+        """Read a summary.json. Raises ValueError or TypeError where it is none."""
+        values = json.loads(text)
+        test = values.pop("test")
+        return cls(**values, test=None if test is None else Evaluation(**test))
+
+
+class Observer:
+    """Hears what a run does. This one does nothing, so that a caller who does not care needs no `if`."""
+
+    def on_epoch_start(self, epoch: int, lr: float) -> None:
+        """An epoch (from 1) begins, at this learning rate."""
+
+    def on_step(self, step_in_epoch: int, loss: float | None) -> None:
+        """A step is done (counted from 1); the loss comes every `report_every_steps` only."""
+
+    def on_evaluation(self, done: int, total: int) -> None:
+        """So many of the images of an evaluation are done."""
+
+    def on_epoch_end(self, record: EpochRecord, is_best: bool) -> None:
+        """An epoch is over."""
+
+    def on_note(self, text: str) -> None:
+        """Something happened that a person should read."""

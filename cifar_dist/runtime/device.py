@@ -1,0 +1,130 @@
+"""Which device, how precise, how many threads: decided by pure functions from facts that are probed once."""
+
+import os
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import psutil
+import torch
+
+DeviceType = Literal["cpu", "mps", "cuda"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceFacts:
+    """What decides how precise a device can be."""
+
+    type: DeviceType
+    torch_version: tuple[int, int]
+    cpu_has_bf16: bool = False
+    """Whether the processor has bfloat16 arithmetic (AVX512-BF16, AMX, or ARM's BF16), not emulation."""
+    cuda_capability: tuple[int, int] = (0, 0)
+    macos_version: int = 0
+    """Major version; 0 elsewhere."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrecisionChoice:
+    """The precision that will be used, and why."""
+
+    precision: Literal["no", "fp16", "bf16"]
+    reason: str
+    differs: bool
+    """Whether another one was asked for, so that a person must be told."""
+
+
+def resolve_precision(wish: str, facts: DeviceFacts) -> PrecisionChoice:
+    """Turn `auto`, `no`, `fp16` or `bf16` into what the device can serve.
+
+    fp16 needs a gradient scaler, which MPS has from torch 2.8 and a CPU does not use. bf16 is asked of compute
+    capability 8, since `is_bf16_supported()` counts emulation; on MPS it needs macOS 14 and was half as fast as
+    float32 on an M1 Pro, so that `auto` does not choose it there.
+    """
+    if wish == "no":
+        return PrecisionChoice(precision="no", reason="asked for", differs=False)
+    able = _able(facts)
+    if wish == "auto":
+        precision, reason = _automatic(facts)
+        return PrecisionChoice(precision=precision, reason=reason, differs=False)
+    if wish in able:
+        return PrecisionChoice(precision=wish, reason="asked for", differs=False)  # type: ignore[arg-type]
+    best, reason = _automatic(facts)
+    return PrecisionChoice(precision=best, reason=f"{wish} is not served by this {facts.type}: {reason}", differs=True)
+
+
+def _able(facts: DeviceFacts) -> set[str]:
+    """Give the reduced precisions that a device can serve, quickly or not."""
+    if facts.type == "cpu":
+        return {"bf16"}
+    if facts.type == "mps":
+        return ({"fp16"} if facts.torch_version >= (2, 8) else set()) | ({"bf16"} if facts.macos_version >= 14 else set())
+    return {"fp16"} | ({"bf16"} if facts.cuda_capability >= (8, 0) else set())
+
+
+def _automatic(facts: DeviceFacts) -> tuple[Literal["no", "fp16", "bf16"], str]:
+    if facts.type == "cpu":
+        return ("bf16", "this processor has bf16 arithmetic") if facts.cpu_has_bf16 else ("no", "no bf16 arithmetic here")
+    if facts.type == "mps":
+        return "no", "float32 is the fastest that is safe on MPS"
+    capability = ".".join(map(str, facts.cuda_capability))
+    if facts.cuda_capability >= (8, 0):
+        return "bf16", f"compute capability {capability}"
+    if facts.cuda_capability >= (7, 0):
+        return "fp16", f"compute capability {capability} has fp16 tensor cores and no bf16"
+    return "no", f"compute capability {capability} has no tensor cores"
+
+
+def probe(*, use_cpu: bool) -> DeviceFacts:
+    """Look at this machine: the best accelerator there is, or the CPU where that is asked for."""
+    version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    torch_version = (version[0], version[1])
+    if not use_cpu and torch.cuda.is_available():
+        return DeviceFacts(
+            type="cuda", torch_version=torch_version, cuda_capability=torch.cuda.get_device_capability()
+        )
+    if not use_cpu and torch.backends.mps.is_available():
+        macos = int(platform.mac_ver()[0].split(".")[0] or 0)
+        return DeviceFacts(type="mps", torch_version=torch_version, macos_version=macos)
+    return DeviceFacts(type="cpu", torch_version=torch_version, cpu_has_bf16=_cpu_has_bf16())
+
+
+def _cpu_has_bf16() -> bool:
+    """Ask torch; it has had two ways to say so (`get_capabilities` from 2.12 on)."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    if capabilities:
+        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def choose_num_threads(environ: Mapping[str, str], *, cores: int, local_processes: int, default: int) -> int:
+    """Give the threads of this process.
+
+    `OMP_NUM_THREADS` is the user's word, except that a 1 under `accelerate launch` or torchrun was forced by them and
+    would leave the other cores idle: then the cores are shared among the processes here. Otherwise one process keeps
+    torch's own default.
+    """
+    text = environ.get("OMP_NUM_THREADS", "")
+    outer_launcher = "ACCELERATE_MIXED_PRECISION" in environ or "TORCHELASTIC_RUN_ID" in environ
+    if text.isdecimal() and int(text) > 0 and not (outer_launcher and int(text) == 1):
+        return int(text)
+    if outer_launcher or local_processes > 1:
+        return max(1, cores // local_processes)
+    return default
+
+
+def usable_cores() -> int:
+    """Count the physical cores that this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    allowed = len(affinity(0)) if affinity else (os.cpu_count() or 1)
+    return min(allowed, psutil.cpu_count(logical=False) or allowed)
+
+
+def memory_format(device_type: str) -> torch.memory_format:
+    """Give channels_last for CPU and CUDA, where it is faster, and contiguous for MPS.
+
+    On MPS the backward of BatchNorm in channels_last is wrong or crashes (pytorch#175189).
+    """
+    return torch.contiguous_format if device_type == "mps" else torch.channels_last
