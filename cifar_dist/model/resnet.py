@@ -52,7 +52,9 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     for key in sorted(own.keys() | weights.keys()):
         if key not in weights or key not in own:
             where = "missing from" if key not in weights else "unknown in"
-            raise UserError(f"these weights are not this ResNet-18's: {key} is {where} the {'file' if key in own else 'model'}")
+            raise UserError(
+                f"these weights are not this ResNet-18's: {key} is {where} the {'file' if key in own else 'model'}"
+            )
         if own[key].shape != weights[key].shape:
             raise UserError(
                 f"these weights are not this ResNet-18's: {key} has the shape {list(weights[key].shape)},"

@@ -60,13 +60,17 @@ def _able(facts: DeviceFacts) -> set[str]:
     if facts.type == "cpu":
         return {"bf16"}
     if facts.type == "mps":
-        return ({"fp16"} if facts.torch_version >= (2, 8) else set()) | ({"bf16"} if facts.macos_version >= 14 else set())
+        return ({"fp16"} if facts.torch_version >= (2, 8) else set()) | (
+            {"bf16"} if facts.macos_version >= 14 else set()
+        )
     return {"fp16"} | ({"bf16"} if facts.cuda_capability >= (8, 0) else set())
 
 
 def _automatic(facts: DeviceFacts) -> tuple[Literal["no", "fp16", "bf16"], str]:
     if facts.type == "cpu":
-        return ("bf16", "this processor has bf16 arithmetic") if facts.cpu_has_bf16 else ("no", "no bf16 arithmetic here")
+        return (
+            ("bf16", "this processor has bf16 arithmetic") if facts.cpu_has_bf16 else ("no", "no bf16 arithmetic here")
+        )
     if facts.type == "mps":
         return "no", "float32 is the fastest that is safe on MPS"
     capability = ".".join(map(str, facts.cuda_capability))
@@ -82,9 +86,7 @@ def probe(*, use_cpu: bool) -> DeviceFacts:
     version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
     torch_version = (version[0], version[1])
     if not use_cpu and torch.cuda.is_available():
-        return DeviceFacts(
-            type="cuda", torch_version=torch_version, cuda_capability=torch.cuda.get_device_capability()
-        )
+        return DeviceFacts(type="cuda", torch_version=torch_version, cuda_capability=torch.cuda.get_device_capability())
     if not use_cpu and torch.backends.mps.is_available():
         macos = int(platform.mac_ver()[0].split(".")[0] or 0)
         return DeviceFacts(type="mps", torch_version=torch_version, macos_version=macos)

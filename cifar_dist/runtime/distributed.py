@@ -1,7 +1,6 @@
 """The one place that knows Accelerate: device placement, mixed precision, reductions, and what one process may do."""
 
 import os
-import resource
 import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,6 +14,11 @@ from torch import Tensor, nn
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.world import AccelerateConfig, World, wished_precision
 from cifar_dist.runtime import device as device_module
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -76,6 +80,8 @@ class Runtime:
         """Give the largest memory so far: of the device on CUDA, of the process elsewhere; None where unknown."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) // 2**20
+        if resource is None:
+            return None
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak // (2**20 if sys.platform == "darwin" else 2**10)
 

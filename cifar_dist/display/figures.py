@@ -1,0 +1,119 @@
+"""Pictures of a run. They need no display, and are readable in print and by colour-blind people."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from numpy.typing import NDArray
+
+from cifar_dist.records import EpochRecord, Evaluation
+
+# Okabe and Ito's palette, told apart with any colour vision (https://jfly.uni-koeln.de/color/).
+_BLUE, _ORANGE, _GREEN, _RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+
+
+def draw_curves(records: Sequence[EpochRecord], path: Path, *, title: str, best_epoch: int | None) -> None:
+    """Draw loss, accuracy and learning rate by epoch; the best epoch, where there is one, is marked."""
+    epochs = [record.epoch for record in records]
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    loss, accuracy, rate = figure.subplots(1, 3)
+    figure.suptitle(title)
+    for axes, field, name in ((loss, "loss", "Cross-entropy loss"), (accuracy, "acc", "Accuracy")):
+        _plot(axes, epochs, [getattr(record, f"train_{field}") for record in records], "training", _BLUE, "-", "o")
+        if records[0].val_loss is not None:
+            values = [getattr(record, f"val_{field}") for record in records]
+            _plot(axes, epochs, values, "validation", _ORANGE, "--", "s")
+        axes.set_title(name)
+    accuracy.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    _plot(rate, epochs, [record.lr for record in records], "learning rate", _GREEN, "-", "o")
+    rate.set_title("Learning rate")
+    rate.set_ylim(bottom=0)
+    for axes in (loss, accuracy, rate):
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in (loss, accuracy):
+        if best_epoch is not None:
+            axes.axvline(best_epoch, color="0.4", linestyle=":", label=f"best epoch ({best_epoch})")
+        axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def draw_confusion(evaluation: Evaluation, path: Path, *, title: str) -> None:
+    """Draw the confusion matrix, each row in percent of its true class."""
+    names = list(evaluation.per_class_accuracy)
+    counts = np.asarray(evaluation.confusion_matrix, dtype=np.float64)
+    percent = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    figure = Figure(figsize=(7.5, 6.8), layout="constrained")
+    axes = figure.subplots()
+    shown = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    axes.set_title(title)
+    for (row, column), value in np.ndenumerate(percent):
+        if value >= 0.05:
+            text = f"{value:.1f}" if value < 99.95 else "100"
+            color = "white" if value > 55 else "black"
+            axes.text(column, row, text, ha="center", va="center", fontsize=8, color=color)
+    figure.colorbar(shown, ax=axes, label="percent of the true class", shrink=0.85)
+    _save(figure, path)
+
+
+def draw_predictions(
+    images: NDArray[np.uint8],
+    labels: NDArray[Any],
+    logits: NDArray[Any],
+    class_names: Sequence[str],
+    path: Path,
+    *,
+    title: str,
+) -> None:
+    """Draw up to 64 images (N, 3, H, W) in an 8 x 8 grid with their true class, and the predicted one where it differs.
+
+    `labels` is (N,), `logits` (N, num_classes).
+    """
+    figure = Figure(figsize=(12, 13.8), layout="constrained")
+    figure.suptitle(title)
+    grid = figure.subplots(8, 8)
+    predicted = logits.argmax(1)
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, image, label, guess in zip(grid.flat, images[:64], labels, predicted, strict=False):
+        axes.imshow(image.transpose(1, 2, 0), interpolation="nearest")
+        right = label == guess
+        text = class_names[label] if right else f"{class_names[label]}\n→ {class_names[guess]} ✗"
+        axes.set_title(text, fontsize=9, color="black" if right else _RED, fontweight="normal" if right else "bold")
+        if not right:
+            height, width = image.shape[1:]
+            frame = {"fill": False, "edgecolor": _RED, "linewidth": 4}
+            axes.add_patch(_rectangle(width, height, frame))
+    _save(figure, path)
+
+
+def _rectangle(width: int, height: int, style: Mapping[str, Any]) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((-0.5, -0.5), width, height, **style)
+
+
+def _plot(
+    axes: Axes, x: Sequence[int], y: Sequence[float], label: str, color: str, line: str, marker: str
+) -> None:
+    shown = marker if len(x) <= 30 else None
+    axes.plot(x, y, label=label, color=color, linestyle=line, marker=shown, markersize=4)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write a PNG, in place in one step."""
+    FigureCanvasAgg(figure)
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, dpi=110, format="png")
+    temporary.replace(path)

@@ -1,0 +1,109 @@
+"""Checkpoints: one file of plain containers and tensors, written so that a killed process leaves a whole one behind.
+
+Accelerate's `save_state` is not used: it is not atomic, reads some of its files by running pickles, and keeps random
+states that do not survive a change of world size.
+"""
+
+import io
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from cifar_dist.config.errors import UserError
+
+FORMAT_VERSION = 1
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write a file under a temporary name in the same folder, fsync it, and put it in place in one step."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def save_checkpoint(path: Path, content: dict[str, Any], *, previous: Path | None = None) -> None:
+    """Write a checkpoint atomically; what was at `path` becomes `previous`, and `path` is never missing."""
+    if previous is not None and path.exists():
+        link = previous.with_name(f".{previous.name}.{os.getpid()}.tmp")
+        link.unlink(missing_ok=True)
+        try:
+            os.link(path, link)
+            link.replace(previous)
+        except OSError:  # a file system without hard links
+            path.replace(previous)
+    write_atomically(path, lambda file: torch.save({"format_version": FORMAT_VERSION, **content}, file))
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of ours, or a bare state dict; nothing in the file is run, and its checksums are verified.
+
+    Raises UserError that says what is wrong with the file.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from None
+    content = _unpack(path, data)
+    version = content.get("format_version", FORMAT_VERSION)
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise UserError(f"checkpoint {path} has format {version}, and this version reads {FORMAT_VERSION}: update it")
+    return content
+
+
+def is_bare_weights(content: dict[str, Any]) -> bool:
+    """Tell whether a loaded file is a state dict and nothing more."""
+    return "format_version" not in content and all(isinstance(value, torch.Tensor) for value in content.values())
+
+
+def _unpack(path: Path, data: bytes) -> dict[str, Any]:
+    if not data:
+        raise UserError(f"checkpoint {path} is empty")
+    if data[:2] == b"PK":
+        _verify_checksums(path, data)
+    try:
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"checkpoint {path} is refused: it holds more than tensors and plain values, and loading it could run code"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError):
+        raise UserError(f"checkpoint {path} is not a file that torch.save wrote") from None
+    if not isinstance(content, dict) or not content or not all(isinstance(key, str) for key in content):
+        raise UserError(f"checkpoint {path} holds no state dict")
+    return content
+
+
+def _verify_checksums(path: Path, data: bytes) -> None:
+    """Check every part's CRC-32, which torch.load does not do."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError, OSError):
+        raise UserError(f"checkpoint {path} is damaged: it ends too early or its index is broken") from None
+    if damaged is not None:
+        raise UserError(f"checkpoint {path} is damaged: the checksum of {damaged} is wrong")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable; Windows has no such call on a folder and needs none."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

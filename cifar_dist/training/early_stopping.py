@@ -1,0 +1,48 @@
+"""When to stop before the last epoch, and which epoch was the best."""
+
+from typing import Any
+
+from cifar_dist.config.recipe import EarlyStoppingConfig
+from cifar_dist.records import EpochRecord
+
+
+def monitored_value(config: EarlyStoppingConfig, record: EpochRecord) -> float:
+    """Give the monitored metric as a number that falls as it improves."""
+    value = getattr(record, config.monitor)
+    if value is None:
+        raise ValueError(f"early_stopping.monitor={config.monitor} needs a validation split")
+    return -float(value) if config.monitor == "val_acc" else float(value)
+
+
+class EarlyStopping:
+    """Counts epochs in a row that did not improve on the best by more than `min_delta`, as the original script did."""
+
+    def __init__(self, config: EarlyStoppingConfig) -> None:
+        self.config = config
+        self.best: float | None = None
+        self.epochs_without_improvement = 0
+
+    def update(self, record: EpochRecord) -> bool:
+        """Take in an epoch; give whether training should stop now."""
+        if not self.config.enabled:
+            return False
+        value = monitored_value(self.config, record)
+        if self.best is None or value < self.best - self.config.min_delta:
+            self.best, self.epochs_without_improvement = value, 0
+        else:
+            self.epochs_without_improvement += 1
+        return self.should_stop
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether patience has run out."""
+        return self.config.enabled and self.epochs_without_improvement >= self.config.patience
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give what a checkpoint keeps."""
+        return {"best": self.best, "epochs_without_improvement": self.epochs_without_improvement}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.best = state["best"]
+        self.epochs_without_improvement = state["epochs_without_improvement"]

@@ -1,0 +1,169 @@
+"""The loop: an epoch in, a record out. It knows no console and no file; an observer hears what happens."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cifar_dist.config.plan import RunPlan
+from cifar_dist.config.recipe import Recipe
+from cifar_dist.data.batches import Normalizer, TrainingBatches
+from cifar_dist.data.dataset import LabelledImages
+from cifar_dist.model.optimizer import set_learning_rate
+from cifar_dist.model.schedule import learning_rate
+from cifar_dist.records import EpochRecord, Observer
+from cifar_dist.runtime.distributed import Runtime
+from cifar_dist.training.early_stopping import monitored_value
+from cifar_dist.training.evaluation import predict_logits
+from cifar_dist.training.metrics import RunningSums, summarize
+from cifar_dist.training.state import Best, TrainState, copy_weights
+
+
+class DivergedError(Exception):
+    """The loss is not a finite number any more; the weights are lost, the last checkpoint is not."""
+
+    def __init__(self, epoch: int, step: int, rate: float) -> None:
+        super().__init__(f"the loss is not finite in epoch {epoch}, step {step}, at learning rate {rate:g}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Validation:
+    """The images that are held out, and how they are prepared."""
+
+    data: LabelledImages
+    indices: Tensor
+    class_names: tuple[str, ...]
+    normalize: Normalizer
+
+
+class Trainer:
+    """Trains a state by a plan, one epoch at a time."""
+
+    def __init__(
+        self,
+        *,
+        recipe: Recipe,
+        plan: RunPlan,
+        runtime: Runtime,
+        state: TrainState,
+        batches: TrainingBatches,
+        validation: Validation | None,
+        observer: Observer,
+    ) -> None:
+        self.recipe = recipe
+        self.plan = plan
+        self.runtime = runtime
+        self.state = state
+        self.batches = batches
+        self.validation = validation
+        self.observer = observer
+        self.model, self.optimizer = runtime.prepare(state.model, state.optimizer)
+
+    def epochs(self) -> Iterator[EpochRecord]:
+        """Train what is left of the plan, giving a record after each epoch; the state is then ready to be saved.
+
+        Ends with the plan, or when early stopping says so. Raises DivergedError.
+        """
+        while self.state.epoch < self.plan.epochs and not self.state.early_stopping.should_stop:
+            epoch = self.state.epoch + 1
+            self.observer.on_epoch_start(epoch, learning_rate(self.recipe, self.state.step))
+            sums, seconds = self._train_epoch(epoch)
+            record = self._record(epoch, sums, seconds)
+            self.state.epoch = epoch
+            self.state.train_seconds += seconds
+            is_best = self._keep_best(record)
+            self.state.early_stopping.update(record)
+            self.observer.on_epoch_end(record, is_best)
+            yield record
+
+    def _train_epoch(self, epoch: int) -> tuple[Tensor, float]:
+        """Give the epoch's (loss, hits, images) sums over all processes, and the seconds it took."""
+        started = time.perf_counter()
+        sums = RunningSums(self.runtime.device)
+        self.model.train()
+        for number, (images, labels) in enumerate(self.batches.epoch(epoch), start=1):
+            loss = self.train_step(images, labels, sums, number)
+            self.state.step += 1
+            if number % self.plan.report_every_steps == 0:
+                self.observer.on_step(number, self._finite(float(loss) / len(labels), epoch))
+            else:
+                self.observer.on_step(number, None)
+        totals = self.runtime.sum_over_ranks(sums.sums).cpu()
+        seconds = time.perf_counter() - started
+        self._finite(float(totals[0]), epoch)
+        return totals, seconds
+
+    def train_step(self, images: Tensor, labels: Tensor, sums: RunningSums, number: int) -> Tensor:
+        """Do one step of the optimiser, the `number`-th of its epoch; give the batch's summed loss, on the device."""
+        set_learning_rate(self.optimizer, learning_rate(self.recipe, self.state.step))
+        logits = self.model(images)
+        loss = functional.cross_entropy(logits, labels, reduction="sum")
+        self.runtime.backward(loss * (self.plan.world_size / self._global_count(number)))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        loss = loss.detach()
+        sums.add(loss, logits, labels)
+        return loss
+
+    def _global_count(self, number: int) -> int:
+        """Images in the `number`-th global batch: the last one may be short."""
+        size = self.plan.global_batch_size
+        return min(size, self.plan.images_per_epoch - (number - 1) * size)
+
+    def _finite(self, loss: float, epoch: int) -> float:
+        if not math.isfinite(loss):
+            step = self.state.step
+            raise DivergedError(epoch, step, learning_rate(self.recipe, max(step - 1, 0)))
+        return loss
+
+    def _record(self, epoch: int, totals: Tensor, seconds: float) -> EpochRecord:
+        loss, hits, images = totals.tolist()
+        val_loss, val_acc = self._validate()
+        return EpochRecord(
+            epoch=epoch,
+            step=self.state.step,
+            lr=learning_rate(self.recipe, self.state.step - 1),
+            train_loss=loss / images,
+            train_acc=hits / images,
+            val_loss=val_loss,
+            val_acc=val_acc,
+            images_per_second=images / seconds,
+            epoch_seconds=seconds,
+            world_size=self.plan.world_size,
+        )
+
+    def _validate(self) -> tuple[float | None, float | None]:
+        if self.validation is None:
+            return None, None
+        held_out = self.validation
+        predictions = predict_logits(
+            self.state.model,
+            held_out.data,
+            held_out.indices,
+            num_classes=len(held_out.class_names),
+            normalize=held_out.normalize,
+            runtime=self.runtime,
+            observer=self.observer,
+        )
+        result = summarize(predictions.logits, predictions.labels, held_out.class_names)
+        return result.loss, result.top1
+
+    def _keep_best(self, record: EpochRecord) -> bool:
+        """Keep a copy of the weights where this epoch is the best so far; without a validation split none is."""
+        if self.validation is None:
+            return False
+        value = monitored_value(self.recipe.early_stopping, record)
+        if self.state.best is not None and value >= self.state.best.value:
+            return False
+        self.state.best = Best(epoch=record.epoch, value=value, weights=copy_weights(self.state.model))
+        return True
+
+
+def use_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Put kept weights back into the model."""
+    with torch.no_grad():
+        model.load_state_dict(weights)

@@ -1,0 +1,62 @@
+"""Exact evaluation: every sample once, whatever the number of samples and processes."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cifar_dist.data.batches import Normalizer, evaluation_batches
+from cifar_dist.data.dataset import LabelledImages
+from cifar_dist.data.order import Shard
+from cifar_dist.records import Observer
+from cifar_dist.runtime.distributed import Runtime
+
+BATCH_SIZE = 250
+"""Images at once. Fixed, so that two evaluations of the same weights on one machine give the same bits."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Predictions:
+    """The logits for a set of samples, on the CPU."""
+
+    indices: Tensor
+    """(N,) int64: which samples of the dataset."""
+    labels: Tensor
+    """(N,) int64."""
+    logits: Tensor
+    """(N, num_classes) float32."""
+
+
+def predict_logits(
+    model: nn.Module,
+    data: LabelledImages,
+    indices: Tensor,
+    *,
+    num_classes: int,
+    normalize: Normalizer,
+    runtime: Runtime,
+    mirror: bool = False,
+    observer: Observer | None = None,
+) -> Predictions:
+    """Run the (unwrapped) model over `indices` (N,) of `data`, in evaluation mode.
+
+    With `mirror`, the logits are the mean over an image and its mirror image. Each process fills in the rows of its
+    own samples, and the rows are added up once: nothing is padded, so nothing is counted twice.
+    """
+    observer = observer or Observer()
+    shard = Shard(index=runtime.world.rank, count=runtime.world.size)
+    own = []
+    model.eval()
+    with torch.no_grad(), runtime.autocast():
+        batches = evaluation_batches(data, indices, batch_size=BATCH_SIZE, shard=shard, normalize=normalize)
+        for _, images, _ in batches:
+            logits = model(images).float()
+            if mirror:
+                logits = (logits + model(images.flip(3)).float()) / 2
+            own.append(logits)
+            observer.on_evaluation(min(len(indices), len(own) * BATCH_SIZE * shard.count), len(indices))
+    everything = torch.zeros(len(indices), num_classes, device=runtime.device)
+    if own:
+        everything[shard.index :: shard.count] = torch.cat(own)
+    everything = runtime.sum_over_ranks(everything)
+    return Predictions(indices=indices, labels=data.labels.cpu()[indices], logits=everything.cpu())

@@ -1,0 +1,66 @@
+"""All that changes while a model is trained, and its way into a checkpoint and back."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cifar_dist.model.resnet import load_weights
+from cifar_dist.training.early_stopping import EarlyStopping
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Best:
+    """The best epoch so far."""
+
+    epoch: int
+    value: float
+    """The monitored metric, falling as it improves."""
+    weights: dict[str, Tensor]
+    """On the CPU, kept in memory between the writing of checkpoints."""
+
+
+@dataclass(kw_only=True, eq=False)
+class TrainState:
+    """What a checkpoint holds of a run in progress."""
+
+    model: nn.Module
+    """Unwrapped, on the device."""
+    optimizer: torch.optim.Optimizer
+    early_stopping: EarlyStopping
+    epoch: int = 0
+    """Epochs done."""
+    step: int = 0
+    """Optimiser steps done."""
+    train_seconds: float = 0.0
+    """Over all starts of the run."""
+    best: Best | None = None
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Give the state as plain containers and tensors."""
+        best = self.best
+        return {
+            "model": dict(self.model.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "early_stopping": self.early_stopping.state_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "train_seconds": self.train_seconds,
+            "best": None if best is None else {"epoch": best.epoch, "value": best.value, "weights": best.weights},
+        }
+
+    def restore(self, content: dict[str, Any]) -> None:
+        """Go on from what `to_mapping` gave. Raises UserError where the weights are another model's."""
+        load_weights(self.model, content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.early_stopping.load_state_dict(content["early_stopping"])
+        self.epoch, self.step = content["epoch"], content["step"]
+        self.train_seconds = content["train_seconds"]
+        best = content["best"]
+        self.best = None if best is None else Best(epoch=best["epoch"], value=best["value"], weights=best["weights"])
+
+
+def copy_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Copy a model's state dict to the CPU."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
