@@ -55,15 +55,16 @@ class RunPlan:
         )
 
     @property
-    def lines(self) -> list[str]:
-        """The plan in words, a line each."""
+    def images_line(self) -> str:
+        """How many images there are of each kind."""
+        return f"{self.num_train:,} training, {self.num_validation:,} validation, {self.num_test:,} test"
+
+    @property
+    def steps_line(self) -> str:
+        """How many steps there are, and whether an image is left out."""
         left_out = self.num_train - self.images_per_epoch
-        note = f" ({left_out} image left out of each epoch: BatchNorm needs two)" if left_out else ""
-        return [
-            self.equation,
-            f"{self.num_train:,} training, {self.num_validation:,} validation, {self.num_test:,} test images",
-            f"{self.steps_per_epoch:,} steps an epoch x {self.epochs:,} epochs = {self.total_steps:,} steps{note}",
-        ]
+        note = f" ({left_out} image left out of each: BatchNorm needs two)" if left_out else ""
+        return f"{self.steps_per_epoch:,} an epoch{note} x {self.epochs:,} epochs = {self.total_steps:,}"
 
 
 def fit_to_dataset(recipe: Recipe, sizes: DatasetSizes, *, validation_size_was_typed: bool) -> Recipe:

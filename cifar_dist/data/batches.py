@@ -60,7 +60,7 @@ def evaluation_batches(
     data: LabelledImages, indices: Tensor, *, batch_size: int, shard: Shard, normalize: Normalizer
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Go once through a shard's samples of `indices` (n,) int64, unpadded: sample indices, images, labels."""
-    for samples in indices[shard.index :: shard.count].split(batch_size):
+    for samples in torch.split(indices[shard.index :: shard.count], batch_size):
         on_device = samples.to(data.images.device)
         pixels = data.images[on_device].to(torch.float32).div_(255)
         yield samples, normalize(pixels), data.labels[on_device]

@@ -14,70 +14,65 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cifar_dist.config.errors import UserError
 from cifar_dist.data.dataset import Dataset, LabelledImages
 from cifar_dist.data.download import TIMEOUT_S, DownloadError, Progress, download, exclusive, md5_of, reason_of, writing
 
-_PIXELS = (3, 32, 32)
 _COPY_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class ArchiveFile:
-    """One file of an archive."""
+    """One file of an archive; one without images is unpacked for other programs and not read here."""
 
     name: str
     md5: str
     images: int = 0
-    """How many images it holds; 0 for a file that is unpacked for other programs and not read here."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Archive:
-    """What there is to know about one archive of the CIFAR family before any of it is read."""
+    """What is known of one archive of the CIFAR family before any of it is read."""
 
     name: str
     class_names: tuple[str, ...]
-    folder: str
-    """The folder in the tarball, and below the data folder, that the files lie in."""
-    train: tuple[ArchiveFile, ...]
-    """In the official order."""
+    folder: str  # in the tarball, and below the data folder
+    train: tuple[ArchiveFile, ...]  # in the official order
     test: tuple[ArchiveFile, ...]
     others: tuple[ArchiveFile, ...]
     label_key: bytes
     tarball: str
     tarball_md5: str
     urls: tuple[str, ...]
-    urls_variable: str
-    """The environment variable that replaces `urls`."""
+    urls_variable: str  # the environment variable that replaces `urls`
 
 
-# https://www.cs.toronto.edu/~kriz/cifar.html gives the md5 of the tarball; those of the files are of its contents, and
-# torchvision checks the same ones.
+# The md5 of the tarball is that on https://www.cs.toronto.edu/~kriz/cifar.html; torchvision has those of its files.
 CIFAR10 = Archive(
     name="cifar10",
     class_names=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
     folder="cifar-10-batches-py",
     train=(
-        ArchiveFile(name="data_batch_1", md5="c99cafc152244af753f735de768cd75f", images=10_000),
-        ArchiveFile(name="data_batch_2", md5="d4bba439e000b95fd0a9bffe97cbabec", images=10_000),
-        ArchiveFile(name="data_batch_3", md5="54ebc095f3ab1f0389bbae665268c751", images=10_000),
-        ArchiveFile(name="data_batch_4", md5="634d18415352ddfa80567beed471001a", images=10_000),
-        ArchiveFile(name="data_batch_5", md5="482c414d41f54cd18b22e5b47cb7c3cb", images=10_000),
+        ArchiveFile("data_batch_1", "c99cafc152244af753f735de768cd75f", 10_000),
+        ArchiveFile("data_batch_2", "d4bba439e000b95fd0a9bffe97cbabec", 10_000),
+        ArchiveFile("data_batch_3", "54ebc095f3ab1f0389bbae665268c751", 10_000),
+        ArchiveFile("data_batch_4", "634d18415352ddfa80567beed471001a", 10_000),
+        ArchiveFile("data_batch_5", "482c414d41f54cd18b22e5b47cb7c3cb", 10_000),
     ),
-    test=(ArchiveFile(name="test_batch", md5="40351d587109b95175f43aff81a1287e", images=10_000),),
-    others=(ArchiveFile(name="batches.meta", md5="5ff9c542aee3614f3951f8cda6e48888"),),
+    test=(ArchiveFile("test_batch", "40351d587109b95175f43aff81a1287e", 10_000),),
+    others=(ArchiveFile("batches.meta", "5ff9c542aee3614f3951f8cda6e48888"),),
     label_key=b"labels",
     tarball="cifar-10-python.tar.gz",
     tarball_md5="c58f30108f718f92721af3b95e74349a",
+    # PaddlePaddle's mirror of the same bytes comes first: the official server gives 66 to 85 kB/s
+    # (https://github.com/pytorch/vision/issues/9536).
     urls=(
-        # PaddlePaddle's mirror has the same bytes and is fast; the official server gives 66 to 85 kB/s
-        # (https://github.com/pytorch/vision/issues/9536).
         "https://dataset.bj.bcebos.com/cifar/cifar-10-python.tar.gz",
         "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
     ),
@@ -102,7 +97,7 @@ def load_archive(
 ) -> Dataset:
     """Load the files of `archive` below `data_dir`, the folder that torchvision calls `root`.
 
-    Missing files are unpacked from the tarball in `data_dir`, which is downloaded if it is not there either. A file
+    Missing files are unpacked from the tarball in `data_dir`, which is downloaded first if it is not there. A file
     that is there is never changed: a wrong one is named in the error. `progress` is told the bytes downloaded so far
     and in all, `timeout` is in seconds. Raises UserError for everything that keeps the data from being had.
     """
@@ -123,53 +118,47 @@ def _missing(folder: Path, archive: Archive) -> list[str]:
 
 
 def _read_files(archive: Archive, folder: Path, files: tuple[ArchiveFile, ...]) -> LabelledImages:
-    # Each file is copied into its place and dropped, so that the pixels are never there twice.
-    images = torch.empty((sum(file.images for file in files), *_PIXELS), dtype=torch.uint8)
+    # Each file is copied into its place and dropped, so that the pixels are not in memory twice.
+    images = torch.empty((sum(file.images for file in files), 3, 32, 32), dtype=torch.uint8)
     labels = torch.empty(len(images), dtype=torch.int64)
     start = 0
     for file in files:
-        end = start + file.images
-        pixels, classes = _read_file(archive, folder / file.name, file)
-        images.numpy()[start:end] = pixels.reshape(-1, *_PIXELS)
-        labels[start:end] = torch.tensor(classes)
-        start = end
+        there = slice(start, start + file.images)
+        _read_file(archive, folder / file.name, file.md5, images[there], labels[there])
+        start = there.stop
     return LabelledImages(images=images, labels=labels)
 
 
-def _read_file(archive: Archive, path: Path, file: ArchiveFile) -> tuple[np.ndarray[Any, Any], list[int]]:
+def _read_file(archive: Archive, path: Path, md5: str, images: Tensor, labels: Tensor) -> None:
     try:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path.absolute()}: {reason_of(error)}") from error
     # The bytes that are hashed are those that are unpickled, whatever happens to the file in between.
-    if hashlib.md5(content, usedforsecurity=False).hexdigest() != file.md5:
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
         raise _wrong(path)
     try:
         batch = _ArrayUnpickler(io.BytesIO(content), path).load()
-        pixels, classes = batch[b"data"], batch[archive.label_key]
-        if pixels.dtype != np.uint8 or pixels.shape != (file.images, np.prod(_PIXELS)) or len(classes) != file.images:
-            raise ValueError(f"{len(classes)} labels, {pixels.dtype} pixels of shape {pixels.shape}")
-        if not all(0 <= label < len(archive.class_names) for label in classes):
-            raise ValueError("a label without a class")
+        np.copyto(images.numpy(), batch[b"data"].reshape(images.shape), casting="no")
+        labels.copy_(torch.tensor(batch[archive.label_key]).reshape(labels.shape))
     except UserError:
         raise
-    except Exception as error:  # a broken pickle raises nearly anything
-        raise UserError(f"{path.absolute()} is not a batch of {archive.name} ({error})") from error
-    return pixels, classes
+    except Exception as error:  # a pickle with other content raises nearly anything
+        raise UserError(f"{path.absolute()} does not hold {len(labels)} images of {archive.name} ({error})") from error
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Reads the pickles of Python 2 and NumPy 1 that hold arrays, and refuses every other object."""
+    """Reads the pickles of Python 2 that hold arrays, and refuses every other object."""
 
     def __init__(self, file: io.BytesIO, path: Path) -> None:
-        # "bytes" and not "latin1": an array can then use the bytes as they are, without a copy.
+        # "bytes" and not "latin1", because b"data" and its like are the keys in the file.
         super().__init__(file, encoding="bytes")
         self._path = path
 
     def find_class(self, module: str, name: str, /) -> Any:
         """Give one of the three names an array is made of. Raises UserError for any other."""
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            # The function's home moved in NumPy 2 and the old path warns; each array says where it is.
+            # NumPy 2 moved the function and warns at the old place; every array says where it is.
             return np.empty(0).__reduce__()[0]
         if module == "numpy" and name in ("ndarray", "dtype"):
             return getattr(np, name)
@@ -177,34 +166,73 @@ class _ArrayUnpickler(pickle.Unpickler):
         raise UserError(f"{path} would run code ({wanted}) when it is read, and was refused: do not use this file")
 
 
-def _wrong(path: Path) -> UserError:
-    text = "is damaged or not the official file (its md5 is wrong) and was left alone"
-    return UserError(f"{path.absolute()} {text}: move it away and start again, then it is fetched anew")
+def _wrong(*paths: Path) -> UserError:
+    names = ", ".join(str(path.absolute()) for path in paths)
+    return UserError(
+        f"wrong md5, so damaged or not official: {names} (left alone; move it away to have it fetched anew)"
+    )
+
+
+def _refuse_wrong(md5s: Mapping[Path, str]) -> None:
+    try:
+        wrong = [path for path, md5 in md5s.items() if os.path.lexists(path) and md5_of(path) != md5]
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {reason_of(error)}") from error
+    if wrong:
+        raise _wrong(*wrong)
 
 
 def _provide(
     archive: Archive, data_dir: Path, progress: Progress | None, environ: Mapping[str, str], timeout: float
 ) -> None:
-    """Complete the folder of the archive from the tarball, and have the tarball downloaded if it is not there."""
+    """Complete the folder of the archive from the tarball, and download that first if it is not there."""
     folder, tarball = data_dir / archive.folder, data_dir / archive.tarball
-    for file in archive.train + archive.test + archive.others:
-        _check(folder / file.name, file.md5)
+    _refuse_wrong({folder / file.name: file.md5 for file in archive.train + archive.test + archive.others})
     with exclusive(data_dir, archive.tarball + ".lock"):
         if not (missing := _missing(folder, archive)):
-            return  # another process has provided it meanwhile
-        if not os.path.lexists(tarball):
+            return  # another process has provided them meanwhile
+        _refuse_wrong({tarball: archive.tarball_md5})
+        if not tarball.exists():
             listed = environ.get(archive.urls_variable)
             urls = archive.urls if listed is None else [url for url in re.split(r"[\s,]+", listed) if url]
             try:
                 download(urls, tarball, archive.tarball_md5, progress=progress, timeout=timeout)
             except DownloadError as error:
-                what = f"{', '.join(missing)} missing" if folder.is_dir() else f"no {archive.folder}"
                 raise UserError(
-                    f"{what} in {(folder if folder.is_dir() else data_dir).absolute()}, and no download ({error}): put"
-                    f" {archive.tarball} or its folder {archive.folder} into {data_dir.absolute()}, name another place"
-                    f" with --data-dir DIR, set {archive.urls_variable} to addresses of the tarball, or take"
-                    f" --dataset shapes, which needs no files"
+                    f"missing in {folder.absolute()}: {', '.join(missing)}; the download failed ({error}); put"
+                    f" {archive.tarball} or the folder {archive.folder} into {data_dir.absolute()}, name another place"
+                    f" with --data-dir DIR, set {archive.urls_variable} to addresses of the tarball, or use"
+                    " --dataset shapes, which needs no files"
                 ) from error
-        else:
-            _check(tarball, archive.tarball_md5)
         _extract(archive, tarball, folder)
+
+
+def _extract(archive: Archive, tarball: Path, folder: Path) -> None:
+    """Unpack the files of the archive that are not in `folder`, by their exact names and nothing else."""
+    files = {f"{archive.folder}/{file.name}": file for file in archive.train + archive.test + archive.others}
+    try:
+        with writing(folder), tarfile.open(tarball, "r:gz") as tar:
+            folder.mkdir(exist_ok=True)
+            for member in tar:
+                file, source = files.get(member.name), tar.extractfile(member) if member.isreg() else None
+                if file and source and not os.path.lexists(folder / file.name):
+                    _write_checked(source, folder / file.name, file.md5)
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot unpack {tarball.absolute()}: {error}") from error
+    if missing := _missing(folder, archive):
+        raise UserError(f"{tarball.absolute()} lacks {', '.join(missing)}")
+
+
+def _write_checked(source: IO[bytes], target: Path, md5: str) -> None:
+    """Give the file its real name only when it is whole, so that a killed process leaves no half file under it."""
+    temporary, digest = target.with_name(target.name + ".part"), hashlib.md5(usedforsecurity=False)
+    try:
+        with temporary.open("wb") as file:
+            while chunk := source.read(_COPY_BYTES):
+                digest.update(chunk)
+                file.write(chunk)
+        if digest.hexdigest() != md5:
+            raise UserError(f"{target.name} in the tarball has a wrong md5, and was not unpacked")
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -46,8 +46,8 @@ def shift_hue(pixels: Tensor, turns: Tensor) -> Tensor:
     """Turn the hue of images (N, 3, H, W) in [0, 1] by `turns` (N,), each in [-0.5, 0.5].
 
     HSV's value is the largest channel and its chroma the distance to the smallest; both stay. With the hue h in
-    sixths of a turn, a channel is value - chroma * clamp(min(k, 4 - k), 0, 1), where k = (n + h) mod 6 and n is 5, 3, 1 for
-    red, green, blue (the form of https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB_alternative).
+    sixths of a turn, a channel is value - chroma * clamp(min(k, 4 - k), 0, 1), where k = (n + h) mod 6 and
+    n is 5, 3, 1 for red, green, blue (the form of https://en.wikipedia.org/wiki/HSL_and_HSV#HSV_to_RGB_alternative).
     """
     red, green, blue = pixels.unbind(1)
     value = torch.maximum(torch.maximum(red, green), blue)

@@ -1,9 +1,12 @@
 """What a dataset is to the rest of the package: uint8 images, labels and the names of the classes."""
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from cifar_dist.config.plan import DatasetSizes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -16,6 +19,8 @@ class LabelledImages:
     """(N,) int64, in [0, number of classes)."""
 
     def __post_init__(self) -> None:
+        if not self.images.is_contiguous():
+            raise ValueError("images must be contiguous")
         if self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.shape[1] != 3:
             raise ValueError(f"images must be (N, 3, H, W) uint8, not {tuple(self.images.shape)} {self.images.dtype}")
         if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
@@ -42,3 +47,18 @@ class Dataset:
     def num_classes(self) -> int:
         """How many classes there are, with or without images of each."""
         return len(self.class_names)
+
+    @property
+    def sizes(self) -> DatasetSizes:
+        """How many images there are."""
+        return DatasetSizes(num_train=len(self.train), num_test=len(self.test))
+
+    def fingerprint(self) -> str:
+        """Hash names, images and labels, so that a run can tell whether it goes on with the data it began with."""
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update("\n".join(self.class_names).encode())
+        for part in (self.train, self.test):
+            for tensor in (part.images, part.labels):
+                digest.update(str(tuple(tensor.shape)).encode())
+                digest.update(tensor.cpu().numpy().data)
+        return digest.hexdigest()

@@ -1,11 +1,10 @@
 """Fetch one file over HTTP so that a broken connection, a lying mirror or a full disk costs as little as possible.
 
-Only the standard library is used. Bytes go to `NAME.part` next to the target, which a later attempt, address or start
-of the program goes on from; the file gets its real name only when its md5 is right.
+Bytes go to `NAME.part` next to the target, and a later attempt, address or start of the program goes on from there.
+The file gets its real name only when its md5 is right.
 """
 
 import hashlib
-import http.client
 import os
 import re
 import time
@@ -13,11 +12,11 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from http.client import HTTPException
 from io import FileIO
 from itertools import takewhile
 from pathlib import Path
 from urllib.error import HTTPError, URLError
-from urllib.parse import urlsplit
 
 from cifar_dist.config.errors import UserError
 
@@ -25,7 +24,7 @@ try:
     import fcntl
 
     def _lock(descriptor: int) -> None:
-        # Some network file systems know no locks: better without one than not at all, the md5 guards the result.
+        # Some network file systems know no locks: rather none than no data, the md5 guards the result.
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
 
@@ -43,15 +42,15 @@ TIMEOUT_S = 10.0
 
 _CHUNK_BYTES = 1 << 18
 _IDLE_ATTEMPTS = 2  # attempts in a row that bring nothing, then the address is given up
-_LOCK_ATTEMPTS = 1000  # each lost attempt means that another process came and went meanwhile
+_LOCK_ATTEMPTS = 1000  # each lost one means that another process came and went meanwhile
 
 
 class DownloadError(Exception):
-    """No address gave the file; the text says why, shortly, for each address."""
+    """The file could not be had; the text says why, shortly."""
 
 
 def reason_of(error: Exception) -> str:
-    """Give the short reason in an exception of the operating system or of urllib, without numbers and names."""
+    """Give the short reason in an exception of the operating system or of urllib, without numbers and file names."""
     if isinstance(error, URLError) and isinstance(error.reason, Exception):
         return reason_of(error.reason)
     return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
@@ -69,16 +68,16 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        advice = "free some space or mend its rights, or name another folder with --data-dir DIR"
-        raise UserError(f"cannot write {path.absolute()} ({reason_of(error)}); {advice}") from error
+        advice = "free space or mend the rights there, or name another folder with --data-dir DIR"
+        raise UserError(f"cannot write {path.absolute()} ({reason_of(error)}): {advice}") from error
 
 
 @contextmanager
 def exclusive(folder: Path, lock_name: str) -> Iterator[None]:
     """Hold `folder`, made if need be, against other processes that do the same; wait while one of them holds it.
 
-    On leaving, the lock file goes, and so do the folders made here that stayed empty.
-    Raises UserError if the folder cannot be made or written.
+    On leaving, the lock file goes, and so do the folders made here that stayed empty. Raises UserError if the folder
+    cannot be made or written. Where the platform has no `fcntl`, nobody waits.
     """
     made: list[Path] = []
     try:
@@ -87,13 +86,9 @@ def exclusive(folder: Path, lock_name: str) -> Iterator[None]:
         try:
             yield
         finally:
-            # Windows removes no open file; elsewhere the lock must outlive the name, or two could hold one each.
-            if os.name == "nt":
-                os.close(descriptor)
-            with suppress(OSError):
+            with suppress(OSError):  # before the close, after which the name may stand for the lock of another
                 (folder / lock_name).unlink()
-            if os.name != "nt":
-                os.close(descriptor)
+            os.close(descriptor)
     finally:
         for path in made:
             with suppress(OSError):
@@ -101,14 +96,14 @@ def exclusive(folder: Path, lock_name: str) -> Iterator[None]:
 
 
 def _take_lock(folder: Path, lock: Path, made: list[Path]) -> int:
-    """Open and lock `lock`; add the folders that had to be made to `made`, the deepest first."""
+    """Open and lock `lock`; put the folders that had to be made into `made`, the deepest first."""
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_TEMPORARY", 0)  # Windows removes no open file but by itself
     for _ in range(_LOCK_ATTEMPTS):
         made[:0] = takewhile(lambda path: not path.exists(), (folder, *folder.parents))
         folder.mkdir(parents=True, exist_ok=True)
         # The process waited for removes its lock file, perhaps the folder too: a lock on a removed file holds nobody.
         with suppress(FileNotFoundError):
-            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-            held = False
+            descriptor, held = os.open(lock, flags, 0o666), False
             try:
                 _lock(descriptor)
                 held = os.path.samestat(os.fstat(descriptor), lock.stat())
@@ -117,7 +112,7 @@ def _take_lock(folder: Path, lock: Path, made: list[Path]) -> int:
                     os.close(descriptor)
             if held:
                 return descriptor
-    raise OSError(f"could not make and keep {lock}")
+    raise OSError(f"could not keep {lock}")
 
 
 def download(
@@ -125,21 +120,20 @@ def download(
 ) -> None:
     """Fetch `target` (its folder exists) from the first of `urls` that gives content with this md5.
 
-    `timeout` is in seconds, for each wait. Raises DownloadError if no address gave it, and UserError for an address
-    that is neither http nor https, before anything is asked for, or if the disk refuses the bytes.
+    `timeout` is in seconds, for each wait. Raises DownloadError if no address gave it; UserError if the disk refuses
+    the bytes, or, before anything is asked for, if an address is neither http nor https.
     """
     for url in urls:
-        with suppress(ValueError):  # urlsplit refuses some text outright
-            if urlsplit(url).scheme in ("http", "https"):
-                continue
-        raise UserError(f"cannot download from {url!r}: only http:// and https:// addresses are understood")
+        if not url.lower().startswith(("http://", "https://")):
+            raise UserError(f"cannot download from {url}: only http:// and https:// addresses are understood")
     failures = []
     for url in urls:
         try:
-            return _download_from(url, target, md5, progress or (lambda _done, _total: None), timeout)
+            _download_from(url, target, md5, progress or (lambda _done, _total: None), timeout)
+            return
         except DownloadError as error:
-            failures.append(f"{urlsplit(url).netloc.rpartition('@')[2]}: {error}")  # without a password
-    raise DownloadError("; ".join(failures) or "no address to download from")
+            failures.append(f"{url.split('/')[2].rpartition('@')[2]}: {error}")  # the host, without a password
+    raise DownloadError("; ".join(failures) or "there is no address to ask")
 
 
 def _download_from(url: str, target: Path, md5: str, progress: Progress, timeout: float) -> None:
@@ -153,70 +147,52 @@ def _download_from(url: str, target: Path, md5: str, progress: Progress, timeout
                 return
             part.unlink()
         if not inherited:
-            raise DownloadError("gave wrong content (md5 differs)")
+            raise DownloadError("wrong content (its md5 differs)")
         # The wrong bytes may be those that another address or an earlier run left: ask this one for all of it, once.
         inherited = False
 
 
 def _complete(url: str, part: Path, progress: Progress, timeout: float) -> None:
     """Bring `part` to its end from one address, over as many connections as each bring it further."""
-    furthest, idle, brought = _size(part), 0, False
+    before, furthest, idle = _size(part), _size(part), 0
     while True:
         try:
-            return _receive(url, part, progress, timeout)
+            _receive(url, part, progress, timeout)
+            return
         except HTTPError as error:
             error.close()
-            if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and _size(part):
-                return  # nothing comes after what is there; the md5 tells whether that is so
+            if error.code == 416 and _size(part):  # nothing comes after what is there; the md5 tells whether that is so
+                return
             raise DownloadError(f"HTTP status {error.code}") from error
-        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: an impossible host name
+        except (OSError, HTTPException, ValueError) as error:  # ValueError: an impossible host name
             size = _size(part)
-            idle = 0 if size > furthest else idle + 1
-            brought, furthest = brought or size > furthest, max(size, furthest)
+            furthest, idle = max(size, furthest), 0 if size > furthest else idle + 1
             # A URLError comes from connecting (refused, unknown, unreachable), where asking again seldom helps.
-            if idle == _IDLE_ATTEMPTS or (isinstance(error, URLError) and not brought):
+            if idle == _IDLE_ATTEMPTS or (isinstance(error, URLError) and furthest == before):
                 raise DownloadError(reason_of(error)) from error
             time.sleep(min(1.0, timeout) * idle)
 
 
-def _opener() -> urllib.request.OpenerDirector:
-    """Give an opener that also refuses to be redirected to anything but http and https."""
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler,
-        urllib.request.HTTPHandler,
-        urllib.request.HTTPSHandler,
-        urllib.request.HTTPRedirectHandler,
-        urllib.request.HTTPErrorProcessor,
-        urllib.request.HTTPDefaultErrorHandler,
-        urllib.request.UnknownHandler,
-    ):
-        opener.add_handler(handler())
-    return opener
-
-
 def _receive(url: str, part: Path, progress: Progress, timeout: float) -> None:
-    """Append to `part` what one connection gives. Raises OSError or HTTPException if it ends before the file does."""
-    start = _size(part)
-    headers = {"User-Agent": "cifar-dist", "Accept-Encoding": "identity"} | (
-        {"Range": f"bytes={start}-"} if start else {}
-    )
-    with _opener().open(urllib.request.Request(url, headers=headers), timeout=timeout) as response:
+    """Add to `part` what one connection gives. Raises OSError or HTTPException if that ends before the file does."""
+    done = _size(part)
+    headers = {"User-Agent": "cifar-dist"} | ({"Range": f"bytes={done}-"} if done else {})
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout) as response:
         length = response.headers.get("Content-Length", "")
-        if response.status == http.HTTPStatus.PARTIAL_CONTENT:
+        total = int(length) if length.isdecimal() else None
+        if response.status == 206:
             match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", "").strip())
-            if match is None or int(match[1]) != start:
+            if match is None or int(match[1]) != done:
                 raise DownloadError("gave another range than the one asked for")
             total = int(match[2]) if match[2] != "*" else None
-        elif response.status == http.HTTPStatus.OK:
-            start, total = 0, int(length) if length.isdecimal() else None
+        elif response.status == 200:  # the whole, whatever was asked for
+            done = 0
         else:
             raise DownloadError(f"HTTP status {response.status}")
-        done = start
         # The file is opened with the first bytes in hand, so that an empty answer neither makes nor empties it.
         if chunk := response.read1(_CHUNK_BYTES):
             with writing(part):
-                file = part.open("ab" if start else "wb", buffering=0)
+                file = part.open("ab" if done else "wb", buffering=0)
             with file:
                 while chunk:
                     with writing(part):
@@ -236,7 +212,4 @@ def _write_all(file: FileIO, data: bytes) -> None:
 
 
 def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
+    return path.stat().st_size if path.exists() else 0

@@ -11,7 +11,7 @@ from torch.utils.data import DistributedSampler
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
-    """One part of `count` equal strides through a batch: positions index, index + count, …"""
+    """One part of `count` equal strides through a batch: positions index, index + count, and so on."""
 
     index: int = 0
     count: int = 1
@@ -57,7 +57,7 @@ class GlobalBatchSampler(DistributedSampler[int]):
     def batches(self) -> list[Tensor]:
         """Give this shard's part of each global batch, (up to global_batch_size / count,) int64 each."""
         index, count = self.shard.index, self.shard.count
-        return [batch[index::count] for batch in self.global_order().split(self.global_batch_size)]
+        return [batch[index::count] for batch in torch.split(self.global_order(), self.global_batch_size)]
 
     def __iter__(self) -> Iterator[int]:
         """Go through this shard's samples one by one, batch after batch."""

@@ -104,9 +104,7 @@ def _rectangle(width: int, height: int, style: Mapping[str, Any]) -> Any:
     return Rectangle((-0.5, -0.5), width, height, **style)
 
 
-def _plot(
-    axes: Axes, x: Sequence[int], y: Sequence[float], label: str, color: str, line: str, marker: str
-) -> None:
+def _plot(axes: Axes, x: Sequence[int], y: Sequence[float], label: str, color: str, line: str, marker: str) -> None:
     shown = marker if len(x) <= 30 else None
     axes.plot(x, y, label=label, color=color, linestyle=line, marker=shown, markersize=4)
 

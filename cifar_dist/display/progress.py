@@ -95,7 +95,9 @@ class PlainTraining(_Training):
         super().on_step(step_in_epoch, loss)
         if self.clock() - self._last_line >= _SIGN_OF_LIFE_SECONDS:
             shown = "" if self.loss is None else f"  loss {self.loss:.3f}"
-            self.on_note(f"epoch {self.epoch}/{self.plan.epochs}  step {step_in_epoch}/{self.plan.steps_per_epoch}{shown}")
+            self.on_note(
+                f"epoch {self.epoch}/{self.plan.epochs}  step {step_in_epoch}/{self.plan.steps_per_epoch}{shown}"
+            )
 
     def on_evaluation(self, done: int, total: int) -> None:
         """Show that evaluation goes on."""
@@ -182,8 +184,14 @@ class ByteProgress:
                 self.console.print(f"{self.what}: {done_mib:,.0f}{of} MiB", highlight=False)
             return
         if self._progress is None:
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.completed:,.0f} MiB"))
-            self._progress = Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True, expand=True)
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.completed:,.0f} MiB"),
+            )
+            self._progress = Progress(
+                *columns, TimeRemainingColumn(), console=self.console, transient=True, expand=True
+            )
             self._progress.add_task(self.what, total=total_mib)
             self._progress.start()
         self._progress.update(self._progress.task_ids[0], completed=done_mib, total=total_mib)

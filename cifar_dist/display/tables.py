@@ -1,6 +1,11 @@
-"""Text for people: `format_*` functions give it, nothing here prints."""
+"""Text for people: `format_*` functions give it, `print_*` functions put it on the console."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.text import Text
 
 from cifar_dist.records import EpochRecord, Evaluation, Summary
 
@@ -30,15 +35,17 @@ def format_epoch(record: EpochRecord, epochs: int, *, is_best: bool) -> str:
     return "  ".join(parts) + ("  best" if is_best else "")
 
 
-def format_evaluation(evaluation: Evaluation, *, bar_width: int = 30) -> list[str]:
-    """Give an evaluation: one line of totals, then a bar for each class."""
+def format_evaluation_totals(evaluation: Evaluation) -> str:
+    """Give an evaluation's totals as one line."""
     top5 = "" if evaluation.top5 is None else f", top-5 {format_percent(evaluation.top5)}"
-    lines = [
-        f"accuracy {format_percent(evaluation.top1)}{top5}, loss {evaluation.loss:.4f}"
-        f" on {evaluation.num_samples:,} images",
-        "",
-    ]
+    accuracy = format_percent(evaluation.top1)
+    return f"accuracy {accuracy}{top5}, loss {evaluation.loss:.4f} on {evaluation.num_samples:,} images"
+
+
+def format_class_bars(evaluation: Evaluation, *, bar_width: int = 30) -> list[str]:
+    """Give each class's accuracy with a bar."""
     width = max(map(len, evaluation.per_class_accuracy))
+    lines = []
     for name, accuracy in evaluation.per_class_accuracy.items():
         bar = "" if accuracy is None else "█" * round(accuracy * bar_width)
         lines.append(f"{name:<{width}}  {format_percent(accuracy):>8}  {bar}".rstrip())
@@ -63,3 +70,33 @@ def format_ratio(values: Sequence[float]) -> str:
     """Give a median with its spread."""
     low, middle, high = values
     return f"{middle:.3f} ({low:.3f} to {high:.3f})"
+
+
+def print_header(console: Console, values: Mapping[str, str]) -> None:
+    """Print what stands above a run, a line each."""
+    width = max(map(len, values)) + 2
+    for name, value in values.items():
+        console.print(Text.assemble((f"{name:<{width}}", "bold"), value), soft_wrap=True, highlight=False)
+
+
+def print_result(console: Console, summary: Summary, total_epochs: int, directory: Path) -> None:
+    """Print how a run ended: in a panel on a terminal, as plain lines elsewhere."""
+    assert summary.test is not None
+    lines = [
+        format_outcome(summary, total_epochs=total_epochs),
+        f"test {format_evaluation_totals(summary.test)}",
+        "",
+        *format_class_bars(summary.test),
+        "",
+        f"files in {directory}; next: python launch.py eval --ckpt {directory}",
+    ]
+    print_lines(console, lines, title="result")
+
+
+def print_lines(console: Console, lines: Sequence[str], *, title: str) -> None:
+    """Print lines: in a panel on a terminal, as they are elsewhere."""
+    if console.is_terminal and not console.is_dumb_terminal:
+        console.print(Panel(Group(*map(Text, lines)), title=title, border_style="green", expand=False))
+        return
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)

@@ -39,7 +39,7 @@ def infer_architecture(weights: Mapping[str, Tensor]) -> tuple[str, int]:
     conv, head = weights.get("conv1.weight"), weights.get("fc.weight")
     if conv is None or head is None or head.ndim != 2:
         raise UserError("these weights are not a ResNet-18's: conv1.weight or fc.weight is missing")
-    stems = {(64, 3, 7, 7): "imagenet", (64, 3, 3, 3): "cifar"}
+    stems: dict[tuple[int, ...], str] = {(64, 3, 7, 7): "imagenet", (64, 3, 3, 3): "cifar"}
     stem = stems.get(tuple(conv.shape))
     if stem is None:
         raise UserError(f"these weights are not a ResNet-18's: conv1.weight has the shape {list(conv.shape)}")

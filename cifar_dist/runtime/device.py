@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -95,7 +96,7 @@ def probe(*, use_cpu: bool) -> DeviceFacts:
 
 def _cpu_has_bf16() -> bool:
     """Ask torch; it has had two ways to say so (`get_capabilities` from 2.12 on)."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     if capabilities:
         return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return bool(torch.cpu._is_avx512_bf16_supported())
@@ -130,3 +131,13 @@ def memory_format(device_type: str) -> torch.memory_format:
     On MPS the backward of BatchNorm in channels_last is wrong or crashes (pytorch#175189).
     """
     return torch.contiguous_format if device_type == "mps" else torch.channels_last
+
+
+def peak_process_memory_mib() -> int | None:
+    """Give the largest memory this process has had; None on Windows, where Python does not say."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,10 +1,9 @@
 """The one place that knows Accelerate: device placement, mixed precision, reductions, and what one process may do."""
 
 import os
-import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
@@ -15,19 +14,15 @@ from cifar_dist.config.errors import UserError
 from cifar_dist.config.world import AccelerateConfig, World, wished_precision
 from cifar_dist.runtime import device as device_module
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
-
 
 @dataclass(kw_only=True, eq=False)
 class Runtime:
-    """Where this process runs. Made by `start`, ended by `close`; the rest of the package asks it for nothing global."""
+    """Where this process runs. Made by `start`, ended by `close`; nobody else knows Accelerate."""
 
     accelerator: Accelerator
     world: World
     precision: str
+    precision_reason: str
     num_threads: int
     notes: tuple[str, ...]
     """Lines that a person should read: what was asked for and could not be had."""
@@ -80,10 +75,13 @@ class Runtime:
         """Give the largest memory so far: of the device on CUDA, of the process elsewhere; None where unknown."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) // 2**20
-        if resource is None:
-            return None
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak // (2**20 if sys.platform == "darwin" else 2**10)
+        return device_module.peak_process_memory_mib()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """End the process group, and forget Accelerate's process-wide state so that another run may follow."""
@@ -114,5 +112,10 @@ def start(
     if accelerator.device.type != facts.type:
         raise UserError(f"Accelerate chose {accelerator.device.type} where {facts.type} was meant: name it in --config")
     return Runtime(
-        accelerator=accelerator, world=world, precision=choice.precision, num_threads=threads, notes=tuple(notes)
+        accelerator=accelerator,
+        world=world,
+        precision=choice.precision,
+        precision_reason=choice.reason,
+        num_threads=threads,
+        notes=tuple(notes),
     )

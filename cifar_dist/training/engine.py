@@ -5,8 +5,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from cifar_dist.config.plan import RunPlan
@@ -161,9 +160,3 @@ class Trainer:
             return False
         self.state.best = Best(epoch=record.epoch, value=value, weights=copy_weights(self.state.model))
         return True
-
-
-def use_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Put kept weights back into the model."""
-    with torch.no_grad():
-        model.load_state_dict(weights)

@@ -1,6 +1,7 @@
 """What a run leaves on disk, in the one folder that it is given."""
 
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,13 @@ from typing import Any
 import numpy as np
 import yaml
 from numpy.typing import NDArray
+from torch import Tensor
 
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.loading import read_yaml
 from cifar_dist.records import EpochRecord, Summary
-from cifar_dist.training.checkpoint import write_atomically
+from cifar_dist.training.checkpoint import save_checkpoint, write_atomically
+from cifar_dist.training.state import TrainState
 
 
 class RunDirectory:
@@ -94,4 +97,36 @@ class RunDirectory:
 
     def write_predictions(self, **arrays: NDArray[Any]) -> None:
         """Write test_predictions.npz: what the figures need, without the data."""
-        write_atomically(self.predictions, lambda file: np.savez(file, **arrays))
+        write_atomically(self.predictions, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints: at epoch ends, at most one in `every_seconds`, and whenever it is told to."""
+
+    def __init__(self, run: RunDirectory, header: Mapping[str, Any], *, every_seconds: float = 60.0) -> None:
+        """Take in `header` what every checkpoint says of its run (recipe, dataset, precision, …)."""
+        self.run = run
+        self.header = dict(header)
+        self.every_seconds = every_seconds
+        self._written_at = time.monotonic()
+        self._written_epoch: int | None = None
+        self._best_epoch: int | None = None
+
+    def save_if_due(self, state: TrainState, scaler: Mapping[str, Any] | None) -> None:
+        """Save, unless the last checkpoint is younger than `every_seconds`."""
+        if time.monotonic() - self._written_at >= self.every_seconds:
+            self.save(state, scaler)
+
+    def save(self, state: TrainState, scaler: Mapping[str, Any] | None) -> None:
+        """Write last.pt (its predecessor becomes previous.pt), and best.pt where another epoch is the best now."""
+        if self._written_epoch == state.epoch:
+            return
+        content = {**self.header, "kind": "last", "scaler": scaler, **state.to_mapping()}
+        save_checkpoint(self.run.last, content, previous=self.run.previous)
+        if state.best is not None and state.best.epoch != self._best_epoch:
+            self._save_best(state.best.epoch, state.best.weights)
+        self._written_at, self._written_epoch = time.monotonic(), state.epoch
+
+    def _save_best(self, epoch: int, weights: Mapping[str, Tensor]) -> None:
+        save_checkpoint(self.run.best, {**self.header, "kind": "best", "epoch": epoch, "model": dict(weights)})
+        self._best_epoch = epoch

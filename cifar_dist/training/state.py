@@ -1,5 +1,6 @@
 """All that changes while a model is trained, and its way into a checkpoint and back."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +51,7 @@ class TrainState:
             "best": None if best is None else {"epoch": best.epoch, "value": best.value, "weights": best.weights},
         }
 
-    def restore(self, content: dict[str, Any]) -> None:
+    def restore(self, content: Mapping[str, Any]) -> None:
         """Go on from what `to_mapping` gave. Raises UserError where the weights are another model's."""
         load_weights(self.model, content["model"])
         self.optimizer.load_state_dict(content["optimizer"])

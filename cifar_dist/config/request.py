@@ -1,0 +1,74 @@
+"""What a training run was asked to be: what was typed, over what the run being resumed was, over the defaults."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cifar_dist.config.errors import UserError
+from cifar_dist.config.loading import read_recipe, recipe_label, recipe_to_mapping, resolve_recipe
+from cifar_dist.config.options import TrainOptions
+from cifar_dist.config.parsing import flatten
+from cifar_dist.config.recipe import Recipe
+
+DEFAULT_RECIPE, DEFAULT_DATASET, DEFAULT_DATA_DIR = "standard", "cifar10", Path("data")
+
+# What may change between a run and its resumption.
+_MAY_CHANGE = frozenset({"epochs"})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainRequest:
+    """A run's experiment and data."""
+
+    recipe: Recipe
+    recipe_name: str
+    dataset: str
+    data_dir: Path
+    """Absolute."""
+    validation_size_was_typed: bool
+
+    @property
+    def label(self) -> str:
+        """The default name of the run's folder."""
+        return f"{self.recipe_name}-{Path(self.dataset).name}-seed{self.recipe.seed}"
+
+
+def resolve_request(options: TrainOptions, stored: Mapping[str, Any] | None) -> TrainRequest:
+    """Resolve what was typed; `stored` is the config.yaml of the run being resumed, None for a new run.
+
+    Raises UserError, also where a resumed run is asked to become another one: each field that differs is named.
+    """
+    stored = stored or {}
+    data = stored.get("dataset", {})
+    if options.recipe is not None or not stored:
+        name = recipe_label(options.recipe or DEFAULT_RECIPE)
+        base = read_recipe(options.recipe or DEFAULT_RECIPE)
+    else:
+        name, base = str(stored.get("recipe_name", "recipe")), dict(stored["recipe"])
+    data_dir = options.data_dir or Path(data.get("data_dir", DEFAULT_DATA_DIR))
+    request = TrainRequest(
+        recipe=resolve_recipe(base, options.recipe_flags, options.assignments),
+        recipe_name=name,
+        dataset=options.dataset or str(data.get("name", DEFAULT_DATASET)),
+        data_dir=data_dir.absolute(),
+        validation_size_was_typed="validation_size" in options.assignments or bool(stored),
+    )
+    if stored:
+        _refuse_differences(request, stored["recipe"], str(data.get("name")))
+    return request
+
+
+def _refuse_differences(request: TrainRequest, stored_recipe: Mapping[str, Any], stored_dataset: str) -> None:
+    now, then = flatten(recipe_to_mapping(request.recipe)), flatten(stored_recipe)
+    changed = [
+        f"{field} {then.get(field)} -> {now.get(field)}"
+        for field in sorted(now.keys() | then.keys())
+        if now.get(field) != then.get(field) and field not in _MAY_CHANGE
+    ]
+    if request.dataset != stored_dataset:
+        changed.append(f"dataset {stored_dataset} -> {request.dataset}")
+    if changed:
+        raise UserError(
+            f"a resumed run stays what it was, and this differs: {', '.join(changed)}; type a new --run-dir"
+        )

@@ -1,0 +1,107 @@
+"""A run and its folder: trains, and writes down what happens as it happens."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from cifar_dist.config.errors import UserError
+from cifar_dist.data.batches import Normalizer
+from cifar_dist.data.dataset import Dataset
+from cifar_dist.records import Evaluation, Status, Summary
+from cifar_dist.training.engine import DivergedError, Trainer
+from cifar_dist.training.evaluation import Predictions, predict_logits
+from cifar_dist.training.metrics import summarize
+from cifar_dist.training.run_directory import CheckpointWriter, RunDirectory
+
+
+class Session:
+    """Trains with a trainer, tests what came of it, and keeps the run directory true at every moment."""
+
+    def __init__(self, directory: RunDirectory, trainer: Trainer, dataset: Dataset, header: Mapping[str, Any]) -> None:
+        """Take in `header` what each checkpoint says of its run besides the state itself."""
+        self.directory = directory
+        self.trainer = trainer
+        self.dataset = dataset
+        self.runtime = trainer.runtime
+        self.state = trainer.state
+        self.checkpoints = CheckpointWriter(directory, header)
+
+    def restore(self, checkpoint: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint. Raises UserError where it does not fit this data, this model or this plan."""
+        if checkpoint["dataset"]["fingerprint"] != self.checkpoints.header["dataset"]["fingerprint"]:
+            raise UserError("the dataset is not the one that this run began with: name that one with --data-dir")
+        self.state.restore(checkpoint)
+        self.runtime.load_scaler_state(checkpoint["scaler"])
+        epochs = self.trainer.plan.epochs
+        if epochs < self.state.epoch:
+            raise UserError(f"epochs={epochs} is below the {self.state.epoch} that are done: set it to that or more")
+
+    def begin(self, config: Mapping[str, Any]) -> None:
+        """Make the folder and write what is known before the first step."""
+        self.directory.create()
+        self.directory.write_config(config)
+        self.directory.cut_records(self.state.step)
+        self._write_summary("running")
+
+    def train(self) -> Status:
+        """Train to the end of the plan, or until it is stopped early; say how it ended.
+
+        Raises DivergedError or KeyboardInterrupt after the summary says so.
+        """
+        try:
+            for record in self.trainer.epochs():
+                self.directory.append_record(record)
+                self.checkpoints.save_if_due(self.state, self.runtime.scaler_state())
+        except DivergedError:
+            self._write_summary("diverged")
+            raise
+        except KeyboardInterrupt:
+            self._write_summary("interrupted")
+            raise
+        self.checkpoints.save(self.state, self.runtime.scaler_state())
+        stopped = self.state.early_stopping.should_stop and self.state.epoch < self.trainer.plan.epochs
+        return "early_stopped" if stopped else "completed"
+
+    def test(self, status: Status) -> tuple[Summary, Predictions]:
+        """Evaluate the selected weights once on the test images, and write the summary and the predictions."""
+        recipe, model = self.trainer.recipe, self.state.model
+        if recipe.selection == "best" and self.state.best is not None:
+            model.load_state_dict(self.state.best.weights)
+        test = self.dataset.test.to(self.runtime.device)
+        predictions = predict_logits(
+            model,
+            test,
+            torch.arange(len(test)),
+            num_classes=self.dataset.num_classes,
+            normalize=Normalizer(recipe.normalization, self.runtime.device, self.runtime.memory_format),
+            runtime=self.runtime,
+            observer=self.trainer.observer,
+        )
+        self.directory.write_predictions(
+            indices=predictions.indices.numpy(),
+            labels=predictions.labels.numpy(),
+            logits=predictions.logits.numpy().astype(np.float16),
+            images=self.dataset.test.images[:64].numpy(),
+            class_names=np.array(self.dataset.class_names),
+        )
+        evaluation = summarize(predictions.logits, predictions.labels, self.dataset.class_names)
+        return self._write_summary(status, evaluation), predictions
+
+    def _write_summary(self, status: Status, test: Evaluation | None = None) -> Summary:
+        best = self.state.best
+        summary = Summary(
+            status=status,
+            epochs=self.state.epoch,
+            best_epoch=None if best is None else best.epoch,
+            train_seconds=self.state.train_seconds,
+            world_size=self.trainer.plan.world_size,
+            device=self.runtime.device.type,
+            precision=self.runtime.precision,
+            num_threads=self.runtime.num_threads,
+            peak_memory_mib=self.runtime.peak_memory_mib(),
+            test=test,
+        )
+        self.directory.write_summary(summary)
+        return summary
