@@ -177,26 +177,20 @@ def _train_and_test(console: Console, display: Display, session: Session) -> int
     except DivergedError as error:
         print(f"diverged: {error}; the last good checkpoint stays: {session.directory.path}", file=sys.stderr)
         return EXIT_FAILED
-    draw_figures(session.directory, summary, predictions, session.dataset)
+    _draw_figures(session, summary, predictions)
     print_result(console, summary, session.trainer.plan.epochs, session.directory.path)
     return EXIT_DONE
 
 
-def draw_figures(directory: RunDirectory, summary: Summary, predictions: Predictions, dataset: Dataset) -> None:
+def _draw_figures(session: Session, summary: Summary, predictions: Predictions) -> None:
     """Draw the curves, the confusion matrix and the first predictions."""
     # matplotlib takes its time to be imported, and a run that fails does not need it.
-    from cifar_dist.display import figures
+    from cifar_dist.display.figures import draw_curves, draw_evaluation
 
     assert summary.test is not None
-    title = f"{directory.path.name}: {summary.test.top1:.2%} on {summary.test.num_samples:,} test images"
-    records = directory.read_records()
-    figures.draw_curves(records, directory.figures / "curves.png", title=title, best_epoch=summary.best_epoch)
-    figures.draw_confusion(summary.test, directory.figures / "confusion.png", title=title)
-    figures.draw_predictions(
-        dataset.test.images[:64].numpy(),
-        predictions.labels[:64].numpy(),
-        predictions.logits[:64].numpy(),
-        dataset.class_names,
-        directory.figures / "predictions.png",
-        title=title,
-    )
+    directory, dataset = session.directory, session.dataset
+    name, images = directory.path.name, dataset.test.images[:64].numpy()
+    curves = directory.figures / "curves.png"
+    draw_curves(directory.read_records(), curves, title=name, best_epoch=summary.best_epoch)
+    labels, logits = predictions.labels.numpy(), predictions.logits.numpy()
+    draw_evaluation(directory.figures, summary.test, images, labels, logits, dataset.class_names, title=name)

@@ -158,7 +158,7 @@ class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str, /) -> Any:
         """Give one of the three names an array is made of. Raises UserError for any other."""
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            # NumPy 2 moved the function and warns at the old place; every array says where it is.
+            # NumPy 2 moved the function and deprecates the old place; every array says where it is.
             return np.empty(0).__reduce__()[0]
         if module == "numpy" and name in ("ndarray", "dtype"):
             return getattr(np, name)

@@ -80,19 +80,21 @@ def exclusive(folder: Path, lock_name: str) -> Iterator[None]:
     cannot be made or written. Where the platform has no `fcntl`, nobody waits.
     """
     made: list[Path] = []
+    descriptor = None
     try:
         with writing(folder):
             descriptor = _take_lock(folder, folder / lock_name, made)
-        try:
-            yield
-        finally:
-            with suppress(OSError):  # before the close, after which the name may stand for the lock of another
-                (folder / lock_name).unlink()
-            os.close(descriptor)
+        yield
     finally:
+        # The lock goes last: without it, the names could be those that another process has just made.
+        if descriptor is not None:
+            with suppress(OSError):
+                (folder / lock_name).unlink()
         for path in made:
             with suppress(OSError):
                 path.rmdir()
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _take_lock(folder: Path, lock: Path, made: list[Path]) -> int:
@@ -132,7 +134,7 @@ def download(
             _download_from(url, target, md5, progress or (lambda _done, _total: None), timeout)
             return
         except DownloadError as error:
-            failures.append(f"{url.split('/')[2].rpartition('@')[2]}: {error}")  # the host, without a password
+            failures.append(f"{url.split('/')[2]}: {error}")
     raise DownloadError("; ".join(failures) or "there is no address to ask")
 
 
@@ -168,7 +170,7 @@ def _complete(url: str, part: Path, progress: Progress, timeout: float) -> None:
             size = _size(part)
             furthest, idle = max(size, furthest), 0 if size > furthest else idle + 1
             # A URLError comes from connecting (refused, unknown, unreachable), where asking again seldom helps.
-            if idle == _IDLE_ATTEMPTS or (isinstance(error, URLError) and furthest == before):
+            if idle == _IDLE_ATTEMPTS or (isinstance(error, (URLError, ValueError)) and furthest == before):
                 raise DownloadError(reason_of(error)) from error
             time.sleep(min(1.0, timeout) * idle)
 

@@ -132,8 +132,8 @@ def _colour_field(bits: PCG64, count: int, spread: float) -> Floats:
     position = (np.arange(_SIZE, dtype=np.float32) + 0.5) * (cells / _SIZE)
     low = np.floor(position)
     weight, index = position - low, low.astype(np.int64)
-    rows = lattice[:, :, index] + (lattice[:, :, index + 1] - lattice[:, :, index]) * weight[:, None]
-    return rows[..., index] + (rows[..., index + 1] - rows[..., index]) * weight
+    rows = np.take(lattice, index, 2) + (np.take(lattice, index + 1, 2) - np.take(lattice, index, 2)) * weight[:, None]
+    return np.take(rows, index, 3) + (np.take(rows, index + 1, 3) - np.take(rows, index, 3)) * weight
 
 
 def _contrasting_colour(bits: PCG64, other: Floats, contrast: float) -> Floats:

@@ -98,6 +98,22 @@ def draw_predictions(
     _save(figure, path)
 
 
+def draw_evaluation(
+    folder: Path,
+    evaluation: Evaluation,
+    images: NDArray[np.uint8],
+    labels: NDArray[Any],
+    logits: NDArray[Any],
+    class_names: Sequence[str],
+    *,
+    title: str,
+) -> None:
+    """Draw confusion.png and predictions.png into a folder; arguments as for the two."""
+    heading = f"{title}: {evaluation.top1:.2%} of {evaluation.num_samples:,} images right"
+    draw_confusion(evaluation, folder / "confusion.png", title=heading)
+    draw_predictions(images, labels, logits, class_names, folder / "predictions.png", title=heading)
+
+
 def _rectangle(width: int, height: int, style: Mapping[str, Any]) -> Any:
     from matplotlib.patches import Rectangle
 

@@ -202,10 +202,57 @@ class ByteProgress:
             self._progress.stop()
 
 
+class PlainEvaluation(Display):
+    """A sign of life while an evaluation runs."""
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(console)
+        self.clock = clock
+        self._last_line = clock()
+
+    def on_evaluation(self, done: int, total: int) -> None:
+        """Show how far it is."""
+        if self.clock() - self._last_line >= _SIGN_OF_LIFE_SECONDS:
+            self.on_note(f"evaluating {done:,}/{total:,} images")
+            self._last_line = self.clock()
+
+
+class RichEvaluation(Display):
+    """A bar while an evaluation runs."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn())
+        self.progress = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, expand=True)
+        self.task = self.progress.add_task("evaluating", total=None)
+
+    def __enter__(self) -> Self:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+
+    def on_evaluation(self, done: int, total: int) -> None:
+        """Move the bar."""
+        self.progress.update(self.task, completed=done, total=total)
+
+
+def evaluation_display(console: Console) -> Display:
+    """Choose the view of an evaluation: a bar on a terminal that can move its cursor, plain lines elsewhere."""
+    return RichEvaluation(console) if _can_draw(console) else PlainEvaluation(console)
+
+
+def _can_draw(console: Console) -> bool:
+    return console.is_terminal and not console.is_dumb_terminal
+
+
 def training_display(console: Console, plan: RunPlan, *, quiet: bool) -> Display:
     """Choose the view: none, bars on a terminal that can move its cursor, plain lines elsewhere."""
     if quiet:
         return Display(console)
-    if console.is_terminal and not console.is_dumb_terminal:
+    if _can_draw(console):
         return RichTraining(console, plan)
     return PlainTraining(console, plan)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, Group
 from rich.panel import Panel
@@ -66,10 +67,19 @@ def format_outcome(summary: Summary, *, total_epochs: int) -> str:
     return f"{how} after {summary.epochs} of {total_epochs} epochs in {minutes:.2f} minutes{best}"
 
 
-def format_ratio(values: Sequence[float]) -> str:
-    """Give a median with its spread."""
-    low, middle, high = values
-    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
+def format_bench(result: Mapping[str, Any]) -> list[str]:
+    """Give what `bench` measured: rates, their ratio with its spread, and the parts of a step."""
+    low, middle, high = (result[f"loop_over_bare{end}"] for end in ("_min", "", "_max"))
+    parts: Mapping[str, float] = result["seconds_by_part"]
+    total = sum(parts.values())
+    return [
+        f"bare step  {result['bare_step_images_per_second']:>10,.0f} images/s",
+        f"our loop   {result['loop_images_per_second']:>10,.0f} images/s",
+        f"loop over bare step {middle:.3f} ({low:.3f} to {high:.3f} in {result['rounds']} rounds)",
+        "",
+        "milliseconds a step, by part, each waited for:",
+        *(f"{name:<14}{1000 * each:>9.2f}  {each / total:>6.1%}" for name, each in parts.items()),
+    ]
 
 
 def print_header(console: Console, values: Mapping[str, str]) -> None:

@@ -71,6 +71,11 @@ class Runtime:
         if state and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state)
 
+    def synchronize(self) -> None:
+        """Wait for the device to finish what it was given."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
     def peak_memory_mib(self) -> int | None:
         """Give the largest memory so far: of the device on CUDA, of the process elsewhere; None where unknown."""
         if self.device.type == "cuda":
@@ -90,17 +95,22 @@ class Runtime:
 
 
 def start(
-    world: World, config: AccelerateConfig, *, typed_precision: str | None = None, num_threads: int | None = None
+    world: World,
+    config: AccelerateConfig,
+    *,
+    typed_precision: str | None = None,
+    num_threads: int | None = None,
+    doing: str = "training",
 ) -> Runtime:
     """Choose device, precision and threads, and start Accelerate on them.
 
-    `num_threads` is a resumed run's or a checkpoint's; None: chosen for this machine.
+    `num_threads` is a resumed run's or a checkpoint's; None: chosen for this machine. `doing` is a word for the notes.
     Raises UserError where Accelerate cannot be started as asked.
     """
     facts = device_module.probe(use_cpu=config.use_cpu)
     notes = []
     if facts.type == "cpu" and not config.use_cpu:
-        notes.append("no MPS or CUDA device here: training on cpu")
+        notes.append(f"no MPS or CUDA device here: {doing} on cpu")
     choice = device_module.resolve_precision(wished_precision(typed_precision, config, os.environ), facts)
     if choice.differs:
         notes.append(f"{choice.reason}: using {choice.precision}")

@@ -83,21 +83,27 @@ class Trainer:
         """Give the epoch's (loss, hits, images) sums over all processes, and the seconds it took."""
         started = time.perf_counter()
         sums = RunningSums(self.runtime.device)
-        self.model.train()
-        for number, (images, labels) in enumerate(self.batches.epoch(epoch), start=1):
-            loss = self.train_step(images, labels, sums, number)
-            self.state.step += 1
-            if number % self.plan.report_every_steps == 0:
-                self.observer.on_step(number, self._finite(float(loss) / len(labels), epoch))
-            else:
-                self.observer.on_step(number, None)
+        for _ in self.steps(epoch, sums):
+            pass
         totals = self.runtime.sum_over_ranks(sums.sums).cpu()
         seconds = time.perf_counter() - started
         self._finite(float(totals[0]), epoch)
         return totals, seconds
 
-    def train_step(self, images: Tensor, labels: Tensor, sums: RunningSums, number: int) -> Tensor:
-        """Do one step of the optimiser, the `number`-th of its epoch; give the batch's summed loss, on the device."""
+    def steps(self, epoch: int, sums: RunningSums) -> Iterator[int]:
+        """Do an epoch's optimiser steps one by one, adding to the sums; give each step's number in the epoch."""
+        self.model.train()
+        for number, (images, labels) in enumerate(self.batches.epoch(epoch), start=1):
+            loss = self._step(images, labels, sums, number)
+            self.state.step += 1
+            if number % self.plan.report_every_steps == 0:
+                self.observer.on_step(number, self._finite(float(loss) / len(labels), epoch))
+            else:
+                self.observer.on_step(number, None)
+            yield number
+
+    def _step(self, images: Tensor, labels: Tensor, sums: RunningSums, number: int) -> Tensor:
+        """Do one step of the optimiser; give the batch's summed loss, on the device."""
         set_learning_rate(self.optimizer, learning_rate(self.recipe, self.state.step))
         logits = self.model(images)
         loss = functional.cross_entropy(logits, labels, reduction="sum")

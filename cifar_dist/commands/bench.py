@@ -1,0 +1,185 @@
+"""`bench`: the training loop against the bare training step, in alternation, in one run."""
+
+import io
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch.nn import functional
+
+from cifar_dist.config.errors import EXIT_DONE, UserError
+from cifar_dist.config.loading import read_recipe, recipe_label, resolve_recipe
+from cifar_dist.config.options import BenchOptions
+from cifar_dist.config.plan import make_plan
+from cifar_dist.config.recipe import Recipe
+from cifar_dist.config.unsupported import refuse_several_processes, refuse_unsupported
+from cifar_dist.config.world import World, load_accelerate_config
+from cifar_dist.data.dataset import Dataset, LabelledImages
+from cifar_dist.display.progress import training_display
+from cifar_dist.display.tables import format_bench, print_lines
+from cifar_dist.model.optimizer import build_optimizer
+from cifar_dist.model.resnet import build_resnet
+from cifar_dist.runtime.distributed import Runtime, start
+from cifar_dist.training.checkpoint import write_atomically
+from cifar_dist.training.engine import Trainer
+from cifar_dist.training.metrics import RunningSums
+from cifar_dist.training.setup import build_trainer
+
+_NUM_IMAGES = 20_000
+_ROUNDS = 8
+_NOT_FOR_SPEED = {"validation_size": 0, "early_stopping": {"enabled": False}, "epochs": 1_000_000}
+
+
+def run(options: BenchOptions) -> int:
+    """Measure as asked; give the exit code."""
+    console = Console()
+    world, config = World.from_environment(os.environ), load_accelerate_config(options.config)
+    refuse_several_processes(world, config.num_processes)
+    if options.json is not None and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):
+        raise UserError(f"--json {options.json} cannot be written: name a file in a folder that exists")
+    recipe = resolve_recipe(read_recipe(options.recipe), _NOT_FOR_SPEED, options.assignments)
+    refuse_unsupported(recipe)
+    with start(world, config, typed_precision=options.precision, doing="measuring") as runtime:
+        what = f"{recipe_label(options.recipe)}, stem {recipe.stem}, batch {recipe.global_batch_size}"
+        where = f"{runtime.device.type}, precision {runtime.precision}, {runtime.num_threads} threads"
+        for line in (*runtime.notes, f"{what}, {where}"):
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
+        result = _measure(recipe, runtime, options.seconds)
+    print_lines(console, format_bench(result), title="bench")
+    if options.json is not None:
+        text = json.dumps(result, allow_nan=False) + "\n"
+        write_atomically(options.json, lambda file: file.write(text.encode()))
+    return EXIT_DONE
+
+
+def _measure(recipe: Recipe, runtime: Runtime, seconds: float) -> dict[str, Any]:
+    """Measure both loops for `seconds` each, in turns, and give what `--json` writes."""
+    dataset = _random_dataset(recipe.image_size)
+    plan = make_plan(recipe, world_size=1, sizes=dataset.sizes, device_type=runtime.device.type)
+    # Drawn as for a user, on a terminal that nobody sees: the bars cost what they cost.
+    display = training_display(Console(file=io.StringIO(), force_terminal=True), plan, quiet=False)
+    with display:
+        loop, bare = _Loop(build_trainer(recipe, plan, dataset, runtime, display)), _BareStep(recipe, runtime, dataset)
+        for step in (bare, loop) * 3:  # caches, allocators and kernels that are chosen at the first call
+            step()
+        rounds = _alternate([bare, loop], recipe.global_batch_size, seconds, runtime)
+        parts = _seconds_by_part(bare, loop.trainer, runtime)
+    bare_rates, loop_rates = ([each[i] for each in rounds] for i in (0, 1))
+    ratios = [ours / floor for floor, ours in rounds]
+    return {
+        "bare_step_images_per_second": statistics.median(bare_rates),
+        "loop_images_per_second": statistics.median(loop_rates),
+        "script_images_per_second": None,
+        "peer_images_per_second": None,
+        "loop_over_bare": statistics.median(ratios),
+        "loop_over_bare_min": min(ratios),
+        "loop_over_bare_max": max(ratios),
+        "seconds_by_part": parts,
+        "rounds": len(rounds),
+        "device": runtime.device.type,
+        "precision": runtime.precision,
+        "num_threads": runtime.num_threads,
+        "global_batch_size": recipe.global_batch_size,
+        "peak_memory_mib": runtime.peak_memory_mib(),
+    }
+
+
+class _BareStep:
+    """Forward, backward and optimiser on one fixed batch, with torch alone: nobody's loop is faster."""
+
+    def __init__(self, recipe: Recipe, runtime: Runtime, dataset: Dataset) -> None:
+        batch, device, layout = recipe.global_batch_size, runtime.device, runtime.memory_format
+        model = build_resnet(recipe.stem, dataset.num_classes, seed=recipe.seed)
+        self.model = model.to(device, memory_format=layout).train()  # type: ignore[call-overload]
+        self.optimizer = build_optimizer(self.model, recipe.optimizer)
+        self.images = torch.rand(batch, 3, recipe.image_size, recipe.image_size).to(device, memory_format=layout)
+        self.labels = dataset.train.labels[:batch].to(device)
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}[runtime.precision]
+
+    def forward(self) -> torch.Tensor:
+        with torch.autocast(self.images.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+            logits = self.model(self.images)
+        return functional.cross_entropy(logits.float(), self.labels)
+
+    def __call__(self) -> None:
+        self.forward().backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+class _Loop:
+    """Our own loop, a step at a time, epoch after epoch."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.epoch = 0
+        self._steps: Iterator[int] = iter(())
+
+    def __call__(self) -> None:
+        if next(self._steps, None) is None:
+            self.epoch += 1
+            trainer = self.trainer
+            trainer.observer.on_epoch_start(self.epoch, trainer.recipe.optimizer.learning_rate)
+            self._steps = trainer.steps(self.epoch, RunningSums(trainer.runtime.device))
+            next(self._steps)
+
+
+def _alternate(
+    steps: list[Callable[[], None]], batch_size: int, seconds: float, runtime: Runtime
+) -> list[tuple[float, ...]]:
+    """Run the steps in turns; give each round's images a second, in the order of `steps`."""
+    slowest = max(_time(step, 1, runtime) for step in steps)
+    rounds = max(3, min(_ROUNDS, int(seconds / slowest)))
+    counts = [max(1, round(seconds / rounds / _time(step, 2, runtime) * 2)) for step in steps]
+    return [
+        tuple(count * batch_size / _time(step, count, runtime) for step, count in zip(steps, counts, strict=True))
+        for _ in range(rounds)
+    ]
+
+
+def _time(action: Callable[[], object], count: int, runtime: Runtime) -> float:
+    """Give the seconds that `count` calls take, the device's work included."""
+    runtime.synchronize()
+    started = time.perf_counter()
+    for _ in range(count):
+        action()
+    runtime.synchronize()
+    return time.perf_counter() - started
+
+
+def _seconds_by_part(bare: _BareStep, trainer: Trainer, runtime: Runtime, *, count: int = 5) -> dict[str, float]:
+    """Time the parts of a step one by one: seconds a step, the device waited for after each part."""
+    batches, batch = trainer.batches, trainer.recipe.global_batch_size
+    table, samples = batches.augmentation.draw_table(1, len(batches.data)), torch.arange(batch)
+    images, labels = batches.data.images[:batch], batches.data.labels[:batch]
+    pixels = batches.augmentation.apply(images, table[:batch])
+    sums, logits = RunningSums(runtime.device), torch.zeros(batch, 10, device=runtime.device)
+    loss = torch.zeros((), device=runtime.device)
+    parts: dict[str, Callable[[], object]] = {
+        "gather": lambda: (table[samples], batches.data.images[samples.to(images.device)]),
+        "augmentation": lambda: batches.augmentation.apply(images, table[:batch]),
+        "normalization": lambda: batches.normalize(pixels),
+        "metrics": lambda: sums.add(loss, logits, labels),
+        "progress": lambda: trainer.observer.on_step(1, None),
+        "optimizer": bare.optimizer.step,
+    }
+    seconds = {"forward": 0.0, "backward": 0.0}
+    for _ in range(count):
+        results: list[torch.Tensor] = []
+        seconds["forward"] += _time(lambda: results.append(bare.forward()), 1, runtime) / count  # noqa: B023
+        seconds["backward"] += _time(lambda: results[0].backward(), 1, runtime) / count  # type: ignore[no-untyped-call]  # noqa: B023
+    return {name: _time(action, count, runtime) / count for name, action in parts.items()} | seconds
+
+
+def _random_dataset(size: int) -> Dataset:
+    """Make images that nobody will learn from: how long a step takes does not depend on what they show."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (_NUM_IMAGES, 3, size, size), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(10, (_NUM_IMAGES,), generator=generator)
+    part = LabelledImages(images=images, labels=labels)
+    return Dataset(name="random", class_names=tuple("0123456789"), train=part, test=part)

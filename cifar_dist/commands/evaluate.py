@@ -1,0 +1,225 @@
+"""`eval`: how well saved weights do on a dataset, each image counted once."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from cifar_dist.config.errors import EXIT_DONE, UserError
+from cifar_dist.config.loading import read_recipe, resolve_recipe
+from cifar_dist.config.options import EvalOptions
+from cifar_dist.config.recipe import Recipe
+from cifar_dist.config.request import DEFAULT_DATA_DIR, DEFAULT_DATASET
+from cifar_dist.config.unsupported import refuse_several_processes
+from cifar_dist.config.world import World, load_accelerate_config
+from cifar_dist.data.batches import Normalizer
+from cifar_dist.data.dataset import Dataset, LabelledImages
+from cifar_dist.data.datasets import check_dataset_name, load_dataset
+from cifar_dist.data.split import stratified_split
+from cifar_dist.display.progress import ByteProgress, evaluation_display
+from cifar_dist.display.tables import format_class_bars, format_evaluation_totals, print_lines
+from cifar_dist.model.resnet import build_resnet, infer_architecture, load_weights
+from cifar_dist.records import Evaluation
+from cifar_dist.runtime.distributed import Runtime, start
+from cifar_dist.training.checkpoint import is_bare_weights, load_checkpoint, write_atomically
+from cifar_dist.training.evaluation import Predictions, predict_logits
+from cifar_dist.training.metrics import summarize
+from cifar_dist.training.run_directory import RunDirectory
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Weights:
+    """What is evaluated, and what it says of how it wants to be."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    recipe: Recipe
+    num_classes: int
+    class_names: tuple[str, ...] | None
+    """None for bare weights, which do not know."""
+    about: Mapping[str, Any]
+    """The checkpoint's own words on dataset, precision and threads; empty for bare weights."""
+    notes: tuple[str, ...]
+
+
+def run(options: EvalOptions) -> int:
+    """Evaluate as asked; give the exit code."""
+    console = Console()
+    world, config = World.from_environment(os.environ), load_accelerate_config(options.config)
+    refuse_several_processes(world, config.num_processes)
+    _check_outputs(options)
+    weights = _read_weights(options)
+    dataset = _load_data(console, options, weights)
+    precision = options.precision or weights.about.get("precision", "no")
+    with start(
+        world, config, typed_precision=precision, num_threads=weights.about.get("num_threads"), doing="evaluating"
+    ) as runtime:
+        for note in (*weights.notes, *runtime.notes):
+            console.print(note, highlight=False, soft_wrap=True, markup=False)
+        data, indices = _choose_split(options, weights, dataset)
+        predictions = _predict(console, options, weights, data, indices, runtime)
+        evaluation = summarize(predictions.logits, predictions.labels, dataset.class_names)
+        title = f"{weights.path}, {dataset.name} {options.split}, tta {options.tta}, precision {runtime.precision}"
+        lines = [format_evaluation_totals(evaluation), "", *format_class_bars(evaluation)]
+        print_lines(console, lines, title=title)
+        if options.json is not None:
+            _write_json(options.json, evaluation, options, weights, dataset, runtime)
+        if options.figures is not None:
+            _draw(options.figures, title, evaluation, predictions, data, dataset.class_names)
+    return EXIT_DONE
+
+
+def _check_outputs(options: EvalOptions) -> None:
+    """Refuse places that cannot be written to before time is spent on what goes there."""
+    if options.json is not None and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):
+        raise UserError(f"--json {options.json} cannot be written: name a file in a folder that exists")
+    if options.figures is not None and options.figures.exists() and not options.figures.is_dir():
+        raise UserError(f"--figures {options.figures} is a file: name a folder")
+
+
+def _read_weights(options: EvalOptions) -> _Weights:
+    """Read a checkpoint of ours (in a run directory: the one behind its test result) or bare weights."""
+    path = _checkpoint_file(options.checkpoint)
+    content = load_checkpoint(path)
+    if is_bare_weights(content):
+        return _bare_weights(path, content, options)
+    if "recipe" not in content or "model" not in content:
+        raise UserError(f"checkpoint {path} is neither a checkpoint of this program nor a bare state dict")
+    recipe = resolve_recipe(content["recipe"], {}, {})
+    if options.recipe is not None:
+        typed = resolve_recipe(read_recipe(options.recipe), {}, {})
+        if typed.stem != recipe.stem:
+            raise UserError(f"--recipe {options.recipe} has the stem {typed.stem}, and {path} has {recipe.stem}")
+        recipe = typed
+    names = tuple(content["class_names"])
+    return _Weights(
+        path=path,
+        tensors=content["model"],
+        recipe=recipe,
+        num_classes=len(names),
+        class_names=names,
+        about=content,
+        notes=(),
+    )
+
+
+def _checkpoint_file(path: Path) -> Path:
+    if not path.exists():
+        raise UserError(f"there is no checkpoint {path}")
+    if not path.is_dir():
+        return path
+    run = RunDirectory(path)
+    if not run.last.exists():
+        raise UserError(f"there is no checkpoint in {path}: {run.last} does not exist")
+    summary = run.read_summary()
+    selected_best = run.read_config()["recipe"].get("selection") == "best" and run.best.exists()
+    return run.best if selected_best and summary is not None and summary.test is not None else run.last
+
+
+def _bare_weights(path: Path, tensors: dict[str, Tensor], options: EvalOptions) -> _Weights:
+    """Infer from the tensors what they can tell, and take the rest from the recipe, typed or likely."""
+    stem, num_classes = infer_architecture(tensors)
+    name = options.recipe or ("original" if stem == "imagenet" else "standard")
+    recipe = resolve_recipe(read_recipe(name), {}, {} if options.recipe else {"stem": stem})
+    if (recipe.stem == "imagenet") != (stem == "imagenet"):
+        raise UserError(f"--recipe {name} has the stem {recipe.stem}, and {path} has {stem}")
+    if options.split == "validation" and options.recipe is None:
+        raise UserError("bare weights have no validation split: add --recipe to say which images were held out")
+    mean, std = list(recipe.normalization.mean), list(recipe.normalization.std)
+    note = f"bare weights: stem {recipe.stem}, {num_classes} classes; normalisation of {name} (mean {mean}, std {std})"
+    return _Weights(
+        path=path, tensors=tensors, recipe=recipe, num_classes=num_classes, class_names=None, about={}, notes=(note,)
+    )
+
+
+def _load_data(console: Console, options: EvalOptions, weights: _Weights) -> Dataset:
+    """Load the dataset that was typed, else the one that the weights were trained on."""
+    about = weights.about.get("dataset", {})
+    name = options.dataset or about.get("name", DEFAULT_DATASET)
+    data_dir = options.data_dir or Path(about.get("data_dir", DEFAULT_DATA_DIR))
+    check_dataset_name(name)
+    progress = ByteProgress(console, f"downloading {name}")
+    try:
+        dataset = load_dataset(name, data_dir.absolute(), progress=progress)
+    finally:
+        progress.close()
+    if weights.num_classes != dataset.num_classes:
+        raise UserError(
+            f"{weights.path} knows {weights.num_classes} classes, and {name} has {dataset.num_classes}:"
+            " name its --dataset"
+        )
+    if weights.class_names not in (None, dataset.class_names):
+        raise UserError(f"{weights.path} was trained on other classes than {name} has: name its --dataset")
+    return dataset
+
+
+def _choose_split(options: EvalOptions, weights: _Weights, dataset: Dataset) -> tuple[LabelledImages, Tensor]:
+    """Give the images, and which of them to evaluate."""
+    if options.split == "test":
+        return dataset.test, torch.arange(len(dataset.test))
+    size, seed = weights.recipe.validation_size, weights.recipe.seed
+    _, held_out = stratified_split(dataset.train.labels, min(size, len(dataset.train)), seed=seed)
+    if not len(held_out):
+        raise UserError(f"{weights.path} was trained without a validation split: evaluate it with --split test")
+    return dataset.train, held_out
+
+
+def _predict(
+    console: Console, options: EvalOptions, weights: _Weights, data: LabelledImages, indices: Tensor, runtime: Runtime
+) -> Predictions:
+    model = build_resnet(weights.recipe.stem, weights.num_classes, seed=0)
+    load_weights(model, weights.tensors)
+    model = model.to(runtime.device, memory_format=runtime.memory_format)  # type: ignore[call-overload]
+    with evaluation_display(console) as observer:
+        return predict_logits(
+            model,
+            data.to(runtime.device),
+            indices,
+            num_classes=weights.num_classes,
+            normalize=Normalizer(weights.recipe.normalization, runtime.device, runtime.memory_format),
+            runtime=runtime,
+            mirror=options.tta == "mirror",
+            observer=observer,
+        )
+
+
+def _write_json(
+    path: Path, evaluation: Evaluation, options: EvalOptions, weights: _Weights, dataset: Dataset, runtime: Runtime
+) -> None:
+    content = {
+        **evaluation.to_mapping(),
+        "checkpoint": str(weights.path),
+        "dataset": dataset.name,
+        "split": options.split,
+        "tta": options.tta,
+        "precision": runtime.precision,
+        "world_size": runtime.world.size,
+    }
+    write_atomically(path, lambda file: file.write(json.dumps(content, allow_nan=False).encode() + b"\n"))
+
+
+def _draw(
+    folder: Path,
+    title: str,
+    evaluation: Evaluation,
+    predictions: Predictions,
+    data: LabelledImages,
+    class_names: tuple[str, ...],
+) -> None:
+    # matplotlib takes its time to be imported, and most evaluations do not need it.
+    from cifar_dist.display.figures import draw_evaluation
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
+    images = data.images[predictions.indices[:64].to(data.images.device)].cpu().numpy()
+    draw_evaluation(
+        folder, evaluation, images, predictions.labels.numpy(), predictions.logits.numpy(), class_names, title=title
+    )
