@@ -49,12 +49,12 @@ def _square(x: Floats, y: Floats) -> Floats:
 
 
 def _triangle(x: Floats, y: Floats) -> Floats:
-    return np.maximum(np.abs(x) * (_ROOT3 / 2) + y / 2, -y) - 0.55
+    return np.maximum(np.abs(x) * (_ROOT3 / 2) - (y - 0.2) / 2, y - 0.2) - 0.55
 
 
 def _star(x: Floats, y: Floats) -> Floats:
     # Reflections fold the ten half-arms onto one, where the outline is a single straight edge.
-    x = np.abs(x)
+    x, y = np.abs(x), -y
     for normal_x, normal_y in ((_COS36, -_SIN36), (-_COS36, -_SIN36)):
         beyond = np.maximum(x * normal_x + y * normal_y, 0) * 2
         x, y = x - beyond * normal_x, y - beyond * normal_y
@@ -71,11 +71,11 @@ def _crescent(x: Floats, y: Floats) -> Floats:
 
 
 def _heart(x: Floats, y: Floats) -> Floats:
-    # A square that stands on a corner (here turned to lie along the axes) and a disc on each of its two upper sides.
+    # A square that stands on a corner, and on each of its two upper sides a disc with that side as its diameter.
     side = 0.55
-    x, y = x + 0.2, y + 0.2
-    square = np.maximum(np.abs(x), np.abs(y)) - side
-    return np.minimum(square, np.minimum(_length(x - side, y), _length(x, y - side)) - side)
+    u, v = (x - y) / _ROOT2 + 0.2, (-x - y) / _ROOT2 + 0.2
+    square = np.maximum(np.abs(u), np.abs(v)) - side
+    return np.minimum(square, np.minimum(_length(u - side, v), _length(u, v - side)) - side)
 
 
 def _arrow(x: Floats, y: Floats) -> Floats:

@@ -7,6 +7,8 @@ states that do not survive a change of world size.
 import io
 import os
 import pickle
+import re
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -74,12 +76,12 @@ def _unpack(path: Path, data: bytes) -> dict[str, Any]:
     if data[:2] == b"PK":
         _verify_checksums(path, data)
     try:
-        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"checkpoint {path} is refused: it holds more than tensors and plain values, and loading it could run code"
-        ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError):
+        with warnings.catch_warnings(action="ignore"):  # torch's remarks on pickles that are not its own
+            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # a foreign file makes the unpickler fail in any way
+        if named := re.search(r"GLOBAL:? (?:GLOBAL )?([\w.]+)", str(error), re.IGNORECASE):
+            what = f"it is more than tensors and plain values, and could run code ({named[1]})"
+            raise UserError(f"checkpoint {path} is refused: {what}") from None
         raise UserError(f"checkpoint {path} is not a file that torch.save wrote") from None
     if not isinstance(content, dict) or not content or not all(isinstance(key, str) for key in content):
         raise UserError(f"checkpoint {path} holds no state dict")

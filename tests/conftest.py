@@ -1,0 +1,50 @@
+"""What several tests share."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from cifar_dist.config.loading import parse_assignments, read_recipe, resolve_recipe
+from cifar_dist.config.recipe import Recipe
+from cifar_dist.config.world import AccelerateConfig, World
+from cifar_dist.data.dataset import Dataset, LabelledImages
+from cifar_dist.runtime.distributed import start
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def official_data() -> Path:
+    """The folder that holds the official CIFAR-10 files."""
+    folder = os.environ.get("CIFAR_DIST_TEST_DATA")
+    if not folder or not (Path(folder) / "cifar-10-batches-py").is_dir():
+        pytest.skip("needs the official CIFAR-10 files: set CIFAR_DIST_TEST_DATA to the folder that holds them")
+    return Path(folder)
+
+
+def make_recipe(*assignments: str, base: str = "original") -> Recipe:
+    return resolve_recipe(read_recipe(base), {}, parse_assignments(assignments))
+
+
+def make_dataset(num_train: int = 96, num_test: int = 40, num_classes: int = 10) -> Dataset:
+    """Images whose class is their brightness: learnable in a few steps."""
+    generator = torch.Generator().manual_seed(7)
+
+    def part(count: int) -> LabelledImages:
+        labels = torch.arange(count) % num_classes
+        noise = torch.randint(0, 20, (count, 3, 32, 32), generator=generator)
+        images = (labels.view(-1, 1, 1, 1) * (230 // num_classes) + noise).to(torch.uint8)
+        order = torch.randperm(count, generator=generator)
+        return LabelledImages(images=images[order].contiguous(), labels=labels[order])
+
+    names = tuple(f"class{i}" for i in range(num_classes))
+    return Dataset(name="brightness", class_names=names, train=part(num_train), test=part(num_test))
+
+
+@pytest.fixture
+def runtime():
+    """A world of one on the CPU in float32, on one thread: two would wait for each other where cores are shared."""
+    with start(World(), AccelerateConfig(use_cpu=True), typed_precision="no", num_threads=1) as started:
+        yield started

@@ -1,0 +1,111 @@
+"""The table of rooms in the architecture, kept by reading the imports of every module (nothing is imported)."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "cifar_dist"
+
+# room -> the rooms of ours that it may import
+MAY_IMPORT = {
+    "config": {"config"},
+    "records": set(),
+    "display": {"display", "config", "records"},
+    "data": {"data", "config"},
+    "model": {"model", "config"},
+    "runtime": {"runtime", "config"},
+    "training": {"training", "data", "model", "runtime", "config", "records"},
+    "baselines": set(),
+    "commands": {"data", "model", "runtime", "training", "display", "config", "records", "baselines"},
+    "cli": {"config", "__init__"},
+    "__init__": set(),
+    "__main__": {"cli"},
+}
+NO_TORCH = {"config", "records", "display", "cli", "__init__", "__main__"}
+HEAVY = {"torch", "torchvision", "accelerate"}
+# (room or file, what it may not import), besides the rooms
+KNOWS_ACCELERATE = {"runtime/distributed.py", "baselines/peer.py"}
+
+
+def imports(tree: ast.AST, name: str) -> list[str]:
+    """Absolute names of all modules that are imported anywhere in a file, functions included."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: relative imports hide the room"
+            found.append(node.module or "")
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+def room_of(path: str) -> str:
+    return path.split("/")[0].removesuffix(".py")
+
+
+def violations(path: str, source: str) -> list[str]:
+    """What a file (path relative to the package) imports and may not."""
+    room, wrong = room_of(path), []
+    for name in imports(ast.parse(source), path):
+        top, *rest = name.split(".")
+        if top == "cifar_dist":
+            target = rest[0] if rest else "__init__"
+            known = target in MAY_IMPORT
+            if known and target not in MAY_IMPORT[room] and not (room == "config" and target == "__init__"):
+                wrong.append(f"{path}: imports {name}")
+            if target == "baselines" and path != "commands/bench.py":
+                wrong.append(f"{path}: only bench may import baselines")
+        if top in HEAVY and (room in NO_TORCH or path == "runtime/launch.py"):
+            wrong.append(f"{path}: imports {top}")
+        if top == "accelerate" and path not in KNOWS_ACCELERATE:
+            wrong.append(f"{path}: imports accelerate")
+        if top == "rich" and room in {"training", "data", "model", "runtime", "config"}:
+            wrong.append(f"{path}: talks to the console")
+    return wrong
+
+
+FILES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_imports_keep_to_the_table(path):
+    assert violations(path, (PACKAGE / path).read_text()) == []
+
+
+def test_every_folder_and_module_is_a_known_room():
+    assert {room_of(path) for path in FILES} <= set(MAY_IMPORT)
+    banned = {"utils.py", "common.py", "helpers.py", "core.py"}
+    assert not banned & {Path(path).name for path in FILES}
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("config/plan.py", "import torch"),
+        ("display/progress.py", "from torch import Tensor"),
+        ("display/tables.py", "from cifar_dist.training.engine import Trainer"),
+        ("data/order.py", "from cifar_dist.model import resnet"),
+        ("data/order.py", "from accelerate import Accelerator"),
+        ("model/resnet.py", "from cifar_dist.data.dataset import Dataset"),
+        ("runtime/launch.py", "import torch.distributed"),
+        ("runtime/device.py", "from accelerate import Accelerator"),
+        ("training/engine.py", "from rich.console import Console"),
+        ("training/engine.py", "from cifar_dist.display.tables import print_result"),
+        ("training/engine.py", "from cifar_dist.cli import main"),
+        ("commands/train.py", "from cifar_dist.commands.evaluate import run"),
+        ("commands/train.py", "from cifar_dist.baselines import script"),
+        ("commands/train.py", "def f():\n    from accelerate import Accelerator"),
+        ("cli.py", "from cifar_dist.commands.train import run"),
+        ("cli.py", "import torch"),
+    ],
+)
+def test_a_forbidden_import_is_caught(path, source):
+    assert violations(path, source)
+
+
+def test_the_entry_file_is_a_stub():
+    source = (PACKAGE.parent / "launch.py").read_text()
+    assert set(imports(ast.parse(source), "launch.py")) == {"sys", "cifar_dist.cli", "cifar_dist.cli.main"}
+    assert len(source.splitlines()) < 15

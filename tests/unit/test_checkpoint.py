@@ -1,0 +1,152 @@
+"""Checkpoints: atomic, verified, and never run."""
+
+import io
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from cifar_dist.config.errors import UserError
+from cifar_dist.training import checkpoint as module
+from cifar_dist.training.checkpoint import is_bare_weights, load_checkpoint, save_checkpoint, write_atomically
+
+CONTENT = {"model": {"weight": torch.arange(6.0)}, "epoch": 3, "best": None, "names": ["a", "b"]}
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "last.pt"
+
+
+def test_a_checkpoint_comes_back_as_it_was(path):
+    save_checkpoint(path, CONTENT)
+    loaded = load_checkpoint(path)
+    assert torch.equal(loaded["model"]["weight"], CONTENT["model"]["weight"])
+    assert (loaded["epoch"], loaded["best"], loaded["names"]) == (3, None, ["a", "b"])
+    assert not is_bare_weights(loaded)
+    assert [file.name for file in path.parent.iterdir()] == ["last.pt"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_predecessor_is_kept(path, monkeypatch, links):
+    def no_links(*_):
+        raise OSError("no hard links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    previous = path.with_name("previous.pt")
+    for epoch in (1, 2, 3):
+        save_checkpoint(path, {"epoch": epoch}, previous=previous)
+    assert (load_checkpoint(path)["epoch"], load_checkpoint(previous)["epoch"]) == (3, 2)
+    assert sorted(file.name for file in path.parent.iterdir()) == ["last.pt", "previous.pt"]
+
+
+@pytest.mark.parametrize("failing", ["fsync", "write", "replace"])
+def test_a_write_that_fails_leaves_what_was_there(path, monkeypatch, failing):
+    save_checkpoint(path, {"epoch": 1})
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    target, name = {"fsync": (module.os, "fsync"), "write": (module.torch, "save"), "replace": (Path, "replace")}[
+        failing
+    ]
+    monkeypatch.setattr(target, name, fail)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(path, {"epoch": 2})
+    monkeypatch.undo()
+    assert load_checkpoint(path)["epoch"] == 1
+    assert [file.name for file in path.parent.iterdir()] == ["last.pt"]
+
+
+def test_the_file_is_on_disk_before_it_has_its_name(path, monkeypatch):
+    events = []
+    fsync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (events.append("fsync"), fsync(descriptor))[1])
+    monkeypatch.setattr(Path, "replace", lambda self, to: (events.append("replace"), replace(self, to))[1])
+    write_atomically(path, lambda file: file.write(b"x"))
+    assert events == ["fsync", "replace", "fsync"]
+
+
+def bare(tmp_path, **options) -> Path:
+    file = tmp_path / "bare.pth"
+    torch.save({"fc.weight": torch.zeros(2, 3)}, file, **options)
+    return file
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_bare_state_dict_is_recognised(tmp_path, zipped):
+    content = load_checkpoint(bare(tmp_path, _use_new_zipfile_serialization=zipped))
+    assert is_bare_weights(content)
+    assert list(content) == ["fc.weight"]
+
+
+class Payload:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+def damage(path: Path, kind: str) -> None:
+    data = bytearray(path.read_bytes())
+    if kind == "flipped":
+        with zipfile.ZipFile(path) as archive:
+            entry = next(info for info in archive.infolist() if info.filename.endswith("data/0"))
+        start = entry.header_offset
+        name_length, extra_length = (int.from_bytes(data[start + at : start + at + 2], "little") for at in (26, 28))
+        data[start + 30 + name_length + extra_length] ^= 1
+    changed = {"truncated": data[: len(data) // 2], "empty": b"", "foreign": b"hello, I am text", "flipped": data}
+    path.write_bytes(changed[kind])
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("truncated", "is damaged: it ends too early"),
+        ("empty", "is empty"),
+        ("foreign", "is not a file that torch.save wrote"),
+        ("flipped", "is damaged: the checksum of .*data/0 is wrong"),
+    ],
+)
+def test_a_damaged_file_is_named(path, kind, message):
+    save_checkpoint(path, CONTENT)
+    damage(path, kind)
+    with pytest.raises(UserError, match=rf"last\.pt {message}"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_that_would_run_code_is_refused_and_not_run(path, tmp_path, zipped):
+    marker = tmp_path / "ran"
+    if zipped:
+        torch.save({"model": Payload(marker)}, path)
+    else:
+        path.write_bytes(pickle.dumps({"model": Payload(marker)}, protocol=2))
+    with pytest.raises(UserError, match=r"last\.pt is refused: .* could run code \(getattr\)|\(.*Path\.touch"):
+        load_checkpoint(path)
+    assert not marker.exists()
+    if zipped:  # the payload works: only our way of reading kept it from running
+        torch.load(io.BytesIO(path.read_bytes()), weights_only=False)
+        assert marker.exists()
+
+
+def test_a_newer_format_is_named(path):
+    torch.save({"format_version": 99}, path)
+    with pytest.raises(UserError, match="has format 99, and this version reads 1"):
+        load_checkpoint(path)
+
+
+def test_what_is_no_state_dict_is_refused(path):
+    torch.save([1, 2], path)
+    with pytest.raises(UserError, match="holds no state dict"):
+        load_checkpoint(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"cannot read checkpoint .*none\.pt: No such file"):
+        load_checkpoint(tmp_path / "none.pt")

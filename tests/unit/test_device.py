@@ -1,0 +1,91 @@
+"""Precision, threads and memory format as pure functions of facts."""
+
+import pytest
+import torch
+
+from cifar_dist.config.world import AccelerateConfig, World
+from cifar_dist.runtime.device import DeviceFacts, choose_num_threads, memory_format, probe, resolve_precision
+from cifar_dist.runtime.distributed import start
+
+CPU = DeviceFacts(type="cpu", torch_version=(2, 11))
+CPU_BF16 = DeviceFacts(type="cpu", torch_version=(2, 11), cpu_has_bf16=True)
+MPS = DeviceFacts(type="mps", torch_version=(2, 11), macos_version=15)
+OLD_MPS = DeviceFacts(type="mps", torch_version=(2, 7), macos_version=13)
+AMPERE = DeviceFacts(type="cuda", torch_version=(2, 11), cuda_capability=(8, 0))
+VOLTA = DeviceFacts(type="cuda", torch_version=(2, 11), cuda_capability=(7, 0))
+PASCAL = DeviceFacts(type="cuda", torch_version=(2, 11), cuda_capability=(6, 1))
+
+
+@pytest.mark.parametrize(
+    ("wish", "facts", "precision", "differs"),
+    [
+        ("auto", CPU, "no", False), ("auto", CPU_BF16, "bf16", False), ("no", CPU_BF16, "no", False),
+        ("bf16", CPU, "bf16", False), ("fp16", CPU, "no", True), ("fp16", CPU_BF16, "bf16", True),
+        ("auto", MPS, "no", False), ("bf16", MPS, "bf16", False), ("fp16", MPS, "fp16", False),
+        ("bf16", OLD_MPS, "no", True), ("fp16", OLD_MPS, "no", True),
+        ("auto", AMPERE, "bf16", False), ("fp16", AMPERE, "fp16", False), ("no", AMPERE, "no", False),
+        ("auto", VOLTA, "fp16", False), ("bf16", VOLTA, "fp16", True), ("auto", PASCAL, "no", False),
+        ("bf16", PASCAL, "no", True),
+    ],
+)  # fmt: skip
+def test_a_wish_becomes_what_the_device_can_serve(wish, facts, precision, differs):
+    choice = resolve_precision(wish, facts)
+    assert (choice.precision, choice.differs) == (precision, differs)
+    assert choice.reason
+    assert not differs or wish in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("environ", "processes", "threads"),
+    [
+        ({}, 1, 6),
+        ({"OMP_NUM_THREADS": "3"}, 1, 3),
+        ({"OMP_NUM_THREADS": "1"}, 1, 1),
+        ({"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}, 1, 8),
+        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, 2, 4),
+        ({"OMP_NUM_THREADS": "2", "TORCHELASTIC_RUN_ID": "x"}, 2, 2),
+        ({}, 16, 1),
+        ({"OMP_NUM_THREADS": "many"}, 1, 6),
+    ],
+)
+def test_threads_are_the_users_or_a_share_of_the_cores(environ, processes, threads):
+    assert choose_num_threads(environ, cores=8, local_processes=processes, default=6) == threads
+
+
+def test_memory_formats():
+    assert memory_format("mps") == torch.contiguous_format
+    assert memory_format("cpu") == memory_format("cuda") == torch.channels_last
+
+
+def test_probing_finds_the_cpu_where_it_is_asked_for():
+    facts = probe(use_cpu=True)
+    assert facts.type == "cpu"
+    assert facts.torch_version >= (2, 11)
+
+
+def test_an_accelerator_that_is_missing_is_named_and_a_wish_that_fails_is_explained(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr("cifar_dist.runtime.device._cpu_has_bf16", lambda: False)
+    with start(World(), AccelerateConfig(), typed_precision="fp16") as runtime:
+        assert runtime.device.type == "cpu"
+        assert runtime.precision == "no"
+        assert runtime.notes[0] == "no MPS or CUDA device here: training on cpu"
+        assert runtime.notes[1].startswith("fp16 is not served by this cpu")
+        assert runtime.notes[1].endswith("using no")
+
+
+def test_two_runs_with_other_precisions_follow_each_other_in_one_process():
+    for precision in ("no", "bf16", "no"):
+        with start(World(), AccelerateConfig(use_cpu=True), typed_precision=precision) as runtime:
+            assert runtime.accelerator.mixed_precision == precision
+            assert runtime.notes == ()
+
+
+def test_a_given_number_of_threads_is_used():
+    before = torch.get_num_threads()
+    try:
+        with start(World(), AccelerateConfig(use_cpu=True), num_threads=1) as runtime:
+            assert runtime.num_threads == torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,149 @@
+"""Metrics, early stopping and records."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from cifar_dist.config.recipe import EarlyStoppingConfig
+from cifar_dist.records import EpochRecord, Evaluation, Observer, Summary
+from cifar_dist.training.early_stopping import EarlyStopping, monitored_value
+from cifar_dist.training.metrics import RunningSums, summarize
+
+
+def record(epoch: int = 1, **changes) -> EpochRecord:
+    values = {
+        "epoch": epoch, "step": 10 * epoch, "lr": 0.1, "train_loss": 1.0, "train_acc": 0.5, "val_loss": None,
+        "val_acc": None, "images_per_second": 100.0, "epoch_seconds": 2.0, "world_size": 1,
+    }  # fmt: skip
+    return EpochRecord(**{**values, **changes})
+
+
+def stopping(monitor="train_loss", patience=3, min_delta=1e-4, enabled=True) -> EarlyStopping:
+    return EarlyStopping(EarlyStoppingConfig(enabled=enabled, monitor=monitor, patience=patience, min_delta=min_delta))
+
+
+def script_stops_at(losses: list[float], patience: int) -> int | None:
+    """The original script's own rule, written down from its listing."""
+    best, counter = float("inf"), 0
+    for epoch, loss in enumerate(losses, start=1):
+        if loss < best - 1e-4:
+            best, counter = loss, 0
+        else:
+            counter += 1
+            if counter >= patience:
+                return epoch
+    return None
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [1.0, 0.9, 0.9, 0.89995, 0.91, 0.5],
+        [1.0, 0.99995, 0.9999, 0.99985, 0.9998, 0.9997],
+        [3.0, 2.0, 1.0, 0.5, 0.4, 0.3],
+        [1.0, 2.0, 0.5, 0.6, 0.7, 0.4],
+    ],
+)
+def test_early_stopping_stops_where_the_script_does(losses):
+    ours, stopped = stopping(), None
+    for epoch, loss in enumerate(losses, start=1):
+        if ours.update(record(epoch, train_loss=loss)):
+            stopped = epoch
+            break
+    assert stopped == script_stops_at(losses, 3)
+
+
+def test_early_stopping_goes_on_where_it_was():
+    first = stopping()
+    for epoch in (1, 2, 3):
+        first.update(record(epoch))
+    second = stopping()
+    second.load_state_dict(first.state_dict())
+    assert not first.should_stop
+    assert second.update(record(4))
+
+
+def test_early_stopping_that_is_off_never_stops():
+    off = stopping(enabled=False, patience=1)
+    assert not any(off.update(record(epoch)) for epoch in range(1, 9))
+
+
+def test_what_is_monitored_falls_as_it_improves():
+    with_validation = record(val_loss=0.7, val_acc=0.8)
+    assert monitored_value(stopping("val_loss").config, with_validation) == 0.7
+    assert monitored_value(stopping("val_acc").config, with_validation) == -0.8
+    assert monitored_value(stopping("train_loss").config, with_validation) == 1.0
+    with pytest.raises(ValueError, match="needs a validation split"):
+        monitored_value(stopping("val_loss").config, record())
+
+
+def test_running_sums_add_up_batches_of_any_size():
+    logits, labels = torch.randn(10, 4), torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 0, 1])
+    sums = RunningSums(torch.device("cpu"))
+    for part in (slice(0, 4), slice(4, 5), slice(5, 10)):
+        loss = functional.cross_entropy(logits[part], labels[part], reduction="sum")
+        sums.add(loss, logits[part], labels[part])
+    hits = (logits.argmax(1) == labels).sum().item()
+    expected = [functional.cross_entropy(logits, labels, reduction="sum").item(), hits, 10]
+    assert sums.sums.tolist() == pytest.approx(expected)
+
+
+def test_an_evaluation_says_what_it_should():
+    labels = torch.tensor([0, 0, 1, 2, 5])
+    predicted = torch.tensor([0, 1, 1, 0, 5])
+    logits = functional.one_hot(predicted, 7).float() * 5
+    logits[1, 0] = 4.0
+    names = tuple("abcdefg")
+    result = summarize(logits, labels, names)
+    assert (result.num_samples, result.top1) == (5, 3 / 5)
+    assert result.loss == pytest.approx(functional.cross_entropy(logits, labels).item())
+    assert result.per_class_accuracy == {"a": 0.5, "b": 1.0, "c": 0.0, "d": None, "e": None, "f": 1.0, "g": None}
+    assert result.confusion_matrix[0][:3] == [1, 1, 0]
+    assert result.confusion_matrix[2][0] == 1
+    assert sum(map(sum, result.confusion_matrix)) == 5
+
+
+@pytest.mark.parametrize("num_classes", [5, 6])
+def test_top5_needs_more_than_five_classes(num_classes):
+    labels = torch.arange(num_classes)
+    logits = -torch.arange(num_classes, dtype=torch.float32).repeat(num_classes, 1)
+    result = summarize(logits, labels, tuple(map(str, labels.tolist())))
+    assert result.top5 == (None if num_classes == 5 else 5 / 6)
+
+
+def test_nothing_cannot_be_evaluated():
+    with pytest.raises(ValueError, match="no samples"):
+        summarize(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), ("a", "b", "c"))
+
+
+def test_records_go_to_json_and_back():
+    first = record(val_loss=0.5, val_acc=0.25)
+    assert EpochRecord.from_json(first.to_json()) == first
+    fields = ["epoch", "step", "lr", "train_loss", "train_acc", "val_loss", "val_acc"]
+    assert list(json.loads(first.to_json())) == [*fields, "images_per_second", "epoch_seconds", "world_size"]
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        record(train_loss=math.nan).to_json()
+
+
+def test_a_summary_goes_to_json_and_back():
+    test = Evaluation(
+        num_samples=2, loss=0.1, top1=0.5, top5=None, per_class_accuracy={"a": 0.5, "b": None}, confusion_matrix=[[1]]
+    )
+    summary = Summary(
+        status="completed", epochs=1, best_epoch=None, train_seconds=1.5, world_size=1, device="cpu", precision="no",
+        num_threads=2, peak_memory_mib=100, test=test,
+    )  # fmt: skip
+    assert Summary.from_json(summary.to_json()) == summary
+    assert list(json.loads(summary.to_json())) == [
+        "status", "epochs", "best_epoch", "train_seconds", "world_size", "device", "precision", "num_threads",
+        "peak_memory_mib", "test",
+    ]  # fmt: skip
+
+
+def test_an_observer_that_does_not_care_does_nothing():
+    observer = Observer()
+    calls = [observer.on_step(1, None), observer.on_epoch_start(1, 0.1), observer.on_evaluation(1, 2)]
+    assert [*calls, observer.on_epoch_end(record(), False), observer.on_note("x")] == [None] * 5

@@ -1,0 +1,119 @@
+"""What a run leaves on disk."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cifar_dist.config.errors import UserError
+from cifar_dist.config.recipe import EarlyStoppingConfig
+from cifar_dist.training.checkpoint import load_checkpoint
+from cifar_dist.training.early_stopping import EarlyStopping
+from cifar_dist.training.run_directory import CheckpointWriter, RunDirectory
+from cifar_dist.training.state import Best, TrainState
+from tests.unit.test_metrics import record
+
+
+@pytest.fixture
+def run(tmp_path):
+    directory = RunDirectory(tmp_path / "runs" / "x")
+    assert not directory.holds_run
+    directory.create()
+    return directory
+
+
+def state_at(epoch: int, best: int | None = None) -> TrainState:
+    model = nn.Linear(2, 2)
+    stopping = EarlyStoppingConfig(enabled=False, monitor="val_loss", patience=1, min_delta=0)
+    kept = None if best is None else Best(epoch=best, value=0.5, weights=dict(model.state_dict()))
+    return TrainState(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        early_stopping=EarlyStopping(stopping),
+        epoch=epoch,
+        step=10 * epoch,
+        best=kept,
+    )
+
+
+def test_records_are_appended_read_and_cut_back(run):
+    for epoch in (1, 2, 3):
+        run.append_record(record(epoch))
+    assert [each.epoch for each in run.read_records()] == [1, 2, 3]
+    assert [each.epoch for each in run.cut_records(step=20)] == [1, 2]
+    run.append_record(record(3, train_loss=0.25))
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert [(line["epoch"], line["train_loss"]) for line in lines] == [(1, 1.0), (2, 1.0), (3, 0.25)]
+
+
+def test_a_line_that_was_cut_off_is_left_out(run):
+    run.append_record(record(1))
+    with run.metrics.open("a") as file:
+        file.write('{"epoch": 2, "st')
+    assert [each.epoch for each in run.read_records()] == [1]
+    run.cut_records(step=99)
+    assert run.metrics.read_text() == record(1).to_json() + "\n"
+
+
+def test_the_config_comes_back(run):
+    run.write_config({"recipe": {"epochs": 3}, "dataset": {"name": "shapes"}})
+    assert run.read_config() == {"recipe": {"epochs": 3}, "dataset": {"name": "shapes"}}
+    assert run.holds_run
+    run.config.write_text("recipe: 3")
+    with pytest.raises(UserError, match="lacks its recipe or dataset"):
+        run.read_config()
+
+
+def test_a_damaged_summary_is_named(run):
+    assert run.read_summary() is None
+    run.summary.write_text('{"status": "comp')
+    with pytest.raises(UserError, match=r"summary\.json is damaged"):
+        run.read_summary()
+
+
+def test_predictions_need_no_pickle(run):
+    run.write_predictions(labels=np.arange(3), class_names=np.array(["a", "b"]))
+    with np.load(run.predictions, allow_pickle=False) as loaded:
+        assert loaded["class_names"].tolist() == ["a", "b"]
+
+
+def test_checkpoints_keep_to_their_rhythm(run, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("cifar_dist.training.run_directory.time.monotonic", lambda: now[0])
+    writer = CheckpointWriter(run, {"recipe": {"stem": "cifar"}})
+    writer.save_if_due(state_at(1), None)
+    assert not run.last.exists()
+    now[0] = 60.0
+    writer.save_if_due(state_at(2), None)
+    assert load_checkpoint(run.last)["epoch"] == 2
+    now[0] = 100.0
+    writer.save_if_due(state_at(3), None)
+    assert load_checkpoint(run.last)["epoch"] == 2
+    writer.save(state_at(3), None)
+    assert (load_checkpoint(run.last)["epoch"], load_checkpoint(run.previous)["epoch"]) == (3, 2)
+    writer.save(state_at(3), None)
+    assert load_checkpoint(run.previous)["epoch"] == 2, "an epoch was saved twice"
+
+
+def test_the_best_weights_have_a_file_of_their_own(run):
+    writer = CheckpointWriter(run, {"recipe": {"stem": "cifar"}}, every_seconds=0)
+    writer.save_if_due(state_at(1), None)
+    assert not run.best.exists()
+    writer.save_if_due(state_at(2, best=1), None)
+    best = load_checkpoint(run.best)
+    assert (best["kind"], best["epoch"], best["recipe"]) == ("best", 1, {"stem": "cifar"})
+    assert "optimizer" not in best
+    assert torch.equal(best["model"]["bias"], load_checkpoint(run.last)["best"]["weights"]["bias"])
+    stamp = run.best.stat().st_mtime_ns
+    writer.save_if_due(state_at(3, best=1), None)
+    assert run.best.stat().st_mtime_ns == stamp, "the same best weights were written again"
+    writer.save_if_due(state_at(4, best=4), None)
+    assert load_checkpoint(run.best)["epoch"] == 4
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot make the run directory"):
+        RunDirectory(tmp_path / "file" / "run").create()
