@@ -6,7 +6,6 @@ states that do not survive a change of world size.
 
 import io
 import os
-import pickle
 import re
 import warnings
 import zipfile

@@ -101,7 +101,8 @@ WORKING = {
     "stem=cifar", "stem=small", "epochs=3", "global_batch_size=64", "seed=9", "validation_size=100", "selection=best",
     "optimizer.learning_rate=0.1", "optimizer.momentum=0.5", "optimizer.weight_decay=0",
     "optimizer.decay_norm_and_bias=false",
-    "early_stopping.patience=3", "early_stopping.enabled=false", "augmentation.crop_padding=2", "augmentation.flip=none",
+    "early_stopping.patience=3", "early_stopping.enabled=false", "augmentation.crop_padding=2",
+    "augmentation.flip=none",
     "augmentation.rotation_degrees=3", "augmentation.brightness=0.1", "augmentation.contrast=0.1",
     "augmentation.saturation=0.1", "augmentation.hue=0.1", "normalization.mean=[0, 0, 0]",
 }  # fmt: skip

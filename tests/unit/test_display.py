@@ -1,0 +1,243 @@
+"""What a person sees: text that is right, at the right moments, and pictures that are pictures."""
+
+import io
+from datetime import datetime
+
+import numpy as np
+import pytest
+from matplotlib import image as matplotlib_image
+from rich.console import Console
+
+from cifar_dist.config.plan import KNOWN_SIZES, make_plan
+from cifar_dist.display.figures import draw_confusion, draw_curves, draw_evaluation, draw_predictions
+from cifar_dist.display.progress import (
+    ByteProgress,
+    Display,
+    PlainEvaluation,
+    PlainTraining,
+    RichEvaluation,
+    RichTraining,
+    evaluation_display,
+    format_expected_end,
+    training_display,
+)
+from cifar_dist.display.tables import (
+    format_class_bars,
+    format_duration,
+    format_epoch,
+    format_evaluation_totals,
+    format_outcome,
+    print_header,
+    print_result,
+)
+from cifar_dist.records import Evaluation, Summary
+from tests.conftest import make_recipe
+from tests.unit.test_metrics import record
+
+PLAN = make_plan(make_recipe("epochs=20"), world_size=1, sizes=KNOWN_SIZES["cifar10"], device_type="cpu")
+TEST = Evaluation(
+    num_samples=20,
+    loss=0.5,
+    top1=0.75,
+    top5=0.95,
+    per_class_accuracy={"cat": 0.604, "dog": None, "[red]ship": 1.0},
+    confusion_matrix=[[12, 3, 5], [0, 0, 0], [0, 0, 9]],
+)
+SUMMARY = Summary(
+    status="early_stopped", epochs=8, best_epoch=5, train_seconds=4794.6, world_size=1, device="cpu", precision="no",
+    num_threads=2, peak_memory_mib=800, test=TEST,
+)  # fmt: skip
+
+
+def console(terminal: bool, width: int = 100) -> Console:
+    return Console(file=io.StringIO(), force_terminal=terminal, width=width, color_system=None)
+
+
+def text_of(shown: Console) -> str:
+    return shown.file.getvalue()
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(1.234, "1.2 s"), (59.4, "59 s"), (61, "1 min 1 s"), (3599, "59 min 59 s"), (7260, "2 h 1 min")],
+)
+def test_durations(seconds, text):
+    assert format_duration(seconds) == text
+
+
+def test_an_epoch_is_one_line():
+    line = format_epoch(record(3, train_loss=1.3724, train_acc=0.503), 20, is_best=False)
+    assert line == "epoch  3/20  loss 1.372  acc 50.30%  lr 0.1  100 images/s  2.0 s"
+    assert format_epoch(record(val_loss=0.5, val_acc=0.8), 5, is_best=True).endswith("2.0 s  best")
+    assert "val loss 0.500  val acc 80.00%" in format_epoch(record(val_loss=0.5, val_acc=0.8), 5, is_best=True)
+
+
+def test_the_result_in_words():
+    assert format_evaluation_totals(TEST) == "accuracy 75.00 %, top-5 95.00 %, loss 0.5000 on 20 images"
+    cat, dog, ship = format_class_bars(TEST, bar_width=10)
+    assert cat.split() == ["cat", "60.40", "%", "██████"]
+    assert dog.split() == ["dog", "-"]
+    assert ship.endswith("100.00 %  ██████████")
+    outcome = "Early stopping triggered: training ended after 8 of 20 epochs in 79.91 minutes, best epoch 5"
+    assert format_outcome(SUMMARY, total_epochs=20) == outcome
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_result_is_a_panel_on_a_terminal_and_plain_lines_elsewhere(terminal, tmp_path):
+    shown = console(terminal, width=120)
+    print_result(shown, SUMMARY, 20, tmp_path)
+    text = text_of(shown)
+    assert ("╭" in text) == terminal
+    assert "79.91 minutes" in text
+    assert "[red]ship" in text, "a class name was taken for markup"
+    assert "\x1b" not in text
+
+
+def test_the_header_is_aligned():
+    shown = console(False)
+    print_header(shown, {"run": "runs/x", "learning rate": "0.1"})
+    assert text_of(shown) == "run            runs/x\nlearning rate  0.1\n"
+
+
+def test_the_view_fits_the_console():
+    assert isinstance(training_display(console(True), PLAN, quiet=False), RichTraining)
+    assert isinstance(training_display(console(False), PLAN, quiet=False), PlainTraining)
+    assert type(training_display(console(True), PLAN, quiet=True)) is Display
+    assert isinstance(evaluation_display(console(True)), RichEvaluation)
+    assert isinstance(evaluation_display(console(False)), PlainEvaluation)
+
+
+def test_a_dumb_terminal_gets_plain_lines(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    assert isinstance(training_display(console(True), PLAN, quiet=False), PlainTraining)
+
+
+def test_plain_training_prints_an_epoch_a_line_and_signs_of_life():
+    shown, clock = console(False), Clock()
+    view = PlainTraining(shown, PLAN, clock)
+    with view:
+        view.on_epoch_start(1, 0.1)
+        for step in range(1, 20):
+            view.on_step(step, 2.0 if step == 3 else None)
+        assert text_of(shown) == ""
+        clock.now = 31.0
+        view.on_step(19, None)
+        view.on_epoch_end(record(1), True)
+        clock.now = 40.0
+        view.on_evaluation(10, 20)
+        clock.now = 62.0
+        view.on_evaluation(15, 20)
+    lines = text_of(shown).splitlines()
+    assert lines[0].startswith("expected end ")
+    assert lines[1].startswith("epoch  1/20  loss 1.000")
+    assert lines[2] == "evaluating 15/20 images"
+    clock.now = 100.0
+    view.on_step(20, None)
+    assert text_of(shown).splitlines()[3] == "epoch 1/20  step 20/391  loss 2.000"
+
+
+def test_the_expected_end_is_said_once_after_twenty_steps():
+    shown, clock = console(False), Clock()
+    view = PlainTraining(shown, PLAN, clock)
+    view.on_epoch_start(1, 0.1)
+    for step in range(1, 60):
+        clock.now += 0.1
+        view.on_step(step, None)
+    lines = [line for line in text_of(shown).splitlines() if "expected end" in line]
+    assert len(lines) == 1
+    assert "in 13 min 0 s" in lines[0]
+
+
+def test_a_long_run_is_told_what_would_be_shorter():
+    now = datetime(2026, 1, 1, 23, 0)
+    line = format_expected_end(PLAN, PLAN.total_steps, 1.0, now)
+    assert line.startswith("expected end 2026-01-02 01:10, in 2 h 10 min")
+    assert line.endswith("(--epochs 4 would take half an hour)")
+    assert "--epochs" not in format_expected_end(PLAN, PLAN.total_steps, 0.1, now)
+    assert "--epochs" not in format_expected_end(PLAN, PLAN.total_steps, 10.0, now)
+
+
+def test_rich_training_shows_bars_and_prints_epochs():
+    shown = console(True, width=140)
+    view = training_display(shown, PLAN, quiet=False)
+    with view:
+        view.on_epoch_start(2, 0.1)
+        for step in range(1, 11):
+            view.on_step(step, 1.5 if step == 10 else None)
+        view.progress.refresh()
+        view.on_evaluation(10, 20)
+        view.progress.refresh()
+        view.on_epoch_end(record(2), False)
+    text = text_of(shown)
+    for expected in ("epoch 2/20", "10/391", "401/7820", "loss 1.500", "lr 0.1", "images/s", "10/20", "epoch  2/20"):
+        assert expected in text, expected
+
+
+@pytest.mark.parametrize("width", [20, 40, 80])
+def test_rich_training_survives_a_narrow_terminal(width):
+    shown = console(True, width=width)
+    with training_display(shown, PLAN, quiet=False) as view:
+        view.on_epoch_start(1, 0.1)
+        view.on_step(1, 1.0)
+        view.on_note("a line that is longer than the terminal is wide, and has [brackets] in it")
+    assert "[brackets]" in text_of(shown).replace("\n", "")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_quiet_shows_notes_only(terminal):
+    shown = console(terminal)
+    with training_display(shown, PLAN, quiet=True) as view:
+        view.on_epoch_start(1, 0.1)
+        for step in range(1, 30):
+            view.on_step(step, 1.0)
+        view.on_epoch_end(record(1), False)
+        view.on_note("something happened")
+    assert text_of(shown) == "something happened\n"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("total", [200 * 2**20, None])
+def test_a_download_shows_mebibytes(terminal, total):
+    shown = console(terminal)
+    progress = ByteProgress(shown, "downloading cifar10")
+    progress(50 * 2**20, total)
+    progress.close()
+    assert "downloading cifar10" in text_of(shown)
+    assert "50" in text_of(shown)
+
+
+def test_figures_are_pictures(tmp_path):
+    records = [record(epoch, val_loss=1 / epoch, val_acc=0.1 * epoch) for epoch in (1, 2, 3)]
+    draw_curves(records, tmp_path / "curves.png", title="a run", best_epoch=3)
+    draw_curves([record(1)], tmp_path / "one.png", title="one epoch, no validation", best_epoch=None)
+    draw_confusion(TEST, tmp_path / "matrix.png", title="three classes")
+    images = np.random.default_rng(0).integers(0, 255, (64, 3, 32, 32)).astype(np.uint8)
+    labels, logits = np.arange(64) % 3, np.eye(3)[(np.arange(64) // 2) % 3]
+    names = ("cat", "dog", "ship")
+    draw_predictions(images[:10], labels, logits, names, tmp_path / "ten.png", title="ten images")
+    draw_evaluation(tmp_path, TEST, images, labels, logits, names, title="all")
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["confusion.png", "curves.png", "matrix.png", "one.png", "predictions.png", "ten.png"]
+    for path in tmp_path.iterdir():
+        pixels = matplotlib_image.imread(path)
+        assert min(pixels.shape[:2]) > 300, path
+        assert pixels[..., :3].std() > 0.02, f"{path} is empty"
+
+
+def test_wrong_predictions_are_marked(tmp_path):
+    images = np.full((1, 3, 32, 32), 128, np.uint8)
+    shades = []
+    for name, guess in (("right", 0), ("wrong", 1)):
+        logits = np.eye(2)[[guess]]
+        draw_predictions(images, np.array([0]), logits, ("a", "b"), tmp_path / f"{name}.png", title="")
+        pixels = matplotlib_image.imread(tmp_path / f"{name}.png")[..., :3]
+        shades.append(((pixels[..., 0] > 0.7) & (pixels[..., 2] < 0.2)).sum())
+    assert shades[0] == 0
+    assert shades[1] > 100
