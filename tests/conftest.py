@@ -48,3 +48,9 @@ def runtime():
     """A world of one on the CPU in float32, on one thread: two would wait for each other where cores are shared."""
     with start(World(), AccelerateConfig(use_cpu=True), typed_precision="no", num_threads=1) as started:
         yield started
+
+
+def pytest_collection_modifyitems(items):
+    """Fast tests first: those of one module, then those of whole commands."""
+    order = {"unit": 0, "commands": 1}
+    items.sort(key=lambda item: order.get(item.path.parent.name, 0))

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cifar_dist.config.errors import EXIT_DONE, EXIT_FAILED, UserError
+from cifar_dist.config.errors import EXIT_DONE, EXIT_FAILED, EXIT_KEYBOARD_INTERRUPT, UserError
 from cifar_dist.config.loading import recipe_to_mapping
 from cifar_dist.config.options import TrainOptions
 from cifar_dist.config.parsing import to_mapping
@@ -63,7 +63,8 @@ def run(options: TrainOptions) -> int:
     with start(job.world, job.config, typed_precision=precision, num_threads=threads) as runtime:
         plan = make_plan(recipe, world_size=job.world.size, sizes=sizes, device_type=runtime.device.type)
         directory = job.existing or RunDirectory(options.run_dir or _free_name(Path("runs") / job.request.label))
-        print_header(console, _header(job, runtime, plan, recipe, directory, resumed_at=job.checkpoint.get("epoch", 0)))
+        if not options.quiet:
+            print_header(console, _header(job, runtime, plan, recipe, directory))
         if dataset is None:
             return EXIT_DONE
         display = training_display(console, plan, quiet=options.quiet)
@@ -137,11 +138,10 @@ def _load(console: Console, request: TrainRequest) -> Dataset:
         progress.close()
 
 
-def _header(
-    job: _Job, runtime: Runtime, plan: RunPlan, recipe: Recipe, directory: RunDirectory, *, resumed_at: int
-) -> dict[str, str]:
+def _header(job: _Job, runtime: Runtime, plan: RunPlan, recipe: Recipe, directory: RunDirectory) -> dict[str, str]:
     """Give what stands above a run: names and values."""
     first, last = learning_rate(recipe, 0), learning_rate(recipe, plan.total_steps - 1)
+    resumed_at = job.checkpoint.get("epoch", 0)
     device = f"{runtime.device.type}, precision {runtime.precision} ({runtime.precision_reason})"
     lines = {
         "run": f"{directory.path}" + (f", going on after epoch {resumed_at}" if resumed_at else ""),
@@ -177,6 +177,9 @@ def _train_and_test(console: Console, display: Display, session: Session) -> int
     except DivergedError as error:
         print(f"diverged: {error}; the last good checkpoint stays: {session.directory.path}", file=sys.stderr)
         return EXIT_FAILED
+    except KeyboardInterrupt:
+        print(f"interrupted; go on with: python launch.py --resume {session.directory.path}", file=sys.stderr)
+        return EXIT_KEYBOARD_INTERRUPT
     _draw_figures(session, summary, predictions)
     print_result(console, summary, session.trainer.plan.epochs, session.directory.path)
     return EXIT_DONE

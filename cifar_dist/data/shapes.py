@@ -1,9 +1,9 @@
 """Shapes: ten classes of coloured figures on cluttered backgrounds, drawn at every start and read from no file.
 
 Each figure is a signed distance function (negative inside, positive outside) sampled at the pixel centres, after Inigo
-Quilez, "2D distance functions", https://iquilezles.org/articles/distfunctions2d/. Position, size, rotation, stretch and
-colours are random, and the figure is as often darker as lighter than its background, so that the mean image of every
-class is about the same grey: a linear model of the pixels learns next to nothing, a convolutional network a lot.
+Quilez, "2D distance functions", https://iquilezles.org/articles/distfunctions2d/. Position, size, tilt, stretch and
+colours vary, and a figure may be lighter or darker than its background, so the mean image of every class is nearly the
+same grey: a linear model of the pixels learns little, a convolutional network a lot.
 
 The bytes are the same on every machine. The random bits are PCG64's raw output, which NumPy promises to keep; the
 pixels use only operations that IEEE 754 rounds exactly (+ - * / sqrt, min, max, floor, compare), one at a time. There
@@ -28,12 +28,21 @@ _TEST_PER_CLASS, _TEST_SEED = 100, 2
 _BLOCK = 50  # images drawn at once: few enough that the arrays stay in the processor's cache
 
 _ROOT2, _ROOT3, _ROOT5 = math.sqrt(2), math.sqrt(3), math.sqrt(5)
-_COS36, _COS72 = (_ROOT5 + 1) / 4, (_ROOT5 - 1) / 4
-_SIN36, _SIN72 = math.sqrt(1 - _COS36 * _COS36), math.sqrt(1 - _COS72 * _COS72)
+_COS36 = (_ROOT5 + 1) / 4
+_SIN36 = math.sqrt(1 - _COS36 * _COS36)
+
+
+# Distance to two figures taken together, and to what they share.
+_union: Callable[[Floats, Floats], Floats] = np.minimum
+_intersection: Callable[[Floats, Floats], Floats] = np.maximum
 
 
 def _length(x: Floats, y: Floats) -> Floats:
-    return np.sqrt(x * x + y * y)
+    length: Floats = np.sqrt(x * x + y * y)
+    return length
+
+
+# The figures fit about the unit disc; y grows downwards, as in the image.
 
 
 def _circle(x: Floats, y: Floats) -> Floats:
@@ -41,53 +50,54 @@ def _circle(x: Floats, y: Floats) -> Floats:
 
 
 def _ring(x: Floats, y: Floats) -> Floats:
-    return np.abs(_length(x, y) - 0.76) - 0.22
+    return abs(_length(x, y) - 0.76) - 0.22
 
 
 def _square(x: Floats, y: Floats) -> Floats:
-    return np.maximum(np.abs(x), np.abs(y)) - 0.8
+    return _intersection(abs(x), abs(y)) - 0.8
 
 
 def _triangle(x: Floats, y: Floats) -> Floats:
-    return np.maximum(np.abs(x) * (_ROOT3 / 2) - (y - 0.2) / 2, y - 0.2) - 0.55
+    y = y - 0.2
+    return _intersection(abs(x) * (_ROOT3 / 2) - y * 0.5, y) - 0.55
 
 
 def _star(x: Floats, y: Floats) -> Floats:
     # Reflections fold the ten half-arms onto one, where the outline is a single straight edge.
-    x, y = np.abs(x), -y
+    x, y = abs(x), -y
     for normal_x, normal_y in ((_COS36, -_SIN36), (-_COS36, -_SIN36)):
-        beyond = np.maximum(x * normal_x + y * normal_y, 0) * 2
-        x, y = x - beyond * normal_x, y - beyond * normal_y
-    return np.abs(x) * 0.8 + (y - 1.1) * 0.4
+        beyond: Floats = np.maximum(x * normal_x + y * normal_y, 0)
+        x, y = x - beyond * (2 * normal_x), y - beyond * (2 * normal_y)
+    return abs(x) * 0.8 + (y - 1.1) * 0.4
 
 
 def _cross(x: Floats, y: Floats) -> Floats:
-    x, y = np.abs(x), np.abs(y)
-    return np.maximum(np.maximum(x, y) - 1, np.minimum(x, y) - 0.3)
+    x, y = abs(x), abs(y)
+    return _union(_intersection(x - 1, y - 0.3), _intersection(x - 0.3, y - 1))
 
 
 def _crescent(x: Floats, y: Floats) -> Floats:
-    return np.maximum(_length(x, y) - 1, 0.8 - _length(x - 0.5, y))
+    return _intersection(_length(x, y) - 1, 0.8 - _length(x - 0.5, y))
 
 
 def _heart(x: Floats, y: Floats) -> Floats:
     # A square that stands on a corner, and on each of its two upper sides a disc with that side as its diameter.
     side = 0.55
-    u, v = (x - y) / _ROOT2 + 0.2, (-x - y) / _ROOT2 + 0.2
-    square = np.maximum(np.abs(u), np.abs(v)) - side
-    return np.minimum(square, np.minimum(_length(u - side, v), _length(u, v - side)) - side)
+    u, v = (x - y) * (1 / _ROOT2) + 0.2, (-x - y) * (1 / _ROOT2) + 0.2
+    discs = _union(_length(u - side, v), _length(u, v - side))
+    return _union(_intersection(abs(u), abs(v)), discs) - side
 
 
 def _arrow(x: Floats, y: Floats) -> Floats:
-    y = np.abs(y)
-    head = np.maximum((x + y) / _ROOT2 - 1 / _ROOT2, 0.1 - x)
-    shaft = np.maximum(np.abs(x + 0.4) - 0.6, y - 0.25)
-    return np.minimum(head, shaft)
+    y = abs(y)
+    head = _intersection((x + y - 1) * (1 / _ROOT2), 0.1 - x)
+    shaft = _intersection(abs(x + 0.4) - 0.6, y - 0.25)
+    return _union(head, shaft)
 
 
 def _hourglass(x: Floats, y: Floats) -> Floats:
-    x, y = np.abs(x), np.abs(y)
-    return np.maximum(y - 0.95, (x - y * 0.8) * 0.78 - 0.1)
+    x, y = abs(x), abs(y)
+    return _intersection(y - 0.95, (x - y * 0.8) * 0.78 - 0.1)
 
 
 _FIGURES: dict[str, Callable[[Floats, Floats], Floats]] = {
@@ -106,19 +116,19 @@ CLASS_NAMES: tuple[str, ...] = tuple(_FIGURES)
 
 
 def _uniform(bits: PCG64, low: float, high: float, *shape: int) -> Floats:
-    """Draw `shape` numbers in [low, high) from the top 24 bits of as many words, which float32 holds exactly."""
-    words = np.asarray(bits.random_raw(math.prod(shape))).reshape(shape)
-    return (words >> np.uint64(40)).astype(np.float32) * (2.0**-24 * (high - low)) + low
+    """Draw `shape` numbers in [low, high] from the top 24 bits of a word each, which float32 holds exactly."""
+    words = np.asarray(bits.random_raw(math.prod(shape)), dtype=np.uint64).reshape(shape)
+    return (words >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24 * (high - low)) + np.float32(low)
 
 
-def _local_frame(bits: PCG64, count: int, reach: float, stretch: float) -> tuple[Floats, Floats]:
-    """Pixel coordinates (count, 32, 32) each, seen from a random point in a random direction.
+def _local_frame(bits: PCG64, count: int, reach: float, stretch: float, tilt: Floats) -> tuple[Floats, Floats]:
+    """Pixel coordinates (count, 32, 32) each, seen from a random origin along axes turned by atan2(tilt[1], tilt[0]).
 
-    The origin is at most `reach` pixels from the centre along each axis; x grows and y shrinks by at most `stretch`.
+    The origin is at most `reach` pixels from the centre, horizontally and vertically. One axis is longer by a factor of
+    at most `stretch`, the other shorter by the same factor; `tilt` is (2, count, 1, 1).
     """
     centre = _uniform(bits, -reach, reach, 2, count, 1, 1)
-    direction = _uniform(bits, -1, 1, 2, count, 1, 1)
-    cos, sin = direction / np.maximum(_length(direction[0], direction[1]), 1e-3)
+    cos, sin = tilt / np.maximum(_length(tilt[0], tilt[1]), 1e-3)
     pixels = np.arange(_SIZE, dtype=np.float32) - (_SIZE - 1) / 2
     x, y = pixels - centre[0], pixels[:, None] - centre[1]
     factor = _uniform(bits, 1 / stretch, stretch, count, 1, 1)
@@ -126,52 +136,75 @@ def _local_frame(bits: PCG64, count: int, reach: float, stretch: float) -> tuple
 
 
 def _colour_field(bits: PCG64, count: int, spread: float) -> Floats:
-    """Smooth colour variation (count, 3, 32, 32) in [-spread, spread]: random values on a lattice, interpolated."""
+    """Smooth colour variation (count, 3, 32, 32) in [-spread, spread]: a random lattice, interpolated bilinearly."""
     cells = 3
-    lattice = _uniform(bits, -spread, spread, count, 3, cells + 1, cells + 1)
+    values = _uniform(bits, -spread, spread, count, 3, cells + 1, cells + 1)
     position = (np.arange(_SIZE, dtype=np.float32) + 0.5) * (cells / _SIZE)
-    low = np.floor(position)
-    weight, index = position - low, low.astype(np.int64)
-    rows = np.take(lattice, index, 2) + (np.take(lattice, index + 1, 2) - np.take(lattice, index, 2)) * weight[:, None]
-    return np.take(rows, index, 3) + (np.take(rows, index + 1, 3) - np.take(rows, index, 3)) * weight
+    lower = position.astype(np.int64)
+    weight = position - lower.astype(np.float32)
+    for axis, fraction in ((2, weight[:, None]), (3, weight)):
+        before, after = np.take(values, lower, axis), np.take(values, lower + 1, axis)
+        values = before + (after - before) * fraction
+    return values
 
 
-def _contrasting_colour(bits: PCG64, other: Floats, contrast: float) -> Floats:
-    """Colours (count, 3): of eight candidates the first (else the best) whose lightness differs by `contrast`."""
-    candidates = _uniform(bits, 0, 1, len(other), 8, 3)
-    red, green, blue = np.moveaxis(candidates - other[:, None], -1, 0)
-    difference = np.abs(red * 0.3 + green * 0.6 + blue * 0.1)
-    chosen = np.argmax(np.minimum(difference, contrast), axis=1)
-    return candidates[np.arange(len(other)), chosen]
+def _lightness(colour: Floats) -> Floats:
+    """Perceived lightness (..., 1) of colours (..., 3), by rounded Rec. 601 weights."""
+    return colour[..., 0:1] * 0.3 + colour[..., 1:2] * 0.6 + colour[..., 2:3] * 0.1
+
+
+def _muted_colour(bits: PCG64, count: int) -> Floats:
+    """Greyish colours (count, 3), for all that is not a figure."""
+    vivid = _uniform(bits, 0, 1, count, 3)
+    grey = _lightness(vivid)
+    return grey + (vivid - grey) * MUTE
+
+
+def _contrasting_colour(bits: PCG64, ground: Floats) -> Floats:
+    """Colours (count, 3): of some candidates the first that is light or dark enough beside `ground`, else the best."""
+    candidates = _uniform(bits, 0, 1, len(ground), 16, 3)
+    contrast = abs(_lightness(candidates) - _lightness(ground)[:, None])[..., 0]
+    return candidates[np.arange(len(ground)), np.argmax(np.minimum(contrast, CONTRAST), axis=1)]
 
 
 def _paint(canvas: Floats, coverage: Floats, colour: Floats) -> None:
-    """Blend `colour` (count, 3, 32 or 1, 32 or 1) over `canvas` (count, 3, 32, 32) where `coverage` is above 0."""
+    """Blend `colour` (count, 3, 1 or 32, 1 or 32) over `canvas` (count, 3, 32, 32) by `coverage` (count, 32, 32)."""
     canvas += (colour - canvas) * np.clip(coverage, 0, 1)[:, None]
+
+
+def _paint_clutter(bits: PCG64, canvas: Floats) -> None:
+    """Paint soft blobs and thin strokes, which are no figure's outline, in every direction and across every border."""
+    count = len(canvas)
+    for index in range(BLOBS + STROKES):
+        x, y = _local_frame(bits, count, _SIZE / 2, 1.4, _uniform(bits, -1, 1, 2, count, 1, 1))
+        size = _uniform(bits, 3, 9, count, 1, 1)
+        if index < BLOBS:
+            coverage = 0.6 - (x * x + y * y) / (size * size)
+        else:
+            coverage = 1.2 - _length(np.maximum(abs(x) - size, 0), y)
+        _paint(canvas, coverage, _muted_colour(bits, count)[..., None, None])
 
 
 def _draw_block(bits: PCG64, figure: Callable[[Floats, Floats], Floats], count: int) -> NDArray[np.uint8]:
     """Draw `count` images (count, 3, 32, 32) of one figure."""
-    ground = _uniform(bits, 0, 1, count, 3)
-    canvas = ground[..., None, None] + _colour_field(bits, count, 0.2)
-    for _ in range(2):  # soft blobs
-        x, y = _local_frame(bits, count, 16, 1.5)
-        radius = _uniform(bits, 4, 9, count, 1, 1)
-        _paint(canvas, 0.6 - (x * x + y * y) / (radius * radius), _uniform(bits, 0, 1, count, 3, 1, 1))
-    for _ in range(3):  # strokes
-        x, y = _local_frame(bits, count, 16, 1)
-        half = _uniform(bits, 2, 9, count, 1, 1)
-        distance = _length(np.maximum(np.abs(x) - half, 0), y)
-        _paint(canvas, _uniform(bits, 0.8, 1.5, count, 1, 1) - distance, _uniform(bits, 0, 1, count, 3, 1, 1))
-    x, y = _local_frame(bits, count, 6, 1.15)
-    radius = _uniform(bits, 6.5, 11, count, 1, 1)
-    colour = _contrasting_colour(bits, ground, 0.3)
-    shade = _uniform(bits, -0.15, 0.15, count, 3, 1, 1) * (x / radius)[:, None]
-    _paint(canvas, 0.5 - figure(x / radius, y / radius) * radius, colour[..., None, None] + shade)
+    ground = _muted_colour(bits, count)
+    canvas = _colour_field(bits, count, SPREAD) + ground[..., None, None]
+    _paint_clutter(bits, canvas)
+
+    tilt = _uniform(bits, -TILT, TILT, 2, count, 1, 1)
+    tilt[0] = 1
+    x, y = _local_frame(bits, count, REACH, 1.15, tilt)
+    x = x * np.copysign(np.float32(1), _uniform(bits, -1, 1, count, 1, 1))  # half of them mirrored
+    radius = _uniform(bits, R0, 12, count, 1, 1)
+    x, y = x / radius, y / radius
+    shade = _uniform(bits, -0.15, 0.15, count, 3, 1, 1) * x[:, None]
+    _paint(canvas, 0.5 - figure(x, y) * radius, _contrasting_colour(bits, ground)[..., None, None] + shade)
+
     words = np.asarray(bits.random_raw(2 * canvas.size // 8)).astype("<u8")
     grain = words.view(np.uint8).reshape(2, *canvas.shape).astype(np.float32)
-    canvas += (grain[0] - grain[1]) * (_uniform(bits, 0.02, 0.12, count, 1, 1, 1) / 255)
-    return np.floor(np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8)
+    canvas += (grain[0] - grain[1]) * _uniform(bits, 0.02 / 255, GRAIN / 255, count, 1, 1, 1)
+    pixels: NDArray[np.uint8] = (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8)
+    return pixels
 
 
 def _draw_images(seed: int, per_class: int) -> LabelledImages:

@@ -21,11 +21,11 @@ def test_without_a_command_it_trains():
 
 
 def test_every_flag_of_train_arrives():
-    command, options = parsed(
-        "--config", "c.yaml", "--recipe", "plain", "--dataset", "shapes", "--data-dir", "d", "--run-dir", "r", "--resume",
-        "--set", "epochs=4", "optimizer.momentum=0.5", "--set", "stem=small", "--epochs", "3", "--seed", "7",
-        "--precision", "no", "--dry-run", "--quiet",
-    )  # fmt: skip
+    argv = (
+        "--config c.yaml --recipe plain --dataset shapes --data-dir d --run-dir r --resume --set epochs=4"
+        " optimizer.momentum=0.5 --set stem=small --epochs 3 --seed 7 --precision no --dry-run --quiet"
+    )
+    command, options = parsed(*argv.split())
     assert command == "train"
     assert options == TrainOptions(
         config="c.yaml", recipe="plain", dataset="shapes", data_dir=Path("d"), run_dir=Path("r"), resume=True,
@@ -61,11 +61,9 @@ def test_the_flags_of_eval_and_bench_arrive():
             checkpoint=Path("x.pt"), split="validation", tta="mirror", json=Path("j"), figures=Path("f"), recipe="plain"
         ),
     )
+    argv = "--recipe plain --seconds 2.5 --json j --set stem=small".split()
     options = BenchOptions(recipe="plain", seconds=2.5, json=Path("j"), assignments={"stem": "small"})
-    assert parsed("bench", "--recipe", "plain", "--seconds", "2.5", "--json", "j", "--set", "stem=small") == (
-        "bench",
-        options,
-    )
+    assert parsed("bench", *argv) == ("bench", options)
 
 
 @pytest.mark.parametrize(

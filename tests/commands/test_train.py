@@ -1,0 +1,359 @@
+"""Training and evaluation as a user asks for them, through the command line, on a small dataset."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torchvision.models import resnet18
+
+from cifar_dist.cli import main
+from cifar_dist.training.checkpoint import load_checkpoint
+from cifar_dist.training.engine import Trainer
+from cifar_dist.training.run_directory import RunDirectory
+from tests.conftest import make_dataset
+
+SMALL = ["--recipe", "original", "--dataset", "shapes", "--precision", "no", "--set", "global_batch_size=32"]
+VALIDATION = ["--set", "validation_size=16", "selection=best", "early_stopping.monitor=val_loss"]
+
+
+@pytest.fixture(autouse=True)
+def small_world(tmp_path, monkeypatch):
+    """An empty folder, one thread, and a dataset of 96 images where `shapes` is asked for."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for command in ("train", "evaluate"):
+        monkeypatch.setattr(f"cifar_dist.commands.{command}.load_dataset", lambda *_, **__: make_dataset())
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def train(*argv: str, code: int = 0) -> None:
+    assert main(["train", *SMALL, *argv]) == code
+
+
+def error_of(capsys) -> str:
+    line = capsys.readouterr().err
+    assert line.startswith("error: ")
+    assert line.count("\n") == 1
+    return line.removeprefix("error: ").strip()
+
+
+def test_a_run_leaves_what_it_should(capsys):
+    train("--epochs", "2", *VALIDATION)
+    run = RunDirectory(Path("runs/original-shapes-seed0"))
+    left = sorted(str(path.relative_to(run.path)) for path in run.path.rglob("*") if path.is_file())
+    assert left == [
+        "checkpoints/best.pt", "checkpoints/last.pt", "config.yaml", "figures/confusion.png", "figures/curves.png",
+        "figures/predictions.png", "metrics.jsonl", "summary.json", "test_predictions.npz",
+    ]  # fmt: skip
+    records = run.read_records()
+    assert [(record.epoch, record.step) for record in records] == [(1, 3), (2, 6)]
+
+    summary = json.loads(run.summary.read_text())
+    best = min(records, key=lambda record: record.val_loss)
+    assert (summary["status"], summary["epochs"], summary["best_epoch"]) == ("completed", 2, best.epoch)
+    assert (summary["device"], summary["precision"], summary["num_threads"]) == ("cpu", "no", 1)
+    assert summary["train_seconds"] == pytest.approx(sum(record.epoch_seconds for record in records))
+    assert summary["test"]["num_samples"] == sum(map(sum, summary["test"]["confusion_matrix"])) == 40
+    assert summary["peak_memory_mib"] > 100
+
+    with np.load(run.predictions, allow_pickle=False) as saved:
+        assert (saved["logits"].dtype, saved["logits"].shape) == (np.float16, (40, 10))
+        assert (saved["images"].dtype, saved["images"].shape) == (np.uint8, (40, 3, 32, 32))
+        right = (saved["logits"].argmax(1) == saved["labels"]).mean()
+        assert saved["indices"].tolist() == list(range(40))
+    assert right == pytest.approx(summary["test"]["top1"], abs=0.03)
+
+    config = yaml.safe_load(run.config.read_text())
+    assert config["recipe"]["validation_size"] == 16
+    assert config["plan"]["num_train"] == 80
+    assert {"torch", "accelerate", "python"} <= set(config["versions"])
+    assert "git_commit" in config
+
+    shown = capsys.readouterr().out
+    assert "global_batch_size 32 = 32 per device x 1 process x 1 accumulation" in shown
+    assert "epoch 2/2" in shown
+    assert "Training completed after 2 of 2 epochs in 0." in shown
+    assert "class3" in shown
+
+
+def test_a_checkpoint_says_all_that_is_needed():
+    train("--epochs", "1", "--run-dir", "x")
+    content = load_checkpoint(Path("x/checkpoints/last.pt"))
+    assert (content["epoch"], content["step"], content["precision"], content["num_threads"]) == (1, 3, "no", 1)
+    assert content["class_names"] == [f"class{i}" for i in range(10)]
+    assert content["recipe"]["normalization"]["mean"] == [0.5, 0.5, 0.5]
+    assert content["dataset"]["fingerprint"] == make_dataset().fingerprint()
+    assert Path(content["dataset"]["data_dir"]).is_absolute()
+    resnet18(num_classes=10).load_state_dict(content["model"], strict=True)
+
+
+def test_resuming_gives_the_same_bits_as_never_stopping():
+    train("--epochs", "3", "--run-dir", "whole", *VALIDATION)
+    train("--epochs", "1", "--run-dir", "parts", *VALIDATION)
+    assert main(["--resume", "parts", "--epochs", "3"]) == 0
+    whole, parts = RunDirectory(Path("whole")), RunDirectory(Path("parts"))
+    first, second = load_checkpoint(whole.last), load_checkpoint(parts.last)
+    for part in ("model", "best.weights"):
+        a, b = first, second
+        for key in part.split("."):
+            a, b = a[key], b[key]
+        assert all(torch.equal(*pair) for pair in zip(a.values(), b.values(), strict=True))
+    timeless = [
+        [{**vars_of(record), "images_per_second": 0, "epoch_seconds": 0} for record in run.read_records()]
+        for run in (whole, parts)
+    ]
+    assert timeless[0] == timeless[1]
+    assert len(timeless[0]) == 3
+    summaries = [run.read_summary() for run in (whole, parts)]
+    assert summaries[0].test == summaries[1].test
+    assert parts.previous.exists()
+
+
+def vars_of(record) -> dict:
+    return json.loads(record.to_json())
+
+
+def test_an_untyped_validation_size_is_cut_to_the_dataset_and_stays():
+    argv = ["--recipe", "standard", "--set", "stem=imagenet", "global_batch_size=32"]
+    assert main(["train", *SMALL[2:6], *argv, "--epochs", "1", "--run-dir", "x"]) == 0
+    assert yaml.safe_load(Path("x/config.yaml").read_text())["recipe"]["validation_size"] == 9
+    assert main(["--resume", "x", "--epochs", "2"]) == 0
+    assert load_checkpoint(Path("x/checkpoints/last.pt"))["epoch"] == 2
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again():
+    train("--epochs", "1", "--run-dir", "x")
+    expected = load_checkpoint(Path("x/checkpoints/last.pt"))["model"]
+    Path("x/checkpoints/last.pt").unlink()
+    Path("x/summary.json").unlink()
+    assert main(["--run-dir", "x", "--resume"]) == 0
+    again = load_checkpoint(Path("x/checkpoints/last.pt"))["model"]
+    assert all(torch.equal(*pair) for pair in zip(expected.values(), again.values(), strict=True))
+    assert len(RunDirectory(Path("x")).read_records()) == 1
+
+
+def test_run_dir_with_resume_starts_when_there_is_nothing_yet():
+    train("--epochs", "1", "--run-dir", "new", "--resume")
+    assert RunDirectory(Path("new")).read_summary().status == "completed"
+
+
+def test_a_completed_run_has_nothing_left_to_do(capsys):
+    train("--epochs", "1", "--run-dir", "x")
+    before = Path("x/summary.json").read_text()
+    capsys.readouterr()
+    assert main(["--resume", "x"]) == 0
+    assert "x is completed (1 epochs, accuracy " in capsys.readouterr().out
+    assert Path("x/summary.json").read_text() == before
+
+
+def test_an_early_stopped_run_has_nothing_left_to_do(capsys):
+    train("--epochs", "9", "--run-dir", "x", "--set", "early_stopping.patience=1", "early_stopping.min_delta=100")
+    assert "Early stopping triggered: training ended after 2 of 9 epochs" in capsys.readouterr().out
+    assert RunDirectory(Path("x")).read_summary().status == "early_stopped"
+    assert main(["--resume", "x", "--epochs", "20"]) == 0
+    assert "was stopped early after 2 epochs: nothing left to do" in capsys.readouterr().out
+
+
+def test_a_taken_name_gets_a_number_and_a_typed_folder_is_refused(capsys):
+    train("--epochs", "1")
+    train("--epochs", "1")
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["original-shapes-seed0", "original-shapes-seed0-2"]
+    capsys.readouterr()
+    train("--epochs", "1", "--run-dir", "runs/original-shapes-seed0", code=2)
+    assert "holds a run already: add --resume to go on with it, or name another --run-dir" in error_of(capsys)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--seed", "4"], "this differs: seed 0 -> 4"),
+        (["--set", "optimizer.momentum=0.5"], "this differs: optimizer.momentum 0.9 -> 0.5"),
+        (["--recipe", "plain", "--dataset", "cifar10"], "dataset shapes -> cifar10"),
+        (["--epochs", "1"], "epochs=1 is below the 2 that are done"),
+    ],
+)
+def test_a_resumed_run_stays_what_it_was(capsys, argv, message):
+    train("--epochs", "2", "--run-dir", "x")
+    files = {path: path.read_bytes() for path in Path("x").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert main(["--resume", "x", *argv]) == 2
+    assert message in error_of(capsys)
+    assert {path: path.read_bytes() for path in Path("x").rglob("*") if path.is_file()} == files
+
+
+def test_other_data_is_refused_on_resume(capsys, monkeypatch):
+    train("--epochs", "1", "--run-dir", "x")
+    capsys.readouterr()
+    monkeypatch.setattr("cifar_dist.commands.train.load_dataset", lambda *_, **__: make_dataset(num_test=50))
+    assert main(["--resume", "x", "--epochs", "2"]) == 2
+    assert "the dataset is not the one that this run began with" in error_of(capsys)
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(capsys, tmp_path):
+    train("--dry-run")
+    shown = capsys.readouterr().out
+    assert "run            runs/original-shapes-seed0" in shown
+    assert "157 an epoch x 800 epochs = 125,600" in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_quiet_shows_the_result_only(capsys):
+    train("--epochs", "1", "--quiet")
+    shown = capsys.readouterr().out
+    assert "epoch 1/1" not in shown
+    assert "global_batch_size" not in shown
+    assert "test accuracy" in shown
+
+
+def test_a_diverged_run_says_so_and_keeps_its_checkpoint(capsys):
+    train("--epochs", "1", "--run-dir", "x")
+    good = Path("x/checkpoints/last.pt").read_bytes()
+    state = load_checkpoint(Path("x/checkpoints/last.pt"))
+    state["optimizer"]["state"][0]["momentum_buffer"].fill_(float("inf"))
+    torch.save(state, "x/checkpoints/last.pt")
+    capsys.readouterr()
+    assert main(["--resume", "x", "--epochs", "2"]) == 1
+    line = capsys.readouterr().err
+    assert line.startswith("diverged: the loss is not finite in epoch 2, step ")
+    assert line.count("\n") == 1
+    assert RunDirectory(Path("x")).read_summary().status == "diverged"
+    assert load_checkpoint(Path("x/checkpoints/last.pt"))["epoch"] == 1
+    assert good
+
+
+def test_ctrl_c_ends_with_130_and_says_how_to_go_on(capsys, monkeypatch):
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "epochs", interrupt)
+        train("--epochs", "1", "--run-dir", "x", code=130)
+    assert capsys.readouterr().err == "interrupted; go on with: python launch.py --resume x\n"
+    assert RunDirectory(Path("x")).read_summary().status == "interrupted"
+    assert main(["--resume", "x"]) == 0
+
+
+def evaluate(*argv: str) -> dict:
+    assert main(["eval", "--json", "result.json", *argv]) == 0
+    return json.loads(Path("result.json").read_text())
+
+
+def test_eval_gives_the_accuracy_of_the_training():
+    train("--epochs", "3", "--run-dir", "x", *VALIDATION)
+    test = json.loads(Path("x/summary.json").read_text())["test"]
+    result = evaluate("--ckpt", "x")
+    assert {key: result[key] for key in test} == test
+    assert (result["dataset"], result["split"], result["tta"]) == ("brightness", "test", "none")
+    assert (result["precision"], result["world_size"], result["checkpoint"]) == ("no", 1, "x/checkpoints/best.pt")
+
+
+def test_eval_of_the_validation_split_gives_the_best_epochs_record():
+    train("--epochs", "3", "--run-dir", "x", *VALIDATION)
+    best = min(RunDirectory(Path("x")).read_records(), key=lambda record: record.val_loss)
+    result = evaluate("--ckpt", "x", "--split", "validation")
+    assert (result["loss"], result["top1"], result["num_samples"]) == (best.val_loss, best.val_acc, 16)
+
+
+def test_eval_of_a_file_takes_that_files_weights():
+    train("--epochs", "2", "--run-dir", "x")
+    assert evaluate("--ckpt", "x/checkpoints/last.pt")["loss"] == evaluate("--ckpt", "x")["loss"]
+
+
+def test_eval_of_a_run_that_was_not_tested_takes_the_last_weights():
+    train("--epochs", "2", "--run-dir", "x", *VALIDATION)
+    summary = json.loads(Path("x/summary.json").read_text())
+    Path("x/summary.json").write_text(json.dumps({**summary, "test": None, "status": "interrupted"}))
+    assert evaluate("--ckpt", "x")["checkpoint"] == "x/checkpoints/last.pt"
+
+
+def test_mirror_averages_over_both_sides():
+    train("--epochs", "1", "--run-dir", "x")
+    plain, mirror = evaluate("--ckpt", "x"), evaluate("--ckpt", "x", "--tta", "mirror")
+    assert mirror["tta"] == "mirror"
+    assert mirror["loss"] != plain["loss"]
+
+
+def test_eval_draws_figures():
+    train("--epochs", "1", "--run-dir", "x")
+    evaluate("--ckpt", "x", "--figures", "new/figures")
+    assert sorted(path.name for path in Path("new/figures").iterdir()) == ["confusion.png", "predictions.png"]
+
+
+def test_the_original_scripts_file_is_evaluated(capsys):
+    model = resnet18(num_classes=10)
+    torch.save(model.state_dict(), "script.pth")
+    result = evaluate("--ckpt", "script.pth", "--dataset", "shapes")
+    assert "bare weights: stem imagenet, 10 classes; normalisation of original" in capsys.readouterr().out
+    images = (make_dataset().test.images.float() / 255 - 0.5) / 0.5
+    with torch.no_grad():
+        predicted = model.eval()(images).argmax(1)
+    assert result["top1"] == (predicted == make_dataset().test.labels).float().mean().item()
+    assert result["precision"] == "no"
+
+
+def test_bare_weights_of_a_3x3_stem_are_taken_as_cifar_unless_told_otherwise(capsys):
+    train("--epochs", "1", "--run-dir", "x", "--set", "stem=small")
+    summary = json.loads(Path("x/summary.json").read_text())
+    torch.save(load_checkpoint(Path("x/checkpoints/last.pt"))["model"], "bare.pth")
+    evaluate("--ckpt", "bare.pth", "--dataset", "shapes")
+    assert "stem cifar, 10 classes; normalisation of standard" in capsys.readouterr().out
+    Path("mine.yaml").write_text("stem: small\nnormalization: {mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}\n")
+    result = evaluate("--ckpt", "bare.pth", "--dataset", "shapes", "--recipe", "mine.yaml")
+    assert result["loss"] == summary["test"]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--ckpt", "none"], "there is no checkpoint none"),
+        (["--ckpt", "."], "there is no checkpoint in .: checkpoints/last.pt does not exist"),
+        (["--ckpt", "x", "--json", "no/where.json"], "--json no/where.json cannot be written"),
+        (["--ckpt", "x", "--figures", "script.pth"], "--figures script.pth is a file: name a folder"),
+        (["--ckpt", "x", "--split", "validation"], "was trained without a validation split"),
+        (["--ckpt", "script.pth", "--split", "validation"], "bare weights have no validation split: add --recipe"),
+        (["--ckpt", "script.pth", "--recipe", "standard"], "standard has the stem cifar, and script.pth has imagenet"),
+        (["--ckpt", "seven.pth"], "seven.pth knows 7 classes, and cifar10 has 10: name its --dataset"),
+        (["--ckpt", "list.pth"], "list.pth holds no state dict"),
+        (["--ckpt", "mixed.pth"], "mixed.pth is neither a checkpoint of this program nor a bare state dict"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_evaluated_is_one_line(capsys, argv, message):
+    if "x" in argv:
+        train("--epochs", "1", "--run-dir", "x")
+    torch.save(resnet18(num_classes=10).state_dict(), "script.pth")
+    torch.save(resnet18(num_classes=7).state_dict(), "seven.pth")
+    torch.save([1], "list.pth")
+    torch.save({"epoch": 3}, "mixed.pth")
+    capsys.readouterr()
+    assert main(["eval", *argv]) == 2
+    assert message in error_of(capsys)
+
+
+def test_another_classes_dataset_is_refused(capsys, monkeypatch):
+    train("--epochs", "1", "--run-dir", "x")
+    capsys.readouterr()
+    other = make_dataset()
+    object.__setattr__(other, "class_names", tuple("abcdefghij"))
+    monkeypatch.setattr("cifar_dist.commands.evaluate.load_dataset", lambda *_, **__: other)
+    assert main(["eval", "--ckpt", "x"]) == 2
+    assert "was trained on other classes than shapes has" in error_of(capsys)
+
+
+def test_bench_measures_and_writes_its_figures(capsys):
+    argv = ["bench", "--recipe", "original", "--precision", "no", "--seconds", "0.2", "--set", "global_batch_size=8"]
+    assert main([*argv, "--json", "bench.json"]) == 0
+    result = json.loads(Path("bench.json").read_text())
+    for key in ("bare_step", "loop", "script", "peer"):
+        assert f"{key}_images_per_second" in result
+    assert result["loop_over_bare_min"] <= result["loop_over_bare"] <= result["loop_over_bare_max"]
+    assert 0.05 < result["loop_over_bare"] < 2
+    assert set(result["seconds_by_part"]) == {
+        "gather", "augmentation", "normalization", "metrics", "progress", "optimizer", "forward", "backward",
+    }  # fmt: skip
+    assert all(seconds > 0 for seconds in result["seconds_by_part"].values())
+    assert "loop over bare step" in capsys.readouterr().out
