@@ -43,6 +43,8 @@ class _Job:
     request: TrainRequest
     existing: RunDirectory | None
     """The run that goes on; None for a new one."""
+    stored: Mapping[str, Any]
+    """Its config.yaml: what was not typed comes from there. Empty for a new one."""
     checkpoint: Mapping[str, Any]
     """Empty where there is none yet."""
 
@@ -58,9 +60,8 @@ def run(options: TrainOptions) -> int:
     sizes = KNOWN_SIZES[job.request.dataset] if dataset is None else dataset.sizes
     typed = job.request.validation_size_was_typed
     recipe = fit_to_dataset(job.request.recipe, sizes, validation_size_was_typed=typed)
-    threads = job.checkpoint.get("num_threads")
-    precision = options.precision or job.checkpoint.get("precision")
-    with start(job.world, job.config, typed_precision=precision, num_threads=threads) as runtime:
+    precision = options.precision or job.stored.get("precision")
+    with start(job.world, job.config, typed_precision=precision, num_threads=job.stored.get("num_threads")) as runtime:
         plan = make_plan(recipe, world_size=job.world.size, sizes=sizes, device_type=runtime.device.type)
         directory = job.existing or RunDirectory(options.run_dir or _free_name(Path("runs") / job.request.label))
         if not options.quiet:
@@ -82,11 +83,12 @@ def _resolve(options: TrainOptions) -> _Job:
     world, config = World.from_environment(os.environ), load_accelerate_config(options.config)
     refuse_several_processes(world, config.num_processes)
     existing = _find_run(options)
-    request = resolve_request(options, None if existing is None else existing.read_config())
+    stored = {} if existing is None else existing.read_config()
+    request = resolve_request(options, stored)
     refuse_unsupported(request.recipe)
     check_dataset_name(request.dataset)
     checkpoint = load_checkpoint(existing.last) if existing is not None and existing.last.exists() else {}
-    return _Job(world=world, config=config, request=request, existing=existing, checkpoint=checkpoint)
+    return _Job(world=world, config=config, request=request, existing=existing, stored=stored, checkpoint=checkpoint)
 
 
 def _find_run(options: TrainOptions) -> RunDirectory | None:
@@ -109,13 +111,12 @@ def _find_run(options: TrainOptions) -> RunDirectory | None:
 def _nothing_left(run: RunDirectory, request: TrainRequest) -> str | None:
     """Say that a run is over already, where it is."""
     summary = run.read_summary()
-    if summary is None or summary.test is None or request.recipe.epochs > summary.epochs:
-        over = summary is not None and summary.status == "early_stopped"
-        return (
-            f"{run.path} was stopped early after {summary.epochs} epochs: nothing left to do"
-            if over and summary
-            else None
-        )
+    if summary is None or summary.test is None:
+        return None
+    if summary.status == "early_stopped":
+        return f"{run.path} was stopped early after {summary.epochs} epochs: nothing left to do"
+    if request.recipe.epochs > summary.epochs:
+        return None
     if request.recipe.epochs < summary.epochs:
         raise UserError(f"epochs={request.recipe.epochs} is below the {summary.epochs} that are done in {run.path}")
     return f"{run.path} is completed ({summary.epochs} epochs, accuracy {summary.test.top1:.2%}): nothing left to do"

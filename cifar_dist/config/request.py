@@ -34,12 +34,11 @@ class TrainRequest:
         return f"{self.recipe_name}-{Path(self.dataset).name}-seed{self.recipe.seed}"
 
 
-def resolve_request(options: TrainOptions, stored: Mapping[str, Any] | None) -> TrainRequest:
-    """Resolve what was typed; `stored` is the config.yaml of the run being resumed, None for a new run.
+def resolve_request(options: TrainOptions, stored: Mapping[str, Any]) -> TrainRequest:
+    """Resolve what was typed; `stored` is the config.yaml of the run being resumed, empty for a new run.
 
     Raises UserError, also where a resumed run is asked to become another one: each field that differs is named.
     """
-    stored = stored or {}
     data = stored.get("dataset", {})
     if options.recipe is not None or not stored:
         name = recipe_label(options.recipe or DEFAULT_RECIPE)

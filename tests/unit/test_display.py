@@ -13,9 +13,9 @@ from cifar_dist.display.figures import draw_confusion, draw_curves, draw_evaluat
 from cifar_dist.display.progress import (
     ByteProgress,
     Display,
-    PlainEvaluation,
+    PlainDisplay,
     PlainTraining,
-    RichEvaluation,
+    RichDisplay,
     RichTraining,
     evaluation_display,
     format_expected_end,
@@ -110,8 +110,8 @@ def test_the_view_fits_the_console():
     assert isinstance(training_display(console(True), PLAN, quiet=False), RichTraining)
     assert isinstance(training_display(console(False), PLAN, quiet=False), PlainTraining)
     assert type(training_display(console(True), PLAN, quiet=True)) is Display
-    assert isinstance(evaluation_display(console(True)), RichEvaluation)
-    assert isinstance(evaluation_display(console(False)), PlainEvaluation)
+    assert type(evaluation_display(console(True))) is RichDisplay
+    assert type(evaluation_display(console(False))) is PlainDisplay
 
 
 def test_a_dumb_terminal_gets_plain_lines(monkeypatch):
@@ -204,9 +204,11 @@ def test_quiet_shows_notes_only(terminal):
 
 @pytest.mark.parametrize("terminal", [True, False])
 @pytest.mark.parametrize("total", [200 * 2**20, None])
-def test_a_download_shows_mebibytes(terminal, total):
+def test_a_download_shows_mebibytes(terminal, total, monkeypatch):
     shown = console(terminal)
+    monkeypatch.setattr("cifar_dist.display.progress._SIGN_OF_LIFE_SECONDS", 0)
     progress = ByteProgress(shown, "downloading cifar10")
+    progress(10 * 2**20, total)
     progress(50 * 2**20, total)
     progress.close()
     assert "downloading cifar10" in text_of(shown)
