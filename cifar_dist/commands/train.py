@@ -193,8 +193,9 @@ def _draw_figures(session: Session, summary: Summary, predictions: Predictions) 
 
     assert summary.test is not None
     directory, dataset = session.directory, session.dataset
-    name, images = directory.path.name, dataset.test.images[:64].numpy()
+    images = dataset.test.images[:64].numpy()
+    title = f"{session.checkpoints.header['recipe_name']} on {dataset.name}, seed {session.trainer.recipe.seed}"
     curves = directory.figures / "curves.png"
-    draw_curves(directory.read_records(), curves, title=name, best_epoch=summary.best_epoch)
+    draw_curves(directory.read_records(), curves, title=title, best_epoch=summary.best_epoch)
     labels, logits = predictions.labels.numpy(), predictions.logits.numpy()
-    draw_evaluation(directory.figures, summary.test, images, labels, logits, dataset.class_names, title=name)
+    draw_evaluation(directory.figures, summary.test, images, labels, logits, dataset.class_names, title=title)

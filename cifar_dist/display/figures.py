@@ -82,14 +82,14 @@ def draw_predictions(
     `labels` is (N,), `logits` (N, num_classes).
     """
     # One pair of axes for all images: sixty-four pairs take matplotlib seconds to lay out.
-    figure = Figure(figsize=(12, 13.6))
+    figure = Figure(figsize=(12, 14.4))
     axes = figure.add_axes((0.01, 0.0, 0.98, 0.955))
     axes.set_axis_off()
     figure.suptitle(title, y=0.985)
     predicted = logits.argmax(1)
     for place, (image, label, guess) in enumerate(zip(images[:64], labels, predicted, strict=False)):
         row, column = divmod(place, 8)
-        left, top = column * 1.1, row * 1.26
+        left, top = column * 1.1, row * 1.36
         axes.imshow(image.transpose(1, 2, 0), extent=(left, left + 1, top + 1, top), interpolation="nearest")
         right = label == guess
         text = class_names[label] if right else f"{class_names[label]}\n→ {class_names[guess]} ✗"
@@ -98,7 +98,7 @@ def draw_predictions(
         if not right:
             axes.add_patch(Rectangle((left, top), 1, 1, fill=False, edgecolor=_RED, linewidth=2.5))
     axes.set_xlim(-0.05, 8.75)
-    axes.set_ylim(9.85, -0.28)
+    axes.set_ylim(10.55, -0.32)
     axes.set_aspect("equal")
     _save(figure, path)
 
