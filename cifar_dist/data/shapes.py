@@ -81,7 +81,7 @@ def _arrow(x: Floats, y: Floats) -> Floats:
 
 def _hourglass(x: Floats, y: Floats) -> Floats:
     x, y = abs(x), abs(y)
-    return _intersection(y - 0.95, (x - y * 0.8) * 0.78 - 0.1)
+    return _intersection(x * 0.78 - (y * 0.62 + 0.1), y - 0.95)
 
 
 _FIGURES: dict[str, Callable[[Floats, Floats], Floats]] = {

@@ -82,7 +82,7 @@ def test_the_record_of_an_epoch(runtime):
 def test_training_learns(runtime):
     trainer = trainer_for(runtime, "epochs=8", "optimizer.learning_rate=0.005", "augmentation.brightness=0")
     records = list(trainer.epochs())
-    assert records[-1].train_acc > 0.6 > records[0].train_acc
+    assert records[-1].train_acc > 0.3 > records[0].train_acc, "chance is 0.1"
 
 
 def test_two_runs_are_bit_identical_and_another_seed_is_not(runtime):
