@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from cifar_dist import __version__
 from cifar_dist.config.errors import EXIT_KEYBOARD_INTERRUPT, EXIT_USER_ERROR, UserError
@@ -49,17 +49,20 @@ def _parse(argv: list[str]) -> tuple[str, Options]:
     command = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
     if command not in _COMMANDS:
         raise UserError(f"unknown command '{command}'{nearest(command, _COMMANDS)} (commands: {', '.join(_COMMANDS)})")
-    table: dict[str, tuple[Callable[[], _Parser], Callable[[argparse.Namespace], Options]]] = {
+    table: dict[str, tuple[Callable[[], _Parser], Callable[[dict[str, Any]], Options]]] = {
         "train": (_train_parser, _train_options),
-        "eval": (_eval_parser, _eval_options),
+        "eval": (_eval_parser, lambda typed: EvalOptions(**typed)),
         "bench": (_bench_parser, _bench_options),
     }
     make_parser, make_options = table[command]
     parser = make_parser()
-    typed, unknown = parser.parse_known_args(argv)
+    namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
         raise UserError(f"unknown argument '{name}'{nearest(name, parser._option_string_actions)}")
+    typed = vars(namespace)
+    if "assignments" in typed:
+        typed["assignments"] = parse_assignments(typed["assignments"])
     return command, make_options(typed)
 
 
@@ -128,30 +131,19 @@ def _train_parser() -> _Parser:
     return parser
 
 
-def _train_options(typed: argparse.Namespace) -> TrainOptions:
-    resume_dir = Path(typed.resume) if typed.resume else None
-    if resume_dir and typed.run_dir and resume_dir != typed.run_dir:
-        raise UserError(f"--resume {resume_dir} and --run-dir {typed.run_dir} name two runs: type one of them")
-    return TrainOptions(
-        config=typed.config,
-        recipe=typed.recipe,
-        dataset=typed.dataset,
-        data_dir=typed.data_dir,
-        run_dir=typed.run_dir,
-        resume=typed.resume is not None,
-        resume_dir=resume_dir,
-        assignments=parse_assignments(typed.assignments),
-        epochs=typed.epochs,
-        seed=typed.seed,
-        precision=typed.precision,
-        dry_run=typed.dry_run,
-        quiet=typed.quiet,
-    )
+def _train_options(typed: dict[str, Any]) -> TrainOptions:
+    resume, run_dir = typed.pop("resume"), typed["run_dir"]
+    resume_dir = Path(resume) if resume else None
+    if resume_dir and run_dir and resume_dir != run_dir:
+        raise UserError(f"--resume {resume_dir} and --run-dir {run_dir} name two runs: type one of them")
+    return TrainOptions(**typed, resume=resume is not None, resume_dir=resume_dir)
 
 
 def _eval_parser() -> _Parser:
     parser = _command_parser("eval", "Evaluate a checkpoint or a bare state dict; each image is counted once.")
-    parser.add_argument("--ckpt", type=Path, required=True, metavar="FILE|RUN_DIR", help="what to evaluate")
+    parser.add_argument(
+        "--ckpt", dest="checkpoint", type=Path, required=True, metavar="FILE|RUN_DIR", help="what to evaluate"
+    )
     _add_data(parser)
     parser.add_argument("--split", choices=("test", "validation"), default="test", help="default: test")
     parser.add_argument(
@@ -163,38 +155,16 @@ def _eval_parser() -> _Parser:
     return parser
 
 
-def _eval_options(typed: argparse.Namespace) -> EvalOptions:
-    return EvalOptions(
-        checkpoint=typed.ckpt,
-        config=typed.config,
-        dataset=typed.dataset,
-        data_dir=typed.data_dir,
-        split=typed.split,
-        recipe=typed.recipe,
-        precision=typed.precision,
-        tta=typed.tta,
-        json=typed.json,
-        figures=typed.figures,
-    )
-
-
 def _bench_parser() -> _Parser:
     parser = _command_parser("bench", "Measure the training loop against the bare training step, in alternation.")
-    _add_recipe(parser)
+    _add_recipe(parser, default="standard")
     _add_set(parser)
     parser.add_argument("--seconds", type=float, default=10.0, metavar="S", help="for each loop measured (default 10)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     return parser
 
 
-def _bench_options(typed: argparse.Namespace) -> BenchOptions:
-    if not 0 < typed.seconds < 86_400:
-        raise UserError(f"--seconds must be above 0 and below a day, not {typed.seconds:g}")
-    return BenchOptions(
-        recipe=typed.recipe or "standard",
-        config=typed.config,
-        precision=typed.precision,
-        assignments=parse_assignments(typed.assignments),
-        seconds=typed.seconds,
-        json=typed.json,
-    )
+def _bench_options(typed: dict[str, Any]) -> BenchOptions:
+    if not 0 < typed["seconds"] < 86_400:
+        raise UserError(f"--seconds must be above 0 and below a day, not {typed['seconds']:g}")
+    return BenchOptions(**typed)
