@@ -94,10 +94,9 @@ def _command_parser(command: str, description: str) -> _Parser:
     return parser
 
 
-def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--recipe", metavar="NAME|FILE", help=f"{', '.join(recipe_names())} (default standard), or YAML"
-    )
+def _add_recipe(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
+    names = ", ".join(recipe_names())
+    parser.add_argument("--recipe", default=default, metavar="NAME|FILE", help=f"{names} (default standard), or YAML")
 
 
 def _add_set(parser: argparse.ArgumentParser) -> None:
