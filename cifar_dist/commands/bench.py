@@ -46,7 +46,7 @@ def run(options: BenchOptions) -> int:
     refuse_unsupported(recipe)
     with start(world, config, typed_precision=options.precision, doing="measuring") as runtime:
         what = f"{recipe_label(options.recipe)}, stem {recipe.stem}, batch {recipe.global_batch_size}"
-        where = f"{runtime.device.type}, precision {runtime.precision}, {runtime.num_threads} threads"
+        where = f"{runtime.device.type}, precision {runtime.precision}, {runtime.threads_line}"
         for line in (*runtime.notes, f"{what}, {where}"):
             console.print(line, highlight=False, soft_wrap=True, markup=False)
         result = _measure(recipe, runtime, options.seconds)

@@ -147,7 +147,7 @@ def _header(job: _Job, runtime: Runtime, plan: RunPlan, recipe: Recipe, director
     lines = {
         "run": f"{directory.path}" + (f", going on after epoch {resumed_at}" if resumed_at else ""),
         "recipe": f"{job.request.recipe_name} on {job.request.dataset}, seed {recipe.seed}, stem {recipe.stem}",
-        "device": f"{device}, {runtime.num_threads} threads",
+        "device": f"{device}, {runtime.threads_line}",
         "batch": plan.equation,
         "images": plan.images_line,
         "steps": plan.steps_line,

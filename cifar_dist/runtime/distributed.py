@@ -43,6 +43,11 @@ class Runtime:
         """The layout of activations on this device."""
         return device_module.memory_format(self.device.type)
 
+    @property
+    def threads_line(self) -> str:
+        """The number of threads in words."""
+        return f"{self.num_threads} thread{'s' if self.num_threads > 1 else ''}"
+
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Wrap a model (already on the device) and its optimiser for this world and precision."""
         prepared: tuple[nn.Module, torch.optim.Optimizer] = self.accelerator.prepare(model, optimizer)

@@ -105,6 +105,16 @@ def test_the_epoch_decides_order_and_pixels(runtime):
     assert torch.equal(labels.bincount(), make_dataset().train.labels.bincount())
 
 
+def test_a_sample_looks_different_in_every_epoch(runtime):
+    batches = trainer_for(runtime).batches
+    looks = []
+    for epoch in (1, 2):
+        images = torch.cat([images for images, _ in batches.epoch(epoch)])
+        looks.append(images[batches.sampler.global_order().argsort()])
+    same = (looks[0] == looks[1]).flatten(1).all(1)
+    assert not same.any()
+
+
 def test_the_observer_hears_everything_in_order(runtime):
     listener = Listener()
     trainer = trainer_for(runtime, "epochs=1", "validation_size=16", observer=listener)
