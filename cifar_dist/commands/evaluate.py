@@ -100,7 +100,7 @@ def _read_weights(options: EvalOptions) -> _Weights:
     names = tuple(content["class_names"])
     return _Weights(
         path=path,
-        tensors=content["model"],
+        tensors=content.get("model_ema", content["model"]),
         recipe=recipe,
         num_classes=len(names),
         class_names=names,
@@ -182,6 +182,7 @@ def _predict(
             data.to(runtime.device),
             indices,
             num_classes=weights.num_classes,
+            image_size=weights.recipe.image_size,
             normalize=Normalizer(weights.recipe.normalization, runtime.device, runtime.memory_format),
             runtime=runtime,
             mirror=options.tta == "mirror",

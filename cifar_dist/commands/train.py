@@ -23,7 +23,7 @@ from cifar_dist.data.dataset import Dataset
 from cifar_dist.data.datasets import check_dataset_name, load_dataset
 from cifar_dist.display.progress import ByteProgress, Display, training_display
 from cifar_dist.display.tables import print_header, print_result
-from cifar_dist.model.schedule import learning_rate
+from cifar_dist.model.schedule import learning_rate_line
 from cifar_dist.records import Summary
 from cifar_dist.runtime.distributed import Runtime, start
 from cifar_dist.training.checkpoint import load_checkpoint
@@ -31,7 +31,7 @@ from cifar_dist.training.engine import DivergedError
 from cifar_dist.training.evaluation import Predictions
 from cifar_dist.training.run_directory import RunDirectory
 from cifar_dist.training.session import Session
-from cifar_dist.training.setup import build_trainer
+from cifar_dist.training.setup import build_trainer, pretrained_weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -56,6 +56,7 @@ def run(options: TrainOptions) -> int:
     if job.existing is not None and (why := _nothing_left(job.existing, job.request)):
         console.print(why, highlight=False, soft_wrap=True, markup=False)
         return EXIT_DONE
+    pretrained = None if options.dry_run else pretrained_weights(job.request.recipe)
     dataset = None if options.dry_run else _load(console, job.request)
     sizes = KNOWN_SIZES[job.request.dataset] if dataset is None else dataset.sizes
     typed = job.request.validation_size_was_typed
@@ -69,7 +70,7 @@ def run(options: TrainOptions) -> int:
         if dataset is None:
             return EXIT_DONE
         display = training_display(console, plan, quiet=options.quiet)
-        trainer = build_trainer(recipe, plan, dataset, runtime, display)
+        trainer = build_trainer(recipe, plan, dataset, runtime, display, pretrained=pretrained)
         about = _describe(job.request, recipe, dataset, runtime)
         session = Session(directory, trainer, dataset, about)
         if job.checkpoint:
@@ -141,7 +142,6 @@ def _load(console: Console, request: TrainRequest) -> Dataset:
 
 def _header(job: _Job, runtime: Runtime, plan: RunPlan, recipe: Recipe, directory: RunDirectory) -> dict[str, str]:
     """Give what stands above a run: names and values."""
-    first, last = learning_rate(recipe, 0), learning_rate(recipe, plan.total_steps - 1)
     resumed_at = job.checkpoint.get("epoch", 0)
     device = f"{runtime.device.type}, precision {runtime.precision} ({runtime.precision_reason})"
     lines = {
@@ -151,7 +151,7 @@ def _header(job: _Job, runtime: Runtime, plan: RunPlan, recipe: Recipe, director
         "batch": plan.equation,
         "images": plan.images_line,
         "steps": plan.steps_line,
-        "learning rate": f"{recipe.schedule.name}, {first:g} at the start, {last:g} at the end",
+        "learning rate": learning_rate_line(recipe, plan),
     }
     return lines | {"note": "; ".join(runtime.notes)} if runtime.notes else lines
 

@@ -67,6 +67,14 @@ class RunPlan:
         return f"{self.steps_per_epoch:,} an epoch{note} x {self.epochs:,} epochs = {self.total_steps:,}"
 
 
+def image_size_at(recipe: Recipe, plan: RunPlan, step: int) -> int:
+    """Give the side of the training images, in pixels, in a step of the run (counted from 0)."""
+    for size, end in recipe.image_size_schedule or ():
+        if step < round(end * plan.total_steps):
+            return size
+    return recipe.image_size
+
+
 def fit_to_dataset(recipe: Recipe, sizes: DatasetSizes, *, validation_size_was_typed: bool) -> Recipe:
     """Cut a validation size that nobody typed to a tenth of the training set; refuse a typed one that leaves nothing.
 

@@ -177,6 +177,12 @@ class Recipe:
         _require(0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2^32)")
         clipping, group = self.gradient_clipping, self.batch_norm_group_size
         _require(clipping is None or clipping > 0, "gradient_clipping", clipping, "above 0, or null")
+        _require(
+            not self.freeze_epochs or self.pretrained is not None,
+            "freeze_epochs",
+            self.freeze_epochs,
+            "0 without pretrained",
+        )
         _require(group is None or group >= 2, "batch_norm_group_size", group, "2 or more, or null")
         _require(self.global_batch_size >= 2, "global_batch_size", self.global_batch_size, "2 or more (BatchNorm)")
         self._check_early_stopping()

@@ -2,11 +2,11 @@
 
 The parameters of a whole epoch are drawn at once on the CPU from (seed, epoch): one row a sample, one column a
 parameter. A row says all that will happen to its sample, so what a sample looks like depends neither on the batch it
-is in nor on the world size. Each operation's parameters have a stream of their own: switching one operation on does
-not change the draws of another.
+is in nor on the world size. Each parameter has a stream of its own: switching one operation on does not change the
+draws of another.
 
-The operations are those of the original script, in its order: random crop with zero padding, horizontal flip,
-rotation (nearest pixel), and torchvision's ColorJitter in a random order of its own.
+The order is that of the original script (crop, flip, rotation, colour jitter), with the rest where papers put it:
+affine after rotation, cutout after the colours, mixup and CutMix of two finished images.
 """
 
 import itertools
@@ -17,10 +17,17 @@ from torch import Tensor
 
 from cifar_dist.config.recipe import AugmentationConfig
 from cifar_dist.data.color import jitter
+from cifar_dist.data.geometry import Turn, move_pixels
+from cifar_dist.data.mixing import cutout, mix
 from cifar_dist.data.order import derive_seed
 
-COLUMNS = ("crop_y", "crop_x", "flip", "angle", "brightness", "contrast", "saturation", "hue", "jitter_order")
-"""The table's columns: offsets in pixels, 0 or 1, radians, three factors, a part of a turn, a row of JITTER_ORDERS."""
+COLUMNS = (
+    "crop_y", "crop_x", "flip", "angle", "affine_angle", "affine_y", "affine_x", "affine_scale",
+    "brightness", "contrast", "saturation", "hue", "jitter_order",
+    "cutout_y", "cutout_x", "partner", "share", "is_box", "box_y", "box_x",
+)  # fmt: skip
+"""The table's columns: offsets in pixels, 0 or 1, radians counter-clockwise, factors, a part of a turn, a row of
+JITTER_ORDERS, pixels, a position in the training set, the image's own share in a mix, pixels."""
 
 JITTER_ORDERS = torch.tensor(list(itertools.permutations(range(4))))
 """(24, 4): every order of brightness 0, contrast 1, saturation 2, hue 3."""
@@ -29,94 +36,143 @@ JITTER_ORDERS = torch.tensor(list(itertools.permutations(range(4))))
 class Augmentation:
     """What a recipe does to training images, for one seed."""
 
-    def __init__(self, config: AugmentationConfig, *, seed: int) -> None:
+    def __init__(
+        self, config: AugmentationConfig, *, seed: int, image_size: int = 32, fill: tuple[float, ...] = (0.5, 0.5, 0.5)
+    ) -> None:
+        """Take the side of the images as they lie in memory, and the colour (in [0, 1]) of what cutout blanks."""
         self.config = config
         self.seed = seed
+        self.image_size = image_size
+        self.fill = torch.tensor(fill)
+        self.turns_affinely = max(config.affine_degrees, config.affine_translate, config.affine_scale) > 0
         self.moves_pixels = config.crop_padding > 0 or config.flip != "none" or config.rotation_degrees > 0
+        self.moves_pixels = self.moves_pixels or self.turns_affinely
         self.changes_colors = max(config.brightness, config.contrast, config.saturation, config.hue) > 0
+        self.mixes = max(config.mixup, config.cutmix) > 0
 
-    def draw_table(self, epoch: int, num_samples: int) -> Tensor:
-        """Draw an epoch's parameters: (num_samples, len(COLUMNS)) float32 on the CPU, indexed by sample."""
-        config = self.config
+    def draw_table(self, epoch: int, num_samples: int, *, num_partners: int = 1) -> Tensor:
+        """Draw an epoch's parameters: (num_samples, len(COLUMNS)) float32 on the CPU, indexed by sample.
 
-        def uniform(name: str, low: float, high: float) -> Tensor:
-            return low + (high - low) * torch.rand(num_samples, generator=self._generator(epoch, name))
-
-        def integers(name: str, count: int) -> Tensor:
-            return torch.randint(count, (num_samples,), generator=self._generator(epoch, name)).float()
-
-        def factor(name: str, spread: float) -> Tensor:
-            return uniform(name, max(0.0, 1 - spread), 1 + spread)
-
-        offsets = 2 * config.crop_padding + 1
-        angle = math.radians(config.rotation_degrees)
+        `num_partners` is the size of the training set, in which a mix finds its partner.
+        """
+        draw, config, size = _Draw(self.seed, epoch, num_samples), self.config, self.image_size
+        angle, affine_angle = math.radians(config.rotation_degrees), math.radians(config.affine_degrees)
+        # torchvision's RandomAffine moves by whole pixels.
+        farthest = config.affine_translate * size
+        share, is_box = self._draw_mix(draw)
         columns = {
-            "crop_y": integers("crop_y", offsets),
-            "crop_x": integers("crop_x", offsets),
-            "flip": integers("flip", 2) if config.flip == "random" else torch.zeros(num_samples),
-            "angle": uniform("angle", -angle, angle),
-            "brightness": factor("brightness", config.brightness),
-            "contrast": factor("contrast", config.contrast),
-            "saturation": factor("saturation", config.saturation),
-            "hue": uniform("hue", -config.hue, config.hue),
-            "jitter_order": integers("jitter_order", len(JITTER_ORDERS)),
+            "crop_y": draw.integers("crop_y", 2 * config.crop_padding + 1),
+            "crop_x": draw.integers("crop_x", 2 * config.crop_padding + 1),
+            "flip": self._draw_flip(draw, epoch),
+            "angle": draw.uniform("angle", -angle, angle),
+            "affine_angle": draw.uniform("affine_angle", -affine_angle, affine_angle),
+            "affine_y": draw.uniform("affine_y", -farthest, farthest).round(),
+            "affine_x": draw.uniform("affine_x", -farthest, farthest).round(),
+            "affine_scale": draw.factor("affine_scale", config.affine_scale),
+            "brightness": draw.factor("brightness", config.brightness),
+            "contrast": draw.factor("contrast", config.contrast),
+            "saturation": draw.factor("saturation", config.saturation),
+            "hue": draw.uniform("hue", -config.hue, config.hue),
+            "jitter_order": draw.integers("jitter_order", len(JITTER_ORDERS)),
+            "cutout_y": draw.integers("cutout_y", size),
+            "cutout_x": draw.integers("cutout_x", size),
+            "partner": draw.integers("partner", num_partners),
+            "share": share,
+            "is_box": is_box,
+            "box_y": draw.integers("box_y", size),
+            "box_x": draw.integers("box_x", size),
         }
         return torch.stack([columns[name] for name in COLUMNS], dim=1)
 
-    def _generator(self, epoch: int, name: str) -> torch.Generator:
-        return torch.Generator().manual_seed(derive_seed("augmentation", self.seed, epoch, name))
+    def _draw_flip(self, draw: "_Draw", epoch: int) -> Tensor:
+        """Flip at random, or, alternating, at random in the first epoch and every other time from then on.
 
-    def apply(self, images: Tensor, parameters: Tensor) -> Tensor:
-        """Augment a batch.
-
-        `images` is (B, 3, H, W) uint8 on any device, `parameters` their rows of the table, (B, len(COLUMNS)) on the
-        CPU. Gives (B, 3, H, W) float32 in [0, 1], contiguous, on the images' device.
+        Alternating shows each image in both ways in every two epochs (arXiv 2404.00498).
         """
-        column = dict(zip(COLUMNS, parameters.to(images.device).unbind(1), strict=True))
+        if self.config.flip == "none":
+            return torch.zeros(draw.num_samples)
+        if self.config.flip == "random":
+            return draw.integers("flip", 2)
+        return (_Draw(self.seed, 1, draw.num_samples).integers("flip", 2) + epoch + 1) % 2
+
+    def _draw_mix(self, draw: "_Draw") -> tuple[Tensor, Tensor]:
+        """Draw each image's own share, from Beta(alpha, alpha), and whether it is mixed by a box."""
+        mixup, cutmix = self.config.mixup, self.config.cutmix
+        is_box = draw.integers("is_box", 2) if mixup and cutmix else torch.full((draw.num_samples,), float(cutmix > 0))
+        shares = torch.ones(draw.num_samples)
+        if mixup:
+            shares = draw.beta("mixup", mixup)
+        if cutmix:
+            shares = torch.where(is_box.bool(), draw.beta("cutmix", cutmix), shares)
+        return shares, is_box
+
+    def apply(self, images: Tensor, rows: Tensor) -> Tensor:
+        """Augment a batch, each image by itself.
+
+        `images` is (B, 3, H, W) uint8 on any device, `rows` their rows of the table, (B, len(COLUMNS)) on the CPU.
+        Gives (B, 3, H, W) float32 in [0, 1], contiguous, on the images' device.
+        """
+        config, column = self.config, self._columns(rows, images.device)
         if self.moves_pixels:
             images = move_pixels(
                 images,
-                crop_y=column["crop_y"] - self.config.crop_padding,
-                crop_x=column["crop_x"] - self.config.crop_padding,
+                crop_y=column["crop_y"] - config.crop_padding,
+                crop_x=column["crop_x"] - config.crop_padding,
+                reflect=config.crop_mode == "reflect",
                 flip=column["flip"],
-                angle=column["angle"] if self.config.rotation_degrees else None,
+                turns=self._turns(column),
             )
         pixels = images.to(torch.float32).div_(255)
         if self.changes_colors:
             # The order stays on the CPU: it decides which images go together, and asking a device would make it wait.
-            orders = JITTER_ORDERS[parameters[:, COLUMNS.index("jitter_order")].long()]
+            orders = JITTER_ORDERS[rows[:, COLUMNS.index("jitter_order")].long()]
             factors = torch.stack([column["brightness"], column["contrast"], column["saturation"]], dim=1)
-            jitter(pixels, factors, column["hue"] if self.config.hue else None, orders)
+            jitter(pixels, factors, column["hue"] if config.hue else None, orders)
+        if config.cutout:
+            cutout(pixels, column["cutout_y"], column["cutout_x"], config.cutout, self.fill.to(pixels.device))
         return pixels
 
+    def mix(self, pixels: Tensor, partners: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Mix augmented images (B, 3, H, W) with their augmented partners; give them and their own shares (B,)."""
+        column = self._columns(rows, pixels.device)
+        is_box, y, x = column["is_box"].bool(), column["box_y"], column["box_x"]
+        return mix(pixels, partners, weight=column["share"], is_box=is_box, center_y=y, center_x=x)
 
-def move_pixels(images: Tensor, *, crop_y: Tensor, crop_x: Tensor, flip: Tensor, angle: Tensor | None) -> Tensor:
-    """Crop, flip and rotate a batch (N, 3, H, W) uint8 in a single gather; what lies outside becomes 0.
+    def _turns(self, column: dict[str, Tensor]) -> list[Turn]:
+        turns = []
+        if self.config.rotation_degrees:
+            turns.append(Turn(angle=column["angle"]))
+        if self.turns_affinely:
+            shift = {"shift_y": column["affine_y"], "shift_x": column["affine_x"]}
+            turns.append(Turn(angle=column["affine_angle"], scale=column["affine_scale"], **shift))
+        return turns
 
-    A pixel of the result is followed back through the rotation (to the nearest pixel, ties to even, as
-    `grid_sample` does), the flip and the crop. All are moves of whole pixels, so one gather equals the three
-    operations one after the other. `crop_y` and `crop_x` (N,) are the window's corner relative to the unpadded
-    image, `flip` (N,) is 0 or 1, `angle` (N,) is counter-clockwise in radians.
-    """
-    num_images, channels, height, width = images.shape
-    y = torch.arange(height, device=images.device, dtype=torch.float32).view(1, height, 1)
-    x = torch.arange(width, device=images.device, dtype=torch.float32).view(1, 1, width)
-    inside: Tensor | None = None
-    if angle is not None:
-        cos, sin = angle.cos().view(-1, 1, 1), angle.sin().view(-1, 1, 1)
-        from_center_y, from_center_x = y - (height - 1) / 2, x - (width - 1) / 2
-        y = (from_center_x * sin).add(from_center_y * cos).add_((height - 1) / 2).round_()
-        x = (from_center_x * cos).sub(from_center_y * sin).add_((width - 1) / 2).round_()
-        inside = _within(y, height) & _within(x, width)
-    flipped = flip.view(-1, 1, 1)
-    x = x + flipped * ((width - 1) - 2 * x)
-    y, x = y + crop_y.view(-1, 1, 1), x + crop_x.view(-1, 1, 1)
-    in_image = _within(y, height) & _within(x, width)
-    inside = in_image if inside is None else inside & in_image
-    source = (y.clamp(0, height - 1) * width + x.clamp(0, width - 1)).to(torch.int64).view(num_images, 1, -1)
-    moved = images.view(num_images, channels, -1).gather(2, source.expand(-1, channels, -1))
-    return moved.mul_(inside.view(num_images, 1, -1)).view_as(images)
+    @staticmethod
+    def _columns(rows: Tensor, device: torch.device) -> dict[str, Tensor]:
+        return dict(zip(COLUMNS, rows.to(device).unbind(1), strict=True))
 
 
-def _within(coordinate: Tensor, size: int) -> Tensor:
-    return (coordinate >= 0) & (coordinate <= size - 1)
+class _Draw:
+    """Draws of one epoch, each from a generator of its own."""
+
+    def __init__(self, seed: int, epoch: int, num_samples: int) -> None:
+        self.seed, self.epoch, self.num_samples = seed, epoch, num_samples
+
+    def _generator(self, name: str) -> torch.Generator:
+        return torch.Generator().manual_seed(derive_seed("augmentation", self.seed, self.epoch, name))
+
+    def uniform(self, name: str, low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(self.num_samples, generator=self._generator(name))
+
+    def integers(self, name: str, count: int) -> Tensor:
+        return torch.randint(count, (self.num_samples,), generator=self._generator(name)).float()
+
+    def factor(self, name: str, spread: float) -> Tensor:
+        return self.uniform(name, max(0.0, 1 - spread), 1 + spread)
+
+    def beta(self, name: str, alpha: float) -> Tensor:
+        """Beta(alpha, alpha) as the ratio of Gamma draws, made in float64: small alphas give tiny numbers."""
+        shape = torch.full((2, self.num_samples), alpha, dtype=torch.float64)
+        first, second = torch._standard_gamma(shape, generator=self._generator(name))
+        shares: Tensor = (first / (first + second)).nan_to_num_(0.5).float()
+        return shares

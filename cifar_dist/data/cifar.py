@@ -12,7 +12,6 @@ import re
 import tarfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,63 +20,11 @@ import torch
 from torch import Tensor
 
 from cifar_dist.config.errors import UserError
+from cifar_dist.data.archives import CIFAR10, CIFAR100, Archive, ArchiveFile
 from cifar_dist.data.dataset import Dataset, LabelledImages
 from cifar_dist.data.download import TIMEOUT_S, DownloadError, Progress, download, exclusive, md5_of, reason_of, writing
 
 _COPY_BYTES = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class ArchiveFile:
-    """One file of an archive; one without images is unpacked for other programs and not read here."""
-
-    name: str
-    md5: str
-    images: int = 0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Archive:
-    """What is known of one archive of the CIFAR family before any of it is read."""
-
-    name: str
-    class_names: tuple[str, ...]
-    folder: str  # in the tarball, and below the data folder
-    train: tuple[ArchiveFile, ...]  # in the official order
-    test: tuple[ArchiveFile, ...]
-    others: tuple[ArchiveFile, ...]
-    label_key: bytes
-    tarball: str
-    tarball_md5: str
-    urls: tuple[str, ...]
-    urls_variable: str  # the environment variable that replaces `urls`
-
-
-# The md5 of the tarball is that on https://www.cs.toronto.edu/~kriz/cifar.html; torchvision has those of its files.
-CIFAR10 = Archive(
-    name="cifar10",
-    class_names=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
-    folder="cifar-10-batches-py",
-    train=(
-        ArchiveFile("data_batch_1", "c99cafc152244af753f735de768cd75f", 10_000),
-        ArchiveFile("data_batch_2", "d4bba439e000b95fd0a9bffe97cbabec", 10_000),
-        ArchiveFile("data_batch_3", "54ebc095f3ab1f0389bbae665268c751", 10_000),
-        ArchiveFile("data_batch_4", "634d18415352ddfa80567beed471001a", 10_000),
-        ArchiveFile("data_batch_5", "482c414d41f54cd18b22e5b47cb7c3cb", 10_000),
-    ),
-    test=(ArchiveFile("test_batch", "40351d587109b95175f43aff81a1287e", 10_000),),
-    others=(ArchiveFile("batches.meta", "5ff9c542aee3614f3951f8cda6e48888"),),
-    label_key=b"labels",
-    tarball="cifar-10-python.tar.gz",
-    tarball_md5="c58f30108f718f92721af3b95e74349a",
-    # PaddlePaddle's mirror of the same bytes comes first: the official server gives 66 to 85 kB/s
-    # (https://github.com/pytorch/vision/issues/9536).
-    urls=(
-        "https://dataset.bj.bcebos.com/cifar/cifar-10-python.tar.gz",
-        "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
-    ),
-    urls_variable="CIFAR_DIST_CIFAR10_URLS",
-)
 
 
 def load_cifar10(
@@ -85,6 +32,13 @@ def load_cifar10(
 ) -> Dataset:
     """Load CIFAR-10 from `data_dir/cifar-10-batches-py`; `load_archive` says what happens when it is not there."""
     return load_archive(CIFAR10, data_dir, progress=progress, environ=environ)
+
+
+def load_cifar100(
+    data_dir: Path, *, progress: Progress | None = None, environ: Mapping[str, str] = os.environ
+) -> Dataset:
+    """Load CIFAR-100 with its 100 fine classes from `data_dir/cifar-100-python`, in the same way."""
+    return load_archive(CIFAR100, data_dir, progress=progress, environ=environ)
 
 
 def load_archive(
@@ -98,12 +52,14 @@ def load_archive(
     """Load the files of `archive` below `data_dir`, the folder that torchvision calls `root`.
 
     Missing files are unpacked from the tarball in `data_dir`, which is downloaded first if it is not there. A file
-    that is there is never changed: a wrong one is named in the error. `progress` is told the bytes downloaded so far
-    and in all, `timeout` is in seconds. Raises UserError for everything that keeps the data from being had.
+    that is there is never changed: a wrong one, even of those without images, is named in the error. `progress` is
+    told the bytes downloaded so far and in all, `timeout` is in seconds. Raises UserError for everything that keeps
+    the data from being had.
     """
     folder = data_dir / archive.folder
     if _missing(folder, archive):
         _provide(archive, data_dir, progress, environ, timeout)
+    _refuse_wrong({folder / file.name: file.md5 for file in archive.others})  # the rest is checked as it is read
     return Dataset(
         name=archive.name,
         class_names=archive.class_names,
@@ -187,7 +143,7 @@ def _provide(
 ) -> None:
     """Complete the folder of the archive from the tarball, and download that first if it is not there."""
     folder, tarball = data_dir / archive.folder, data_dir / archive.tarball
-    _refuse_wrong({folder / file.name: file.md5 for file in archive.train + archive.test + archive.others})
+    _refuse_wrong({folder / file.name: file.md5 for file in archive.files})
     with exclusive(data_dir, archive.tarball + ".lock"):
         if not (missing := _missing(folder, archive)):
             return  # another process has provided them meanwhile
@@ -209,7 +165,7 @@ def _provide(
 
 def _extract(archive: Archive, tarball: Path, folder: Path) -> None:
     """Unpack the files of the archive that are not in `folder`, by their exact names and nothing else."""
-    files = {f"{archive.folder}/{file.name}": file for file in archive.train + archive.test + archive.others}
+    files = {f"{archive.folder}/{file.name}": file for file in archive.files}
     try:
         with writing(folder), tarfile.open(tarball, "r:gz") as tar:
             folder.mkdir(exist_ok=True)

@@ -27,12 +27,25 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class MicroBatch:
+    """A shard's part of what is forwarded at once."""
+
+    positions: Tensor
+    """(n,) int64: which samples of the training set; n may be 0."""
+    images_in_step: int
+    """Images of the whole step, over all shards and micro-batches: what the loss is divided by."""
+    ends_step: bool
+    """Whether the optimiser steps after this one."""
+
+
 class GlobalBatchSampler(DistributedSampler[int]):
     """A DistributedSampler that neither pads nor drops.
 
-    It keeps torch's permutation, `set_epoch` and seed, but cuts the *whole* order of an epoch into global batches and
-    hands a shard every count-th position of each. So the k-th global batch holds the same samples at every world size
-    and for every number of samples. The last batch may be short, and a shard's part of it empty.
+    It keeps torch's permutation, `set_epoch` and seed, but cuts the *whole* order of an epoch into global batches,
+    each of these into micro-batches, and hands a shard every count-th position of each. So the k-th global batch holds
+    the same samples at every world size and for every number of samples. The last batch may be short, and a shard's
+    part of it empty.
     """
 
     def __init__(
@@ -43,26 +56,36 @@ class GlobalBatchSampler(DistributedSampler[int]):
         seed: int,
         shard: Shard | None = None,
         num_used: int | None = None,
+        accumulation_steps: int = 1,
     ) -> None:
         """Cut `num_samples` samples into batches; `num_used` (RunPlan.images_per_epoch) leaves out the order's tail."""
         super().__init__(range(num_samples), num_replicas=1, rank=0, shuffle=True, seed=seed)  # type: ignore[arg-type]
         self.global_batch_size = global_batch_size
         self.shard = shard or Shard()
         self.num_used = num_samples if num_used is None else num_used
+        self.accumulation_steps = accumulation_steps
 
     def global_order(self) -> Tensor:
         """Give this epoch's order of all samples, (num_used,) int64."""
         return torch.tensor(list(super().__iter__()), dtype=torch.int64)[: self.num_used]
 
-    def batches(self) -> list[Tensor]:
-        """Give this shard's part of each global batch, (up to global_batch_size / count,) int64 each."""
-        index, count = self.shard.index, self.shard.count
-        return [batch[index::count] for batch in torch.split(self.global_order(), self.global_batch_size)]
+    def micro_batches(self) -> Iterator[MicroBatch]:
+        """Go through this shard's parts of the epoch.
+
+        Micro-batch a of A holds positions [aB/A, (a+1)B/A) of a global batch of B. A short last batch is cut into fewer
+        where a micro-batch would have less than the two samples that BatchNorm needs.
+        """
+        for batch in torch.split(self.global_order(), self.global_batch_size):
+            parts = max(1, min(self.accumulation_steps, len(batch) // 2))
+            for number in range(parts):
+                part = batch[number * len(batch) // parts : (number + 1) * len(batch) // parts]
+                positions = part[self.shard.index :: self.shard.count]
+                yield MicroBatch(positions=positions, images_in_step=len(batch), ends_step=number == parts - 1)
 
     def __iter__(self) -> Iterator[int]:
-        """Go through this shard's samples one by one, batch after batch."""
-        for batch in self.batches():
-            yield from batch.tolist()
+        """Go through this shard's samples one by one."""
+        for micro_batch in self.micro_batches():
+            yield from micro_batch.positions.tolist()
 
     def __len__(self) -> int:
-        return sum(len(batch) for batch in self.batches())
+        return sum(len(micro_batch.positions) for micro_batch in self.micro_batches())

@@ -1,32 +1,95 @@
 """The optimiser of a recipe, with its weight decay where the recipe wants it."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cifar_dist.config.recipe import OptimizerConfig
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Build SGD with momentum over the model's parameters.
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, *, frozen_at_first: tuple[nn.Parameter, ...] = ()
+) -> torch.optim.Optimizer:
+    """Build SGD, AdamW (`momentum` is its first beta) or Muon over the model's parameters.
 
     Without `decay_norm_and_bias` only matrices and filters decay: BatchNorm's scales and the biases have one
-    dimension and go in a group of their own.
+    dimension and go in a group of their own. So do parameters that get no gradient for some epochs: torch's fused SGD
+    fails on a group in which some have a momentum already and others not.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decayed = [each for each in parameters if config.decay_norm_and_bias or each.ndim > 1]
-    kept = [each for each in parameters if not (config.decay_norm_and_bias or each.ndim > 1)]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return torch.optim.SGD(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        # One kernel over all parameters instead of several passes; MPS keeps torch's own choice.
-        fused=True if parameters[0].device.type in ("cpu", "cuda") else None,
-    )
+    filters = [each for each in model.parameters() if each.ndim == 4] if config.name == "muon" else []
+    taken, frozen = {id(each) for each in filters}, {id(each) for each in frozen_at_first}
+    members: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for each in model.parameters():
+        if id(each) not in taken:
+            key = (config.decay_norm_and_bias or each.ndim > 1, id(each) in frozen)
+            members.setdefault(key, []).append(each)
+    groups: list[dict[str, Any]] = [
+        {"params": each, "weight_decay": config.weight_decay if decays else 0.0}
+        for (decays, _), each in members.items()
+    ]
+    # One kernel over all parameters instead of several passes; MPS keeps torch's own choice.
+    fused = True if next(model.parameters()).device.type in ("cpu", "cuda") else None
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.momentum, 0.999), fused=fused)
+    options: dict[str, Any] = {"lr": config.learning_rate, "momentum": config.momentum, "nesterov": config.nesterov}
+    if config.name == "muon":
+        return MuonWithSGD(filters, groups, weight_decay=config.weight_decay, fused=fused, **options)
+    return torch.optim.SGD(groups, fused=fused, **options)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Give every group of parameters this learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+class MuonWithSGD(torch.optim.Optimizer):
+    """Muon (https://kellerjordan.github.io/posts/muon/) for the filters, SGD for everything else.
+
+    torch's Muon takes matrices: each filter (out, in, h, w) is shown to it as (out, in * h * w), sharing its memory.
+    """
+
+    def __init__(
+        self,
+        filters: list[nn.Parameter],
+        groups: list[dict[str, Any]],
+        *,
+        weight_decay: float,
+        fused: bool | None,
+        **options: Any,
+    ) -> None:
+        self.filters = filters
+        self.matrices = [nn.Parameter(_matrix(each.detach())) for each in filters]
+        self.muon = torch.optim.Muon(self.matrices, weight_decay=weight_decay, **options)
+        self.sgd = torch.optim.SGD(groups, fused=fused, **options)
+        super().__init__([{"params": filters}, *self.sgd.param_groups], {"lr": options["lr"]})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Step both, at the learning rates that this optimiser's groups have."""
+        assert closure is None
+        for matrix, each in zip(self.matrices, self.filters, strict=True):
+            matrix.grad = None if each.grad is None else _matrix(each.grad)
+        set_learning_rate(self.muon, self.param_groups[0]["lr"])
+        for mine, theirs in zip(self.param_groups[1:], self.sgd.param_groups, strict=True):
+            theirs["lr"] = mine["lr"]
+        self.muon.step()  # type: ignore[no-untyped-call]
+        self.sgd.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give both states."""
+        return {"muon": self.muon.state_dict(), "sgd": self.sgd.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take both states back."""
+        self.muon.load_state_dict(state_dict["muon"])
+        self.sgd.load_state_dict(state_dict["sgd"])
+
+
+def _matrix(filters: Tensor) -> Tensor:
+    """Show (out, in, h, w) as (out, in * h * w) in the order in which it lies in memory, without a copy."""
+    if not filters.is_contiguous() and filters.is_contiguous(memory_format=torch.channels_last):
+        filters = filters.permute(0, 2, 3, 1)
+    return filters.reshape(len(filters), -1)

@@ -1,7 +1,7 @@
 """The one place that knows Accelerate: device placement, mixed precision, reductions, and what one process may do."""
 
 import os
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -61,6 +61,15 @@ class Runtime:
     def backward(self, loss: Tensor) -> None:
         """Backpropagate, scaled where fp16 needs it."""
         self.accelerator.backward(loss)
+
+    def gradient_sync(self, model: nn.Module, sync: bool) -> AbstractContextManager[Any]:
+        """Give the context in which gradients are only added up locally, or made equal on all processes."""
+        context: AbstractContextManager[Any] = nullcontext() if sync else self.accelerator.no_sync(model)
+        return context
+
+    def clip_gradients(self, model: nn.Module, largest_norm: float) -> None:
+        """Scale all gradients down so that their norm is at most `largest_norm`."""
+        self.accelerator.clip_grad_norm_(model.parameters(), largest_norm)
 
     def sum_over_ranks(self, sums: Tensor) -> Tensor:
         """Add a tensor up over all processes."""

@@ -5,13 +5,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from cifar_dist.config.plan import RunPlan
 from cifar_dist.config.recipe import Recipe
-from cifar_dist.data.batches import Normalizer, TrainingBatches
+from cifar_dist.data.batches import Batch, Normalizer, TrainingBatches
 from cifar_dist.data.dataset import LabelledImages
+from cifar_dist.data.order import derive_seed
+from cifar_dist.model.dropout import HeadDropout
 from cifar_dist.model.optimizer import set_learning_rate
 from cifar_dist.model.schedule import learning_rate
 from cifar_dist.records import EpochRecord, Observer
@@ -52,7 +54,10 @@ class Trainer:
         batches: TrainingBatches,
         validation: Validation | None,
         observer: Observer,
+        frozen: tuple[nn.Parameter, ...] = (),
+        dropout: HeadDropout | None = None,
     ) -> None:
+        """`frozen` are the parameters that stay as they are in the first `freeze_epochs`."""
         self.recipe = recipe
         self.plan = plan
         self.runtime = runtime
@@ -60,6 +65,8 @@ class Trainer:
         self.batches = batches
         self.validation = validation
         self.observer = observer
+        self.frozen = frozen
+        self.dropout = dropout
         self.model, self.optimizer = runtime.prepare(state.model, state.optimizer)
 
     def epochs(self) -> Iterator[EpochRecord]:
@@ -69,7 +76,7 @@ class Trainer:
         """
         while self.state.epoch < self.plan.epochs and not self.state.early_stopping.should_stop:
             epoch = self.state.epoch + 1
-            self.observer.on_epoch_start(epoch, learning_rate(self.recipe, self.state.step))
+            self.observer.on_epoch_start(epoch, learning_rate(self.recipe, self.plan, self.state.step))
             sums, seconds = self._train_epoch(epoch)
             record = self._record(epoch, sums, seconds)
             self.state.epoch = epoch
@@ -93,36 +100,48 @@ class Trainer:
     def steps(self, epoch: int, sums: RunningSums) -> Iterator[int]:
         """Do an epoch's optimiser steps one by one, adding to the sums; give each step's number in the epoch."""
         self.model.train()
-        for number, (images, labels) in enumerate(self.batches.epoch(epoch), start=1):
-            loss = self._step(images, labels, sums, number)
-            self.state.step += 1
+        number = 0
+        for batch in self.batches.epoch(epoch):
+            loss = self._forward_backward(batch, epoch, sums)
+            if not batch.ends_step:
+                continue
+            self._optimizer_step(epoch)
+            number += 1
             if number % self.plan.report_every_steps == 0:
-                self.observer.on_step(number, self._finite(float(loss) / len(labels), epoch))
+                self.observer.on_step(number, self._finite(float(loss) / len(batch.labels), epoch))
             else:
                 self.observer.on_step(number, None)
             yield number
 
-    def _step(self, images: Tensor, labels: Tensor, sums: RunningSums, number: int) -> Tensor:
-        """Do one step of the optimiser; give the batch's summed loss, on the device."""
-        set_learning_rate(self.optimizer, learning_rate(self.recipe, self.state.step))
-        logits = self.model(images)
-        loss = functional.cross_entropy(logits, labels, reduction="sum")
-        self.runtime.backward(loss * (self.plan.world_size / self._global_count(number)))
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+    def _forward_backward(self, batch: Batch, epoch: int, sums: RunningSums) -> Tensor:
+        """Add a micro-batch's gradient and sums; give its summed loss, on the device."""
+        if self.dropout is not None:
+            self.dropout.set_samples(batch.samples, derive_seed("dropout", self.recipe.seed, epoch))
+        with self.runtime.gradient_sync(self.model, batch.ends_step):
+            logits = self.model(batch.images)
+            loss = batch_loss(logits, batch, self.recipe.label_smoothing)
+            self.runtime.backward(loss * (self.plan.world_size / batch.images_in_step))
         loss = loss.detach()
-        sums.add(loss, logits, labels)
+        sums.add(loss, logits, batch.labels)
         return loss
 
-    def _global_count(self, number: int) -> int:
-        """Images in the `number`-th global batch: the last one may be short."""
-        size = self.plan.global_batch_size
-        return min(size, self.plan.images_per_epoch - (number - 1) * size)
+    def _optimizer_step(self, epoch: int) -> None:
+        set_learning_rate(self.optimizer, learning_rate(self.recipe, self.plan, self.state.step))
+        if epoch <= self.recipe.freeze_epochs:
+            for parameter in self.frozen:  # without a gradient it has neither a step, nor momentum, nor weight decay
+                parameter.grad = None
+        if self.recipe.gradient_clipping is not None:
+            self.runtime.clip_gradients(self.model, self.recipe.gradient_clipping)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.state.step += 1
+        if self.state.ema is not None:
+            self.state.ema.update(self.state.model, self.state.step)
 
     def _finite(self, loss: float, epoch: int) -> float:
         if not math.isfinite(loss):
             step = self.state.step
-            raise DivergedError(epoch, step, learning_rate(self.recipe, max(step - 1, 0)))
+            raise DivergedError(epoch, step, learning_rate(self.recipe, self.plan, max(step - 1, 0)))
         return loss
 
     def _record(self, epoch: int, totals: Tensor, seconds: float) -> EpochRecord:
@@ -131,7 +150,7 @@ class Trainer:
         return EpochRecord(
             epoch=epoch,
             step=self.state.step,
-            lr=learning_rate(self.recipe, self.state.step - 1),
+            lr=learning_rate(self.recipe, self.plan, self.state.step - 1),
             train_loss=loss / images,
             train_acc=hits / images,
             val_loss=val_loss,
@@ -146,11 +165,12 @@ class Trainer:
             return None, None
         held_out = self.validation
         predictions = predict_logits(
-            self.state.model,
+            self.state.evaluated_model,
             held_out.data,
             held_out.indices,
             num_classes=len(held_out.class_names),
             normalize=held_out.normalize,
+            image_size=self.recipe.image_size,
             runtime=self.runtime,
             observer=self.observer,
         )
@@ -164,5 +184,16 @@ class Trainer:
         value = monitored_value(self.recipe.early_stopping, record)
         if self.state.best is not None and value >= self.state.best.value:
             return False
-        self.state.best = Best(epoch=record.epoch, value=value, weights=copy_weights(self.state.model))
+        self.state.best = Best(epoch=record.epoch, value=value, weights=copy_weights(self.state.evaluated_model))
         return True
+
+
+def batch_loss(logits: Tensor, batch: Batch, label_smoothing: float) -> Tensor:
+    """Give a batch's summed cross entropy; where images are mixed, each class counts by its share of the image."""
+    if batch.partner_labels is None or batch.shares is None:
+        return functional.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=label_smoothing)
+    own, other = (
+        functional.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
+        for labels in (batch.labels, batch.partner_labels)
+    )
+    return (own * batch.shares + other * (1 - batch.shares)).sum()

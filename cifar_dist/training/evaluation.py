@@ -34,6 +34,7 @@ def predict_logits(
     *,
     num_classes: int,
     normalize: Normalizer,
+    image_size: int,
     runtime: Runtime,
     mirror: bool = False,
     observer: Observer | None = None,
@@ -48,8 +49,9 @@ def predict_logits(
     own = []
     model.eval()
     with torch.no_grad(), runtime.autocast():
-        batches = evaluation_batches(data, indices, batch_size=BATCH_SIZE, shard=shard, normalize=normalize)
-        for _, images, _ in batches:
+        for images in evaluation_batches(
+            data, indices, batch_size=BATCH_SIZE, shard=shard, normalize=normalize, image_size=image_size
+        ):
             logits = model(images).float()
             if mirror:
                 logits = (logits + model(images.flip(3)).float()) / 2

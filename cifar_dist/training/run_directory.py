@@ -128,5 +128,6 @@ class CheckpointWriter:
         self._written_at, self._written_epoch = time.monotonic(), state.epoch
 
     def _save_best(self, epoch: int, weights: Mapping[str, Tensor]) -> None:
-        save_checkpoint(self.run.best, {**self.header, "kind": "best", "epoch": epoch, "model": dict(weights)})
+        content = {**self.header, "kind": "best", "epoch": epoch, "model": dict(weights)}
+        save_checkpoint(self.run.best, content)
         self._best_epoch = epoch

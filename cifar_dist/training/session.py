@@ -66,7 +66,7 @@ class Session:
 
     def test(self, status: Status) -> tuple[Summary, Predictions]:
         """Evaluate the selected weights once on the test images, and write the summary and the predictions."""
-        recipe, model = self.trainer.recipe, self.state.model
+        recipe, model = self.trainer.recipe, self.state.evaluated_model
         if recipe.selection == "best" and self.state.best is not None:
             model.load_state_dict(self.state.best.weights)
         test = self.dataset.test.to(self.runtime.device)
@@ -75,6 +75,7 @@ class Session:
             test,
             torch.arange(len(test)),
             num_classes=self.dataset.num_classes,
+            image_size=recipe.image_size,
             normalize=Normalizer(recipe.normalization, self.runtime.device, self.runtime.memory_format),
             runtime=self.runtime,
             observer=self.trainer.observer,

@@ -1,30 +1,84 @@
 """From a recipe, a plan and a dataset to a trainer that is ready to go."""
 
-from cifar_dist.config.plan import RunPlan
+from pathlib import Path
+
+from torch import Tensor
+
+from cifar_dist.config.errors import UserError
+from cifar_dist.config.plan import RunPlan, image_size_at
 from cifar_dist.config.recipe import Recipe
 from cifar_dist.data.augmentation import Augmentation
 from cifar_dist.data.batches import Normalizer, TrainingBatches
 from cifar_dist.data.dataset import Dataset
 from cifar_dist.data.order import GlobalBatchSampler, Shard
 from cifar_dist.data.split import stratified_split
+from cifar_dist.model.dropout import HeadDropout
+from cifar_dist.model.ema import ExponentialMovingAverage
 from cifar_dist.model.optimizer import build_optimizer
+from cifar_dist.model.pretrained import imagenet_weights, parts_to_freeze, start_from
 from cifar_dist.model.resnet import build_resnet
 from cifar_dist.records import Observer
 from cifar_dist.runtime.distributed import Runtime
+from cifar_dist.training.checkpoint import is_bare_weights, load_checkpoint
 from cifar_dist.training.early_stopping import EarlyStopping
 from cifar_dist.training.engine import Trainer, Validation
 from cifar_dist.training.state import TrainState
 
 
-def build_trainer(recipe: Recipe, plan: RunPlan, dataset: Dataset, runtime: Runtime, observer: Observer) -> Trainer:
-    """Build the model, its optimiser and the data path, all on the runtime's device, at the start of a run."""
+def build_trainer(
+    recipe: Recipe,
+    plan: RunPlan,
+    dataset: Dataset,
+    runtime: Runtime,
+    observer: Observer,
+    *,
+    pretrained: dict[str, Tensor] | None = None,
+) -> Trainer:
+    """Build the model, its optimiser and the data path, all on the runtime's device, at the start of a run.
+
+    `pretrained` is what `pretrained_weights` gave. Raises UserError where it does not fit.
+    """
     model = build_resnet(recipe.stem, dataset.num_classes, seed=recipe.seed)
+    if pretrained is not None:
+        start_from(model, pretrained)
     model = model.to(runtime.device, memory_format=runtime.memory_format)  # type: ignore[call-overload]
+    frozen = parts_to_freeze(model, recipe.stem) if recipe.freeze_epochs else ()
     state = TrainState(
         model=model,
-        optimizer=build_optimizer(model, recipe.optimizer),
+        optimizer=build_optimizer(model, recipe.optimizer, frozen_at_first=frozen),
         early_stopping=EarlyStopping(recipe.early_stopping),
+        ema=ExponentialMovingAverage(model, recipe.ema_decay) if recipe.ema_decay else None,
     )
+    batches, validation = _data_path(recipe, plan, dataset, runtime)
+    return Trainer(
+        recipe=recipe,
+        plan=plan,
+        runtime=runtime,
+        state=state,
+        batches=batches,
+        validation=validation,
+        observer=observer,
+        frozen=frozen,
+        dropout=HeadDropout(model, recipe.dropout) if recipe.dropout else None,
+    )
+
+
+def pretrained_weights(recipe: Recipe) -> dict[str, Tensor] | None:
+    """Read the weights that a recipe starts from; None where it starts from nothing. Raises UserError."""
+    if recipe.pretrained is None:
+        return None
+    if recipe.pretrained == "imagenet":
+        return imagenet_weights()
+    content = load_checkpoint(Path(recipe.pretrained))
+    weights = content if is_bare_weights(content) else content.get("model_ema", content.get("model"))
+    if not isinstance(weights, dict):
+        raise UserError(f"pretrained={recipe.pretrained} holds no weights")
+    return weights
+
+
+def _data_path(
+    recipe: Recipe, plan: RunPlan, dataset: Dataset, runtime: Runtime
+) -> tuple[TrainingBatches, Validation | None]:
     data = dataset.train.to(runtime.device)
     train, held_out = stratified_split(dataset.train.labels.cpu(), recipe.validation_size, seed=recipe.seed)
     normalize = Normalizer(recipe.normalization, runtime.device, runtime.memory_format)
@@ -34,15 +88,16 @@ def build_trainer(recipe: Recipe, plan: RunPlan, dataset: Dataset, runtime: Runt
         seed=recipe.seed,
         shard=Shard(index=runtime.world.rank, count=runtime.world.size),
         num_used=plan.images_per_epoch,
+        accumulation_steps=plan.gradient_accumulation_steps,
     )
-    augmentation = Augmentation(recipe.augmentation, seed=recipe.seed)
+    size, mean = data.images.shape[-1], recipe.normalization.mean
+    batches = TrainingBatches(
+        data,
+        train,
+        sampler=sampler,
+        augmentation=Augmentation(recipe.augmentation, seed=recipe.seed, image_size=size, fill=mean),
+        normalize=normalize,
+        image_size=lambda epoch, step: image_size_at(recipe, plan, (epoch - 1) * plan.steps_per_epoch + step - 1),
+    )
     validation = Validation(data=data, indices=held_out, class_names=dataset.class_names, normalize=normalize)
-    return Trainer(
-        recipe=recipe,
-        plan=plan,
-        runtime=runtime,
-        state=state,
-        batches=TrainingBatches(data, train, sampler=sampler, augmentation=augmentation, normalize=normalize),
-        validation=validation if len(held_out) else None,
-        observer=observer,
-    )
+    return batches, validation if len(held_out) else None

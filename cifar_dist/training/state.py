@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cifar_dist.model.ema import ExponentialMovingAverage
 from cifar_dist.model.resnet import load_weights
 from cifar_dist.training.early_stopping import EarlyStopping
 
@@ -37,12 +38,19 @@ class TrainState:
     train_seconds: float = 0.0
     """Over all starts of the run."""
     best: Best | None = None
+    ema: ExponentialMovingAverage | None = None
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The model that is validated, selected and tested: the average, where there is one."""
+        return self.model if self.ema is None else self.ema.model
 
     def to_mapping(self) -> dict[str, Any]:
         """Give the state as plain containers and tensors."""
         best = self.best
         return {
             "model": dict(self.model.state_dict()),
+            **({} if self.ema is None else {"model_ema": dict(self.ema.model.state_dict())}),
             "optimizer": self.optimizer.state_dict(),
             "early_stopping": self.early_stopping.state_dict(),
             "epoch": self.epoch,
@@ -54,6 +62,8 @@ class TrainState:
     def restore(self, content: Mapping[str, Any]) -> None:
         """Go on from what `to_mapping` gave. Raises UserError where the weights are another model's."""
         load_weights(self.model, content["model"])
+        if self.ema is not None:
+            load_weights(self.ema.model, content["model_ema"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.early_stopping.load_state_dict(content["early_stopping"])
         self.epoch, self.step = content["epoch"], content["step"]

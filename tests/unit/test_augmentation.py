@@ -8,9 +8,11 @@ import torchvision.transforms.functional as vision
 from torch import Tensor
 from torchvision import transforms
 
-from cifar_dist.data.augmentation import COLUMNS, JITTER_ORDERS, Augmentation, move_pixels
+from cifar_dist.data.augmentation import COLUMNS, JITTER_ORDERS, Augmentation
 from cifar_dist.data.cifar import load_cifar10
 from cifar_dist.data.color import jitter, shift_hue
+from cifar_dist.data.geometry import Turn, move_pixels
+from cifar_dist.data.mixing import cutout, mix
 from cifar_dist.data.shapes import load_shapes
 from tests.conftest import make_recipe
 
@@ -61,30 +63,132 @@ def test_the_whole_augmentation_equals_torchvisions(images):
     torch.testing.assert_close(ours.apply(images, table), expected, atol=TOLERANCE, rtol=0)
 
 
+def moved_by(images: Tensor, **how) -> Tensor:
+    none = torch.zeros(len(images))
+    still = {"crop_y": none, "crop_x": none, "reflect": False, "flip": none, "turns": []}
+    return move_pixels(images, **{**still, **how})
+
+
 @pytest.mark.parametrize("corner", [(0, 0), (8, 8), (0, 8), (3, 5)])
 def test_crop_equals_torchvisions(images, corner):
     offsets = torch.tensor(corner, dtype=torch.float32).expand(len(images), 2) - 4
-    none = torch.zeros(len(images))
-    moved = move_pixels(images, crop_y=offsets[:, 0], crop_x=offsets[:, 1], flip=none, angle=None)
+    moved = moved_by(images, crop_y=offsets[:, 0], crop_x=offsets[:, 1])
     assert torch.equal(moved, vision.crop(vision.pad(images, 4), *corner, 32, 32))
+    moved = moved_by(images, crop_y=offsets[:, 0], crop_x=offsets[:, 1], reflect=True)
+    assert torch.equal(moved, vision.crop(vision.pad(images, 4, padding_mode="reflect"), *corner, 32, 32))
 
 
 def test_flip_equals_torchvisions(images):
     flip = torch.arange(len(images)) % 2
-    none = torch.zeros(len(images))
-    moved = move_pixels(images, crop_y=none, crop_x=none, flip=flip.float(), angle=None)
+    moved = moved_by(images, flip=flip.float())
     assert torch.equal(moved[1::2], vision.hflip(images[1::2]))
     assert torch.equal(moved[::2], images[::2])
 
 
 @pytest.mark.parametrize("degrees", [-180.0, -90.0, -10.0, -3.3, 0.0, 0.5, 7.7, 45.0, 90.0])
 def test_rotation_equals_torchvisions(images, degrees):
-    none = torch.zeros(len(images))
-    angle = torch.full((len(images),), math.radians(degrees))
-    moved = move_pixels(images, crop_y=none, crop_x=none, flip=none, angle=angle)
+    moved = moved_by(images, turns=[Turn(angle=torch.full((len(images),), math.radians(degrees)))])
     different = (moved != vision.rotate(images, degrees)).any(1)
     # Where a source falls exactly between two pixels, rounding may go either way: only at multiples of 45 degrees.
     assert different.float().mean() <= (0.05 if degrees == 45 else 0)
+
+
+@pytest.mark.parametrize(("degrees", "y", "x", "scale"), [(15.0, 3, -2, 1.1), (-8.0, 0, 5, 0.8), (0.0, -4, 1, 1.0)])
+def test_affine_equals_torchvisions(images, degrees, y, x, scale):
+    def full(value: float) -> Tensor:
+        return torch.full((len(images),), float(value))
+
+    turn = Turn(angle=full(-math.radians(degrees)), shift_y=full(y), shift_x=full(x), scale=full(scale))
+    expected = vision.affine(images, degrees, [x, y], scale, [0.0, 0.0])
+    assert (moved_by(images, turns=[turn]) != expected).any(1).float().mean() < 0.002
+
+
+def test_rotation_and_affine_follow_each_other_as_two_operations(images):
+    angles = torch.full((2, len(images)), 0.2)
+    expected = vision.rotate(vision.rotate(images, math.degrees(0.2)), math.degrees(0.2))
+    moved = moved_by(images, turns=[Turn(angle=angles[0]), Turn(angle=angles[1])])
+    assert (moved != expected).any(1).float().mean() < 0.002
+
+
+def test_the_recipes_affine_is_torchvisions():
+    """The bounds of RandomAffine(20, translate=(0.1, 0.1), scale=(0.8, 1.2)) for 32 pixels."""
+    fields = ("affine_degrees=20", "affine_translate=0.1", "affine_scale=0.2")
+    table = augmentation(*(f"augmentation.{field}" for field in fields)).draw_table(1, 20_000)
+    low, high = math.radians(-20), math.radians(20)
+    assert column(table, "affine_angle").min() == pytest.approx(low, abs=0.01)
+    assert column(table, "affine_angle").max() == pytest.approx(high, abs=0.01)
+    for name in ("affine_y", "affine_x"):
+        assert column(table, name).unique().tolist() == [-3, -2, -1, 0, 1, 2, 3]
+    assert (column(table, "affine_scale").min(), column(table, "affine_scale").max()) == pytest.approx(
+        (0.8, 1.2), abs=1e-3
+    )
+
+
+def test_cutout_is_the_papers():
+    """A square of the fill colour about the centre, cut off at the border, as in the paper's code."""
+    pixels = torch.rand(3, 3, 32, 32)
+    before, fill = pixels.clone(), torch.tensor([0.1, 0.2, 0.3])
+    cutout(pixels, torch.tensor([16.0, 0.0, 31.0]), torch.tensor([10.0, 0.0, 30.0]), 8, fill)
+    for image, old, (y1, y2, x1, x2) in zip(
+        pixels, before, [(12, 20, 6, 14), (0, 4, 0, 4), (27, 32, 26, 32)], strict=True
+    ):
+        old[:, y1:y2, x1:x2] = fill.view(3, 1, 1)
+        assert torch.equal(image, old)
+
+
+def test_mixup_is_the_papers():
+    first, second, share = torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8), torch.tensor([0.0, 0.3, 0.9, 1.0])
+    none = torch.zeros(4)
+    mixed, shares = mix(first, second, weight=share, is_box=none.bool(), center_y=none, center_x=none)
+    torch.testing.assert_close(mixed, share.view(-1, 1, 1, 1) * first + (1 - share.view(-1, 1, 1, 1)) * second)
+    assert torch.equal(shares, share)
+
+
+def test_cutmix_is_torchvisions():
+    """The box of torchvision.transforms.v2.CutMix, written down from its definition, and what is left of the image."""
+    size, count = 32, 200
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.rand(count, generator=generator)
+    y, x = (torch.randint(size, (count,), generator=generator) for _ in range(2))
+    first, second = torch.zeros(count, 3, size, size), torch.ones(count, 3, size, size)
+    mixed, shares = mix(
+        first, second, weight=weight, is_box=torch.ones(count).bool(), center_y=y.float(), center_x=x.float()
+    )
+    for index in range(count):
+        half = int(0.5 * math.sqrt(1 - weight[index].item()) * size)
+        y1, y2 = max(int(y[index]) - half, 0), min(int(y[index]) + half, size)
+        x1, x2 = max(int(x[index]) - half, 0), min(int(x[index]) + half, size)
+        expected = torch.zeros(size, size)
+        expected[y1:y2, x1:x2] = 1
+        assert torch.equal(mixed[index, 0], expected)
+        assert shares[index] == pytest.approx(1 - (y2 - y1) * (x2 - x1) / size**2)
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 2.0])
+def test_shares_are_beta_distributed(alpha):
+    shares = column(augmentation(f"augmentation.mixup={alpha}").draw_table(1, 40_000), "share")
+    assert shares.mean() == pytest.approx(0.5, abs=0.01)
+    assert shares.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.04)
+    assert (shares.min() >= 0) & (shares.max() <= 1)
+
+
+def test_mixup_and_cutmix_share_the_images_when_both_are_on():
+    table = augmentation("augmentation.mixup=0.2", "augmentation.cutmix=1").draw_table(1, 20_000, num_partners=50)
+    is_box = column(table, "is_box").bool()
+    assert is_box.float().mean() == pytest.approx(0.5, abs=0.02)
+    assert column(table, "share")[is_box].var() < 0.1 < column(table, "share")[~is_box].var()
+    assert column(table, "partner").unique().tolist() == list(range(50))
+    only = augmentation("augmentation.cutmix=1").draw_table(1, 100)
+    assert column(only, "is_box").min() == 1
+
+
+def test_alternating_flips_show_both_sides_in_two_epochs():
+    ours = augmentation("augmentation.flip=alternating")
+    flips = [column(ours.draw_table(epoch, 1000), "flip") for epoch in range(1, 5)]
+    assert flips[0].mean() == pytest.approx(0.5, abs=0.05)
+    assert torch.equal(flips[0] + flips[1], torch.ones(1000))
+    assert torch.equal(flips[0], flips[2])
+    assert torch.equal(flips[1], flips[3])
 
 
 @pytest.mark.parametrize(
@@ -142,7 +246,8 @@ def test_the_distributions_are_torchvisions():
         counts = torch.bincount(column(table, name).long(), minlength=count)
         assert len(counts) == count, name
         assert (counts * count / 40_000 - 1).abs().max() < 0.15, f"{name} is not uniform"
-    correlation = torch.corrcoef(table.T) - torch.eye(len(COLUMNS))
+    drawn = table[:, [*range(4), *range(8, 15)]]  # those that original uses, and cutout's
+    correlation = torch.corrcoef(drawn.T) - torch.eye(drawn.shape[1])
     assert correlation.abs().max() < 0.03, "two parameters share their draws"
 
 

@@ -20,7 +20,9 @@ import pytest
 import torch
 
 from cifar_dist.config.errors import UserError
-from cifar_dist.data.cifar import CIFAR10, Archive, ArchiveFile, load_archive, load_cifar10
+from cifar_dist.data import cifar
+from cifar_dist.data.archives import CIFAR10, CIFAR100, Archive, ArchiveFile
+from cifar_dist.data.cifar import load_archive, load_cifar10, load_cifar100
 from cifar_dist.data.dataset import Dataset
 
 PER_FILE = 20
@@ -31,8 +33,11 @@ def md5(content: bytes) -> str:
     return hashlib.md5(content).hexdigest()
 
 
-def python2_pickle(pixels: np.ndarray, labels: list[int]) -> bytes:
-    """Give the bytes that Python 2 and NumPy 1 wrote: protocol 2, with str (now bytes) and numpy.core."""
+def python2_pickle(pixels: np.ndarray, labels: list[int], coarse: list[int] | None = None) -> bytes:
+    """Give the bytes that Python 2 and NumPy 1 wrote: protocol 2, with str (now bytes) and numpy.core.
+
+    With coarse labels, the keys are those of CIFAR-100.
+    """
 
     def string(text: bytes) -> bytes:  # BINSTRING, which Python 3 reads and no longer writes
         return b"T" + len(text).to_bytes(4, "little") + text
@@ -47,8 +52,21 @@ def python2_pickle(pixels: np.ndarray, labels: list[int]) -> bytes:
         + string(pixels.tobytes())
         + b"tb"
     )
-    numbers = b"](" + b"".join(b"K" + bytes([label]) for label in labels) + b"e"
-    return b"\x80\x02}(" + string(b"data") + array + string(b"labels") + numbers + b"u."
+
+    def numbers(values: list[int]) -> bytes:
+        return b"](" + b"".join(b"K" + bytes([value]) for value in values) + b"e"
+
+    items = {b"data": array, b"labels": numbers(labels)}
+    if coarse is not None:
+        names = b"](" + b"".join(string(b"image_%d.png" % index) for index in range(len(pixels))) + b"e"
+        items = {
+            b"filenames": names,
+            b"batch_label": string(b"batch 1 of 1"),
+            b"fine_labels": numbers(labels),
+            b"coarse_labels": numbers(coarse),
+            b"data": array,
+        }
+    return b"\x80\x02}(" + b"".join(string(key) + value for key, value in items.items()) + b"u."
 
 
 def tarball_of(members: dict[str, bytes]) -> bytes:
@@ -149,6 +167,19 @@ def test_damaged_file_is_named_and_left_alone(tmp_path: Path, name: str, damage:
     good = path.read_bytes()
     path.write_bytes({"truncated": good[:-1], "tampered": good[:500] + b"!" + good[501:], "empty": b""}[damage])
     assert f"wrong md5, so damaged or not official: {path} (left alone;" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"damaged", b""])
+def test_damaged_file_without_images_is_named_beside_good_ones(tmp_path: Path, content: bytes) -> None:
+    path = put_folder(tmp_path) / "meta"
+    path.write_bytes(content)
+    assert f"wrong md5, so damaged or not official: {path} (left alone;" in refused(tmp_path)
+
+
+def test_file_without_images_need_not_be_there(tmp_path: Path) -> None:
+    (put_folder(tmp_path) / "meta").unlink()
+    check(load_archive(FAKE, tmp_path, environ=OFFLINE))
+    assert "fake-batches/meta" not in tree(tmp_path)
 
 
 def test_damaged_file_is_left_alone_with_a_good_tarball_beside_it(tmp_path: Path) -> None:
@@ -468,14 +499,65 @@ def test_two_at_a_time_download_once(tmp_path: Path, server: Server) -> None:
     assert tree(tmp_path / "new") == UNPACKED | {"fake.tar.gz": TARBALL}
 
 
-# CIFAR-10 itself
+# CIFAR-10 and CIFAR-100 themselves
 
 
-def test_cifar10_is_described_in_full(tmp_path: Path) -> None:
-    files = CIFAR10.train + CIFAR10.test + CIFAR10.others
-    assert all(re.fullmatch("[0-9a-f]{32}", value) for value in (CIFAR10.tarball_md5, *(file.md5 for file in files)))
-    assert len({file.md5 for file in files}) == 7
-    assert [sum(file.images for file in part) for part in (CIFAR10.train, CIFAR10.test)] == [50_000, 10_000]
+@pytest.mark.parametrize(("archive", "num_files", "num_classes"), [(CIFAR10, 7, 10), (CIFAR100, 3, 100)])
+def test_archive_is_described_in_full(archive: Archive, num_files: int, num_classes: int) -> None:
+    md5s = [archive.tarball_md5, *(file.md5 for file in archive.files)]
+    assert all(re.fullmatch("[0-9a-f]{32}", value) for value in md5s)
+    assert len(set(md5s)) == len(md5s) == num_files + 1
+    assert [sum(file.images for file in part) for part in (archive.train, archive.test)] == [50_000, 10_000]
+    assert len(archive.class_names) == num_classes
+    assert archive.class_names == tuple(sorted(set(archive.class_names)))  # officially, both are in that order
+    assert all(url.startswith("https://") and url.endswith(f"/{archive.tarball}") for url in archive.urls)
+
+
+def test_archives_are_described_as_in_torchvision() -> None:
+    from torchvision.datasets import CIFAR10 as Reference10
+    from torchvision.datasets import CIFAR100 as Reference100
+
+    for archive, reference in ((CIFAR10, Reference10), (CIFAR100, Reference100)):
+        assert (archive.folder, archive.tarball) == (reference.base_folder, reference.filename)
+        assert (archive.tarball_md5, archive.urls[-1]) == (reference.tgz_md5, reference.url)
+        assert [[file.name, file.md5] for file in archive.train] == reference.train_list
+        assert [[file.name, file.md5] for file in archive.test] == reference.test_list
+        assert [(file.name, file.md5) for file in archive.others] == [
+            (reference.meta["filename"], reference.meta["md5"])
+        ]
+
+
+def test_cifar100_is_read_with_its_fine_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    coarse, labels, pixels = [7] * PER_FILE, list(range(80, 100)), PIXELS["batch_1"]
+    content = python2_pickle(pixels, labels, coarse)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy.core
+        layout = pickle.loads(content, encoding="latin1")
+    assert set(layout) == {"filenames", "batch_label", "fine_labels", "coarse_labels", "data"}
+    assert layout["coarse_labels"] == coarse
+
+    files = {"train": content, "test": python2_pickle(PIXELS["test"], [0, 99] * 10, coarse), "meta": b"not read"}
+    tarball = tarball_of({f"cifar-100-python/{name}": content for name, content in files.items()})
+    fake = replace(
+        CIFAR100,
+        train=(ArchiveFile("train", md5(files["train"]), PER_FILE),),
+        test=(ArchiveFile("test", md5(files["test"]), PER_FILE),),
+        others=(ArchiveFile("meta", md5(files["meta"])),),
+        tarball_md5=md5(tarball),
+    )
+    monkeypatch.setattr(cifar, "CIFAR100", fake)
+    (tmp_path / "cifar-100-python.tar.gz").write_bytes(tarball)
+    dataset = load_cifar100(tmp_path, environ={"CIFAR_DIST_CIFAR100_URLS": ""})
+    assert (dataset.name, dataset.num_classes) == ("cifar100", 100)
+    assert [dataset.class_names[label] for label in dataset.test.labels[:2].tolist()] == ["apple", "worm"]
+    assert dataset.train.labels.tolist() == labels
+    assert np.array_equal(dataset.train.images.numpy(), pixels.reshape(-1, 3, 32, 32))
+    assert np.array_equal(dataset.test.images.numpy(), PIXELS["test"].reshape(-1, 3, 32, 32))
+
+
+def test_missing_files_of_either_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r": train, test; .*cifar-100-python\.tar\.gz .*CIFAR_DIST_CIFAR100_URLS"):
+        load_cifar100(tmp_path, environ={"CIFAR_DIST_CIFAR100_URLS": ""})
     with pytest.raises(UserError, match=r"data_batch_1, .*cifar-10-python\.tar\.gz .*CIFAR_DIST_CIFAR10_URLS"):
         load_cifar10(tmp_path, environ={"CIFAR_DIST_CIFAR10_URLS": ""})
 

@@ -6,13 +6,17 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
+from torchvision.models import resnet18
 
 from cifar_dist.config.plan import make_plan
-from cifar_dist.data.batches import Normalizer
+from cifar_dist.data.augmentation import COLUMNS
+from cifar_dist.data.batches import Normalizer, resized
 from cifar_dist.records import Observer
-from cifar_dist.training.engine import DivergedError, Trainer
+from cifar_dist.training.engine import DivergedError, Trainer, batch_loss
 from cifar_dist.training.evaluation import predict_logits
+from cifar_dist.training.metrics import summarize
 from cifar_dist.training.setup import build_trainer
 from tests.conftest import make_dataset, make_recipe
 
@@ -54,15 +58,16 @@ def test_an_epoch_is_what_plain_torch_computes(runtime):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     model.train()
     loss_sum, hits = 0.0, 0
-    for images, labels in batches:
+    for batch in batches:
+        labels = batch.labels
         optimizer.zero_grad()
-        logits = model(images)
+        logits = model(batch.images)
         loss = functional.cross_entropy(logits, labels)
         loss.backward()
         optimizer.step()
         loss_sum += loss.item() * len(labels)
         hits += (logits.argmax(1) == labels).sum().item()
-    assert [len(labels) for _, labels in batches] == [32, 32, 16]
+    assert [len(batch.labels) for batch in batches] == [32, 32, 16]
     assert record.train_loss == pytest.approx(loss_sum / 80, rel=1e-4)
     assert record.train_acc == hits / 80
     for mine, yours in zip(trainer.state.model.parameters(), model.parameters(), strict=True):
@@ -99,9 +104,11 @@ def test_two_runs_are_bit_identical_and_another_seed_is_not(runtime):
 def test_the_epoch_decides_order_and_pixels(runtime):
     batches = trainer_for(runtime).batches
     first, second, again = (list(batches.epoch(epoch)) for epoch in (1, 2, 1))
-    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(first, again, strict=True))
-    assert not torch.equal(first[0][1], second[0][1]), "the order is the same in every epoch"
-    labels = torch.cat([labels for _, labels in first])
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.labels, b.labels)
+    assert not torch.equal(first[0].samples, second[0].samples), "the order is the same in every epoch"
+    labels = torch.cat([batch.labels for batch in first])
     assert torch.equal(labels.bincount(), make_dataset().train.labels.bincount())
 
 
@@ -109,7 +116,7 @@ def test_a_sample_looks_different_in_every_epoch(runtime):
     batches = trainer_for(runtime).batches
     looks = []
     for epoch in (1, 2):
-        images = torch.cat([images for images, _ in batches.epoch(epoch)])
+        images = torch.cat([batch.images for batch in batches.epoch(epoch)])
         looks.append(images[batches.sampler.global_order().argsort()])
     same = (looks[0] == looks[1]).flatten(1).all(1)
     assert not same.any()
@@ -199,7 +206,14 @@ def test_evaluation_counts_each_image_once(runtime, count):
     indices = torch.arange(count).flip(0)
     listener = Listener()
     result = predict_logits(
-        model, dataset.test, indices, num_classes=10, normalize=normalize, runtime=runtime, observer=listener
+        model,
+        dataset.test,
+        indices,
+        num_classes=10,
+        normalize=normalize,
+        image_size=32,
+        runtime=runtime,
+        observer=listener,
     )
     assert torch.equal(result.labels, dataset.test.labels[indices])
     with torch.no_grad():
@@ -214,7 +228,14 @@ def test_mirror_is_the_mean_of_both_sides(runtime):
     model = trainer.state.model.eval()
     normalize = Normalizer(trainer.recipe.normalization, runtime.device, runtime.memory_format)
     result = predict_logits(
-        model, dataset.test, torch.arange(8), num_classes=10, normalize=normalize, runtime=runtime, mirror=True
+        model,
+        dataset.test,
+        torch.arange(8),
+        num_classes=10,
+        normalize=normalize,
+        image_size=32,
+        runtime=runtime,
+        mirror=True,
     )
     images = normalize(dataset.test.images.float() / 255)
     with torch.no_grad():
@@ -231,3 +252,146 @@ def test_normalization_is_torchvisions(runtime):
     theirs = normalize(pixels, list(recipe.normalization.mean), list(recipe.normalization.std))
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     assert ours.is_contiguous(memory_format=torch.channels_last)
+
+
+def weights_after(runtime, *assignments, **how) -> dict:
+    trainer = trainer_for(runtime, "epochs=1", *assignments, **how)
+    list(trainer.epochs())
+    return trainer.state.model.state_dict()
+
+
+def test_accumulation_is_the_mean_over_micro_batches(runtime):
+    """Statistics are over the micro-batch, so the reference is a loop over micro-batches written down again."""
+    trainer = trainer_for(runtime, "epochs=1", "gradient_accumulation_steps=4", dataset=make_dataset(num_train=70))
+    model = copy.deepcopy(trainer.state.model).train()
+    batches = list(trainer.batches.epoch(1))
+    assert [len(batch.labels) for batch in batches] == [8] * 8 + [2, 2, 2]
+    assert sum(batch.ends_step for batch in batches) == trainer.plan.steps_per_epoch == 3
+    record = next(trainer.epochs())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    for batch in batches:
+        loss = functional.cross_entropy(model(batch.images), batch.labels, reduction="sum") / batch.images_in_step
+        loss.backward()
+        if batch.ends_step:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert record.step == 3
+    for mine, yours in zip(trainer.state.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(mine, yours, atol=5e-3, rtol=1e-2)
+
+
+def test_label_smoothing_arrives(runtime):
+    trainer = trainer_for(runtime, "epochs=1", "label_smoothing=0.2")
+    batch = next(iter(trainer.batches.epoch(1)))
+    logits = torch.randn(32, 10)
+    ours = batch_loss(logits, batch, 0.2)
+    torch.testing.assert_close(ours, nn.CrossEntropyLoss(label_smoothing=0.2, reduction="sum")(logits, batch.labels))
+    smooth, plain = weights_after(runtime, "label_smoothing=0.2"), weights_after(runtime)
+    assert not torch.equal(smooth["fc.weight"], plain["fc.weight"])
+
+
+def test_gradients_are_clipped(runtime):
+    """With a tiny largest norm, the first step moves all weights by the learning rate times that norm."""
+    trainer = trainer_for(
+        runtime, "epochs=1", "gradient_clipping=0.001", "optimizer.weight_decay=0", "global_batch_size=96"
+    )
+    before = copy.deepcopy(trainer.state.model)
+    list(trainer.epochs())
+    moved = [a - b for a, b in zip(trainer.state.model.parameters(), before.parameters(), strict=True)]
+    norm = torch.cat([each.detach().flatten() for each in moved]).double().norm().item()
+    assert norm == pytest.approx(0.05 * 0.001, rel=0.02)
+
+
+def test_the_average_is_what_is_validated_kept_and_resumed(runtime):
+    fields = ("validation_size=16", "ema_decay=0.9", "epochs=2")
+    trainer = trainer_for(runtime, *fields)
+    record = list(trainer.epochs())[-1]
+    average = trainer.state.ema.model.state_dict()
+    assert not torch.equal(average["fc.weight"], trainer.state.model.state_dict()["fc.weight"])
+    held_out = trainer.validation
+    predictions = predict_logits(
+        trainer.state.ema.model, held_out.data, held_out.indices,
+        num_classes=10, normalize=held_out.normalize, image_size=32, runtime=runtime,
+    )  # fmt: skip
+    assert summarize(predictions.logits, predictions.labels, held_out.class_names).loss == record.val_loss
+    if trainer.state.best.epoch == 2:
+        assert torch.equal(trainer.state.best.weights["fc.weight"], average["fc.weight"])
+    content = copy.deepcopy(trainer.state.to_mapping())
+    again = trainer_for(runtime, *fields)
+    again.state.restore(content)
+    for name, value in again.state.ema.model.state_dict().items():
+        assert torch.equal(value, average[name]), name
+
+
+def test_dropout_arrives_and_two_runs_agree(runtime):
+    first, again = (weights_after(runtime, "dropout=0.5") for _ in range(2))
+    assert torch.equal(first["fc.weight"], again["fc.weight"])
+    assert not torch.equal(first["fc.weight"], weights_after(runtime)["fc.weight"])
+
+
+def test_the_body_is_frozen_while_the_head_is_trained(runtime):
+    fields = ("pretrained=imagenet", "freeze_epochs=1", "epochs=2")
+    dataset = make_dataset()
+    weights = resnet18(num_classes=1000).state_dict()
+    recipe = make_recipe(*SMALL, *fields)
+    plan = make_plan(recipe, world_size=1, sizes=dataset.sizes, device_type="cpu")
+    trainer = build_trainer(recipe, plan, dataset, runtime, Observer(), pretrained=weights)
+    head = trainer.state.model.fc.weight.detach().clone()
+    epochs = trainer.epochs()
+    next(epochs)
+    body = dict(trainer.state.model.named_parameters())
+    for name, value in body.items():
+        if not name.startswith("fc."):
+            assert torch.equal(value, weights[name]), name
+    assert not torch.equal(head, trainer.state.model.fc.weight)
+    next(epochs)
+    assert not torch.equal(body["conv1.weight"], weights["conv1.weight"])
+
+
+def test_images_grow_during_training_and_are_whole_at_evaluation(runtime):
+    fields = ("epochs=4", "image_size_schedule=[[16, 0.5], [24, 0.75], [32, 1.0]]", "validation_size=16")
+    trainer = trainer_for(runtime, *fields)
+    sides = [[batch.images.shape[-1] for batch in trainer.batches.epoch(epoch)] for epoch in range(1, 5)]
+    assert sides == [[16] * 3, [16] * 3, [24] * 3, [32] * 3]
+    seen = []
+    trainer.state.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1]))
+    next(trainer.epochs())
+    assert (seen[0], seen[-1]) == (16, 32)
+
+
+def test_resizing_is_torchvisions():
+    from torchvision.transforms.functional import resize
+
+    pixels = torch.rand(3, 3, 32, 32)
+    for size in (16, 24, 64):
+        torch.testing.assert_close(resized(pixels, size), resize(pixels, [size, size], antialias=True))
+    assert resized(pixels, 32) is pixels
+
+
+def test_mixed_images_count_for_both_classes(runtime):
+    trainer = trainer_for(runtime, "epochs=1", "augmentation.mixup=1", "augmentation.flip=none", "augmentation.hue=0")
+    batch = next(iter(trainer.batches.epoch(1)))
+    logits = torch.randn(32, 10)
+    expected = sum(
+        share * functional.cross_entropy(logits[i : i + 1], batch.labels[i : i + 1])
+        + (1 - share) * functional.cross_entropy(logits[i : i + 1], batch.partner_labels[i : i + 1])
+        for i, share in enumerate(batch.shares)
+    )
+    torch.testing.assert_close(batch_loss(logits, batch, 0.0), expected)
+    assert not torch.equal(batch.labels, batch.partner_labels)
+
+
+def test_a_partner_is_a_training_image_as_it_looks_itself(runtime):
+    """With everything else off, a mixed image is the blend of two images of the training set."""
+    dataset = make_dataset()
+    fields = ("augmentation.mixup=0.5", "validation_size=16", "global_batch_size=80", "normalization.mean=[0, 0, 0]")
+    recipe = make_recipe(*fields, "normalization.std=[1, 1, 1]", "epochs=1", base="plain")
+    plan = make_plan(recipe, world_size=1, sizes=dataset.sizes, device_type="cpu")
+    batches = build_trainer(recipe, plan, dataset, runtime, Observer()).batches
+    batch = next(iter(batches.epoch(1)))
+    table = batches.augmentation.draw_table(1, 96, num_partners=80)
+    pixels = dataset.train.images.float() / 255
+    partners = batches.indices[table[batch.samples, COLUMNS.index("partner")].long()]
+    shares = table[batch.samples, COLUMNS.index("share")].view(-1, 1, 1, 1)
+    torch.testing.assert_close(batch.images, shares * pixels[batch.samples] + (1 - shares) * pixels[partners])
+    assert torch.equal(batch.partner_labels, dataset.train.labels[partners])

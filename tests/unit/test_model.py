@@ -5,12 +5,18 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torchvision.models import resnet18
+from torch.optim import lr_scheduler
+from torchvision.models import ResNet18_Weights, resnet18
 
 from cifar_dist.config.errors import UserError
-from cifar_dist.model.optimizer import build_optimizer, set_learning_rate
+from cifar_dist.config.plan import DatasetSizes, make_plan
+from cifar_dist.data.order import derive_seed
+from cifar_dist.model.dropout import HeadDropout, uniform_hash
+from cifar_dist.model.ema import ExponentialMovingAverage
+from cifar_dist.model.optimizer import MuonWithSGD, build_optimizer, set_learning_rate
+from cifar_dist.model.pretrained import imagenet_weights, parts_to_freeze, start_from
 from cifar_dist.model.resnet import build_resnet, infer_architecture, load_weights
-from cifar_dist.model.schedule import learning_rate
+from cifar_dist.model.schedule import learning_rate, learning_rate_line
 from tests.conftest import make_recipe
 
 STEMS = ("imagenet", "cifar", "small")
@@ -117,6 +123,215 @@ def test_the_learning_rate_is_set_in_every_group():
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
 
 
+def rates(*assignments: str, epochs: int = 10) -> list[float]:
+    """All learning rates of a run of 10 steps an epoch, the peak being 1."""
+    recipe = make_recipe(f"epochs={epochs}", "optimizer.learning_rate=1", *assignments)
+    sizes = DatasetSizes(num_train=1280, num_test=1)
+    plan = make_plan(recipe, world_size=1, sizes=sizes, device_type="cpu")
+    assert plan.total_steps == 10 * epochs
+    return [learning_rate(recipe, plan, step) for step in range(plan.total_steps)]
+
+
+def torchs(make_scheduler, steps: int = 100) -> list[float]:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler, seen = make_scheduler(optimizer), []
+    for _ in range(steps):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return seen
+
+
 def test_the_constant_schedule_is_constant():
-    recipe = make_recipe("optimizer.learning_rate=0.3")
-    assert {learning_rate(recipe, step) for step in (0, 1, 1000)} == {0.3}
+    assert set(rates()) == {1.0}
+
+
+def test_cosine_is_torchs():
+    expected = torchs(lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, T_max=100))
+    assert rates("schedule.name=cosine") == pytest.approx(expected)
+
+
+def test_step_is_torchs():
+    fields = "schedule={name: step, step_epochs: 3, gamma: 0.5}"
+    expected = torchs(lambda optimizer: lr_scheduler.StepLR(optimizer, step_size=30, gamma=0.5))
+    assert rates(fields) == pytest.approx(expected)
+
+
+def test_warmup_is_torchs():
+    expected = torchs(lambda optimizer: lr_scheduler.LinearLR(optimizer, start_factor=1 / 20, total_iters=19))
+    assert rates("schedule.warmup_fraction=0.2") == pytest.approx(expected)
+
+
+def test_cosine_after_warmup_is_torchs():
+    def make(optimizer):
+        warmup = lr_scheduler.LinearLR(optimizer, start_factor=1 / 20, total_iters=19)
+        return lr_scheduler.SequentialLR(
+            optimizer, [warmup, lr_scheduler.CosineAnnealingLR(optimizer, T_max=80)], milestones=[20]
+        )
+
+    ours = rates("schedule.name=cosine", "schedule.warmup_fraction=0.2")
+    assert ours == pytest.approx(torchs(make), abs=1e-6)
+
+
+def test_triangular_rises_and_falls_in_straight_lines():
+    ours = rates("schedule.name=triangular", "schedule.warmup_fraction=0.2")
+    assert ours[0] == pytest.approx(1 / 20)
+    assert (ours[19], ours[20], ours[60]) == (1.0, 1.0, 0.5)
+    assert ours[-1] == pytest.approx(1 / 80)
+    assert rates("schedule.name=triangular")[50] == 0.5
+
+
+def test_the_schedule_in_words():
+    recipe = make_recipe("epochs=10", "schedule={name: triangular, warmup_fraction: 0.2}")
+    plan = make_plan(recipe, world_size=1, sizes=DatasetSizes(num_train=1280, num_test=1), device_type="cpu")
+    line = "triangular, 0.0005 at the start, 0.01 at its peak (step 20), 0.000125 at the end"
+    assert learning_rate_line(recipe, plan) == line
+
+
+def test_adamw_is_torchs():
+    config = make_recipe("optimizer.name=adamw", "optimizer.momentum=0.8", "optimizer.weight_decay=0.1").optimizer
+    optimizer = build_optimizer(build_resnet("imagenet", 10, seed=0), config)
+    assert type(optimizer) is torch.optim.AdamW
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (0.01, (0.8, 0.999), 0.1)
+
+
+def test_nesterov_arrives():
+    config = make_recipe("optimizer.nesterov=true").optimizer
+    assert build_optimizer(build_resnet("imagenet", 10, seed=0), config).param_groups[0]["nesterov"] is True
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_muon_steps_the_filters_as_matrices_and_sgd_the_rest(layout):
+    config = make_recipe("optimizer.name=muon", "optimizer.learning_rate=0.1").optimizer
+    model = build_resnet("imagenet", 10, seed=0).to(memory_format=layout)
+    optimizer = build_optimizer(model, config)
+    assert isinstance(optimizer, MuonWithSGD)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape).to(
+            memory_format=layout if parameter.ndim == 4 else torch.contiguous_format
+        )
+    filters = model.layer1[0].conv1.weight
+    before, head, head_grad = filters.detach().clone(), model.fc.weight.detach().clone(), model.fc.weight.grad.clone()
+    matrix = nn.Parameter(before.flatten(1).clone())
+    matrix.grad = filters.grad.flatten(1).clone()
+    reference = torch.optim.Muon([matrix], lr=0.05, weight_decay=5e-4, momentum=0.9, nesterov=False)
+    reference.step()
+    set_learning_rate(optimizer, 0.05)
+    optimizer.step()
+    # Newton-Schulz works in bfloat16, and its sums depend on the order of the columns.
+    torch.testing.assert_close(filters.detach().flatten(1), matrix.detach(), atol=2e-3, rtol=0.05)
+    assert not torch.equal(filters, before)
+    torch.testing.assert_close(model.fc.weight.detach(), head - 0.05 * (head_grad + 5e-4 * head))
+
+
+def test_muon_goes_on_where_it_was():
+    config = make_recipe("optimizer.name=muon").optimizer
+    models = [build_resnet("imagenet", 10, seed=0) for _ in range(2)]
+    optimizers = [build_optimizer(model, config) for model in models]
+    gradients = [torch.randn(parameter.shape) for parameter in models[0].parameters()]
+
+    def step(index: int) -> None:
+        for parameter, gradient in zip(models[index].parameters(), gradients, strict=True):
+            parameter.grad = gradient.clone()
+        optimizers[index].step()
+
+    step(0)
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    step(0)
+    step(1)
+    for mine, yours in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(mine, yours)
+
+
+def test_the_average_follows_the_weights():
+    model = nn.BatchNorm1d(1)
+    average = ExponentialMovingAverage(model, decay=0.9)
+    expected = 1.0
+    for step in range(1, 200):
+        value = float(step % 7)
+        with torch.no_grad():
+            model.weight.fill_(value)
+            model.running_mean.fill_(value)
+            model.num_batches_tracked.fill_(step)
+        average.update(model, step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * value
+        assert average.model.weight.item() == pytest.approx(expected, rel=1e-4)
+    assert average.model.running_mean.item() == pytest.approx(expected, rel=1e-2)
+    assert average.model.num_batches_tracked == 199
+    assert not average.model.training
+    assert not average.model.weight.requires_grad
+
+
+def test_dropout_is_a_function_of_key_and_sample():
+    model = build_resnet("imagenet", 10, seed=0)
+    dropout = HeadDropout(model, 0.3)
+    seen = []
+    model.fc.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    features, samples = torch.ones(6, 512), torch.tensor([5, 9, 5, 40_000, 1, 0])
+    for key, order in ((7, slice(None)), (7, [5, 4, 3, 2, 1, 0]), (8, slice(None))):
+        dropout.set_samples(samples[order], key)
+        model.fc(features)
+    first, reversed_, other = seen
+    assert torch.equal(first, reversed_.flip(0)), "the mask depends on the place in the batch"
+    assert torch.equal(first[0], first[2])
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first, other)
+    assert first.unique().tolist() == pytest.approx([0.0, 1 / 0.7])
+    assert (first == 0).float().mean() == pytest.approx(0.3, abs=0.05)
+    model.eval()
+    model.fc(features)
+    assert torch.equal(seen[-1], features)
+    assert list(model.state_dict()) == list(resnet18().state_dict())
+
+
+def test_the_hash_is_uniform_and_stays():
+    values = uniform_hash(torch.arange(2000), 512, derive_seed("dropout", 0, 1))
+    assert (values.min() >= 0) & (values.max() < 1)
+    counts = torch.histc(values, bins=64, min=0, max=1)
+    assert (counts / counts.mean() - 1).abs().max() < 0.05
+    assert torch.corrcoef(values[:, :64].T).fill_diagonal_(0).abs().max() < 0.12
+    assert torch.corrcoef(values[:64]).fill_diagonal_(0).abs().max() < 0.25
+    assert uniform_hash(torch.tensor([3]), 3, 2**40 + 5).mul(2**24).long().tolist() == [[1513207, 10359743, 6025722]]
+
+
+@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
+def test_a_pretrained_body_is_loaded_and_new_parts_stay(stem):
+    weights = resnet18(num_classes=1000).state_dict()
+    model, drawn = build_resnet(stem, 10, seed=0), build_resnet(stem, 10, seed=0).state_dict()
+    start_from(model, weights)
+    loaded = model.state_dict()
+    assert torch.equal(loaded["layer4.1.conv2.weight"], weights["layer4.1.conv2.weight"])
+    assert torch.equal(loaded["fc.weight"], drawn["fc.weight"])
+    assert torch.equal(loaded["conv1.weight"], (weights if stem == "imagenet" else drawn)["conv1.weight"])
+    trained = {id(each) for each in model.parameters()} - {id(each) for each in parts_to_freeze(model, stem)}
+    names = {name for name, each in model.named_parameters() if id(each) in trained}
+    head = {"fc.weight", "fc.bias"}
+    assert names == (head if stem == "imagenet" else head | {"conv1.weight", "bn1.weight", "bn1.bias"})
+
+
+def test_a_head_of_the_same_classes_is_loaded_too():
+    weights = resnet18(num_classes=10).state_dict()
+    model = build_resnet("imagenet", 10, seed=0)
+    start_from(model, weights)
+    assert torch.equal(model.fc.weight, weights["fc.weight"])
+    with pytest.raises(UserError, match=r"layer1\.0\.conv1\.weight is missing from the file"):
+        start_from(model, {name: value for name, value in weights.items() if name != "layer1.0.conv1.weight"})
+
+
+def test_imagenet_weights_come_from_torchvisions_cache(tmp_path, monkeypatch):
+    """With weights made here in the place of the published ones, whose file name carries the hash of its content."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    weights = ResNet18_Weights.IMAGENET1K_V1
+    monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
+    with pytest.raises(UserError, match=r"resnet18-f37072fd\.pth and could not be downloaded \(no network here\)"):
+        imagenet_weights()
+    (tmp_path / "checkpoints").mkdir(exist_ok=True)
+    torch.save(resnet18().state_dict(), tmp_path / "checkpoints" / weights.url.rsplit("/", 1)[-1])
+    assert imagenet_weights()["fc.weight"].shape == (1000, 512)
+
+
+def refuse(*_, **__):
+    raise OSError("no network here")

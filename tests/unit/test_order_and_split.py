@@ -14,7 +14,7 @@ def global_batches(num_samples: int, batch: int, world: int, *, epoch: int = 1, 
     for rank in range(world):
         sampler = GlobalBatchSampler(num_samples, batch, seed=seed, shard=Shard(index=rank, count=world))
         sampler.set_epoch(epoch)
-        parts.append(sampler.batches())
+        parts.append([micro_batch.positions for micro_batch in sampler.micro_batches()])
         assert list(sampler) == [sample for part in parts[-1] for sample in part.tolist()]
         assert len(sampler) == sum(len(part) for part in parts[-1])
     merged = []
@@ -52,7 +52,38 @@ def test_every_epoch_and_seed_has_its_own_order():
 
 def test_the_tail_that_is_not_used_is_left_out():
     sampler = GlobalBatchSampler(65, 64, seed=0, num_used=64)
-    assert [len(batch) for batch in sampler.batches()] == [64]
+    assert [len(batch.positions) for batch in sampler.micro_batches()] == [64]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_micro_batches_are_pieces_of_the_global_batch(world):
+    whole = GlobalBatchSampler(70, 32, seed=1)
+    expected = [batch.tolist() for batch in whole.global_order().split(32)]
+    shards = [
+        list(
+            GlobalBatchSampler(70, 32, seed=1, accumulation_steps=4, shard=Shard(index=i, count=world)).micro_batches()
+        )
+        for i in range(world)
+    ]
+    steps, step = [], []
+    for parts in zip(*shards, strict=True):
+        together = torch.full((sum(len(part.positions) for part in parts),), -1)
+        for index, part in enumerate(parts):
+            together[index::world] = part.positions
+        step += together.tolist()
+        if parts[0].ends_step:
+            assert {part.images_in_step for part in parts} == {len(step)}
+            steps.append(step)
+            step = []
+    assert steps == expected
+    assert [batch.ends_step for batch in shards[0]] == [False] * 3 + [True] + [False] * 3 + [True] + [False] * 2 + [
+        True
+    ]
+
+
+def test_no_micro_batch_has_a_single_sample():
+    batches = list(GlobalBatchSampler(37, 32, seed=0, accumulation_steps=4).micro_batches())
+    assert [len(batch.positions) for batch in batches] == [8, 8, 8, 8, 2, 3]
 
 
 def test_a_shard_outside_its_count_is_refused():

@@ -1,0 +1,198 @@
+"""Images in class folders, listed, split and read into memory.
+
+Two layouts are understood, as for torchvision's ImageFolder; what lies deeper in a class folder counts, too:
+
+    train/<class>/* with test/<class>/* or val/<class>/* as the test set; with both, val/ is the validation set
+    <class>/*       of each class, a fifth that depends on the seed is the test set
+"""
+
+import math
+import os
+import stat
+import unicodedata
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from cifar_dist.config.errors import UserError
+from cifar_dist.data.dataset import Dataset, LabelledImages
+from cifar_dist.data.download import reason_of
+from cifar_dist.data.image_cache import ImageFile, Progress, Size, name_some, read_images
+from cifar_dist.data.order import derive_seed
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+_OTHER_SUFFIXES = (".heic", ".heif", ".avif")  # images, but not for every build of Pillow
+_PARTS = ("train", "test", "val")
+_PART_LIKE = frozenset((*_PARTS, "training", "testing", "valid", "validation"))
+_TEST_SHARE = 5  # one in so many
+
+Classes = dict[str, list[ImageFile]]
+"""The files of each class, both in the order of their names."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FolderSource:
+    """What a person is shown of the files behind a dataset."""
+
+    num_files: int
+    smallest: Size
+    """Width and height of the image with the smallest area, before it was resized."""
+    largest: Size
+    image_size: int
+    """Width and height of all images in memory."""
+    mebibytes: float
+    """What the images take in memory."""
+    from_cache: bool
+    """Whether the pixels come from an earlier run, so that no image was decoded."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class FolderDataset:
+    """A dataset from class folders; `validation` is there if the folder brings its own."""
+
+    dataset: Dataset
+    validation: LabelledImages | None
+    source: FolderSource
+
+
+def load_folder(
+    path: Path, *, image_size: int, seed: int, progress: Progress | None = None, cache_dir: Path | None = None
+) -> FolderDataset:
+    """Load the images below `path` as (N, 3, image_size, image_size) uint8, in the order of (class, relative path).
+
+    `seed` chooses the test images where the folder has no test set; whether an image is one depends on its own name
+    more than on the others, so that adding some moves few. `progress` is told the files decoded so far and in all.
+    `image_cache` says how an image is brought to the size, and what lies in `cache_dir`. Raises UserError for
+    everything that keeps the folder from being a dataset.
+    """
+    parts = _find_parts(path, seed)
+    _check_parts(path, parts)
+    files = [file for classes in parts.values() for members in classes.values() for file in members]
+    needed = _check_memory(len(files), image_size)
+    # One array for all parts: they are views of it, and no pixel is in memory twice.
+    images = torch.empty((len(files), 3, image_size, image_size), dtype=torch.uint8)
+    (smallest, largest), from_cache = read_images(
+        files, images.numpy(), folder=path, cache_dir=cache_dir, progress=progress
+    )
+
+    names = tuple(parts["train"])
+    loaded, start = {}, 0
+    for part, classes in parts.items():
+        counts = torch.tensor([len(classes.get(name, ())) for name in names])
+        labels = torch.repeat_interleave(torch.arange(len(names)), counts)
+        loaded[part] = LabelledImages(images=images[start : start + len(labels)], labels=labels)
+        start += len(labels)
+    name = path.name if path.name not in ("", "..") else path.resolve().name
+    return FolderDataset(
+        dataset=Dataset(name=name, class_names=names, train=loaded["train"], test=loaded["test"]),
+        validation=loaded.get("val"),
+        source=FolderSource(
+            num_files=len(files),
+            smallest=smallest,
+            largest=largest,
+            image_size=image_size,
+            mebibytes=needed / 2**20,
+            from_cache=from_cache,
+        ),
+    )
+
+
+def _find_parts(path: Path, seed: int) -> dict[str, Classes]:
+    """List "train", "test" and, if it is there besides, "val"."""
+    # A class may well be called train, but then it holds images and no folders.
+    folders = _subfolders(path).items()
+    names = {name for name, entry in folders if name.lower() in _PART_LIKE and _subfolders(entry.path)}
+    if not names:
+        return _split(_list_classes(path, ""), seed)
+    if "train" not in names or len(names) == 1 or not names <= set(_PARTS):
+        raise UserError(
+            f"{path.absolute()} holds {', '.join(sorted(names))} with folders in them: expected are train/CLASS and"
+            " test/CLASS or val/CLASS (or both), by these names, or else CLASS folders alone"
+        )
+    parts = {part: _list_classes(path / part, f"{part}/") for part in _PARTS if part in names}
+    return parts if "test" in parts else {"train": parts["train"], "test": parts["val"]}
+
+
+def _split(classes: Classes, seed: int) -> dict[str, Classes]:
+    parts: dict[str, Classes] = {"train": {}, "test": {}}
+    for name, members in classes.items():
+        count = max(round(len(members) / _TEST_SHARE), min(1, len(members) - 1), 0)
+        by_lot = sorted(members, key=lambda file: derive_seed("folder split", seed, file.name))
+        chosen = {file.path for file in by_lot[:count]}
+        parts["train"][name] = [file for file in members if file.path not in chosen]
+        parts["test"][name] = [file for file in members if file.path in chosen]
+    return parts
+
+
+def _check_parts(path: Path, parts: Mapping[str, Classes]) -> None:
+    where, train = path.absolute(), parts["train"]
+    if len(train) < 2:
+        raise UserError(f"{where} holds {len(train)} class folders for training: a dataset needs two or more")
+    files = [file.name for classes in parts.values() for members in classes.values() for file in members]
+    if other := [name for name in files if name.lower().endswith(_OTHER_SUFFIXES)]:
+        raise UserError(f"HEIC and AVIF images cannot be read, convert them (to PNG or JPEG): {name_some(other)}")
+    if empty := [name for name, members in train.items() if not members]:
+        raise UserError(f"there are no training images in {where} of {name_some(empty)}: add some, or remove the class")
+    for part, classes in parts.items():
+        if unknown := [name for name in classes if name not in train]:
+            raise UserError(f"{where / part} holds classes that train/ lacks: {name_some(unknown)}")
+        if not any(classes.values()):
+            raise UserError(f"{where} has no images for {part}")
+
+
+def _check_memory(num_files: int, image_size: int) -> int:
+    """Give the bytes that the images take. Raises UserError if there is no room for them."""
+    needed, available = num_files * 3 * image_size**2, psutil.virtual_memory().available
+    if needed > available:
+        raise UserError(
+            f"{num_files:,} images of {image_size} x {image_size} take {needed / 2**20:,.0f} MiB, and"
+            f" {available / 2**20:,.0f} MiB of memory are available: choose a smaller image_size"
+            f" (at most {math.isqrt(available // (3 * num_files))}), or use fewer images"
+        )
+    return needed
+
+
+def _list_classes(folder: Path, prefix: str) -> Classes:
+    return {
+        name: sorted(_files_below(entry.path, f"{prefix}{name}/"), key=lambda file: file.name)
+        for name, entry in sorted(_subfolders(folder).items())
+    }
+
+
+def _subfolders(folder: Path | str) -> dict[str, os.DirEntry[str]]:
+    return {_portable(entry.name): entry for entry in _entries(folder) if entry.is_dir()}
+
+
+def _files_below(folder: str, prefix: str, above: tuple[Path, ...] = ()) -> Iterator[ImageFile]:
+    """Give all image files at any depth; `prefix` is what their names begin with, `above` the folders come through."""
+    here = Path(folder).resolve()
+    if here in above:  # a link to where we come from
+        return
+    for entry in _entries(folder):
+        name = prefix + _portable(entry.name)
+        if entry.is_dir():
+            yield from _files_below(entry.path, f"{name}/", (*above, here))
+        elif name.lower().endswith(_SUFFIXES + _OTHER_SUFFIXES):
+            try:
+                status = entry.stat()
+            except OSError:  # a broken link, to be named with the other files that cannot be read
+                yield ImageFile(entry.path, name, -1, -1)
+            else:
+                if stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+                    yield ImageFile(entry.path, name, status.st_size, status.st_mtime_ns)
+
+
+def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise UserError(f"cannot read the folder {Path(folder).absolute()}: {reason_of(error)}") from error
+
+
+def _portable(name: str) -> str:
+    """Give a name as valid, composed Unicode: macOS may decompose it, and Linux allows any bytes."""
+    return unicodedata.normalize("NFC", os.fsencode(name).decode(errors="backslashreplace"))

@@ -1,0 +1,73 @@
+"""Crop, flip, rotation and affine of a batch in a single gather of whole pixels."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Turn:
+    """A turn about the image's centre, with a move and a change of size; all (N,) float32."""
+
+    angle: Tensor
+    """Counter-clockwise, in radians."""
+    shift_y: Tensor | None = None
+    """Pixels, down."""
+    shift_x: Tensor | None = None
+    """Pixels, to the right."""
+    scale: Tensor | None = None
+
+
+def move_pixels(
+    images: Tensor, *, crop_y: Tensor, crop_x: Tensor, reflect: bool, flip: Tensor, turns: list[Turn]
+) -> Tensor:
+    """Crop, then flip, then turn (once or more) a batch (N, 3, H, W) uint8; what lies outside becomes 0.
+
+    A pixel of the result is followed back through the turns (each to the nearest pixel, ties to even, as `grid_sample`
+    does), the flip and the crop. All are moves of whole pixels, so one gather equals the operations one after the
+    other. `crop_y` and `crop_x` (N,) are the window's corner relative to the unpadded image, beyond which there are
+    zeros, or with `reflect` the image's reflection about its border pixels; `flip` (N,) is 0 or 1.
+    """
+    num_images, channels, height, width = images.shape
+    y = torch.arange(height, device=images.device, dtype=torch.float32).view(1, height, 1)
+    x = torch.arange(width, device=images.device, dtype=torch.float32).view(1, 1, width)
+    inside: Tensor | None = None
+    for turn in reversed(turns):
+        y, x = _source_of(turn, y, x, height, width)
+        within = _within(y, height) & _within(x, width)
+        inside = within if inside is None else inside & within
+    x = x + flip.view(-1, 1, 1) * ((width - 1) - 2 * x)
+    y, x = y + crop_y.view(-1, 1, 1), x + crop_x.view(-1, 1, 1)
+    if reflect:
+        y, x = _reflected(y, height), _reflected(x, width)
+    else:
+        within = _within(y, height) & _within(x, width)
+        inside = within if inside is None else inside & within
+    source = (y.clamp(0, height - 1) * width + x.clamp(0, width - 1)).to(torch.int64).view(num_images, 1, -1)
+    moved = images.view(num_images, channels, -1).gather(2, source.expand(-1, channels, -1))
+    if inside is not None:
+        moved.mul_(inside.expand(num_images, height, width).reshape(num_images, 1, -1))
+    return moved.view_as(images)
+
+
+def _source_of(turn: Turn, y: Tensor, x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Give the nearest pixels from which a turn takes the pixels at (y, x)."""
+    cos, sin = turn.angle.cos().view(-1, 1, 1), turn.angle.sin().view(-1, 1, 1)
+    y, x = y - (height - 1) / 2, x - (width - 1) / 2
+    if turn.shift_y is not None and turn.shift_x is not None:
+        y, x = y - turn.shift_y.view(-1, 1, 1), x - turn.shift_x.view(-1, 1, 1)
+    if turn.scale is not None:
+        cos, sin = cos / turn.scale.view(-1, 1, 1), sin / turn.scale.view(-1, 1, 1)
+    source_y = (x * sin).add(y * cos).add_((height - 1) / 2).round_()
+    source_x = (x * cos).sub(y * sin).add_((width - 1) / 2).round_()
+    return source_y, source_x
+
+
+def _within(coordinate: Tensor, size: int) -> Tensor:
+    return (coordinate >= 0) & (coordinate <= size - 1)
+
+
+def _reflected(coordinate: Tensor, size: int) -> Tensor:
+    """Fold coordinates up to size - 1 beyond a border back into the image, the border pixel itself not repeated."""
+    return (size - 1) - ((size - 1) - coordinate.abs()).abs()

@@ -1,0 +1,200 @@
+"""Image files turned into one uint8 array: decoded in parallel, or read back as an earlier run has decoded them.
+
+The decoded pixels of a folder lie in one file of the user's cache folder: a header, the images in the order of their
+names, and a checksum of both. Nothing depends on that file: where it is missing, damaged or cannot be written, the
+images are decoded.
+"""
+
+import os
+import struct
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from cifar_dist.config.errors import UserError
+
+Pixels = NDArray[np.uint8]
+Size = tuple[int, int]  # width and height in pixels
+Range = tuple[Size, Size]  # of the images with the smallest and the largest area
+Progress = Callable[[int, int | None], None]  # is told the files decoded so far and in all
+
+_FORMAT = 1  # to be counted up when the layout of the file changes, or the way an image becomes pixels
+_HEADER = struct.Struct("<4I")  # width and height of the smallest and the largest original
+_BLOCK_BYTES = 1 << 22
+_CHUNK = 16  # images that a thread decodes before it reports: few, as they may be photographs
+_MAX_THREADS = 8  # which Pillow keeps busy with photographs; with small images they wait for the interpreter's lock
+# Told by the content, whatever the suffix says: Pillow's other formats are rare, and one of them starts Ghostscript.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFile:
+    """A file as it was listed."""
+
+    path: str
+    name: str  # relative to the folder of the dataset, with '/': the same on every system
+    size: int  # bytes
+    mtime_ns: int
+
+
+def default_cache_dir(environ: Mapping[str, str] = os.environ, platform: str = sys.platform) -> Path | None:
+    """Give $CIFAR_DIST_CACHE, else `cifar-dist` in the platform's folder for caches; None where there is no home."""
+    if own := environ.get("CIFAR_DIST_CACHE"):
+        return Path(own)
+    try:
+        if platform == "darwin":
+            return Path.home() / "Library/Caches/cifar-dist"
+        named = Path(environ.get("LOCALAPPDATA" if platform == "win32" else "XDG_CACHE_HOME", ""))
+        # The XDG Base Directory Specification has relative paths ignored.
+        return (named if named.is_absolute() else Path.home() / ".cache") / "cifar-dist"
+    except RuntimeError:  # a container whose user has neither $HOME nor an account
+        return None
+
+
+def name_some(names: Sequence[str]) -> str:
+    """Join the first ten names, and say how many more there are."""
+    return ", ".join(names[:10]) + (f" and {len(names) - 10:,} more" if len(names) > 10 else "")
+
+
+def read_images(
+    files: Sequence[ImageFile], images: Pixels, *, folder: Path, cache_dir: Path | None, progress: Progress | None
+) -> tuple[Range, bool]:
+    """Fill `images`, (N, 3, S, S), with the N files in their order, each as `decode` gives it for S.
+
+    `folder` is the one that the files belong to, with one cache file in `cache_dir` (None: `default_cache_dir()`).
+    Gives the range of the sizes in the files, and whether all came from the cache. Raises UserError naming the files
+    that cannot be read.
+    """
+    # The cache has an order of its own, so that another order of the same files (another seed) finds it, too. It is
+    # copied to and from in blocks, as a whole would have all pixels in memory twice.
+    order = np.array(sorted(range(len(files)), key=lambda index: (files[index].name, files[index].path)), dtype=np.intp)
+    digest = blake2b(f"{_FORMAT}\0{images.shape[-1]}".encode(), digest_size=16)
+    for index in order:
+        digest.update(f"\0{files[index].name}\0{files[index].size}\0{files[index].mtime_ns}".encode())
+    key, cache_dir = digest.digest(), cache_dir or default_cache_dir()
+    if cache_dir is None:
+        return _decode_all(files, images, progress), False
+    stem = blake2b(os.fsencode(folder.resolve()), digest_size=8).hexdigest()
+    cache_file = cache_dir / f"{stem}-{key.hex()}.pixels"
+    blocks = np.array_split(order, min(len(files), images.nbytes // _BLOCK_BYTES + 1))
+    if sizes := _load(cache_file, key, images, blocks):
+        return sizes, True
+    sizes = _decode_all(files, images, progress)
+    with suppress(OSError):  # no right to write, no space: it goes without
+        _save(cache_file, key, images, blocks, sizes)
+        for old in cache_dir.glob(f"{stem}-*"):  # whoever is writing one of these now only stays without it
+            if old != cache_file:
+                old.unlink(missing_ok=True)
+    return sizes, False
+
+
+def _load(cache_file: Path, key: bytes, images: Pixels, blocks: list[NDArray[np.intp]]) -> Range | None:
+    """Fill `images`; None if there is no such file or anything is wrong with it, whatever is in `images` then."""
+    try:
+        with cache_file.open("rb") as file:
+            numbers = _HEADER.unpack(header := file.read(_HEADER.size))
+            digest = blake2b(header, key=key)
+            for rows in blocks:
+                block = file.read(len(rows) * images[0].nbytes)
+                digest.update(block)
+                images[rows] = np.frombuffer(block, dtype=np.uint8).reshape(len(rows), *images.shape[1:])
+            if file.read(digest.digest_size + 1) != digest.digest():
+                return None
+    except (OSError, struct.error, ValueError):  # the last two: it is too short
+        return None
+    return (numbers[0], numbers[1]), (numbers[2], numbers[3])
+
+
+def _save(cache_file: Path, key: bytes, images: Pixels, blocks: list[NDArray[np.intp]], sizes: Range) -> None:
+    """Write the file under another name first, so that its own name never stands for a part of it. Raises OSError."""
+    cache_file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(".part", cache_file.stem, cache_file.parent)
+    try:
+        with open(descriptor, "wb") as file:  # noqa: PTH123 - a descriptor is no path
+            file.write(header := _HEADER.pack(*sizes[0], *sizes[1]))
+            digest = blake2b(header, key=key)
+            for rows in blocks:
+                file.write(block := images[rows].tobytes())
+                digest.update(block)
+            file.write(digest.digest())
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(cache_file)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _decode_all(files: Sequence[ImageFile], images: Pixels, progress: Progress | None) -> Range:
+    sizes: list[Size | None] = [None] * len(files)  # which stays where a file cannot be read
+
+    def decode_chunk(start: int) -> int:
+        end = min(start + _CHUNK, len(files))
+        for index in range(start, end):
+            with suppress(Exception):  # Pillow raises nearly anything for a damaged file
+                pixels, sizes[index] = decode(files[index].path, images.shape[-1])
+                images[index] = pixels.transpose(2, 0, 1)
+        return end
+
+    pool = ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # most are about metadata
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            for done in pool.map(decode_chunk, range(0, len(files), _CHUNK)):
+                if progress:
+                    progress(done, len(files))
+        finally:
+            pool.shutdown(cancel_futures=True)  # so that Ctrl-C does not wait for all the rest
+    if unreadable := [file.name for file, size in zip(files, sizes, strict=True) if not size]:
+        raise UserError(
+            f"{len(unreadable):,} of {len(files):,} image files cannot be read (empty, damaged, too large or no"
+            f" images): {name_some(unreadable)}; replace or remove them"
+        )
+    by_area = sorted({size for size in sizes if size}, key=lambda size: (size[0] * size[1], size))
+    return by_area[0], by_area[-1]
+
+
+def decode(path: str, size: int) -> tuple[Pixels, Size]:
+    """Read the first frame of an image as (size, size, 3) RGB, and its own width and height.
+
+    It is turned as its EXIF block says. What is transparent becomes mid-grey, on which dark and light figures both
+    stay visible. 16 bits lose their lower eight. An image of another size has its shorter side brought to `size` and
+    its middle cut out, by the rules of torchvision's `Resize` (bilinear, antialiased) and `CenterCrop`.
+    Raises OSError, ValueError and nearly anything else where the file is no such image.
+    """
+    with Image.open(path, formats=_FORMATS) as image:
+        image.load()
+        with suppress(Exception):  # a broken EXIF block leaves the pixels good
+            ImageOps.exif_transpose(image, in_place=True)
+        original, rgb = image.size, _to_rgb(image)
+    if original != (size, size):
+        # Only what the crop keeps is resized: the whole of a strip of 1 x 10,000 would become 32 x 320,000.
+        longer = int(original[1] > original[0])
+        resized = size * original[longer] // original[1 - longer]
+        offset = round((resized - size) / 2)
+        start, end = (edge * original[longer] / resized for edge in (offset, offset + size))
+        box = (0, start, original[0], end) if longer else (start, 0, end, original[1])
+        rgb = rgb.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    return np.asarray(rgb), original
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("there is no one range for floating-point pixels")
+    if image.mode.startswith("I"):  # 16 bits, or as many in 32: Pillow would cut them off at 255
+        return Image.fromarray((np.asarray(image).clip(0, 65_535) >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        ground = Image.new("RGBA", image.size, (128, 128, 128, 255))
+        ground.alpha_composite(image.convert("RGBA"))
+        return ground.convert("RGB")
+    return image.convert("RGB")
