@@ -22,12 +22,12 @@ from cifar_dist.data.batches import Normalizer
 from cifar_dist.data.dataset import Dataset, LabelledImages
 from cifar_dist.data.datasets import check_dataset_name, load_dataset
 from cifar_dist.data.split import stratified_split
-from cifar_dist.display.progress import ByteProgress, evaluation_display
+from cifar_dist.display.progress import evaluation_display, loading_progress
 from cifar_dist.display.tables import format_class_bars, format_evaluation_totals, print_lines
 from cifar_dist.model.resnet import build_resnet, infer_architecture, load_weights
 from cifar_dist.records import Evaluation
 from cifar_dist.runtime.distributed import Runtime, start
-from cifar_dist.training.checkpoint import is_bare_weights, load_checkpoint, write_atomically
+from cifar_dist.training.checkpoint import is_bare_weights, load_checkpoint, understanding, write_atomically
 from cifar_dist.training.evaluation import Predictions, predict_logits
 from cifar_dist.training.metrics import summarize
 from cifar_dist.training.run_directory import RunDirectory
@@ -91,6 +91,11 @@ def _read_weights(options: EvalOptions) -> _Weights:
         return _bare_weights(path, content, options)
     if "recipe" not in content or "model" not in content:
         raise UserError(f"checkpoint {path} is neither a checkpoint of this program nor a bare state dict")
+    with understanding(path):
+        return _own_weights(path, content, options)
+
+
+def _own_weights(path: Path, content: dict[str, Any], options: EvalOptions) -> _Weights:
     recipe = resolve_recipe(content["recipe"], {}, {})
     if options.recipe is not None:
         typed = resolve_recipe(read_recipe(options.recipe), {}, {})
@@ -144,18 +149,21 @@ def _load_data(console: Console, options: EvalOptions, weights: _Weights) -> Dat
     name = options.dataset or about.get("name", DEFAULT_DATASET)
     data_dir = options.data_dir or Path(about.get("data_dir", DEFAULT_DATA_DIR))
     check_dataset_name(name)
-    progress = ByteProgress(console, f"downloading {name}")
+    progress = loading_progress(console, name)
     try:
-        dataset = load_dataset(name, data_dir.absolute(), progress=progress)
+        dataset = load_dataset(name, data_dir.absolute(), weights.recipe, progress=progress)
     finally:
         progress.close()
+    if weights.class_names is not None:
+        try:
+            return dataset.with_classes(weights.class_names)
+        except ValueError as error:
+            raise UserError(f"{weights.path} was trained on other classes than {name} has: {error}") from None
     if weights.num_classes != dataset.num_classes:
         raise UserError(
             f"{weights.path} knows {weights.num_classes} classes, and {name} has {dataset.num_classes}:"
             " name its --dataset"
         )
-    if weights.class_names not in (None, dataset.class_names):
-        raise UserError(f"{weights.path} was trained on other classes than {name} has: name its --dataset")
     return dataset
 
 
@@ -163,6 +171,8 @@ def _choose_split(options: EvalOptions, weights: _Weights, dataset: Dataset) -> 
     """Give the images, and which of them to evaluate."""
     if options.split == "test":
         return dataset.test, torch.arange(len(dataset.test))
+    if dataset.validation is not None:
+        return dataset.validation, torch.arange(len(dataset.validation))
     size, seed = weights.recipe.validation_size, weights.recipe.seed
     _, held_out = stratified_split(dataset.train.labels, min(size, len(dataset.train)), seed=seed)
     if not len(held_out):

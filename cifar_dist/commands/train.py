@@ -13,20 +13,20 @@ from cifar_dist.config.errors import EXIT_DONE, EXIT_FAILED, EXIT_KEYBOARD_INTER
 from cifar_dist.config.loading import recipe_to_mapping
 from cifar_dist.config.options import TrainOptions
 from cifar_dist.config.parsing import to_mapping
-from cifar_dist.config.plan import KNOWN_SIZES, RunPlan, fit_to_dataset, make_plan
+from cifar_dist.config.plan import RunPlan, fit_to_dataset, make_plan
 from cifar_dist.config.provenance import git_commit, package_versions
 from cifar_dist.config.recipe import Recipe
 from cifar_dist.config.request import TrainRequest, resolve_request
 from cifar_dist.config.unsupported import refuse_several_processes, refuse_unsupported
 from cifar_dist.config.world import AccelerateConfig, World, load_accelerate_config
 from cifar_dist.data.dataset import Dataset
-from cifar_dist.data.datasets import check_dataset_name, load_dataset
-from cifar_dist.display.progress import ByteProgress, Display, training_display
+from cifar_dist.data.datasets import check_dataset_name, known_sizes, load_dataset
+from cifar_dist.display.progress import Display, loading_progress, training_display
 from cifar_dist.display.tables import print_header, print_result
 from cifar_dist.model.schedule import learning_rate_line
 from cifar_dist.records import Summary
 from cifar_dist.runtime.distributed import Runtime, start
-from cifar_dist.training.checkpoint import load_checkpoint
+from cifar_dist.training.checkpoint import load_checkpoint, understanding
 from cifar_dist.training.engine import DivergedError
 from cifar_dist.training.evaluation import Predictions
 from cifar_dist.training.run_directory import RunDirectory
@@ -58,7 +58,7 @@ def run(options: TrainOptions) -> int:
         return EXIT_DONE
     pretrained = None if options.dry_run else pretrained_weights(job.request.recipe)
     dataset = None if options.dry_run else _load(console, job.request)
-    sizes = KNOWN_SIZES[job.request.dataset] if dataset is None else dataset.sizes
+    sizes = known_sizes(job.request.dataset, job.request.recipe) if dataset is None else dataset.sizes
     typed = job.request.validation_size_was_typed
     recipe = fit_to_dataset(job.request.recipe, sizes, validation_size_was_typed=typed)
     precision = options.precision or job.stored.get("precision")
@@ -66,7 +66,7 @@ def run(options: TrainOptions) -> int:
         plan = make_plan(recipe, world_size=job.world.size, sizes=sizes, device_type=runtime.device.type)
         directory = job.existing or RunDirectory(options.run_dir or _free_name(Path("runs") / job.request.label))
         if not options.quiet:
-            print_header(console, _header(job, runtime, plan, recipe, directory))
+            print_header(console, _header(job, runtime, plan, recipe, directory, dataset))
         if dataset is None:
             return EXIT_DONE
         display = training_display(console, plan, quiet=options.quiet)
@@ -74,7 +74,8 @@ def run(options: TrainOptions) -> int:
         about = _describe(job.request, recipe, dataset, runtime)
         session = Session(directory, trainer, dataset, about)
         if job.checkpoint:
-            session.restore(job.checkpoint)
+            with understanding(directory.last):
+                session.restore(job.checkpoint)
         session.begin({**about, "plan": to_mapping(plan), "versions": package_versions(), "git_commit": git_commit()})
         return _train_and_test(console, display, session)
 
@@ -133,14 +134,16 @@ def _free_name(path: Path) -> Path:
 
 
 def _load(console: Console, request: TrainRequest) -> Dataset:
-    progress = ByteProgress(console, f"downloading {request.dataset}")
+    progress = loading_progress(console, request.dataset)
     try:
-        return load_dataset(request.dataset, request.data_dir, progress=progress)
+        return load_dataset(request.dataset, request.data_dir, request.recipe, progress=progress)
     finally:
         progress.close()
 
 
-def _header(job: _Job, runtime: Runtime, plan: RunPlan, recipe: Recipe, directory: RunDirectory) -> dict[str, str]:
+def _header(
+    job: _Job, runtime: Runtime, plan: RunPlan, recipe: Recipe, directory: RunDirectory, dataset: Dataset | None
+) -> dict[str, str]:
     """Give what stands above a run: names and values."""
     resumed_at = job.checkpoint.get("epoch", 0)
     device = f"{runtime.device.type}, precision {runtime.precision} ({runtime.precision_reason})"
@@ -153,6 +156,9 @@ def _header(job: _Job, runtime: Runtime, plan: RunPlan, recipe: Recipe, director
         "steps": plan.steps_line,
         "learning rate": learning_rate_line(recipe, plan),
     }
+    if dataset is not None and dataset.origin is not None:
+        mean, std = recipe.normalization.mean, recipe.normalization.std
+        lines |= {"files": dataset.origin, "normalization": f"mean {list(mean)}, std {list(std)}"}
     return lines | {"note": "; ".join(runtime.notes)} if runtime.notes else lines
 
 

@@ -16,10 +16,15 @@ class DatasetSizes:
 
     num_train: int
     num_test: int
+    num_validation: int = 0
+    """Images of a validation set that the dataset brings itself."""
 
 
-KNOWN_SIZES = {"cifar10": DatasetSizes(num_train=50_000, num_test=10_000),
-               "shapes": DatasetSizes(num_train=5_000, num_test=1_000)}  # fmt: skip
+KNOWN_SIZES = {
+    "cifar10": DatasetSizes(num_train=50_000, num_test=10_000),
+    "cifar100": DatasetSizes(num_train=50_000, num_test=10_000),
+    "shapes": DatasetSizes(num_train=5_000, num_test=1_000),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,9 +83,14 @@ def image_size_at(recipe: Recipe, plan: RunPlan, step: int) -> int:
 def fit_to_dataset(recipe: Recipe, sizes: DatasetSizes, *, validation_size_was_typed: bool) -> Recipe:
     """Cut a validation size that nobody typed to a tenth of the training set; refuse a typed one that leaves nothing.
 
-    Raises UserError.
+    Where the dataset brings a validation set, that is used, whole. Raises UserError.
     """
     size = recipe.validation_size
+    if sizes.num_validation:
+        if validation_size_was_typed and size != sizes.num_validation:
+            own = sizes.num_validation
+            raise UserError(f"validation_size={size}, but the dataset brings its own {own}: leave it out")
+        return replace(recipe, validation_size=sizes.num_validation)
     if not validation_size_was_typed:
         size = min(size, sizes.num_train // 10)
     if sizes.num_train - size < 2:
@@ -105,7 +115,7 @@ def make_plan(recipe: Recipe, *, world_size: int, sizes: DatasetSizes, device_ty
             f"global_batch_size={batch} does not divide by {world_size} processes"
             f" x {recipe.gradient_accumulation_steps} accumulation: set it to {nearest}"
         )
-    num_train = sizes.num_train - recipe.validation_size
+    num_train = sizes.num_train - (0 if sizes.num_validation else recipe.validation_size)
     images_per_epoch = num_train - (1 if num_train % batch == 1 else 0)
     return RunPlan(
         global_batch_size=batch,

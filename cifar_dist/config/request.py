@@ -9,6 +9,7 @@ from cifar_dist.config.errors import UserError
 from cifar_dist.config.loading import read_recipe, recipe_label, recipe_to_mapping, resolve_recipe
 from cifar_dist.config.options import TrainOptions
 from cifar_dist.config.parsing import flatten
+from cifar_dist.config.plan import KNOWN_SIZES
 from cifar_dist.config.recipe import Recipe
 
 DEFAULT_RECIPE, DEFAULT_DATASET, DEFAULT_DATA_DIR = "standard", "cifar10", Path("data")
@@ -49,13 +50,18 @@ def resolve_request(options: TrainOptions, stored: Mapping[str, Any]) -> TrainRe
     request = TrainRequest(
         recipe=resolve_recipe(base, options.recipe_flags, options.assignments),
         recipe_name=name,
-        dataset=options.dataset or str(data.get("name", DEFAULT_DATASET)),
+        dataset=_absolute_folder(options.dataset or str(data.get("name", DEFAULT_DATASET))),
         data_dir=data_dir.absolute(),
         validation_size_was_typed="validation_size" in options.assignments or bool(stored),
     )
     if stored:
         _refuse_differences(request, stored["recipe"], str(data.get("name")))
     return request
+
+
+def _absolute_folder(dataset: str) -> str:
+    """Give a folder by its absolute path, so that a resumed run finds it from anywhere; a name stays a name."""
+    return dataset if dataset in KNOWN_SIZES or not Path(dataset).is_dir() else str(Path(dataset).absolute())
 
 
 def _refuse_differences(request: TrainRequest, stored_recipe: Mapping[str, Any], stored_dataset: str) -> None:

@@ -1,7 +1,7 @@
 """What a dataset is to the rest of the package: uint8 images, labels and the names of the classes."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,6 +42,10 @@ class Dataset:
     class_names: tuple[str, ...]
     train: LabelledImages
     test: LabelledImages
+    validation: LabelledImages | None = None
+    """Where the dataset brings its own; otherwise a recipe may hold out part of `train`."""
+    origin: str | None = None
+    """What a person is told of the files behind the images, where that is news."""
 
     @property
     def num_classes(self) -> int:
@@ -51,13 +55,33 @@ class Dataset:
     @property
     def sizes(self) -> DatasetSizes:
         """How many images there are."""
-        return DatasetSizes(num_train=len(self.train), num_test=len(self.test))
+        own = 0 if self.validation is None else len(self.validation)
+        return DatasetSizes(num_train=len(self.train), num_test=len(self.test), num_validation=own)
+
+    def with_classes(self, class_names: tuple[str, ...]) -> "Dataset":
+        """Give the same images with labels that count in `class_names`, which has all of this dataset's classes.
+
+        Raises ValueError that names a class it has not.
+        """
+        if class_names == self.class_names:
+            return self
+        missing = [name for name in self.class_names if name not in class_names]
+        if missing:
+            raise ValueError(f"there is no class '{missing[0]}'")
+        places = torch.tensor([class_names.index(name) for name in self.class_names])
+
+        def relabelled(part: LabelledImages) -> LabelledImages:
+            return LabelledImages(images=part.images, labels=places[part.labels])
+
+        validation = None if self.validation is None else relabelled(self.validation)
+        train, test = relabelled(self.train), relabelled(self.test)
+        return replace(self, class_names=class_names, train=train, test=test, validation=validation)
 
     def fingerprint(self) -> str:
         """Hash names, images and labels, so that a run can tell whether it goes on with the data it began with."""
         digest = hashlib.blake2b(digest_size=16)
         digest.update("\n".join(self.class_names).encode())
-        for part in (self.train, self.test):
+        for part in (self.train, self.test, *(() if self.validation is None else (self.validation,))):
             for tensor in (part.images, part.labels):
                 digest.update(str(tuple(tensor.shape)).encode())
                 digest.update(tensor.cpu().numpy().data)

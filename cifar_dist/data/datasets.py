@@ -1,27 +1,52 @@
-"""Datasets by name."""
+"""Datasets by name, or by folder."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.parsing import nearest
-from cifar_dist.config.plan import KNOWN_SIZES
-from cifar_dist.data.cifar import load_cifar10
+from cifar_dist.config.plan import KNOWN_SIZES, DatasetSizes
+from cifar_dist.config.recipe import Recipe
+from cifar_dist.data.cifar import load_cifar10, load_cifar100
 from cifar_dist.data.dataset import Dataset
+from cifar_dist.data.folder import folder_sizes, load_folder
 from cifar_dist.data.shapes import load_shapes
 
 
 def check_dataset_name(name: str) -> None:
-    """Raise UserError where there is no dataset of this name."""
-    if name not in KNOWN_SIZES:
+    """Raise UserError where there is neither a dataset nor a folder of this name."""
+    if name not in KNOWN_SIZES and not Path(name).is_dir():
         known = ", ".join(KNOWN_SIZES)
-        raise UserError(f"unknown dataset '{name}'{nearest(name, KNOWN_SIZES)} (datasets: {known})")
+        raise UserError(
+            f"unknown dataset '{name}'{nearest(name, KNOWN_SIZES)} (datasets: {known}, or a folder of class folders)"
+        )
 
 
-def load_dataset(name: str, data_dir: Path, *, progress: Callable[[int, int | None], None] | None = None) -> Dataset:
+def load_dataset(
+    name: str, data_dir: Path, recipe: Recipe, *, progress: Callable[[int, int | None], None] | None = None
+) -> Dataset:
     """Load a dataset into memory, downloading it where it is missing and can be had.
 
-    `progress` hears of a download's (bytes so far, total or None). Raises UserError.
+    A folder of images is read at the recipe's `image_size`; where it has no test images, its seed chooses them.
+    `progress` hears of a download's (bytes so far, total or None), or of (files decoded, total). Raises UserError.
     """
     check_dataset_name(name)
-    return load_shapes() if name == "shapes" else load_cifar10(data_dir, progress=progress)
+    if name == "shapes":
+        return load_shapes()
+    if name in KNOWN_SIZES:
+        load = {"cifar10": load_cifar10, "cifar100": load_cifar100}[name]
+        return load(data_dir, progress=progress)
+    folder = load_folder(Path(name), image_size=recipe.image_size, seed=recipe.seed, progress=progress)
+    source, side = folder.source, recipe.image_size
+    sizes = " to ".join(sorted({f"{width}x{height}" for width, height in (source.smallest, source.largest)}))
+    origin = (
+        f"{source.num_files:,} files of {sizes} pixels, resized and cropped to {side}x{side},"
+        f" {source.mebibytes:,.1f} MiB in memory{' (read from the cache)' if source.from_cache else ''}"
+    )
+    return replace(folder.dataset, validation=folder.validation, origin=origin)
+
+
+def known_sizes(name: str, recipe: Recipe) -> DatasetSizes:
+    """Give a dataset's sizes without loading it; a folder is listed. Raises UserError."""
+    return KNOWN_SIZES[name] if name in KNOWN_SIZES else folder_sizes(Path(name), seed=recipe.seed)

@@ -18,6 +18,7 @@ import psutil
 import torch
 
 from cifar_dist.config.errors import UserError
+from cifar_dist.config.plan import DatasetSizes
 from cifar_dist.data.dataset import Dataset, LabelledImages
 from cifar_dist.data.download import reason_of
 from cifar_dist.data.image_cache import ImageFile, Progress, Size, name_some, read_images
@@ -98,6 +99,14 @@ def load_folder(
             from_cache=from_cache,
         ),
     )
+
+
+def folder_sizes(path: Path, *, seed: int) -> DatasetSizes:
+    """Count a folder's images without reading one. Raises UserError as `load_folder` does."""
+    parts = _find_parts(path, seed)
+    _check_parts(path, parts)
+    train, test, own = (sum(map(len, parts.get(part, {}).values())) for part in _PARTS)
+    return DatasetSizes(num_train=train, num_test=test, num_validation=own)
 
 
 def _find_parts(path: Path, seed: int) -> dict[str, Classes]:

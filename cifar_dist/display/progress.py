@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from cifar_dist.config.plan import RunPlan
+from cifar_dist.config.plan import KNOWN_SIZES, RunPlan
 from cifar_dist.display.tables import format_duration, format_epoch
 from cifar_dist.records import EpochRecord, Observer
 
@@ -187,29 +187,37 @@ class RichTraining(RichDisplay):
         self.console.print(f"[bold green]{line}[/]" if is_best else line, highlight=not is_best, soft_wrap=True)
 
 
-class ByteProgress:
-    """A bar, or plain lines, for something counted in bytes; it is a callback taking (done, total)."""
+class CountProgress:
+    """A bar, or plain lines, for what is counted before training; it is a callback taking (done, total)."""
 
-    def __init__(self, console: Console, what: str) -> None:
-        self.what = what
+    def __init__(self, console: Console, what: str, *, unit: str, scale: int = 1) -> None:
+        """Show counts divided by `scale`, in `unit`."""
+        self.what, self.unit, self.scale = what, unit, scale
         self._display = RichDisplay(console) if _can_draw(console) else PlainDisplay(console)
         self._task: TaskID | None = None
 
     def __call__(self, done: int, total: int | None) -> None:
-        """Show how far it is, in MiB."""
-        done_mib, total_mib = done >> 20, None if total is None else total >> 20
+        """Show how far it is."""
+        done, total = done // self.scale, None if total is None else total // self.scale
         if isinstance(self._display, PlainDisplay):
-            of = "" if total_mib is None else f" of {total_mib:,}"
-            self._display.sign_of_life(f"{self.what}: {done_mib:,}{of} MiB")
+            of = "" if total is None else f" of {total:,}"
+            self._display.sign_of_life(f"{self.what}: {done:,}{of} {self.unit}")
             return
         if self._task is None:
             self._display.progress.start()
-            self._task = self._display.progress.add_task(self.what, total=total_mib, shown="MiB")
-        self._display.progress.update(self._task, completed=done_mib, total=total_mib)
+            self._task = self._display.progress.add_task(self.what, total=total, shown=self.unit)
+        self._display.progress.update(self._task, completed=done, total=total)
 
     def close(self) -> None:
         """Take the bar away."""
         self._display.__exit__()
+
+
+def loading_progress(console: Console, dataset: str) -> CountProgress:
+    """Give the view of what may take long before a dataset is there: a download, or the decoding of a folder."""
+    if dataset in KNOWN_SIZES:
+        return CountProgress(console, f"downloading {dataset}", unit="MiB", scale=2**20)
+    return CountProgress(console, f"decoding {dataset}", unit="files")
 
 
 def training_display(console: Console, plan: RunPlan, *, quiet: bool) -> Display:

@@ -9,7 +9,8 @@ import os
 import re
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -62,6 +63,16 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise UserError(f"checkpoint {path} has format {version}, and this version reads {FORMAT_VERSION}: update it")
     return content
+
+
+@contextmanager
+def understanding(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while a loaded file's content is used into a UserError that names the file."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"checkpoint {path} does not hold what this program writes ({what})") from None
 
 
 def is_bare_weights(content: dict[str, Any]) -> bool:

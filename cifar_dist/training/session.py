@@ -83,7 +83,8 @@ class Session:
         self.directory.write_predictions(
             indices=predictions.indices.numpy(),
             labels=predictions.labels.numpy(),
-            logits=predictions.logits.numpy().astype(np.float16),
+            # A model that hardly trained can have logits that float16 cannot hold.
+            logits=predictions.logits.clamp(-65504, 65504).numpy().astype(np.float16),
             images=self.dataset.test.images[:64].numpy(),
             class_names=np.array(self.dataset.class_names),
         )

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from cifar_dist.config.errors import UserError
@@ -80,7 +81,10 @@ def _data_path(
     recipe: Recipe, plan: RunPlan, dataset: Dataset, runtime: Runtime
 ) -> tuple[TrainingBatches, Validation | None]:
     data = dataset.train.to(runtime.device)
-    train, held_out = stratified_split(dataset.train.labels.cpu(), recipe.validation_size, seed=recipe.seed)
+    own = dataset.validation
+    train, held_out = stratified_split(
+        dataset.train.labels, recipe.validation_size if own is None else 0, seed=recipe.seed
+    )
     normalize = Normalizer(recipe.normalization, runtime.device, runtime.memory_format)
     sampler = GlobalBatchSampler(
         len(train),
@@ -99,5 +103,6 @@ def _data_path(
         normalize=normalize,
         image_size=lambda epoch, step: image_size_at(recipe, plan, (epoch - 1) * plan.steps_per_epoch + step - 1),
     )
-    validation = Validation(data=data, indices=held_out, class_names=dataset.class_names, normalize=normalize)
-    return batches, validation if len(held_out) else None
+    images, indices = (data, held_out) if own is None else (own.to(runtime.device), torch.arange(len(own)))
+    validation = Validation(data=images, indices=indices, class_names=dataset.class_names, normalize=normalize)
+    return batches, validation if len(indices) else None

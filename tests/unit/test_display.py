@@ -11,7 +11,7 @@ from rich.console import Console
 from cifar_dist.config.plan import KNOWN_SIZES, make_plan
 from cifar_dist.display.figures import draw_confusion, draw_curves, draw_evaluation, draw_predictions
 from cifar_dist.display.progress import (
-    ByteProgress,
+    CountProgress,
     Display,
     PlainDisplay,
     PlainTraining,
@@ -207,7 +207,7 @@ def test_quiet_shows_notes_only(terminal):
 def test_a_download_shows_mebibytes(terminal, total, monkeypatch):
     shown = console(terminal)
     monkeypatch.setattr("cifar_dist.display.progress._SIGN_OF_LIFE_SECONDS", 0)
-    progress = ByteProgress(shown, "downloading cifar10")
+    progress = CountProgress(shown, "downloading cifar10", unit="MiB", scale=2**20)
     progress(10 * 2**20, total)
     progress(50 * 2**20, total)
     progress.close()
