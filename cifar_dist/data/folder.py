@@ -24,7 +24,7 @@ from cifar_dist.data.download import reason_of
 from cifar_dist.data.image_cache import ImageFile, Progress, Size, name_some, read_images
 from cifar_dist.data.order import derive_seed
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+_SUFFIXES = tuple(".png .jpg .jpeg .bmp .gif .webp .ppm .pgm .tif .tiff".split())
 _OTHER_SUFFIXES = (".heic", ".heif", ".avif")  # images, but not for every build of Pillow
 _PARTS = ("train", "test", "val")
 _PART_LIKE = frozenset((*_PARTS, "training", "testing", "valid", "validation"))
@@ -147,7 +147,7 @@ def _check_parts(path: Path, parts: Mapping[str, Classes]) -> None:
         raise UserError(f"there are no training images in {where} of {name_some(empty)}: add some, or remove the class")
     for part, classes in parts.items():
         if unknown := [name for name in classes if name not in train]:
-            raise UserError(f"{where / part} holds classes that train/ lacks: {name_some(unknown)}")
+            raise UserError(f"{where} has classes for {part} that train/ lacks: {name_some(unknown)}")
         if not any(classes.values()):
             raise UserError(f"{where} has no images for {part}")
 
