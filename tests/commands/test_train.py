@@ -1,6 +1,7 @@
 """Training and evaluation as a user asks for them, through the command line, on a small dataset."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from torchvision.models import resnet18
 from cifar_dist.cli import main
 from cifar_dist.training.checkpoint import load_checkpoint
 from cifar_dist.training.engine import Trainer
-from cifar_dist.training.run_directory import RunDirectory
+from cifar_dist.training.run_directory import CheckpointWriter, RunDirectory
 from tests.conftest import make_dataset
 
 SMALL = ["--recipe", "original", "--dataset", "shapes", "--precision", "no", "--set", "global_batch_size=32"]
@@ -357,3 +358,77 @@ def test_bench_measures_and_writes_its_figures(capsys):
     }  # fmt: skip
     assert all(seconds > 0 for seconds in result["seconds_by_part"].values())
     assert "loop over bare step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
+def test_finetuning_starts_from_weights_in_a_file_and_goes_on(stem):
+    """Both ways to fine-tune: the images enlarged (here to 64 pixels), or a 3x3 stem on the pretrained body."""
+    torch.save(resnet18(num_classes=1000).state_dict(), "weights.pth")
+    fields = ["pretrained=weights.pth", f"stem={stem}", f"image_size={64 if stem == 'imagenet' else 32}"]
+    argv = ["--recipe", "finetune", "--dataset", "shapes", "--precision", "no", "--run-dir", "x"]
+    fields += ["global_batch_size=16", "validation_size=16"]
+    assert main([*argv, "--epochs", "1", "--set", *fields]) == 0
+    first = load_checkpoint(Path("x/checkpoints/last.pt"))["model"]
+    pretrained = load_checkpoint(Path("weights.pth"))
+    assert torch.equal(first["layer3.0.conv1.weight"], pretrained["layer3.0.conv1.weight"]), "the body was not frozen"
+    assert main(["--resume", "x", "--epochs", "2"]) == 0
+    second = load_checkpoint(Path("x/checkpoints/last.pt"))["model"]
+    assert not torch.equal(second["layer3.0.conv1.weight"], first["layer3.0.conv1.weight"])
+    test = json.loads(Path("x/summary.json").read_text())["test"]
+    assert evaluate("--ckpt", "x")["loss"] == test["loss"], "the images were not enlarged at evaluation"
+
+
+def test_averaged_weights_are_tested_and_evaluated():
+    train("--epochs", "2", "--run-dir", "x", "--set", "ema_decay=0.9")
+    content = load_checkpoint(Path("x/checkpoints/last.pt"))
+    assert not torch.equal(content["model"]["fc.weight"], content["model_ema"]["fc.weight"])
+    test = json.loads(Path("x/summary.json").read_text())["test"]
+    assert evaluate("--ckpt", "x")["loss"] == test["loss"]
+    torch.save(content["model"], "raw.pth")
+    assert evaluate("--ckpt", "raw.pth", "--dataset", "shapes")["loss"] != test["loss"]
+
+
+def test_resuming_the_whole_recipe_gives_the_same_bits(monkeypatch):
+    """Interrupted when the second epoch was done but not saved: it is done again from the checkpoint of the first."""
+    fields = [
+        "optimizer.nesterov=true", "schedule={name: triangular, warmup_fraction: 0.2}", "label_smoothing=0.1",
+        "ema_decay=0.9", "gradient_clipping=5", "gradient_accumulation_steps=2", "dropout=0.2",
+        "image_size_schedule=[[16, 0.5], [32, 1.0]]", "early_stopping.enabled=false",
+        "augmentation={flip: alternating, crop_mode: reflect, cutout: 8, mixup: 0.2, cutmix: 1, affine_degrees: 5}",
+    ]  # fmt: skip
+    train("--run-dir", "whole", "--epochs", "2", "--set", *fields)
+    append = RunDirectory.append_record
+
+    def interrupted(self, record):
+        if record.epoch == 2:
+            raise KeyboardInterrupt
+        append(self, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cifar_dist.training.session.CheckpointWriter", partial(CheckpointWriter, every_seconds=0))
+        patch.setattr(RunDirectory, "append_record", interrupted)
+        train("--run-dir", "parts", "--epochs", "2", "--set", *fields, code=130)
+    assert load_checkpoint(Path("parts/checkpoints/last.pt"))["epoch"] == 1
+    assert main(["--resume", "parts"]) == 0
+    whole = load_checkpoint(Path("whole/checkpoints/last.pt"))
+    parts = load_checkpoint(Path("parts/checkpoints/last.pt"))
+    for key in ("model", "model_ema"):
+        assert all(torch.equal(*pair) for pair in zip(whole[key].values(), parts[key].values(), strict=True))
+
+
+def test_the_test_images_are_used_once_at_the_end(monkeypatch):
+    """Neither selection nor early stopping sees them: they are evaluated after the last epoch, and only then."""
+    from cifar_dist.training import engine, session
+
+    seen = []
+
+    def spy(where, real):
+        return lambda model, data, indices, **how: (
+            seen.append((where, len(indices))),
+            real(model, data, indices, **how),
+        )[1]
+
+    monkeypatch.setattr(engine, "predict_logits", spy("engine", engine.predict_logits))
+    monkeypatch.setattr(session, "predict_logits", spy("session", session.predict_logits))
+    train("--epochs", "2", *VALIDATION)
+    assert seen == [("engine", 16), ("engine", 16), ("session", 40)]

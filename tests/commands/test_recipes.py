@@ -1,0 +1,24 @@
+"""Every recipe of the package trains an epoch as a user would start it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from cifar_dist.config.loading import recipe_names
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.command
+
+
+@pytest.mark.parametrize(
+    "recipe", sorted(set(recipe_names()) - {"finetune"})
+)  # tests/commands/test_bad_input.py has it
+def test_a_recipe_runs(recipe, tmp_path):
+    command = [sys.executable, str(ROOT / "launch.py"), "--recipe", recipe, "--dataset", "shapes", "--epochs", "1"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    summary = json.loads((tmp_path / "runs" / f"{recipe}-shapes-seed0" / "summary.json").read_text())
+    assert summary["status"] == "completed"
+    assert summary["test"]["num_samples"] == 1000
