@@ -112,8 +112,12 @@ def _add_set(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dataset", metavar="NAME", help="cifar10 (default) or shapes, which needs no files")
-    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="holds cifar-10-batches-py (default: data)")
+    parser.add_argument(
+        "--dataset",
+        metavar="NAME|DIR",
+        help="cifar10 (default), cifar100, shapes (needs no files), or a folder of images",
+    )
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="holds the CIFAR files (default: data)")
 
 
 def _train_parser() -> _Parser:

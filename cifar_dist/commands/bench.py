@@ -62,7 +62,7 @@ def _measure(recipe: Recipe, runtime: Runtime, seconds: float) -> dict[str, Any]
     dataset = _random_dataset(recipe.image_size)
     plan = make_plan(recipe, world_size=1, sizes=dataset.sizes, device_type=runtime.device.type)
     # Drawn as for a user, on a terminal that nobody sees: the bars cost what they cost.
-    display = training_display(Console(file=io.StringIO(), force_terminal=True), plan, quiet=False)
+    display = training_display(Console(file=io.StringIO(), force_terminal=True), plan, "bench", quiet=False)
     with display:
         loop, bare = _Loop(build_trainer(recipe, plan, dataset, runtime, display)), _BareStep(recipe, runtime, dataset)
         for step in (bare, loop) * 3:  # caches, allocators and kernels that are chosen at the first call

@@ -69,7 +69,7 @@ def run(options: TrainOptions) -> int:
             print_header(console, _header(job, runtime, plan, recipe, directory, dataset))
         if dataset is None:
             return EXIT_DONE
-        display = training_display(console, plan, quiet=options.quiet)
+        display = training_display(console, plan, job.request.recipe_name, quiet=options.quiet)
         trainer = build_trainer(recipe, plan, dataset, runtime, display, pretrained=pretrained)
         about = _describe(job.request, recipe, dataset, runtime)
         session = Session(directory, trainer, dataset, about)

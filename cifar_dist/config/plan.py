@@ -54,9 +54,11 @@ class RunPlan:
     def equation(self) -> str:
         """The global batch as the product of its factors."""
         processes = f"{self.world_size} process{'es' if self.world_size > 1 else ''}"
+        micro_batch = self.global_batch_size // self.gradient_accumulation_steps
+        statistics = f"; BatchNorm sees {micro_batch} at a time" if self.gradient_accumulation_steps > 1 else ""
         return (
             f"global_batch_size {self.global_batch_size} = {self.per_device_batch_size} per device"
-            f" x {processes} x {self.gradient_accumulation_steps} accumulation"
+            f" x {processes} x {self.gradient_accumulation_steps} accumulation{statistics}"
         )
 
     @property

@@ -94,8 +94,9 @@ class RichDisplay(Display):
 class ExpectedEnd:
     """Says once, after twenty steps, when training will end; the first five, which are slow, do not count."""
 
-    def __init__(self, plan: RunPlan, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, plan: RunPlan, recipe_name: str, clock: Callable[[], float] = time.monotonic) -> None:
         self.plan = plan
+        self.recipe_name = recipe_name
         self.clock = clock
         self._steps = 0
         self._warm_at = 0.0
@@ -109,28 +110,32 @@ class ExpectedEnd:
             return None
         done = (epoch - 1) * self.plan.steps_per_epoch + step_in_epoch
         step_seconds = (self.clock() - self._warm_at) / 15
-        return format_expected_end(self.plan, self.plan.total_steps - done, step_seconds, datetime.now())
+        steps_left = self.plan.total_steps - done
+        return format_expected_end(self.plan, self.recipe_name, steps_left, step_seconds, datetime.now())
 
 
-def format_expected_end(plan: RunPlan, steps_left: int, step_seconds: float, now: datetime) -> str:
+def format_expected_end(plan: RunPlan, recipe_name: str, steps_left: int, step_seconds: float, now: datetime) -> str:
     """Say when training will end; where that is over half an hour away, say what would end sooner."""
     seconds = steps_left * step_seconds
     end = now + timedelta(seconds=seconds)
     day = "" if end.date() == now.date() else f" {end:%Y-%m-%d}"
     text = f"expected end{day} {end:%H:%M}, in {format_duration(seconds)} without evaluation and early stopping"
     epochs = int(_HALF_AN_HOUR / (step_seconds * plan.steps_per_epoch)) if step_seconds > 0 else 0
-    if seconds > _HALF_AN_HOUR and 0 < epochs < plan.epochs:
-        text += f" (--epochs {epochs} would take half an hour)"
-    return text
+    quicker = ["--recipe quick is made to be short"] if recipe_name != "quick" else []
+    if 0 < epochs < plan.epochs:
+        quicker.append(f"--epochs {epochs} would take half an hour")
+    return f"{text} ({'; '.join(quicker)})" if seconds > _HALF_AN_HOUR and quicker else text
 
 
 class PlainTraining(PlainDisplay):
     """A line an epoch, and signs of life between them."""
 
-    def __init__(self, console: Console, plan: RunPlan, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, console: Console, plan: RunPlan, recipe_name: str, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         super().__init__(console, clock)
         self.plan = plan
-        self.end = ExpectedEnd(plan, clock)
+        self.end = ExpectedEnd(plan, recipe_name, clock)
         self.epoch = 0
         self._loss = ""
 
@@ -155,10 +160,10 @@ class PlainTraining(PlainDisplay):
 class RichTraining(RichDisplay):
     """Bars for the run, the epoch and evaluations below the lines of the epochs."""
 
-    def __init__(self, console: Console, plan: RunPlan) -> None:
+    def __init__(self, console: Console, plan: RunPlan, recipe_name: str) -> None:
         super().__init__(console)
         self.plan = plan
-        self.end = ExpectedEnd(plan)
+        self.end = ExpectedEnd(plan, recipe_name)
         self.run = self.progress.add_task("run", total=plan.total_steps, shown="steps")
         self.steps = self.progress.add_task("epoch", total=plan.steps_per_epoch, shown="steps")
         self.epoch = 0
@@ -220,11 +225,12 @@ def loading_progress(console: Console, dataset: str) -> CountProgress:
     return CountProgress(console, f"decoding {dataset}", unit="files")
 
 
-def training_display(console: Console, plan: RunPlan, *, quiet: bool) -> Display:
+def training_display(console: Console, plan: RunPlan, recipe_name: str, *, quiet: bool) -> Display:
     """Choose the view: none, bars on a terminal that can move its cursor, plain lines elsewhere."""
     if quiet:
         return Display(console)
-    return RichTraining(console, plan) if _can_draw(console) else PlainTraining(console, plan)
+    view = RichTraining if _can_draw(console) else PlainTraining
+    return view(console, plan, recipe_name)
 
 
 def evaluation_display(console: Console) -> Display:

@@ -94,7 +94,7 @@ class Trainer:
             pass
         totals = self.runtime.sum_over_ranks(sums.sums).cpu()
         seconds = time.perf_counter() - started
-        self._finite(float(totals[0]), epoch)
+        self.check_finite(float(totals[0]), epoch)
         return totals, seconds
 
     def steps(self, epoch: int, sums: RunningSums) -> Iterator[int]:
@@ -108,7 +108,7 @@ class Trainer:
             self._optimizer_step(epoch)
             number += 1
             if number % self.plan.report_every_steps == 0:
-                self.observer.on_step(number, self._finite(float(loss) / len(batch.labels), epoch))
+                self.observer.on_step(number, self.check_finite(float(loss) / len(batch.labels), epoch))
             else:
                 self.observer.on_step(number, None)
             yield number
@@ -138,7 +138,8 @@ class Trainer:
         if self.state.ema is not None:
             self.state.ema.update(self.state.model, self.state.step)
 
-    def _finite(self, loss: float, epoch: int) -> float:
+    def check_finite(self, loss: float, epoch: int) -> float:
+        """Give the loss back where it is a finite number. Raises DivergedError where it is not."""
         if not math.isfinite(loss):
             step = self.state.step
             raise DivergedError(epoch, step, learning_rate(self.recipe, self.plan, max(step - 1, 0)))
@@ -147,6 +148,8 @@ class Trainer:
     def _record(self, epoch: int, totals: Tensor, seconds: float) -> EpochRecord:
         loss, hits, images = totals.tolist()
         val_loss, val_acc = self._validate()
+        if val_loss is not None:
+            self.check_finite(val_loss, epoch)
         return EpochRecord(
             epoch=epoch,
             step=self.state.step,

@@ -11,8 +11,13 @@ from cifar_dist.data.order import Shard
 from cifar_dist.records import Observer
 from cifar_dist.runtime.distributed import Runtime
 
-BATCH_SIZE = 250
-"""Images at once. Fixed, so that two evaluations of the same weights on one machine give the same bits."""
+
+def batch_size_for(image_size: int) -> int:
+    """Give the images evaluated at once: 250 of 32 pixels, fewer of larger ones, so that activations stay small.
+
+    It depends on nothing else, so that two evaluations of the same weights on one machine give the same bits.
+    """
+    return max(8, min(250, 250 * 32**2 // image_size**2))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -46,17 +51,17 @@ def predict_logits(
     """
     observer = observer or Observer()
     shard = Shard(index=runtime.world.rank, count=runtime.world.size)
-    own = []
+    own, batch_size = [], batch_size_for(image_size)
     model.eval()
     with torch.no_grad(), runtime.autocast():
         for images in evaluation_batches(
-            data, indices, batch_size=BATCH_SIZE, shard=shard, normalize=normalize, image_size=image_size
+            data, indices, batch_size=batch_size, shard=shard, normalize=normalize, image_size=image_size
         ):
             logits = model(images).float()
             if mirror:
                 logits = (logits + model(images.flip(3)).float()) / 2
             own.append(logits)
-            observer.on_evaluation(min(len(indices), len(own) * BATCH_SIZE * shard.count), len(indices))
+            observer.on_evaluation(min(len(indices), len(own) * batch_size * shard.count), len(indices))
     everything = torch.zeros(len(indices), num_classes, device=runtime.device)
     if own:
         everything[shard.index :: shard.count] = torch.cat(own)

@@ -89,6 +89,11 @@ class Session:
             class_names=np.array(self.dataset.class_names),
         )
         evaluation = summarize(predictions.logits, predictions.labels, self.dataset.class_names)
+        try:
+            self.trainer.check_finite(evaluation.loss, self.state.epoch)
+        except DivergedError:
+            self._write_summary("diverged")
+            raise
         return self._write_summary(status, evaluation), predictions
 
     def _write_summary(self, status: Status, test: Evaluation | None = None) -> Summary:

@@ -107,21 +107,21 @@ def test_the_header_is_aligned():
 
 
 def test_the_view_fits_the_console():
-    assert isinstance(training_display(console(True), PLAN, quiet=False), RichTraining)
-    assert isinstance(training_display(console(False), PLAN, quiet=False), PlainTraining)
-    assert type(training_display(console(True), PLAN, quiet=True)) is Display
+    assert isinstance(training_display(console(True), PLAN, "original", quiet=False), RichTraining)
+    assert isinstance(training_display(console(False), PLAN, "original", quiet=False), PlainTraining)
+    assert type(training_display(console(True), PLAN, "original", quiet=True)) is Display
     assert type(evaluation_display(console(True))) is RichDisplay
     assert type(evaluation_display(console(False))) is PlainDisplay
 
 
 def test_a_dumb_terminal_gets_plain_lines(monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
-    assert isinstance(training_display(console(True), PLAN, quiet=False), PlainTraining)
+    assert isinstance(training_display(console(True), PLAN, "original", quiet=False), PlainTraining)
 
 
 def test_plain_training_prints_an_epoch_a_line_and_signs_of_life():
     shown, clock = console(False), Clock()
-    view = PlainTraining(shown, PLAN, clock)
+    view = PlainTraining(shown, PLAN, "original", clock)
     with view:
         view.on_epoch_start(1, 0.1)
         for step in range(1, 20):
@@ -145,7 +145,7 @@ def test_plain_training_prints_an_epoch_a_line_and_signs_of_life():
 
 def test_the_expected_end_is_said_once_after_twenty_steps():
     shown, clock = console(False), Clock()
-    view = PlainTraining(shown, PLAN, clock)
+    view = PlainTraining(shown, PLAN, "original", clock)
     view.on_epoch_start(1, 0.1)
     for step in range(1, 60):
         clock.now += 0.1
@@ -157,16 +157,19 @@ def test_the_expected_end_is_said_once_after_twenty_steps():
 
 def test_a_long_run_is_told_what_would_be_shorter():
     now = datetime(2026, 1, 1, 23, 0)
-    line = format_expected_end(PLAN, PLAN.total_steps, 1.0, now)
+    line = format_expected_end(PLAN, "standard", PLAN.total_steps, 1.0, now)
     assert line.startswith("expected end 2026-01-02 01:10, in 2 h 10 min")
-    assert line.endswith("(--epochs 4 would take half an hour)")
-    assert "--epochs" not in format_expected_end(PLAN, PLAN.total_steps, 0.1, now)
-    assert "--epochs" not in format_expected_end(PLAN, PLAN.total_steps, 10.0, now)
+    assert line.endswith("(--recipe quick is made to be short; --epochs 4 would take half an hour)")
+    assert "(" not in format_expected_end(PLAN, "standard", PLAN.total_steps, 0.1, now)
+    assert "--epochs" not in format_expected_end(PLAN, "standard", PLAN.total_steps, 10.0, now)
+    assert format_expected_end(PLAN, "quick", PLAN.total_steps, 1.0, now).endswith(
+        "(--epochs 4 would take half an hour)"
+    )
 
 
 def test_rich_training_shows_bars_and_prints_epochs():
     shown = console(True, width=140)
-    view = training_display(shown, PLAN, quiet=False)
+    view = training_display(shown, PLAN, "original", quiet=False)
     with view:
         view.on_epoch_start(2, 0.1)
         for step in range(1, 11):
@@ -183,7 +186,7 @@ def test_rich_training_shows_bars_and_prints_epochs():
 @pytest.mark.parametrize("width", [20, 40, 80])
 def test_rich_training_survives_a_narrow_terminal(width):
     shown = console(True, width=width)
-    with training_display(shown, PLAN, quiet=False) as view:
+    with training_display(shown, PLAN, "original", quiet=False) as view:
         view.on_epoch_start(1, 0.1)
         view.on_step(1, 1.0)
         view.on_note("a line that is longer than the terminal is wide, and has [brackets] in it")
@@ -193,7 +196,7 @@ def test_rich_training_survives_a_narrow_terminal(width):
 @pytest.mark.parametrize("terminal", [True, False])
 def test_quiet_shows_notes_only(terminal):
     shown = console(terminal)
-    with training_display(shown, PLAN, quiet=True) as view:
+    with training_display(shown, PLAN, "original", quiet=True) as view:
         view.on_epoch_start(1, 0.1)
         for step in range(1, 30):
             view.on_step(step, 1.0)

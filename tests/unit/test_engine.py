@@ -179,6 +179,13 @@ def test_a_loss_that_is_not_finite_is_reported(runtime):
         list(trainer.epochs())
 
 
+def test_a_validation_loss_that_is_not_finite_is_reported(runtime):
+    trainer = trainer_for(runtime, "validation_size=16")
+    trainer.state.model.register_forward_hook(lambda model, _, logits: logits if model.training else logits * math.inf)
+    with pytest.raises(DivergedError, match=r"not finite in epoch 1, step 3"):
+        list(trainer.epochs())
+
+
 def test_resuming_after_an_epoch_gives_the_same_bits(runtime):
     whole = trainer_for(runtime, "validation_size=16", "epochs=3")
     records = list(whole.epochs())

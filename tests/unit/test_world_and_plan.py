@@ -108,7 +108,10 @@ def test_the_plan_of_the_original():
 def test_the_batch_is_cut_by_the_world():
     sizes = DatasetSizes(num_train=5_000, num_test=10)
     plan = make_plan(make_recipe("gradient_accumulation_steps=2"), world_size=4, sizes=sizes, device_type="cuda")
-    assert plan.equation == "global_batch_size 128 = 16 per device x 4 processes x 2 accumulation"
+    assert (
+        plan.equation
+        == "global_batch_size 128 = 16 per device x 4 processes x 2 accumulation; BatchNorm sees 64 at a time"
+    )
     with pytest.raises(UserError) as refusal:
         make_plan(make_recipe(), world_size=3, sizes=sizes, device_type="cpu")
     assert str(refusal.value).endswith("does not divide by 3 processes x 1 accumulation: set it to 126 or 129")
