@@ -23,7 +23,7 @@ COMMANDS = [
 ADDED = {
     "python launch.py --recipe original --epochs 20": ["--dry-run"],
     "python launch.py eval --ckpt resnet18_cifar10_data_augument.pth --json result.json": ["--dataset", "shapes"],
-    "python launch.py bench --recipe original --seconds 10": ["--set", "global_batch_size=64"],
+    "python launch.py bench --recipe original --seconds 10": ["--set", "global_batch_size=64", "--seconds", "3"],
 }
 TEST_COMMAND = "python3 -m venv .venv && . .venv/bin/activate && pip install -e '.[test]' && pytest"
 INSTALL = "python3 -m venv .venv && . .venv/bin/activate && pip install -e . && "
