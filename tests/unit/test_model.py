@@ -319,6 +319,8 @@ def test_a_head_of_the_same_classes_is_loaded_too():
     assert torch.equal(model.fc.weight, weights["fc.weight"])
     with pytest.raises(UserError, match=r"layer1\.0\.conv1\.weight is missing from the file"):
         start_from(model, {name: value for name, value in weights.items() if name != "layer1.0.conv1.weight"})
+    with pytest.raises(UserError, match=r"layer1\.0\.conv1\.weight has the shape \[64, 64, 5, 5\]"):
+        start_from(model, {**weights, "layer1.0.conv1.weight": torch.zeros(64, 64, 5, 5)})
 
 
 def test_imagenet_weights_come_from_torchvisions_cache(tmp_path, monkeypatch):
