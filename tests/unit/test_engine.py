@@ -312,8 +312,9 @@ def test_gradients_are_clipped(runtime):
 def test_the_average_is_what_is_validated_kept_and_resumed(runtime):
     fields = ("validation_size=16", "ema_decay=0.9", "epochs=2")
     trainer = trainer_for(runtime, *fields)
-    averages = []
-    for record in trainer.epochs():
+    averages, records = [], []
+    for each in trainer.epochs():
+        records.append(each)
         averages.append(trainer.state.ema.model.fc.weight.clone())
     average = trainer.state.ema.model.state_dict()
     assert not torch.equal(average["fc.weight"], trainer.state.model.state_dict()["fc.weight"])
@@ -322,7 +323,7 @@ def test_the_average_is_what_is_validated_kept_and_resumed(runtime):
         trainer.state.ema.model, held_out.data, held_out.indices,
         num_classes=10, normalize=held_out.normalize, image_size=32, runtime=runtime,
     )  # fmt: skip
-    assert summarize(predictions.logits, predictions.labels, held_out.class_names).loss == record.val_loss
+    assert summarize(predictions.logits, predictions.labels, held_out.class_names).loss == records[-1].val_loss
     assert torch.equal(trainer.state.best.weights["fc.weight"], averages[trainer.state.best.epoch - 1])
     content = copy.deepcopy(trainer.state.to_mapping())
     again = trainer_for(runtime, *fields)
