@@ -4,15 +4,27 @@ import argparse
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from cifar_dist import __version__
-from cifar_dist.config.errors import EXIT_KEYBOARD_INTERRUPT, EXIT_USER_ERROR, UserError
+from cifar_dist.config.errors import (
+    EXIT_CODE_FILE,
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_KEYBOARD_INTERRUPT,
+    EXIT_USER_ERROR,
+    PeerFailedError,
+    SharedError,
+    UserError,
+)
 from cifar_dist.config.loading import parse_assignments, recipe_names
 from cifar_dist.config.options import BenchOptions, EvalOptions, TrainOptions
 from cifar_dist.config.parsing import nearest
+from cifar_dist.config.request import check_before_launch
+from cifar_dist.config.world import World, load_accelerate_config, processes_to_start
 
 _COMMANDS = {"train": "train", "eval": "evaluate", "bench": "bench"}
 Options = TrainOptions | EvalOptions | BenchOptions
@@ -28,18 +40,65 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 failed, 2 the user's mistake, 130 interrupted."""
+    world = World()
     try:
-        command, options = _parse(list(sys.argv[1:] if argv is None else argv))
-        # Read by torch when it is imported, so it must stand before that; it only matters on a Mac.
-        os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
-        code: int = importlib.import_module(f"cifar_dist.commands.{_COMMANDS[command]}").run(options)
-        return code
+        world = World.from_environment(os.environ)
+        return _leave(_run(list(sys.argv[1:] if argv is None else argv)), world)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        # One line: a mistake that all have made, or were told of, is said by rank 0; another by the first of a machine.
+        if world.rank == 0 or (world.local_rank == 0 and not isinstance(error, SharedError)):
+            print(f"error: {error}", file=sys.stderr)
+        return _leave(EXIT_USER_ERROR, world)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return EXIT_KEYBOARD_INTERRUPT
+        return _leave(EXIT_KEYBOARD_INTERRUPT, world)
+    except Exception as error:  # what nobody foresaw: its traceback, from the process that it happened to
+        if world.size == 1:
+            raise
+        _abandon(error, world)
+
+
+def _run(argv: list[str]) -> int:
+    """Do what was typed: in this process, or in several that are started for it."""
+    typed = list(argv)
+    command, options = _parse(argv)
+    world, config = World.from_environment(os.environ), load_accelerate_config(options.config)
+    count = processes_to_start(world, config, getattr(options, "num_processes", None))
+    if count > 1 and not getattr(options, "dry_run", False):
+        if isinstance(options, TrainOptions):
+            check_before_launch(options, world_size=count)
+        from cifar_dist.runtime.launch import launch
+
+        return launch(typed, config, count)
+    # Read by torch when it is imported, so it must stand before that; it only matters on a Mac.
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+    code: int = importlib.import_module(f"cifar_dist.commands.{_COMMANDS[command]}").run(options)
+    return code
+
+
+def _leave(code: int, world: World) -> int:
+    """Give the exit code: to our own launcher, where there is one, in its file.
+
+    All ranks end with the same code then, and torch's agent, which would print a report, need not hear of it.
+    """
+    file = os.environ.get(EXIT_CODE_FILE)
+    if file is None or world.launcher == "none":
+        return code
+    if world.rank == 0:
+        Path(file).write_text(str(code))
+    return EXIT_DONE
+
+
+def _abandon(error: Exception, world: World) -> NoReturn:
+    """End this process of several at once: waiting for the others, as a clean end does, might be for ever."""
+    gone = "Connection" in str(error) or isinstance(error, PeerFailedError)
+    if gone and world.rank > 0:
+        print(f"rank {world.rank} ends: another process is gone", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_FAILED)
 
 
 def _parse(argv: list[str]) -> tuple[str, Options]:
@@ -127,6 +186,9 @@ def _train_parser() -> _Parser:
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/<recipe>-<dataset>-seed<seed>")
     parser.add_argument("--resume", nargs="?", const="", metavar="DIR", help="go on with the run in DIR (or --run-dir)")
     _add_set(parser)
+    parser.add_argument(
+        "--num-processes", type=int, metavar="N", help="start N processes (default: as --config)"
+    )
     parser.add_argument("--epochs", type=int, metavar="N", help="the recipe's, unless typed")
     parser.add_argument("--seed", type=int, metavar="N", help="the recipe's, unless typed")
     parser.add_argument("--dry-run", action="store_true", help="print the plan; start nothing and write nothing")
@@ -135,6 +197,8 @@ def _train_parser() -> _Parser:
 
 
 def _train_options(typed: dict[str, Any]) -> TrainOptions:
+    if typed["num_processes"] is not None and typed["num_processes"] < 1:
+        raise UserError(f"--num-processes must be 1 or more, not {typed['num_processes']}")
     resume, run_dir = typed.pop("resume"), typed["run_dir"]
     resume_dir = Path(resume) if resume else None
     if resume_dir and run_dir and resume_dir != run_dir:

@@ -17,14 +17,13 @@ from cifar_dist.config.loading import read_recipe, recipe_label, resolve_recipe
 from cifar_dist.config.options import BenchOptions
 from cifar_dist.config.plan import make_plan
 from cifar_dist.config.recipe import Recipe
-from cifar_dist.config.unsupported import refuse_several_processes, refuse_unsupported
 from cifar_dist.config.world import World, load_accelerate_config
 from cifar_dist.data.dataset import Dataset, LabelledImages
 from cifar_dist.display.progress import training_display
 from cifar_dist.display.tables import format_bench, print_lines
 from cifar_dist.model.optimizer import build_optimizer
 from cifar_dist.model.resnet import build_resnet
-from cifar_dist.runtime.distributed import Runtime, start
+from cifar_dist.runtime.distributed import Runtime, connect, start
 from cifar_dist.training.checkpoint import write_atomically
 from cifar_dist.training.engine import Trainer
 from cifar_dist.training.metrics import RunningSums
@@ -37,21 +36,20 @@ _NOT_FOR_SPEED = {"validation_size": 0, "early_stopping": {"enabled": False}, "e
 
 def run(options: BenchOptions) -> int:
     """Measure as asked; give the exit code."""
-    console = Console()
     world, config = World.from_environment(os.environ), load_accelerate_config(options.config)
-    refuse_several_processes(world, config.num_processes)
+    console = Console(quiet=world.rank > 0)
     if options.json is not None and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):
         raise UserError(f"--json {options.json} cannot be written: name a file in a folder that exists")
     recipe = resolve_recipe(read_recipe(options.recipe), _NOT_FOR_SPEED, options.assignments)
-    refuse_unsupported(recipe)
-    with start(world, config, typed_precision=options.precision, doing="measuring") as runtime:
+    with connect(world, config) as ranks:
+        runtime = start(ranks, config, typed_precision=options.precision, doing="measuring")
         what = f"{recipe_label(options.recipe)}, stem {recipe.stem}, batch {recipe.global_batch_size}"
-        where = f"{runtime.device.type}, precision {runtime.precision}, {runtime.threads_line}"
-        for line in (*runtime.notes, f"{what}, {where}"):
+        processes = f"{world.size} process{'es' if world.size > 1 else ''}"
+        for line in (*runtime.outlook.notes, f"{what}, {processes}, {runtime.outlook.line}"):
             console.print(line, highlight=False, soft_wrap=True, markup=False)
         result = _measure(recipe, runtime, options.seconds)
     print_lines(console, format_bench(result), title="bench")
-    if options.json is not None:
+    if world.rank == 0 and options.json is not None:
         text = json.dumps(result, allow_nan=False) + "\n"
         write_atomically(options.json, lambda file: file.write(text.encode()))
     return EXIT_DONE
@@ -60,7 +58,7 @@ def run(options: BenchOptions) -> int:
 def _measure(recipe: Recipe, runtime: Runtime, seconds: float) -> dict[str, Any]:
     """Measure both loops for `seconds` each, in turns, and give what `--json` writes."""
     dataset = _random_dataset(recipe.image_size)
-    plan = make_plan(recipe, world_size=1, sizes=dataset.sizes, device_type=runtime.device.type)
+    plan = make_plan(recipe, world_size=runtime.world.size, sizes=dataset.sizes, device_type=runtime.device.type)
     # Drawn as for a user, on a terminal that nobody sees: the bars cost what they cost.
     display = training_display(Console(file=io.StringIO(), force_terminal=True), plan, "bench", quiet=False)
     with display:
@@ -85,15 +83,20 @@ def _measure(recipe: Recipe, runtime: Runtime, seconds: float) -> dict[str, Any]
         "precision": runtime.precision,
         "num_threads": runtime.num_threads,
         "global_batch_size": recipe.global_batch_size,
+        "world_size": runtime.world.size,
         "peak_memory_mib": runtime.peak_memory_mib(),
     }
 
 
 class _BareStep:
-    """Forward, backward and optimiser on one fixed batch, with torch alone: nobody's loop is faster."""
+    """Forward, backward and optimiser on one fixed batch, with torch alone: nobody's loop is faster.
+
+    With several processes each does its share by itself and hears nothing of the others.
+    """
 
     def __init__(self, recipe: Recipe, runtime: Runtime, dataset: Dataset) -> None:
-        batch, device, layout = recipe.global_batch_size, runtime.device, runtime.memory_format
+        batch = recipe.global_batch_size // runtime.world.size
+        device, layout = runtime.device, runtime.memory_format
         model = build_resnet(recipe.stem, dataset.num_classes, seed=recipe.seed)
         self.model = model.to(device, memory_format=layout).train()  # type: ignore[call-overload]
         self.optimizer = build_optimizer(self.model, recipe.optimizer)
@@ -125,7 +128,9 @@ class _Loop:
             self.epoch += 1
             trainer = self.trainer
             trainer.observer.on_epoch_start(self.epoch, trainer.recipe.optimizer.learning_rate)
-            self._steps = trainer.steps(self.epoch, RunningSums(trainer.runtime.device))
+            trainer.state.step = (self.epoch - 1) * trainer.plan.steps_per_epoch
+            trainer.state.sums.set(0, 0, 0)
+            self._steps = trainer.steps(self.epoch)
             next(self._steps)
 
 
@@ -133,9 +138,10 @@ def _alternate(
     steps: list[Callable[[], None]], batch_size: int, seconds: float, runtime: Runtime
 ) -> list[tuple[float, ...]]:
     """Run the steps in turns; give each round's images a second, in the order of `steps`."""
-    slowest = max(_time(step, 1, runtime) for step in steps)
-    rounds = max(3, min(_ROUNDS, int(seconds / slowest)))
-    counts = [max(1, round(seconds / rounds / _time(step, 2, runtime) * 2)) for step in steps]
+    # All processes must do the same number of steps: rank 0's clock counts.
+    times = runtime.ranks.exchange([_time(step, 2, runtime) / 2 for step in steps])[0]
+    rounds = max(3, min(_ROUNDS, int(seconds / max(times))))
+    counts = [max(1, round(seconds / rounds / step_seconds)) for step_seconds in times]
     return [
         tuple(count * batch_size / _time(step, count, runtime) for step, count in zip(steps, counts, strict=True))
         for _ in range(rounds)

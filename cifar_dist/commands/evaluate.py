@@ -15,18 +15,17 @@ from cifar_dist.config.errors import EXIT_DONE, UserError
 from cifar_dist.config.loading import read_recipe, resolve_recipe
 from cifar_dist.config.options import EvalOptions
 from cifar_dist.config.recipe import Recipe
-from cifar_dist.config.request import DEFAULT_DATA_DIR, DEFAULT_DATASET
-from cifar_dist.config.unsupported import refuse_several_processes
-from cifar_dist.config.world import World, load_accelerate_config
+from cifar_dist.config.request import DEFAULT_DATA_DIR, DEFAULT_DATASET, check_dataset_name
+from cifar_dist.config.world import World, load_accelerate_config, other_count_note
 from cifar_dist.data.batches import Normalizer
 from cifar_dist.data.dataset import Dataset, LabelledImages
-from cifar_dist.data.datasets import check_dataset_name, load_dataset
+from cifar_dist.data.datasets import load_dataset
 from cifar_dist.data.split import stratified_split
 from cifar_dist.display.progress import evaluation_display, loading_progress
 from cifar_dist.display.tables import format_class_bars, format_evaluation_totals, print_lines
 from cifar_dist.model.resnet import build_resnet, infer_architecture, load_weights
 from cifar_dist.records import Evaluation
-from cifar_dist.runtime.distributed import Runtime, start
+from cifar_dist.runtime.distributed import Runtime, connect, start
 from cifar_dist.training.checkpoint import is_bare_weights, load_checkpoint, understanding, write_atomically
 from cifar_dist.training.evaluation import Predictions, predict_logits
 from cifar_dist.training.metrics import summarize
@@ -50,27 +49,25 @@ class _Weights:
 
 def run(options: EvalOptions) -> int:
     """Evaluate as asked; give the exit code."""
-    console = Console()
     world, config = World.from_environment(os.environ), load_accelerate_config(options.config)
-    refuse_several_processes(world, config.num_processes)
-    _check_outputs(options)
-    weights = _read_weights(options)
-    dataset = _load_data(console, options, weights)
-    precision = options.precision or weights.about.get("precision", "no")
-    with start(
-        world, config, typed_precision=precision, num_threads=weights.about.get("num_threads"), doing="evaluating"
-    ) as runtime:
-        for note in (*weights.notes, *runtime.notes):
-            console.print(note, highlight=False, soft_wrap=True, markup=False)
+    console = Console(quiet=world.rank > 0)
+    with connect(world, config) as ranks:
+        weights = ranks.from_main(lambda: _read_weights(options))
+        dataset = ranks.in_turn(lambda: _load_data(console, options, weights))
+        precision, threads = options.precision or weights.about.get("precision", "no"), weights.about.get("num_threads")
+        runtime = start(ranks, config, typed_precision=precision, num_threads=threads, doing="evaluating")
+        note = other_count_note(world, config, None)
+        for line in (*weights.notes, *runtime.outlook.notes, *filter(None, [note])):
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
         data, indices = _choose_split(options, weights, dataset)
         predictions = _predict(console, options, weights, data, indices, runtime)
         evaluation = summarize(predictions.logits, predictions.labels, dataset.class_names)
         title = f"{weights.path}, {dataset.name} {options.split}, tta {options.tta}, precision {runtime.precision}"
         lines = [format_evaluation_totals(evaluation), "", *format_class_bars(evaluation)]
         print_lines(console, lines, title=title)
-        if options.json is not None:
+        if ranks.is_main and options.json is not None:
             _write_json(options.json, evaluation, options, weights, dataset, runtime)
-        if options.figures is not None:
+        if ranks.is_main and options.figures is not None:
             _draw(options.figures, title, evaluation, predictions, data, dataset.class_names)
     return EXIT_DONE
 
@@ -85,6 +82,7 @@ def _check_outputs(options: EvalOptions) -> None:
 
 def _read_weights(options: EvalOptions) -> _Weights:
     """Read a checkpoint of ours (in a run directory: the one behind its test result) or bare weights."""
+    _check_outputs(options)
     path = _checkpoint_file(options.checkpoint)
     content = load_checkpoint(path)
     if is_bare_weights(content):

@@ -8,106 +8,129 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import Tensor
 
-from cifar_dist.config.errors import EXIT_DONE, EXIT_FAILED, EXIT_KEYBOARD_INTERRUPT, UserError
+from cifar_dist.config.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_KEYBOARD_INTERRUPT, UserError
 from cifar_dist.config.loading import recipe_to_mapping
 from cifar_dist.config.options import TrainOptions
 from cifar_dist.config.parsing import to_mapping
 from cifar_dist.config.plan import RunPlan, fit_to_dataset, make_plan
 from cifar_dist.config.provenance import git_commit, package_versions
 from cifar_dist.config.recipe import Recipe
-from cifar_dist.config.request import TrainRequest, resolve_request
-from cifar_dist.config.unsupported import refuse_several_processes, refuse_unsupported
-from cifar_dist.config.world import AccelerateConfig, World, load_accelerate_config
+from cifar_dist.config.request import RunRequest, TrainRequest, resolve_run
+from cifar_dist.config.world import (
+    AccelerateConfig,
+    World,
+    load_accelerate_config,
+    other_count_note,
+    processes_to_start,
+    started_line,
+)
 from cifar_dist.data.dataset import Dataset
-from cifar_dist.data.datasets import check_dataset_name, known_sizes, load_dataset
+from cifar_dist.data.datasets import known_sizes, load_dataset
 from cifar_dist.display.progress import Display, loading_progress, training_display
 from cifar_dist.display.tables import print_header, print_result
 from cifar_dist.model.schedule import learning_rate_line
 from cifar_dist.records import Summary
-from cifar_dist.runtime.distributed import Runtime, start
+from cifar_dist.runtime.device import Outlook, look_ahead
+from cifar_dist.runtime.distributed import Runtime, connect, start
 from cifar_dist.training.checkpoint import load_checkpoint, understanding
-from cifar_dist.training.engine import DivergedError
+from cifar_dist.training.engine import DivergedError, InterruptedRun
 from cifar_dist.training.evaluation import Predictions
-from cifar_dist.training.run_directory import RunDirectory
+from cifar_dist.training.run_directory import RunDirectory, UnwrittenRun
 from cifar_dist.training.session import Session
 from cifar_dist.training.setup import build_trainer, pretrained_weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Job:
-    """All that was asked for, checked, before anything is loaded or started."""
+    """All that was asked for, checked, and what rank 0 alone reads: the same on all ranks."""
 
-    world: World
-    config: AccelerateConfig
-    request: TrainRequest
-    existing: RunDirectory | None
-    """The run that goes on; None for a new one."""
-    stored: Mapping[str, Any]
-    """Its config.yaml: what was not typed comes from there. Empty for a new one."""
+    run: RunRequest
+    directory: Path
     checkpoint: Mapping[str, Any]
     """Empty where there is none yet."""
+    pretrained: dict[str, Tensor] | None
+    nothing_left: str | None
+    """Why there is nothing to do, where that is so."""
 
 
 def run(options: TrainOptions) -> int:
     """Train as asked; give the exit code."""
-    console = Console()
-    job = _resolve(options)
-    if job.existing is not None and (why := _nothing_left(job.existing, job.request)):
-        console.print(why, highlight=False, soft_wrap=True, markup=False)
-        return EXIT_DONE
-    pretrained = None if options.dry_run else pretrained_weights(job.request.recipe)
-    dataset = None if options.dry_run else _load(console, job.request)
-    sizes = known_sizes(job.request.dataset, job.request.recipe) if dataset is None else dataset.sizes
-    typed = job.request.validation_size_was_typed
-    recipe = fit_to_dataset(job.request.recipe, sizes, validation_size_was_typed=typed)
-    precision = options.precision or job.stored.get("precision")
-    with start(job.world, job.config, typed_precision=precision, num_threads=job.stored.get("num_threads")) as runtime:
-        plan = make_plan(recipe, world_size=job.world.size, sizes=sizes, device_type=runtime.device.type)
-        directory = job.existing or RunDirectory(options.run_dir or _free_name(Path("runs") / job.request.label))
-        if not options.quiet:
-            print_header(console, _header(job, runtime, plan, recipe, directory, dataset))
-        if dataset is None:
+    world, config = World.from_environment(os.environ), load_accelerate_config(options.config)
+    console = Console(quiet=world.rank > 0)
+    if options.dry_run:
+        return _show_plan(console, options, world, config)
+    with connect(world, config) as ranks:
+        job = ranks.from_main(lambda: _resolve(options))
+        if job.nothing_left is not None:
+            console.print(job.nothing_left, highlight=False, soft_wrap=True, markup=False)
             return EXIT_DONE
-        display = training_display(console, plan, job.request.recipe_name, quiet=options.quiet)
-        trainer = build_trainer(recipe, plan, dataset, runtime, display, pretrained=pretrained)
-        about = _describe(job.request, recipe, dataset, runtime)
+        request, stored = job.run.request, job.run.stored
+        dataset = ranks.in_turn(lambda: _load(console, request))
+        sizes, typed = dataset.sizes, request.validation_size_was_typed
+        recipe = fit_to_dataset(request.recipe, sizes, validation_size_was_typed=typed)
+        precision = options.precision or stored.get("precision")
+        runtime = start(ranks, config, typed_precision=precision, num_threads=stored.get("num_threads"))
+        plan = make_plan(recipe, world_size=world.size, sizes=sizes, device_type=runtime.device.type)
+        if not options.quiet:
+            step, note = job.checkpoint.get("step"), other_count_note(world, config, options.num_processes)
+            where = f"{job.directory}" + (f", going on after step {step:,}" if step else "")
+            lines = _header(where, request, runtime.outlook, plan, recipe, note)
+            print_header(console, lines | _data_lines(dataset, recipe))
+        display = training_display(console, plan, request.recipe_name, quiet=options.quiet or not ranks.is_main)
+        trainer = build_trainer(recipe, plan, dataset, runtime, display, pretrained=job.pretrained)
+        about = _describe(request, recipe, dataset, runtime)
+        directory = RunDirectory(job.directory) if ranks.is_main else UnwrittenRun(job.directory)
         session = Session(directory, trainer, dataset, about)
-        if job.checkpoint:
-            with understanding(directory.last):
-                session.restore(job.checkpoint)
-        session.begin({**about, "plan": to_mapping(plan), "versions": package_versions(), "git_commit": git_commit()})
+        with ranks.together():
+            if job.checkpoint:
+                with understanding(directory.last):
+                    session.restore(job.checkpoint)
+            session.begin(
+                {**about, "plan": to_mapping(plan), "versions": package_versions(), "git_commit": git_commit()}
+            )
         return _train_and_test(console, display, session)
 
 
 def _resolve(options: TrainOptions) -> _Job:
     """Turn what was typed into a job. Raises UserError; nothing on disk is changed."""
-    world, config = World.from_environment(os.environ), load_accelerate_config(options.config)
-    refuse_several_processes(world, config.num_processes)
-    existing = _find_run(options)
-    stored = {} if existing is None else existing.read_config()
-    request = resolve_request(options, stored)
-    refuse_unsupported(request.recipe)
-    check_dataset_name(request.dataset)
+    run = resolve_run(options)
+    existing = run.existing
     checkpoint = load_checkpoint(existing.last) if existing is not None and existing.last.exists() else {}
-    return _Job(world=world, config=config, request=request, existing=existing, stored=stored, checkpoint=checkpoint)
+    return _Job(
+        run=run,
+        directory=_new_directory(options, run.request) if existing is None else existing.path,
+        checkpoint=checkpoint,
+        pretrained=None if checkpoint else pretrained_weights(run.request.recipe),
+        nothing_left=None if existing is None else _nothing_left(RunDirectory(existing.path), run.request),
+    )
 
 
-def _find_run(options: TrainOptions) -> RunDirectory | None:
-    """Give the run that is to go on, None for a new one."""
-    if options.resume and options.resume_dir is None and options.run_dir is None:
-        raise UserError("--resume needs to know the run: type --resume DIR, or --run-dir DIR --resume")
-    path = options.resume_dir or options.run_dir
-    if path is None:
-        return None
-    run = RunDirectory(path)
-    if path.exists() and not path.is_dir():
-        raise UserError(f"the run directory {path} is a file: name a folder")
-    if options.resume_dir is not None and not run.holds_run:
-        raise UserError(f"there is no run in {path} to resume")
-    if run.holds_run and not options.resume:
-        raise UserError(f"{path} holds a run already: add --resume to go on with it, or name another --run-dir")
-    return run if run.holds_run else None
+def _new_directory(options: TrainOptions, request: TrainRequest) -> Path:
+    return options.run_dir or _free_name(Path("runs") / request.label)
+
+
+def _show_plan(console: Console, options: TrainOptions, world: World, config: AccelerateConfig) -> int:
+    """Print what would be done, and by whom; nothing is started, read or written, and no data is needed."""
+    run = resolve_run(options)
+    request, stored = run.request, run.stored
+    count = processes_to_start(world, config, options.num_processes)
+    size, here = (world.size, world.local_size) if count == 1 else (count, count // config.num_machines)
+    outlook = look_ahead(
+        config,
+        os.environ,
+        local_processes=here,
+        typed_precision=options.precision or stored.get("precision"),
+        num_threads=stored.get("num_threads"),
+    )
+    sizes = known_sizes(request.dataset, request.recipe)
+    recipe = fit_to_dataset(request.recipe, sizes, validation_size_was_typed=request.validation_size_was_typed)
+    plan = make_plan(recipe, world_size=size, sizes=sizes, device_type=outlook.device_type)
+    directory = run.existing.path if run.existing is not None else _new_directory(options, request)
+    lines = _header(f"{directory}", request, outlook, plan, recipe)
+    print_header(console, lines | {"would start": started_line(world, config, count)})
+    return EXIT_DONE
 
 
 def _nothing_left(run: RunDirectory, request: TrainRequest) -> str | None:
@@ -142,24 +165,28 @@ def _load(console: Console, request: TrainRequest) -> Dataset:
 
 
 def _header(
-    job: _Job, runtime: Runtime, plan: RunPlan, recipe: Recipe, directory: RunDirectory, dataset: Dataset | None
+    run: str, request: TrainRequest, outlook: Outlook, plan: RunPlan, recipe: Recipe, *notes: str | None
 ) -> dict[str, str]:
     """Give what stands above a run: names and values."""
-    resumed_at = job.checkpoint.get("epoch", 0)
-    device = f"{runtime.device.type}, precision {runtime.precision} ({runtime.precision_reason})"
     lines = {
-        "run": f"{directory.path}" + (f", going on after epoch {resumed_at}" if resumed_at else ""),
-        "recipe": f"{job.request.recipe_name} on {job.request.dataset}, seed {recipe.seed}, stem {recipe.stem}",
-        "device": f"{device}, {runtime.threads_line}",
+        "run": run,
+        "recipe": f"{request.recipe_name} on {request.dataset}, seed {recipe.seed}, stem {recipe.stem}",
+        "device": outlook.line,
         "batch": plan.equation,
         "images": plan.images_line,
         "steps": plan.steps_line,
         "learning rate": learning_rate_line(recipe, plan),
     }
-    if dataset is not None and dataset.origin is not None:
-        mean, std = recipe.normalization.mean, recipe.normalization.std
-        lines |= {"files": dataset.origin, "normalization": f"mean {list(mean)}, std {list(std)}"}
-    return lines | {"note": "; ".join(runtime.notes)} if runtime.notes else lines
+    told = "; ".join(note for note in (*outlook.notes, *notes) if note)
+    return lines | {"note": told} if told else lines
+
+
+def _data_lines(dataset: Dataset, recipe: Recipe) -> dict[str, str]:
+    """Say where the images of a folder come from, and how they are normalised."""
+    if dataset.origin is None:
+        return {}
+    mean, std = recipe.normalization.mean, recipe.normalization.std
+    return {"files": dataset.origin, "normalization": f"mean {list(mean)}, std {list(std)}"}
 
 
 def _describe(request: TrainRequest, recipe: Recipe, dataset: Dataset, runtime: Runtime) -> dict[str, Any]:
@@ -178,16 +205,24 @@ def _describe(request: TrainRequest, recipe: Recipe, dataset: Dataset, runtime: 
 
 def _train_and_test(console: Console, display: Display, session: Session) -> int:
     try:
-        with display:
+        with session.trainer.interrupt, display:
             status = session.train()
             summary, predictions = session.test(status)
     except DivergedError as error:
-        print(f"diverged: {error}; the last good checkpoint stays: {session.directory.path}", file=sys.stderr)
+        if session.runtime.is_main:
+            print(f"diverged: {error}; the last good checkpoint stays: {session.directory.path}", file=sys.stderr)
         return EXIT_FAILED
+    except InterruptedRun:
+        if session.runtime.is_main:
+            state, path = session.state, session.directory.path
+            place = f"epoch {state.epoch + 1}, step {state.step}"
+            print(f"interrupted in {place}, and saved; go on with: python launch.py --resume {path}", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except KeyboardInterrupt:
         print(f"interrupted; go on with: python launch.py --resume {session.directory.path}", file=sys.stderr)
         return EXIT_KEYBOARD_INTERRUPT
-    _draw_figures(session, summary, predictions)
+    if session.runtime.is_main:
+        _draw_figures(session, summary, predictions)
     print_result(console, summary, session.trainer.plan.epochs, session.directory.path)
     return EXIT_DONE
 

@@ -3,7 +3,12 @@
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 75
+"""Interrupted and saved (EX_TEMPFAIL: try again)."""
 EXIT_KEYBOARD_INTERRUPT = 130
+
+EXIT_CODE_FILE = "CIFAR_DIST_EXIT_CODE_FILE"
+"""The environment variable in which our launcher names the file for rank 0's exit code."""
 
 
 class UserError(Exception):
@@ -15,3 +20,11 @@ class UserError(Exception):
     def __str__(self) -> str:
         """Give the message as one line, whatever was put into it (file contents, other exceptions)."""
         return " ".join(super().__str__().split())
+
+
+class SharedError(UserError):
+    """A mistake that one process found and all were told of: each ends with it, and rank 0 says it."""
+
+
+class PeerFailedError(Exception):
+    """Another process failed. It says why; this one has nothing to add."""

@@ -11,6 +11,7 @@ class TrainOptions:
     """`launch.py [train]`. None stands for what was not typed."""
 
     config: str | None = None
+    num_processes: int | None = None
     recipe: str | None = None
     dataset: str | None = None
     data_dir: Path | None = None

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.recipe import Recipe
 
-# Steps between two looks at the device (display, and later signals): about a second's worth of images, so that the
+# Steps between two looks at the device, at signals, and at each other: about a second's worth of images, so that the
 # device is not made to wait. Orders of magnitude for a ResNet-18, not measurements of one machine.
 _IMAGES_A_SECOND = {"cpu": 500, "mps": 2_000, "cuda": 30_000}
 
@@ -43,7 +43,10 @@ class RunPlan:
     steps_per_epoch: int
     images_per_epoch: int
     """`num_train`, or one fewer where the last batch would be a single image."""
+    batch_norm_groups: int
+    """Parts of a micro-batch with BatchNorm statistics of their own; 1: the statistics are over all of it."""
     report_every_steps: int
+    """Steps between two agreements of the ranks: on the loss that is shown, divergence, interruption."""
 
     @property
     def total_steps(self) -> int:
@@ -55,7 +58,8 @@ class RunPlan:
         """The global batch as the product of its factors."""
         processes = f"{self.world_size} process{'es' if self.world_size > 1 else ''}"
         micro_batch = self.global_batch_size // self.gradient_accumulation_steps
-        statistics = f"; BatchNorm sees {micro_batch} at a time" if self.gradient_accumulation_steps > 1 else ""
+        seen = micro_batch // self.batch_norm_groups
+        statistics = f"; BatchNorm sees {seen} at a time" if seen < self.global_batch_size else ""
         return (
             f"global_batch_size {self.global_batch_size} = {self.per_device_batch_size} per device"
             f" x {processes} x {self.gradient_accumulation_steps} accumulation{statistics}"
@@ -117,6 +121,7 @@ def make_plan(recipe: Recipe, *, world_size: int, sizes: DatasetSizes, device_ty
             f"global_batch_size={batch} does not divide by {world_size} processes"
             f" x {recipe.gradient_accumulation_steps} accumulation: set it to {nearest}"
         )
+    groups = _batch_norm_groups(recipe, world_size)
     num_train = sizes.num_train - (0 if sizes.num_validation else recipe.validation_size)
     images_per_epoch = num_train - (1 if num_train % batch == 1 else 0)
     return RunPlan(
@@ -130,5 +135,25 @@ def make_plan(recipe: Recipe, *, world_size: int, sizes: DatasetSizes, device_ty
         epochs=recipe.epochs,
         steps_per_epoch=-(-images_per_epoch // batch),
         images_per_epoch=images_per_epoch,
-        report_every_steps=max(1, _IMAGES_A_SECOND.get(device_type, 2_000) // batch),
+        batch_norm_groups=groups,
+        report_every_steps=max(1, world_size * _IMAGES_A_SECOND.get(device_type, 2_000) // batch),
     )
+
+
+def _batch_norm_groups(recipe: Recipe, world_size: int) -> int:
+    """Cut a micro-batch into groups of `batch_norm_group_size`, of which every rank must hold equally many, whole.
+
+    Raises UserError.
+    """
+    size, micro_batch = recipe.batch_norm_group_size, recipe.global_batch_size // recipe.gradient_accumulation_steps
+    if size is None:
+        return 1
+    groups = micro_batch // size
+    fitting = [n for n in range(2, micro_batch + 1) if micro_batch % n == 0 and micro_batch // n % world_size == 0]
+    if size not in fitting:
+        choices = ", ".join(map(str, fitting)) or "none"
+        raise UserError(
+            f"batch_norm_group_size={size} must cut the {micro_batch} images that are forwarded together into groups"
+            f" that divide by {world_size} processes: set it to null or one of: {choices}"
+        )
+    return groups

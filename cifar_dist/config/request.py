@@ -8,9 +8,10 @@ from typing import Any
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.loading import read_recipe, recipe_label, recipe_to_mapping, resolve_recipe
 from cifar_dist.config.options import TrainOptions
-from cifar_dist.config.parsing import flatten
-from cifar_dist.config.plan import KNOWN_SIZES
+from cifar_dist.config.parsing import flatten, nearest
+from cifar_dist.config.plan import KNOWN_SIZES, fit_to_dataset, make_plan
 from cifar_dist.config.recipe import Recipe
+from cifar_dist.config.run_files import RunFiles, find_run, verify_checksums
 
 DEFAULT_RECIPE, DEFAULT_DATASET, DEFAULT_DATA_DIR = "standard", "cifar10", Path("data")
 
@@ -33,6 +34,48 @@ class TrainRequest:
     def label(self) -> str:
         """The default name of the run's folder."""
         return f"{self.recipe_name}-{Path(self.dataset).name}-seed{self.recipe.seed}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunRequest:
+    """A request, and the run that it goes on with."""
+
+    request: TrainRequest
+    existing: RunFiles | None
+    """None for a new run."""
+    stored: Mapping[str, Any]
+    """The existing run's config.yaml: what was not typed comes from there. Empty for a new run."""
+
+
+def resolve_run(options: TrainOptions) -> RunRequest:
+    """Resolve what was typed, beside the run that it names. Raises UserError; nothing on disk is changed."""
+    existing = find_run(run_dir=options.run_dir, resume=options.resume, resume_dir=options.resume_dir)
+    stored = {} if existing is None else existing.read_config()
+    request = resolve_request(options, stored)
+    check_dataset_name(request.dataset)
+    return RunRequest(request=request, existing=existing, stored=stored)
+
+
+def check_before_launch(options: TrainOptions, *, world_size: int) -> None:
+    """Check all that needs no torch before processes are started for it. Raises UserError."""
+    run = resolve_run(options)
+    if run.existing is not None and run.existing.last.exists():
+        with run.existing.last.open("rb") as file:
+            verify_checksums(run.existing.last, file)
+    sizes = KNOWN_SIZES.get(run.request.dataset)
+    if sizes is not None:  # a folder is not listed here: rank 0 does that
+        typed = run.request.validation_size_was_typed
+        recipe = fit_to_dataset(run.request.recipe, sizes, validation_size_was_typed=typed)
+        make_plan(recipe, world_size=world_size, sizes=sizes, device_type="cpu")
+
+
+def check_dataset_name(name: str) -> None:
+    """Raise UserError where there is neither a dataset nor a folder of this name."""
+    if name not in KNOWN_SIZES and not Path(name).is_dir():
+        known = ", ".join(KNOWN_SIZES)
+        raise UserError(
+            f"unknown dataset '{name}'{nearest(name, KNOWN_SIZES)} (datasets: {known}, or a folder of class folders)"
+        )
 
 
 def resolve_request(options: TrainOptions, stored: Mapping[str, Any]) -> TrainRequest:

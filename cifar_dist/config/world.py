@@ -1,5 +1,6 @@
 """The world: who runs beside us, read once from the environment, and what an Accelerate config asks for."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,13 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1
+    """Processes on this machine."""
     launcher: Literal["none", "torchrun", "slurm"] = "none"
+    """`torchrun` is whatever sets `WORLD_SIZE`: torchrun, `accelerate launch`, or our own launcher."""
+    main_address: str | None = None
+    """Where rank 0 listens, for a Slurm task that was not told; None: `MASTER_ADDR` and `MASTER_PORT` say it."""
+    main_port: int | None = None
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> "World":
@@ -39,26 +46,56 @@ class World:
         Raises UserError where a variable is not a number or the rank is outside the world.
         """
         if "WORLD_SIZE" in environ:
-            return cls._read(environ, "RANK", "WORLD_SIZE", "LOCAL_RANK", "torchrun")
-        if "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ:
-            return cls._read(environ, "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "slurm")
-        return cls()
+            size, rank = _whole(environ, "WORLD_SIZE", 1), _whole(environ, "RANK", 0)
+            local_rank = _whole(environ, "LOCAL_RANK", 0)
+            local_size = _whole(environ, "LOCAL_WORLD_SIZE", 1 if size == 1 else local_rank + 1)
+            world = cls(rank=rank, size=size, local_rank=local_rank, local_size=local_size, launcher="torchrun")
+        elif "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ and _whole(environ, "SLURM_NTASKS", 1) > 1:
+            world = cls._slurm_task(environ)
+        else:
+            return cls()
+        if not world.rank < world.size:
+            raise UserError(f"this process has rank {world.rank} in a world of {world.size}: mend RANK and WORLD_SIZE")
+        return world
 
     @classmethod
-    def _read(
-        cls, environ: Mapping[str, str], rank: str, size: str, local_rank: str, launcher: Literal["torchrun", "slurm"]
-    ) -> "World":
-        numbers = {}
-        for name, default in ((rank, "0"), (size, "1"), (local_rank, "0")):
-            text = environ.get(name, default)
-            if not text.isdecimal():
-                raise UserError(f"the environment variable {name} must be a number, not '{text}'")
-            numbers[name] = int(text)
-        if not numbers[rank] < numbers[size]:
-            raise UserError(f"{rank}={numbers[rank]} is outside a world of {size}={numbers[size]}")
-        if numbers[size] == 1:
-            return cls()
-        return cls(rank=numbers[rank], size=numbers[size], local_rank=numbers[local_rank], launcher=launcher)
+    def _slurm_task(cls, environ: Mapping[str, str]) -> "World":
+        nodes = environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_JOB_NODELIST", "127.0.0.1"))
+        job, step = _whole(environ, "SLURM_JOB_ID", 0), _whole(environ, "SLURM_STEP_ID", 0)
+        # "2(x3),1": tasks on each node of the step, in order of the nodes
+        counts = environ.get("SLURM_STEP_TASKS_PER_NODE", environ.get("SLURM_TASKS_PER_NODE", "1"))
+        return cls(
+            rank=_whole(environ, "SLURM_PROCID", 0),
+            size=_whole(environ, "SLURM_NTASKS", 1),
+            local_rank=_whole(environ, "SLURM_LOCALID", 0),
+            local_size=_entry(counts, _whole(environ, "SLURM_NODEID", 0)),
+            launcher="slurm",
+            main_address=None if "MASTER_ADDR" in environ else first_host(nodes),
+            # The steps of a job and the jobs of a node want different ports, and every task must find the same one.
+            main_port=None if "MASTER_PORT" in environ else 15_000 + (job * 31 + step) % 40_000,
+        )
+
+
+def first_host(nodelist: str) -> str:
+    """Give the first host of a Slurm node list such as `gpu[003-005,9],cpu1`."""
+    found = re.match(r"([^,\[]*)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodelist)
+    assert found is not None  # every part may be empty
+    return "".join(part or "" for part in found.groups())
+
+
+def _entry(counts: str, index: int) -> int:
+    """Give the index-th number of a list like `2(x3),1`, which stands for 2, 2, 2, 1."""
+    numbers: list[int] = []
+    for number, _, times in re.findall(r"(\d+)(\(x(\d+)\))?", counts):
+        numbers += [int(number)] * int(times or 1)
+    return numbers[min(index, len(numbers) - 1)] if numbers else 1
+
+
+def _whole(environ: Mapping[str, str], name: str, default: int) -> int:
+    text = environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"the environment variable {name} must be a number, not '{text}'")
+    return int(text)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +104,11 @@ class AccelerateConfig:
 
     path: str | None = None
     num_processes: int = 1
+    """Of all machines together, as Accelerate counts them."""
     num_machines: int = 1
+    machine_rank: int = 0
+    main_process_ip: str | None = None
+    main_process_port: int | None = None
     use_cpu: bool = False
     """True: the CPU. False: the best accelerator there is."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
@@ -85,13 +126,35 @@ def load_accelerate_config(path: str | None) -> AccelerateConfig:
             raise UserError(f"Accelerate config {path} has the unknown key '{key}'{hint}")
     if values.get("distributed_type") == "MPS":
         raise UserError(f"Accelerate config {path}: write distributed_type: 'NO' for a Mac (accelerate refuses MPS)")
-    return AccelerateConfig(
+    config = AccelerateConfig(
         path=path,
         num_processes=_number(values, "num_processes", path),
         num_machines=_number(values, "num_machines", path),
+        machine_rank=_number(values, "machine_rank", path, default=0),
+        main_process_ip=values.get("main_process_ip"),
+        main_process_port=_number(values, "main_process_port", path) if values.get("main_process_port") else None,
         use_cpu=_flag(values, "use_cpu", path),
         mixed_precision=_mixed_precision(values.get("mixed_precision"), path),
     )
+    _check_machines(config)
+    return config
+
+
+def _check_machines(config: AccelerateConfig) -> None:
+    machines, processes = config.num_machines, config.num_processes
+    if processes % machines:
+        raise UserError(
+            f"Accelerate config {config.path}: num_processes={processes} (of all machines together) does not divide by"
+            f" num_machines={machines}"
+        )
+    if config.machine_rank >= machines:
+        raise UserError(
+            f"Accelerate config {config.path}: machine_rank={config.machine_rank} must be below num_machines={machines}"
+        )
+    if machines > 1 and not isinstance(config.main_process_ip, str):
+        raise UserError(
+            f"Accelerate config {config.path}: several machines need main_process_ip, the address of machine_rank 0"
+        )
 
 
 def wished_precision(typed: str | None, config: AccelerateConfig, environ: Mapping[str, str]) -> str:
@@ -103,10 +166,11 @@ def wished_precision(typed: str | None, config: AccelerateConfig, environ: Mappi
     return typed or config.mixed_precision or (outer if outer in ("fp16", "bf16") else "auto")
 
 
-def _number(values: Mapping[str, Any], key: str, path: str) -> int:
-    value = values.get(key, 1)
-    if type(value) is not int or value < 1:
-        raise UserError(f"Accelerate config {path}: {key} must be a whole number, 1 or more, not {value!r}")
+def _number(values: Mapping[str, Any], key: str, path: str, *, default: int = 1) -> int:
+    """Give a whole number that is at least its default."""
+    value = values.get(key, default)
+    if type(value) is not int or value < default:
+        raise UserError(f"Accelerate config {path}: {key} must be a whole number, {default} or more, not {value!r}")
     return value
 
 
@@ -122,3 +186,53 @@ def _mixed_precision(value: Any, path: str) -> Literal["no", "fp16", "bf16"] | N
         return value  # type: ignore[no-any-return]
     quoted = " (quote it: unquoted no is a YAML boolean)" if value is False else ""
     raise UserError(f"Accelerate config {path}: mixed_precision must be 'no', 'fp16' or 'bf16', not {value!r}{quoted}")
+
+
+def has_outer_launcher(environ: Mapping[str, str]) -> bool:
+    """Tell whether `accelerate launch` or torchrun started this process: then OMP_NUM_THREADS=1 is nobody's wish."""
+    return "ACCELERATE_MIXED_PRECISION" in environ or "TORCHELASTIC_RUN_ID" in environ
+
+
+def wants_cpu(config: AccelerateConfig, environ: Mapping[str, str]) -> bool:
+    """Tell whether the CPU is asked for: by the config, or by `ACCELERATE_USE_CPU`.
+
+    What `accelerate launch` put there does not count where a config was typed: it speaks of the outer world.
+    """
+    outer = environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    return config.use_cpu or (outer and (config.path is None or "ACCELERATE_MIXED_PRECISION" not in environ))
+
+
+def processes_to_start(world: World, config: AccelerateConfig, typed: int | None) -> int:
+    """Give how many processes are asked for and not there yet; 1 where this one is to do it, or where others are there.
+
+    Raises UserError where the flag and a config of several machines contradict each other.
+    """
+    if world.launcher != "none":
+        return 1
+    if typed is not None and config.num_machines > 1 and typed != config.num_processes:
+        raise UserError(
+            f"--num-processes {typed} and {config.path} ({config.num_processes} on {config.num_machines} machines)"
+            " contradict each other: leave out --num-processes"
+        )
+    return typed or config.num_processes
+
+
+def other_count_note(world: World, config: AccelerateConfig, typed: int | None) -> str | None:
+    """Say which number of processes counts, where the outside and the config or the flag name different ones."""
+    asked = typed if typed is not None else config.num_processes if config.path is not None else world.size
+    if asked == world.size or world.launcher == "none":
+        return None
+    who = "Slurm" if world.launcher == "slurm" else "WORLD_SIZE"
+    what = f"--num-processes {typed}" if typed is not None else f"{config.path} ({config.num_processes} processes)"
+    return f"{who} says that there are {world.size} processes: that counts, and not {what}"
+
+
+def started_line(world: World, config: AccelerateConfig, to_start: int) -> str:
+    """Say in words which processes train: `to_start` is what `processes_to_start` gave."""
+    if to_start > 1:
+        here = to_start // config.num_machines
+        where = "here" if config.num_machines == 1 else f"on each of {config.num_machines} machines"
+        return f"{here} processes {where}, by torch.distributed.run"
+    if world.size > 1:
+        return f"nothing: this is rank {world.rank} of {world.size} processes, started by {world.launcher}"
+    return "nothing: this process trains"

@@ -27,6 +27,7 @@ class Batch:
     """(B,) int64: the classes that were mixed in; None where nothing is mixed."""
     shares: Tensor | None
     """(B,): how much of each image is its own."""
+    images_together: int
     images_in_step: int
     ends_step: bool
 
@@ -76,13 +77,14 @@ class TrainingBatches:
         self.normalize = normalize
         self.image_size = image_size
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """Go through an epoch's batches."""
+    def epoch(self, epoch: int, *, steps_done: int = 0) -> Iterator[Batch]:
+        """Go through an epoch's batches, but for those of its first steps that are done already."""
         self.sampler.set_epoch(epoch)
         table = self.augmentation.draw_table(epoch, len(self.data), num_partners=len(self.indices))
         step = 1
         for micro_batch in self.sampler.micro_batches():
-            yield self._batch(micro_batch, table, self.image_size(epoch, step))
+            if step > steps_done:
+                yield self._batch(micro_batch, table, self.image_size(epoch, step))
             step += micro_batch.ends_step
 
     def _batch(self, micro_batch: MicroBatch, table: Tensor, size: int) -> Batch:
@@ -102,6 +104,7 @@ class TrainingBatches:
             samples=on_device,
             partner_labels=partner_labels,
             shares=shares,
+            images_together=micro_batch.images_together,
             images_in_step=micro_batch.images_in_step,
             ends_step=micro_batch.ends_step,
         )

@@ -4,23 +4,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from cifar_dist.config.errors import UserError
-from cifar_dist.config.parsing import nearest
 from cifar_dist.config.plan import KNOWN_SIZES, DatasetSizes
 from cifar_dist.config.recipe import Recipe
 from cifar_dist.data.cifar import load_cifar10, load_cifar100
 from cifar_dist.data.dataset import Dataset
 from cifar_dist.data.folder import folder_sizes, load_folder
 from cifar_dist.data.shapes import load_shapes
-
-
-def check_dataset_name(name: str) -> None:
-    """Raise UserError where there is neither a dataset nor a folder of this name."""
-    if name not in KNOWN_SIZES and not Path(name).is_dir():
-        known = ", ".join(KNOWN_SIZES)
-        raise UserError(
-            f"unknown dataset '{name}'{nearest(name, KNOWN_SIZES)} (datasets: {known}, or a folder of class folders)"
-        )
 
 
 def load_dataset(
@@ -31,7 +20,6 @@ def load_dataset(
     A folder of images is read at the recipe's `image_size`; where it has no test images, its seed chooses them.
     `progress` hears of a download's (bytes so far, total or None), or of (files decoded, total). Raises UserError.
     """
-    check_dataset_name(name)
     if name == "shapes":
         return load_shapes()
     if name in KNOWN_SIZES:

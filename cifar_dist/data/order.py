@@ -33,6 +33,8 @@ class MicroBatch:
 
     positions: Tensor
     """(n,) int64: which samples of the training set; n may be 0."""
+    images_together: int
+    """Images of the whole micro-batch, over all shards: what BatchNorm sees."""
     images_in_step: int
     """Images of the whole step, over all shards and micro-batches: what the loss is divided by."""
     ends_step: bool
@@ -80,7 +82,12 @@ class GlobalBatchSampler(DistributedSampler[int]):
             for number in range(parts):
                 part = batch[number * len(batch) // parts : (number + 1) * len(batch) // parts]
                 positions = part[self.shard.index :: self.shard.count]
-                yield MicroBatch(positions=positions, images_in_step=len(batch), ends_step=number == parts - 1)
+                yield MicroBatch(
+                    positions=positions,
+                    images_together=len(part),
+                    images_in_step=len(batch),
+                    ends_step=number == parts - 1,
+                )
 
     def __iter__(self) -> Iterator[int]:
         """Go through this shard's samples one by one."""

@@ -11,6 +11,9 @@ from typing import Literal
 import psutil
 import torch
 
+from cifar_dist.config.world import AccelerateConfig, has_outer_launcher, wants_cpu, wished_precision
+from cifar_dist.runtime.launch import NUM_THREADS
+
 DeviceType = Literal["cpu", "mps", "cuda"]
 
 
@@ -35,6 +38,53 @@ class PrecisionChoice:
     reason: str
     differs: bool
     """Whether another one was asked for, so that a person must be told."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outlook:
+    """What a process would compute with: known before anything is started."""
+
+    device_type: DeviceType
+    precision: Literal["no", "fp16", "bf16"]
+    precision_reason: str
+    num_threads: int
+    notes: tuple[str, ...]
+    """Lines that a person should read: what was asked for and cannot be had."""
+
+    @property
+    def line(self) -> str:
+        """Device, precision and threads in words."""
+        threads = f"{self.num_threads} thread{'s' if self.num_threads > 1 else ''}"
+        return f"{self.device_type}, precision {self.precision} ({self.precision_reason}), {threads}"
+
+
+def look_ahead(
+    config: AccelerateConfig,
+    environ: Mapping[str, str],
+    *,
+    local_processes: int,
+    typed_precision: str | None = None,
+    num_threads: int | None = None,
+    doing: str = "training",
+) -> Outlook:
+    """Choose device, precision and threads; `num_threads` is that of a run which goes on, `doing` a word for notes."""
+    asked_cpu = wants_cpu(config, environ)
+    facts, notes = probe(use_cpu=asked_cpu), []
+    if facts.type == "cpu" and not asked_cpu:
+        notes.append(f"no MPS or CUDA device here: {doing} on cpu")
+    choice = resolve_precision(wished_precision(typed_precision, config, environ), facts)
+    if choice.differs:
+        notes.append(f"{choice.reason}: using {choice.precision}")
+    return Outlook(
+        device_type=facts.type,
+        precision=choice.precision,
+        precision_reason=choice.reason,
+        num_threads=num_threads
+        or choose_num_threads(
+            environ, cores=usable_cores(), local_processes=local_processes, default=torch.get_num_threads()
+        ),
+        notes=tuple(notes),
+    )
 
 
 def resolve_precision(wish: str, facts: DeviceFacts) -> PrecisionChoice:
@@ -106,14 +156,19 @@ def choose_num_threads(environ: Mapping[str, str], *, cores: int, local_processe
     """Give the threads of this process.
 
     `OMP_NUM_THREADS` is the user's word, except that a 1 under `accelerate launch` or torchrun was forced by them and
-    would leave the other cores idle: then the cores are shared among the processes here. Otherwise one process keeps
+    would leave the other cores idle: then the cores are shared among the processes here. Our own launcher hands the
+    user's word down under another name. A Slurm task has the cores that Slurm gave it. Otherwise one process keeps
     torch's own default.
     """
-    text = environ.get("OMP_NUM_THREADS", "")
-    outer_launcher = "ACCELERATE_MIXED_PRECISION" in environ or "TORCHELASTIC_RUN_ID" in environ
-    if text.isdecimal() and int(text) > 0 and not (outer_launcher and int(text) == 1):
+    text = environ.get(NUM_THREADS) or environ.get("OMP_NUM_THREADS", "")
+    outer = has_outer_launcher(environ)
+    forced = outer and text == "1" and NUM_THREADS not in environ
+    if text.isdecimal() and int(text) > 0 and not forced:
         return int(text)
-    if outer_launcher or local_processes > 1:
+    own = environ.get("SLURM_CPUS_PER_TASK", "")
+    if own.isdecimal() and "SLURM_STEP_ID" in environ and not outer:
+        return max(1, min(cores, int(own)))
+    if outer or local_processes > 1:
         return max(1, cores // local_processes)
     return default
 

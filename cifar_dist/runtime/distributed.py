@@ -1,31 +1,34 @@
 """The one place that knows Accelerate: device placement, mixed precision, reductions, and what one process may do."""
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from cifar_dist.config.errors import UserError
-from cifar_dist.config.world import AccelerateConfig, World, wished_precision
+from cifar_dist.config.errors import SharedError, UserError
+from cifar_dist.config.world import AccelerateConfig, World, wants_cpu
 from cifar_dist.runtime import device as device_module
+from cifar_dist.runtime.device import Outlook
+from cifar_dist.runtime.ranks import Ranks
+
+SHARE_GPU = "CIFAR_DIST_SHARE_GPU"
+"""Set to 1, this environment variable lets several ranks share a GPU, over gloo: how DDP is tested with one GPU."""
 
 
 @dataclass(kw_only=True, eq=False)
 class Runtime:
-    """Where this process runs. Made by `start`, ended by `close`; nobody else knows Accelerate."""
+    """Where this process computes, and how precisely. Made by `start`; nobody else knows Accelerate."""
 
     accelerator: Accelerator
-    world: World
-    precision: str
-    precision_reason: str
-    num_threads: int
-    notes: tuple[str, ...]
-    """Lines that a person should read: what was asked for and could not be had."""
+    ranks: Ranks
+    outlook: Outlook
 
     @property
     def device(self) -> torch.device:
@@ -34,9 +37,14 @@ class Runtime:
         return device
 
     @property
+    def world(self) -> World:
+        """The processes of this run."""
+        return self.ranks.world
+
+    @property
     def is_main(self) -> bool:
         """Whether this process writes files and talks to the console."""
-        return self.world.rank == 0
+        return self.ranks.is_main
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -44,9 +52,14 @@ class Runtime:
         return device_module.memory_format(self.device.type)
 
     @property
-    def threads_line(self) -> str:
-        """The number of threads in words."""
-        return f"{self.num_threads} thread{'s' if self.num_threads > 1 else ''}"
+    def precision(self) -> str:
+        """`no`, `fp16` or `bf16`."""
+        return self.outlook.precision
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of this process."""
+        return self.outlook.num_threads
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Wrap a model (already on the device) and its optimiser for this world and precision."""
@@ -76,6 +89,14 @@ class Runtime:
         total: Tensor = self.accelerator.reduce(sums, reduction="sum")
         return total
 
+    def average_over_ranks(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each of the tensors, in place, by its mean over all processes; one collective."""
+        if self.world.size == 1 or not tensors:
+            return
+        mean = self.sum_over_ranks(torch.cat([tensor.flatten() for tensor in tensors])) / self.world.size
+        for tensor, part in zip(tensors, torch.split(mean, [tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
     def scaler_state(self) -> dict[str, Any] | None:
         """Give the gradient scaler's state, None where there is no scaler."""
         return None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
@@ -96,20 +117,41 @@ class Runtime:
             return torch.cuda.max_memory_allocated(self.device) // 2**20
         return device_module.peak_process_memory_mib()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+@contextmanager
+def connect(world: World, config: AccelerateConfig) -> Iterator[Ranks]:
+    """Meet the other processes of the world; the conversation ends with the context.
 
-    def close(self) -> None:
-        """End the process group, and forget Accelerate's process-wide state so that another run may follow."""
-        self.accelerator.end_training()
+    Accelerate is told by environment variables who runs; they are put back at the end. Raises UserError where these
+    processes cannot be a world.
+    """
+    facts = device_module.probe(use_cpu=wants_cpu(config, os.environ))
+    _check_world(world, facts.type)
+    before = dict(os.environ)
+    try:
+        _tell_accelerate(world, cpu=facts.type == "cpu")
+        shared = {"backend": "gloo"} if facts.type == "cuda" and world.size > 1 and os.environ.get(SHARE_GPU) else {}
+        state = PartialState(cpu=facts.type == "cpu", **shared)
+        if state.num_processes != world.size:
+            raise UserError(
+                f"Accelerate sees {state.num_processes} process where {world.size} were started:"
+                " each would train alone; name the device in --config"
+            )
+        try:
+            yield Ranks(world)
+        except SharedError:
+            state.destroy_process_group()
+            raise
+        # After any other exception the others may be gone, and a clean end would wait for them.
+        state.destroy_process_group()
+    finally:
         AcceleratorState._reset_state(reset_partial_state=True)
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def start(
-    world: World,
+    ranks: Ranks,
     config: AccelerateConfig,
     *,
     typed_precision: str | None = None,
@@ -121,25 +163,63 @@ def start(
     `num_threads` is a resumed run's or a checkpoint's; None: chosen for this machine. `doing` is a word for the notes.
     Raises UserError where Accelerate cannot be started as asked.
     """
-    facts = device_module.probe(use_cpu=config.use_cpu)
-    notes = []
-    if facts.type == "cpu" and not config.use_cpu:
-        notes.append(f"no MPS or CUDA device here: {doing} on cpu")
-    choice = device_module.resolve_precision(wished_precision(typed_precision, config, os.environ), facts)
-    if choice.differs:
-        notes.append(f"{choice.reason}: using {choice.precision}")
-    threads = num_threads or device_module.choose_num_threads(
-        os.environ, cores=device_module.usable_cores(), local_processes=world.size, default=torch.get_num_threads()
+    world = ranks.world
+    outlook = device_module.look_ahead(
+        config,
+        os.environ,
+        local_processes=world.local_size,
+        typed_precision=typed_precision,
+        num_threads=num_threads,
+        doing=doing,
     )
-    torch.set_num_threads(threads)
-    accelerator = Accelerator(cpu=facts.type == "cpu", mixed_precision=choice.precision)
-    if accelerator.device.type != facts.type:
-        raise UserError(f"Accelerate chose {accelerator.device.type} where {facts.type} was meant: name it in --config")
-    return Runtime(
-        accelerator=accelerator,
-        world=world,
-        precision=choice.precision,
-        precision_reason=choice.reason,
-        num_threads=threads,
-        notes=tuple(notes),
+    torch.set_num_threads(outlook.num_threads)
+    # The running statistics are equal on all ranks, or made so before they are used: DDP need not send them.
+    wrapping = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    accelerator = Accelerator(
+        cpu=outlook.device_type == "cpu",
+        mixed_precision=outlook.precision,
+        kwargs_handlers=[wrapping] if world.size > 1 else [],
     )
+    if accelerator.device.type != outlook.device_type:
+        raise UserError(
+            f"Accelerate chose {accelerator.device.type} where {outlook.device_type} was meant: name it in --config"
+        )
+    return Runtime(accelerator=accelerator, ranks=ranks, outlook=outlook)
+
+
+def _check_world(world: World, device_type: str) -> None:
+    """Raise UserError where these processes cannot work together on these devices."""
+    if world.size == 1:
+        return
+    if device_type == "mps":
+        raise UserError(f"{world.size} processes cannot share a Mac's MPS device: start one, or set use_cpu: true")
+    if device_type == "cuda" and not os.environ.get(SHARE_GPU):
+        visible = torch.cuda.device_count()
+        own_by_slurm = world.launcher == "slurm" and visible == 1  # --gpus-per-task=1: each sees its own
+        if visible < world.local_size and not own_by_slurm:
+            raise UserError(
+                f"{world.local_size} processes on a machine with {visible} GPU: start as many as there are GPUs,"
+                " or set use_cpu: true"
+            )
+
+
+def _tell_accelerate(world: World, *, cpu: bool) -> None:
+    """Set, or take away, the environment variables by which Accelerate and torch know the world."""
+    os.environ["ACCELERATE_USE_CPU"] = str(cpu).lower()
+    if world.size == 1:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            os.environ.pop(name, None)
+        return
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else world.local_size
+    os.environ |= {
+        "RANK": str(world.rank),
+        "WORLD_SIZE": str(world.size),
+        # Also the number of the GPU, of which a task may see fewer than there are tasks.
+        "LOCAL_RANK": str(world.local_rank % visible),
+        "LOCAL_WORLD_SIZE": str(world.local_size),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),  # else Accelerate chooses, with a warning
+    }
+    if world.main_address is not None:
+        os.environ["MASTER_ADDR"] = world.main_address
+    if world.main_port is not None:
+        os.environ["MASTER_PORT"] = str(world.main_port)

@@ -8,7 +8,6 @@ import io
 import os
 import re
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, BinaryIO
 import torch
 
 from cifar_dist.config.errors import UserError
+from cifar_dist.config.run_files import verify_checksums
 
 FORMAT_VERSION = 1
 
@@ -81,10 +81,7 @@ def is_bare_weights(content: dict[str, Any]) -> bool:
 
 
 def _unpack(path: Path, data: bytes) -> dict[str, Any]:
-    if not data:
-        raise UserError(f"checkpoint {path} is empty")
-    if data[:2] == b"PK":
-        _verify_checksums(path, data)
+    verify_checksums(path, io.BytesIO(data))
     try:
         with warnings.catch_warnings(action="ignore"):  # torch's remarks on pickles that are not its own
             content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -96,17 +93,6 @@ def _unpack(path: Path, data: bytes) -> dict[str, Any]:
     if not isinstance(content, dict) or not content or not all(isinstance(key, str) for key in content):
         raise UserError(f"checkpoint {path} holds no state dict")
     return content
-
-
-def _verify_checksums(path: Path, data: bytes) -> None:
-    """Check every part's CRC-32, which torch.load does not do."""
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError, OSError):
-        raise UserError(f"checkpoint {path} is damaged: it ends too early or its index is broken") from None
-    if damaged is not None:
-        raise UserError(f"checkpoint {path} is damaged: the checksum of {damaged} is wrong")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -21,9 +21,11 @@ class EarlyStopping:
         self.config = config
         self.best: float | None = None
         self.epochs_without_improvement = 0
+        self.stopped = False
+        """Whether the ranks agreed to stop."""
 
     def update(self, record: EpochRecord) -> bool:
-        """Take in an epoch; give whether training should stop now."""
+        """Take in an epoch; give this process's vote on whether training should stop now."""
         if not self.config.enabled:
             return False
         value = monitored_value(self.config, record)
@@ -31,18 +33,15 @@ class EarlyStopping:
             self.best, self.epochs_without_improvement = value, 0
         else:
             self.epochs_without_improvement += 1
-        return self.should_stop
-
-    @property
-    def should_stop(self) -> bool:
-        """Whether patience has run out."""
-        return self.config.enabled and self.epochs_without_improvement >= self.config.patience
+        return self.epochs_without_improvement >= self.config.patience
 
     def state_dict(self) -> dict[str, Any]:
         """Give what a checkpoint keeps."""
-        return {"best": self.best, "epochs_without_improvement": self.epochs_without_improvement}
+        names = ("best", "epochs_without_improvement", "stopped")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
         self.best = state["best"]
         self.epochs_without_improvement = state["epochs_without_improvement"]
+        self.stopped = state["stopped"]

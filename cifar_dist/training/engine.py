@@ -13,14 +13,16 @@ from cifar_dist.config.recipe import Recipe
 from cifar_dist.data.batches import Batch, Normalizer, TrainingBatches
 from cifar_dist.data.dataset import LabelledImages
 from cifar_dist.data.order import derive_seed
+from cifar_dist.model.batch_norm import Groups, running_statistics
 from cifar_dist.model.dropout import HeadDropout
 from cifar_dist.model.optimizer import set_learning_rate
 from cifar_dist.model.schedule import learning_rate
 from cifar_dist.records import EpochRecord, Observer
 from cifar_dist.runtime.distributed import Runtime
+from cifar_dist.runtime.interrupt import Interrupt
 from cifar_dist.training.early_stopping import monitored_value
 from cifar_dist.training.evaluation import predict_logits
-from cifar_dist.training.metrics import RunningSums, summarize
+from cifar_dist.training.metrics import summarize
 from cifar_dist.training.state import Best, TrainState, copy_weights
 
 
@@ -29,6 +31,10 @@ class DivergedError(Exception):
 
     def __init__(self, epoch: int, step: int, rate: float) -> None:
         super().__init__(f"the loss is not finite in epoch {epoch}, step {step}, at learning rate {rate:g}")
+
+
+class InterruptedRun(Exception):
+    """A process was told to stop, and all stop at the end of the same step, ready to be saved."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -42,7 +48,7 @@ class Validation:
 
 
 class Trainer:
-    """Trains a state by a plan, one epoch at a time."""
+    """Trains a state by a plan, one epoch at a time; what is decided is decided by all ranks together."""
 
     def __init__(
         self,
@@ -54,10 +60,12 @@ class Trainer:
         batches: TrainingBatches,
         validation: Validation | None,
         observer: Observer,
+        interrupt: Interrupt,
         frozen: tuple[nn.Parameter, ...] = (),
         dropout: HeadDropout | None = None,
+        groups: Groups | None = None,
     ) -> None:
-        """`frozen` are the parameters that stay as they are in the first `freeze_epochs`."""
+        """`frozen` are the parameters that stay as they are in the first `freeze_epochs`; `groups` are BatchNorm's."""
         self.recipe = recipe
         self.plan = plan
         self.runtime = runtime
@@ -65,65 +73,75 @@ class Trainer:
         self.batches = batches
         self.validation = validation
         self.observer = observer
+        self.interrupt = interrupt
         self.frozen = frozen
         self.dropout = dropout
+        self.groups = groups
         self.model, self.optimizer = runtime.prepare(state.model, state.optimizer)
 
     def epochs(self) -> Iterator[EpochRecord]:
         """Train what is left of the plan, giving a record after each epoch; the state is then ready to be saved.
 
-        Ends with the plan, or when early stopping says so. Raises DivergedError.
+        Ends with the plan, or when early stopping says so. Raises DivergedError or InterruptedRun, on all ranks alike.
         """
-        while self.state.epoch < self.plan.epochs and not self.state.early_stopping.should_stop:
-            epoch = self.state.epoch + 1
-            self.observer.on_epoch_start(epoch, learning_rate(self.recipe, self.plan, self.state.step))
-            sums, seconds = self._train_epoch(epoch)
-            record = self._record(epoch, sums, seconds)
-            self.state.epoch = epoch
-            self.state.train_seconds += seconds
+        state = self.state
+        while state.epoch < self.plan.epochs and not state.early_stopping.stopped:
+            epoch = state.epoch + 1
+            self.observer.on_epoch_start(epoch, learning_rate(self.recipe, self.plan, state.step))
+            loss, hits, images = self._train_epoch(epoch)
+            self.even_out()
+            record = self._record(epoch, loss, hits, images, *self._validate())
+            state.epoch = epoch
+            state.train_seconds += state.epoch_seconds
+            state.epoch_seconds = 0.0
+            state.sums.set(0, 0, 0)
             is_best = self._keep_best(record)
-            self.state.early_stopping.update(record)
+            vote = state.early_stopping.update(record)
+            state.early_stopping.stopped = any(stop for (stop,) in self.runtime.ranks.exchange([vote]))
             self.observer.on_epoch_end(record, is_best)
             yield record
 
-    def _train_epoch(self, epoch: int) -> tuple[Tensor, float]:
-        """Give the epoch's (loss, hits, images) sums over all processes, and the seconds it took."""
+    def _train_epoch(self, epoch: int) -> tuple[float, float, float]:
+        """Do what is left of an epoch; give its loss, hits and images, summed over all processes."""
         started = time.perf_counter()
-        sums = RunningSums(self.runtime.device)
-        for _ in self.steps(epoch, sums):
-            pass
-        totals = self.runtime.sum_over_ranks(sums.sums).cpu()
-        seconds = time.perf_counter() - started
-        self.check_finite(float(totals[0]), epoch)
-        return totals, seconds
+        try:
+            for _ in self.steps(epoch):
+                pass
+            return self._agree(epoch)
+        finally:
+            self.state.epoch_seconds += time.perf_counter() - started
 
-    def steps(self, epoch: int, sums: RunningSums) -> Iterator[int]:
-        """Do an epoch's optimiser steps one by one, adding to the sums; give each step's number in the epoch."""
+    def steps(self, epoch: int) -> Iterator[int]:
+        """Do what is left of an epoch's optimiser steps, one by one; give each step's number in the epoch."""
         self.model.train()
-        number = 0
-        for batch in self.batches.epoch(epoch):
-            loss = self._forward_backward(batch, epoch, sums)
+        number = self.state.step - (epoch - 1) * self.plan.steps_per_epoch
+        loss_before, images_before = 0.0, 0.0
+        for batch in self.batches.epoch(epoch, steps_done=number):
+            self._forward_backward(batch, epoch)
             if not batch.ends_step:
                 continue
             self._optimizer_step(epoch)
             number += 1
+            shown = None
             if number % self.plan.report_every_steps == 0:
-                self.observer.on_step(number, self.check_finite(float(loss) / len(batch.labels), epoch))
-            else:
-                self.observer.on_step(number, None)
+                loss, _, images = self._agree(epoch)
+                shown = (loss - loss_before) / max(images - images_before, 1)
+                loss_before, images_before = loss, images
+            self.observer.on_step(number, shown)
             yield number
 
-    def _forward_backward(self, batch: Batch, epoch: int, sums: RunningSums) -> Tensor:
-        """Add a micro-batch's gradient and sums; give its summed loss, on the device."""
+    def _forward_backward(self, batch: Batch, epoch: int) -> None:
+        """Add a micro-batch's gradient and sums."""
         if self.dropout is not None:
             self.dropout.set_samples(batch.samples, derive_seed("dropout", self.recipe.seed, epoch))
+        if self.groups is not None:
+            self.groups.images = batch.images_together
         with self.runtime.gradient_sync(self.model, batch.ends_step):
             logits = self.model(batch.images)
             loss = batch_loss(logits, batch, self.recipe.label_smoothing)
+            # DDP averages over the ranks, which may have shares of different sizes.
             self.runtime.backward(loss * (self.plan.world_size / batch.images_in_step))
-        loss = loss.detach()
-        sums.add(loss, logits, batch.labels)
-        return loss
+        self.state.sums.add(loss.detach(), logits, batch.labels, step=self.state.step + 1)
 
     def _optimizer_step(self, epoch: int) -> None:
         set_learning_rate(self.optimizer, learning_rate(self.recipe, self.plan, self.state.step))
@@ -138,22 +156,44 @@ class Trainer:
         if self.state.ema is not None:
             self.state.ema.update(self.state.model, self.state.step)
 
-    def check_finite(self, loss: float, epoch: int) -> float:
-        """Give the loss back where it is a finite number. Raises DivergedError where it is not."""
-        if not math.isfinite(loss):
-            step = self.state.step
-            raise DivergedError(epoch, step, learning_rate(self.recipe, self.plan, max(step - 1, 0)))
-        return loss
+    def _agree(self, epoch: int) -> tuple[float, float, float]:
+        """Hear from all ranks what happened, and give the epoch's loss, hits and images so far, summed over them.
 
-    def _record(self, epoch: int, totals: Tensor, seconds: float) -> EpochRecord:
-        loss, hits, images = totals.tolist()
-        val_loss, val_acc = self._validate()
+        Raises DivergedError or InterruptedRun on all of them where one has reason to.
+        """
+        own = (*self.state.sums.read(), self.interrupt.requested is not None)
+        losses, hits, images, bad_steps, told_to_stop = zip(*self.runtime.ranks.exchange(own), strict=True)
+        if math.isfinite(first := min(bad_steps)):
+            raise self._divergence(epoch, int(first))
+        if any(told_to_stop):
+            raise InterruptedRun
+        return sum(losses), sum(hits), sum(images)
+
+    def _divergence(self, epoch: int, step: int) -> DivergedError:
+        return DivergedError(epoch, step, learning_rate(self.recipe, self.plan, max(step - 1, 0)))
+
+    def check_finite(self, loss: float) -> None:
+        """Raise DivergedError where the loss of an evaluation is not a finite number."""
+        if not math.isfinite(loss):
+            raise self._divergence(self.state.epoch + 1, self.state.step)
+
+    def even_out(self) -> None:
+        """Make BatchNorm's running statistics equal on all ranks, where each follows groups of its own."""
+        if self.groups is not None:
+            models = [self.state.model] if self.state.ema is None else [self.state.model, self.state.ema.model]
+            self.runtime.average_over_ranks(running_statistics(*models))
+
+    def _record(
+        self, epoch: int, loss: float, hits: float, images: float, val_loss: float | None, val_acc: float | None
+    ) -> EpochRecord:
+        """Give the record of an epoch: rank 0's, so that what is decided by it is decided by the same numbers."""
         if val_loss is not None:
-            self.check_finite(val_loss, epoch)
-        return EpochRecord(
+            self.check_finite(val_loss)
+        seconds, step = self.state.epoch_seconds, self.state.step
+        record = EpochRecord(
             epoch=epoch,
-            step=self.state.step,
-            lr=learning_rate(self.recipe, self.plan, self.state.step - 1),
+            step=step,
+            lr=learning_rate(self.recipe, self.plan, step - 1),
             train_loss=loss / images,
             train_acc=hits / images,
             val_loss=val_loss,
@@ -162,6 +202,7 @@ class Trainer:
             epoch_seconds=seconds,
             world_size=self.plan.world_size,
         )
+        return self.runtime.ranks.from_main(lambda: record)
 
     def _validate(self) -> tuple[float | None, float | None]:
         if self.validation is None:

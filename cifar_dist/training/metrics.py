@@ -1,5 +1,6 @@
 """Metrics: sums stay on the device, are reduced once, and divided once."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,16 +11,31 @@ from cifar_dist.records import Evaluation
 
 
 class RunningSums:
-    """An epoch's loss, hits and images, added up on the device without making it wait."""
+    """One process's part of an epoch's loss, hits and images, added up on the device without making it wait.
+
+    It also remembers the first step whose loss was not a finite number.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(3, device=device)  # float32: MPS has no float64; exact counts to 16.7 million
+        self._sums = torch.zeros(3, device=device)  # float32: MPS has no float64; exact counts to 16.7 million
         self._count = torch.ones((), device=device)
+        self._first_bad_step = torch.full((), math.inf, device=device)
 
-    def add(self, loss_sum: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Take in a batch: its summed loss (), logits (B, num_classes) and labels (B,)."""
+    def add(self, loss_sum: Tensor, logits: Tensor, labels: Tensor, *, step: int = 0) -> None:
+        """Take in a batch of a step: its summed loss (), logits (B, num_classes) and labels (B,)."""
         hits = (logits.argmax(1) == labels).sum()
-        self.sums += torch.stack([loss_sum, hits.to(loss_sum.dtype), self._count * len(labels)])
+        self._sums += torch.stack([loss_sum.float(), hits.float(), self._count * len(labels)])
+        bad = torch.where(torch.isfinite(loss_sum), math.inf, float(step)).float()
+        self._first_bad_step = torch.minimum(self._first_bad_step, bad)
+
+    def read(self) -> tuple[float, float, float, float]:
+        """Give loss, hits, images, and the first step with a bad loss (inf: none). The device is waited for."""
+        loss, hits, images, bad = torch.cat([self._sums, self._first_bad_step.unsqueeze(0)]).tolist()
+        return loss, hits, images, bad
+
+    def set(self, loss: float, hits: float, images: float) -> None:
+        """Go on from sums that `read` gave."""
+        self._sums.copy_(torch.tensor([loss, hits, images]))
 
 
 def summarize(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> Evaluation:

@@ -2,9 +2,9 @@
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import yaml
@@ -12,30 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cifar_dist.config.errors import UserError
-from cifar_dist.config.loading import read_yaml
+from cifar_dist.config.run_files import RunFiles
 from cifar_dist.records import EpochRecord, Summary
 from cifar_dist.training.checkpoint import save_checkpoint, write_atomically
 from cifar_dist.training.state import TrainState
 
 
-class RunDirectory:
-    """The files of one run. Nothing is made before `create`."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.config = path / "config.yaml"
-        self.metrics = path / "metrics.jsonl"
-        self.summary = path / "summary.json"
-        self.predictions = path / "test_predictions.npz"
-        self.figures = path / "figures"
-        self.last = path / "checkpoints" / "last.pt"
-        self.previous = path / "checkpoints" / "previous.pt"
-        self.best = path / "checkpoints" / "best.pt"
-
-    @property
-    def holds_run(self) -> bool:
-        """Whether a run has left something here."""
-        return any(file.exists() for file in (self.config, self.metrics, self.summary, self.last))
+class RunDirectory(RunFiles):
+    """The files of one run, written and read. Nothing is made before `create`."""
 
     def create(self) -> None:
         """Make the folders. Raises UserError where that cannot be."""
@@ -48,21 +32,11 @@ class RunDirectory:
     def write_config(self, content: Mapping[str, Any]) -> None:
         """Write config.yaml: all that is needed to run it again."""
         text = yaml.safe_dump(dict(content), sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
-        write_atomically(self.config, lambda file: file.write(text.encode()))
-
-    def read_config(self) -> dict[str, Any]:
-        """Read config.yaml. Raises UserError where it is missing or damaged."""
-        config = read_yaml(self.config, "run configuration")
-        if not isinstance(config.get("recipe"), dict) or not isinstance(config.get("dataset"), dict):
-            raise UserError(f"run configuration {self.config} lacks its recipe or dataset")
-        return config
+        self.write(self.config, lambda file: file.write(text.encode()))
 
     def append_record(self, record: EpochRecord) -> None:
         """Add a line to metrics.jsonl, whole and on disk."""
-        with self.metrics.open("ab") as file:
-            file.write(record.to_json().encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self.append(self.metrics, record.to_json().encode() + b"\n")
 
     def read_records(self) -> list[EpochRecord]:
         """Read metrics.jsonl; a last line that was cut off is left out."""
@@ -79,12 +53,12 @@ class RunDirectory:
         """Cut metrics.jsonl back to what a checkpoint at `step` knows; give what is left."""
         kept = [record for record in self.read_records() if record.step <= step]
         text = "".join(record.to_json() + "\n" for record in kept)
-        write_atomically(self.metrics, lambda file: file.write(text.encode()))
+        self.write(self.metrics, lambda file: file.write(text.encode()))
         return kept
 
     def write_summary(self, summary: Summary) -> None:
         """Write summary.json."""
-        write_atomically(self.summary, lambda file: file.write(summary.to_json().encode()))
+        self.write(self.summary, lambda file: file.write(summary.to_json().encode()))
 
     def read_summary(self) -> Summary | None:
         """Read summary.json; None where there is none. Raises UserError where it is damaged."""
@@ -97,7 +71,38 @@ class RunDirectory:
 
     def write_predictions(self, **arrays: NDArray[Any]) -> None:
         """Write test_predictions.npz: what the figures need, without the data."""
-        write_atomically(self.predictions, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
+        self.write(self.predictions, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
+
+    def write_checkpoint(self, path: Path, content: dict[str, Any], *, previous: Path | None = None) -> None:
+        """Write a checkpoint; what was at `path` becomes `previous`."""
+        save_checkpoint(path, content, previous=previous)
+
+    def write(self, path: Path, write: Callable[[BinaryIO], Any]) -> None:
+        """Write a file so that it is there whole or not at all."""
+        write_atomically(path, write)
+
+    def append(self, path: Path, line: bytes) -> None:
+        """Add a line to a file, whole and on disk."""
+        with path.open("ab") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class UnwrittenRun(RunDirectory):
+    """The run as the other ranks have it: they do all that rank 0 does, and write nothing."""
+
+    def create(self) -> None:
+        """Make nothing."""
+
+    def write_checkpoint(self, path: Path, content: dict[str, Any], *, previous: Path | None = None) -> None:
+        """Write nothing."""
+
+    def write(self, path: Path, write: Callable[[BinaryIO], Any]) -> None:
+        """Write nothing."""
+
+    def append(self, path: Path, line: bytes) -> None:
+        """Write nothing."""
 
 
 class CheckpointWriter:
@@ -109,7 +114,7 @@ class CheckpointWriter:
         self.header = dict(header)
         self.every_seconds = every_seconds
         self._written_at = time.monotonic()
-        self._written_epoch: int | None = None
+        self._written_step: int | None = None
         self._best_epoch: int | None = None
 
     def save_if_due(self, state: TrainState, scaler: Mapping[str, Any] | None) -> None:
@@ -117,17 +122,23 @@ class CheckpointWriter:
         if time.monotonic() - self._written_at >= self.every_seconds:
             self.save(state, scaler)
 
-    def save(self, state: TrainState, scaler: Mapping[str, Any] | None) -> None:
-        """Write last.pt (its predecessor becomes previous.pt), and best.pt where another epoch is the best now."""
-        if self._written_epoch == state.epoch:
+    def save(
+        self, state: TrainState, scaler: Mapping[str, Any] | None, *, epoch_sums: Sequence[Sequence[float]] = ()
+    ) -> None:
+        """Write last.pt (its predecessor becomes previous.pt), and best.pt where another epoch is the best now.
+
+        `epoch_sums` are the sums of the epoch in progress, a row for each rank.
+        """
+        if self._written_step == state.step:
             return
-        content = {**self.header, "kind": "last", "scaler": scaler, **state.to_mapping()}
-        save_checkpoint(self.run.last, content, previous=self.run.previous)
+        sums = [list(row) for row in epoch_sums]
+        content = {**self.header, "kind": "last", "scaler": scaler, "epoch_sums": sums, **state.to_mapping()}
+        self.run.write_checkpoint(self.run.last, content, previous=self.run.previous)
         if state.best is not None and state.best.epoch != self._best_epoch:
             self._save_best(state.best.epoch, state.best.weights)
-        self._written_at, self._written_epoch = time.monotonic(), state.epoch
+        self._written_at, self._written_step = time.monotonic(), state.step
 
     def _save_best(self, epoch: int, weights: Mapping[str, Tensor]) -> None:
         content = {**self.header, "kind": "best", "epoch": epoch, "model": dict(weights)}
-        save_checkpoint(self.run.best, content)
+        self.run.write_checkpoint(self.run.best, content)
         self._best_epoch = epoch

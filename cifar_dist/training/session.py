@@ -1,6 +1,6 @@
 """A run and its folder: trains, and writes down what happens as it happens."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from cifar_dist.config.errors import UserError
 from cifar_dist.data.batches import Normalizer
 from cifar_dist.data.dataset import Dataset
 from cifar_dist.records import Evaluation, Status, Summary
-from cifar_dist.training.engine import DivergedError, Trainer
+from cifar_dist.training.engine import DivergedError, InterruptedRun, Trainer
 from cifar_dist.training.evaluation import Predictions, predict_logits
 from cifar_dist.training.metrics import summarize
 from cifar_dist.training.run_directory import CheckpointWriter, RunDirectory
@@ -33,10 +33,20 @@ class Session:
         if checkpoint["dataset"]["fingerprint"] != self.checkpoints.header["dataset"]["fingerprint"]:
             raise UserError("the dataset is not the one that this run began with: name that one with --data-dir")
         self.state.restore(checkpoint)
+        self._restore_sums(checkpoint["epoch_sums"])
         self.runtime.load_scaler_state(checkpoint["scaler"])
         epochs = self.trainer.plan.epochs
         if epochs < self.state.epoch:
             raise UserError(f"epochs={epochs} is below the {self.state.epoch} that are done: set it to that or more")
+
+    def _restore_sums(self, rows: Sequence[Sequence[float]]) -> None:
+        """Take this process's part of the sums of an epoch in progress; in another world rank 0 takes them all."""
+        world = self.runtime.world
+        if len(rows) == world.size:
+            self.state.sums.set(*rows[world.rank])
+        elif rows and world.rank == 0:
+            loss, hits, images = (sum(column) for column in zip(*rows, strict=True))
+            self.state.sums.set(loss, hits, images)
 
     def begin(self, config: Mapping[str, Any]) -> None:
         """Make the folder and write what is known before the first step."""
@@ -48,7 +58,7 @@ class Session:
     def train(self) -> Status:
         """Train to the end of the plan, or until it is stopped early; say how it ended.
 
-        Raises DivergedError or KeyboardInterrupt after the summary says so.
+        Raises DivergedError, InterruptedRun (the run is saved then) or KeyboardInterrupt after the summary says so.
         """
         try:
             for record in self.trainer.epochs():
@@ -57,11 +67,17 @@ class Session:
         except DivergedError:
             self._write_summary("diverged")
             raise
+        except InterruptedRun:
+            self.trainer.even_out()
+            sums = self.runtime.ranks.exchange(self.state.sums.read()[:3])
+            self.checkpoints.save(self.state, self.runtime.scaler_state(), epoch_sums=sums)
+            self._write_summary("interrupted")
+            raise
         except KeyboardInterrupt:
             self._write_summary("interrupted")
             raise
         self.checkpoints.save(self.state, self.runtime.scaler_state())
-        stopped = self.state.early_stopping.should_stop and self.state.epoch < self.trainer.plan.epochs
+        stopped = self.state.early_stopping.stopped and self.state.epoch < self.trainer.plan.epochs
         return "early_stopped" if stopped else "completed"
 
     def test(self, status: Status) -> tuple[Summary, Predictions]:
@@ -90,24 +106,27 @@ class Session:
         )
         evaluation = summarize(predictions.logits, predictions.labels, self.dataset.class_names)
         try:
-            self.trainer.check_finite(evaluation.loss, self.state.epoch)
+            self.trainer.check_finite(evaluation.loss)
         except DivergedError:
             self._write_summary("diverged")
             raise
-        return self._write_summary(status, evaluation), predictions
+        own = self.runtime.peak_memory_mib()
+        memory = [peak for (peak,) in self.runtime.ranks.exchange([own or 0])]
+        return self._write_summary(status, evaluation, memory=int(max(memory)) or None), predictions
 
-    def _write_summary(self, status: Status, test: Evaluation | None = None) -> Summary:
+    def _write_summary(self, status: Status, test: Evaluation | None = None, *, memory: int | None = None) -> Summary:
+        """Write what is known; `memory` is that of the largest rank, where they were asked."""
         best = self.state.best
         summary = Summary(
             status=status,
             epochs=self.state.epoch,
             best_epoch=None if best is None else best.epoch,
-            train_seconds=self.state.train_seconds,
+            train_seconds=self.state.train_seconds + self.state.epoch_seconds,
             world_size=self.trainer.plan.world_size,
             device=self.runtime.device.type,
             precision=self.runtime.precision,
             num_threads=self.runtime.num_threads,
-            peak_memory_mib=self.runtime.peak_memory_mib(),
+            peak_memory_mib=memory or self.runtime.peak_memory_mib(),
             test=test,
         )
         self.directory.write_summary(summary)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.plan import RunPlan, image_size_at
@@ -13,6 +13,7 @@ from cifar_dist.data.batches import Normalizer, TrainingBatches
 from cifar_dist.data.dataset import Dataset
 from cifar_dist.data.order import GlobalBatchSampler, Shard
 from cifar_dist.data.split import stratified_split
+from cifar_dist.model.batch_norm import Groups, share_statistics, use_groups
 from cifar_dist.model.dropout import HeadDropout
 from cifar_dist.model.ema import ExponentialMovingAverage
 from cifar_dist.model.optimizer import build_optimizer
@@ -20,9 +21,11 @@ from cifar_dist.model.pretrained import imagenet_weights, parts_to_freeze, start
 from cifar_dist.model.resnet import build_resnet
 from cifar_dist.records import Observer
 from cifar_dist.runtime.distributed import Runtime
+from cifar_dist.runtime.interrupt import Interrupt
 from cifar_dist.training.checkpoint import is_bare_weights, load_checkpoint
 from cifar_dist.training.early_stopping import EarlyStopping
 from cifar_dist.training.engine import Trainer, Validation
+from cifar_dist.training.metrics import RunningSums
 from cifar_dist.training.state import TrainState
 
 
@@ -33,6 +36,7 @@ def build_trainer(
     runtime: Runtime,
     observer: Observer,
     *,
+    interrupt: Interrupt | None = None,
     pretrained: dict[str, Tensor] | None = None,
 ) -> Trainer:
     """Build the model, its optimiser and the data path, all on the runtime's device, at the start of a run.
@@ -43,12 +47,16 @@ def build_trainer(
     if pretrained is not None:
         start_from(model, pretrained)
     model = model.to(runtime.device, memory_format=runtime.memory_format)  # type: ignore[call-overload]
+    # The average is only ever evaluated: it keeps torch's own BatchNorm.
+    ema = ExponentialMovingAverage(model, recipe.ema_decay) if recipe.ema_decay else None
+    model, groups = _with_statistics(model, recipe, plan)
     frozen = parts_to_freeze(model, recipe.stem) if recipe.freeze_epochs else ()
     state = TrainState(
         model=model,
         optimizer=build_optimizer(model, recipe.optimizer, frozen_at_first=frozen),
         early_stopping=EarlyStopping(recipe.early_stopping),
-        ema=ExponentialMovingAverage(model, recipe.ema_decay) if recipe.ema_decay else None,
+        ema=ema,
+        sums=RunningSums(runtime.device),
     )
     batches, validation = _data_path(recipe, plan, dataset, runtime)
     return Trainer(
@@ -59,9 +67,19 @@ def build_trainer(
         batches=batches,
         validation=validation,
         observer=observer,
+        interrupt=interrupt or Interrupt(),
         frozen=frozen,
         dropout=HeadDropout(model, recipe.dropout) if recipe.dropout else None,
+        groups=groups,
     )
+
+
+def _with_statistics(model: nn.Module, recipe: Recipe, plan: RunPlan) -> tuple[nn.Module, Groups | None]:
+    """Give the model BatchNorm layers that see what the recipe says, however many processes share it."""
+    if recipe.batch_norm_group_size is None:
+        return share_statistics(model, num_ranks=plan.world_size, process_group=None), None
+    groups = Groups(count=plan.batch_norm_groups, num_ranks=plan.world_size)
+    return use_groups(model, groups, process_group=None), groups
 
 
 def pretrained_weights(recipe: Recipe) -> dict[str, Tensor] | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from cifar_dist.model.ema import ExponentialMovingAverage
 from cifar_dist.model.resnet import load_weights
 from cifar_dist.training.early_stopping import EarlyStopping
+from cifar_dist.training.metrics import RunningSums
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -36,7 +37,11 @@ class TrainState:
     step: int = 0
     """Optimiser steps done."""
     train_seconds: float = 0.0
-    """Over all starts of the run."""
+    """Of the epochs done, over all starts of the run."""
+    epoch_seconds: float = 0.0
+    """Of the epoch in progress."""
+    sums: RunningSums
+    """Of the epoch in progress, this process's part."""
     best: Best | None = None
     ema: ExponentialMovingAverage | None = None
 
@@ -56,6 +61,7 @@ class TrainState:
             "epoch": self.epoch,
             "step": self.step,
             "train_seconds": self.train_seconds,
+            "epoch_seconds": self.epoch_seconds,
             "best": None if best is None else {"epoch": best.epoch, "value": best.value, "weights": best.weights},
         }
 
@@ -67,7 +73,7 @@ class TrainState:
         self.optimizer.load_state_dict(content["optimizer"])
         self.early_stopping.load_state_dict(content["early_stopping"])
         self.epoch, self.step = content["epoch"], content["step"]
-        self.train_seconds = content["train_seconds"]
+        self.train_seconds, self.epoch_seconds = content["train_seconds"], content["epoch_seconds"]
         best = content["best"]
         self.best = None if best is None else Best(epoch=best["epoch"], value=best["value"], weights=best["weights"])
 

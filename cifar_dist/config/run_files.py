@@ -1,0 +1,74 @@
+"""The files of a run: their names, and what can be said of them without torch."""
+
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from cifar_dist.config.errors import UserError
+from cifar_dist.config.loading import read_yaml
+
+
+class RunFiles:
+    """Where the files of a run are, in the one folder that it is given."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.summary = path / "summary.json"
+        self.predictions = path / "test_predictions.npz"
+        self.figures = path / "figures"
+        self.last = path / "checkpoints" / "last.pt"
+        self.previous = path / "checkpoints" / "previous.pt"
+        self.best = path / "checkpoints" / "best.pt"
+
+    @property
+    def holds_run(self) -> bool:
+        """Whether a run has left something here."""
+        return any(file.exists() for file in (self.config, self.metrics, self.summary, self.last))
+
+    def read_config(self) -> dict[str, Any]:
+        """Read config.yaml. Raises UserError where it is missing or damaged."""
+        config = read_yaml(self.config, "run configuration")
+        if not isinstance(config.get("recipe"), dict) or not isinstance(config.get("dataset"), dict):
+            raise UserError(f"run configuration {self.config} lacks its recipe or dataset")
+        return config
+
+
+def find_run(*, run_dir: Path | None, resume: bool, resume_dir: Path | None) -> RunFiles | None:
+    """Give the run that is to go on, None for a new one.
+
+    Raises UserError where there is none to resume, or where a run is in the way of a new one.
+    """
+    if resume and resume_dir is None and run_dir is None:
+        raise UserError("--resume needs to know the run: type --resume DIR, or --run-dir DIR --resume")
+    path = resume_dir or run_dir
+    if path is None:
+        return None
+    run = RunFiles(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"the run directory {path} is a file: name a folder")
+    if resume_dir is not None and not run.holds_run:
+        raise UserError(f"there is no run in {path} to resume")
+    if run.holds_run and not resume:
+        raise UserError(f"{path} holds a run already: add --resume to go on with it, or name another --run-dir")
+    return run if run.holds_run else None
+
+
+def verify_checksums(path: Path, file: BinaryIO) -> None:
+    """Check that every part of a checkpoint's zip has the CRC-32 that it was written with: torch.load does not.
+
+    `file` has the bytes of `path`. Another kind of file is not judged here. Raises UserError that says what is wrong.
+    """
+    head = file.read(2)
+    if not head:
+        raise UserError(f"checkpoint {path} is empty")
+    if head != b"PK":
+        return
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError, OSError):
+        raise UserError(f"checkpoint {path} is damaged: it ends too early or its index is broken") from None
+    if damaged is not None:
+        raise UserError(f"checkpoint {path} is damaged: the checksum of {damaged} is wrong")

@@ -1,0 +1,41 @@
+"""How a run is told to stop: a signal sets a flag, and the ranks look at their flags together at the end of a step.
+
+Nothing is saved inside a signal handler: it may run in the middle of a write (Lightning#21406).
+"""
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+# SIGUSR2 is what Slurm is told to send before the time limit; some clusters send only SIGTERM: all are treated alike.
+_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+
+
+class Interrupt:
+    """The context in which signals are noted instead of ending the process; a second Ctrl-C ends it at once."""
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        """The name of the first signal that came; None: none did."""
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            for name in _NAMES:
+                number = getattr(signal, name, None)  # Windows lacks some
+                if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.requested == "SIGINT":
+            raise KeyboardInterrupt
+        self.requested = self.requested or signal.Signals(number).name

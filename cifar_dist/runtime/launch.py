@@ -1,0 +1,133 @@
+"""Starts the processes of a world, passes signals on to them, and gives rank 0's exit code. No torch here."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+import psutil
+
+from cifar_dist.config.errors import EXIT_CODE_FILE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_KEYBOARD_INTERRUPT
+from cifar_dist.config.world import AccelerateConfig, has_outer_launcher, wants_cpu, wished_precision
+
+NUM_THREADS = "CIFAR_DIST_NUM_THREADS"
+"""The environment variable that hands down the user's own OMP_NUM_THREADS: torchrun sets a 1 that is nobody's wish."""
+
+
+def launch(argv: Sequence[str], config: AccelerateConfig, num_processes: int) -> int:
+    """Run this program's command `argv` in `num_processes` processes (of all machines together); give the exit code.
+
+    It is the code that rank 0 left; 1 where it left none, 130 after a second Ctrl-C.
+    """
+    with tempfile.TemporaryDirectory(prefix="cifar-dist-") as folder:
+        code_file = Path(folder) / "exit-code"
+        environ = child_environment(os.environ, config) | {EXIT_CODE_FILE: str(code_file)}
+        agent = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *agent_arguments(config, num_processes), *argv],
+            env=environ,
+            start_new_session=True,  # a Ctrl-C reaches this process alone, which passes it on once
+        )
+        with _Signals(agent) as signals:
+            agent.wait()
+        if signals.code is not None:
+            return signals.code
+        with contextlib.suppress(OSError, ValueError):
+            return int(code_file.read_text())
+        # On another machine than rank 0's the agent's own code is all there is.
+        return EXIT_FAILED if agent.returncode or config.machine_rank == 0 else 0
+
+
+def agent_arguments(config: AccelerateConfig, num_processes: int) -> list[str]:
+    """Give torch.distributed.run's arguments for this machine's share of the processes."""
+    machines = config.num_machines
+    arguments = [f"--nproc-per-node={num_processes // machines}"]
+    if machines == 1:
+        arguments += ["--standalone"]  # a free port of its own
+    else:
+        arguments += [
+            f"--nnodes={machines}",
+            f"--node-rank={config.machine_rank}",
+            f"--master-addr={config.main_process_ip}",
+            f"--master-port={config.main_process_port or 29500}",
+        ]
+    return [*arguments, "-m", "cifar_dist"]
+
+
+def child_environment(environ: Mapping[str, str], config: AccelerateConfig) -> dict[str, str]:
+    """Give the environment of the processes: an outer launcher's words are taken out, and the user's handed down."""
+    outer = has_outer_launcher(environ)
+    child = {name: value for name, value in environ.items() if not name.startswith("ACCELERATE_")}
+    wish = wished_precision(None, config, environ)
+    if wish in ("fp16", "bf16"):
+        child["ACCELERATE_MIXED_PRECISION"] = wish
+    if wants_cpu(config, environ):
+        child["ACCELERATE_USE_CPU"] = "true"
+    threads = child.pop("OMP_NUM_THREADS", None)
+    if threads is not None and not (outer and threads == "1"):
+        child[NUM_THREADS] = threads
+    # torchrun would set it, with a warning; the processes choose their number of threads themselves.
+    child["OMP_NUM_THREADS"] = threads or "1"
+    # Found also where the package is not installed, and run from any folder.
+    paths = [str(Path(__file__).parents[2]), *filter(None, [environ.get("PYTHONPATH")])]
+    return child | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
+class _Signals:
+    """Passes SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 on to the processes while they run; a second Ctrl-C ends them all.
+
+    They go to the processes themselves and not to torch's agent, which would shut down with a traceback, after 30
+    seconds by SIGKILL, and knows no SIGUSR.
+    """
+
+    def __init__(self, agent: subprocess.Popen[bytes]) -> None:
+        self.agent = agent
+        self._before: dict[int, Any] = {}
+        self._interrupts = 0
+        self.code: int | None = None
+        """The exit code, where the processes were ended before they could give one."""
+
+    def __enter__(self) -> Self:
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._pass_on)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self.agent.poll() is None:
+            self._kill_all()
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
+            self.code = EXIT_KEYBOARD_INTERRUPT
+            self._kill_all()
+            return
+        workers = self._processes()[1:]
+        for process in workers:
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(number if number != getattr(signal, "SIGHUP", None) else signal.SIGTERM)
+        if not workers:  # the agent has not started them yet: nothing is lost
+            self.code = EXIT_KEYBOARD_INTERRUPT if number == signal.SIGINT else EXIT_INTERRUPTED
+            self._kill_all()
+
+    def _kill_all(self) -> None:
+        for process in self._processes():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+    def _processes(self) -> list[psutil.Process]:
+        """Give the agent and what it started, the agent first, so that it starts nothing more when it is killed."""
+        try:
+            agent = psutil.Process(self.agent.pid)
+            return [agent, *agent.children(recursive=True)]
+        except psutil.Error:
+            return []

@@ -1,0 +1,106 @@
+"""The processes of a run, and what they say to each other: on the CPU, so that no device is made to wait."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed
+
+from cifar_dist.config.errors import PeerFailedError, SharedError, UserError
+from cifar_dist.config.world import World
+
+T = TypeVar("T")
+
+# Rank 0 may download a dataset while the others wait: the official server takes up to an hour. A process that dies is
+# noticed at once, whatever stands here, because its connections close.
+_TIMEOUT = timedelta(hours=3)
+
+
+class Ranks:
+    """One process's view of all processes. With one process, every method is a plain function call."""
+
+    def __init__(self, world: World) -> None:
+        """Take part in the conversation of the process group that has been started, where there are several."""
+        self.world = world
+        self._group: Any = distributed.new_group(backend="gloo", timeout=_TIMEOUT) if world.size > 1 else None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files, talks to the console and downloads."""
+        return self.world.rank == 0
+
+    def exchange(self, values: Sequence[float]) -> list[tuple[float, ...]]:
+        """Give what each process said, in order of rank; all must say equally many numbers. A collective."""
+        if self._group is None:
+            return [tuple(values)]
+        own = torch.tensor(values, dtype=torch.float64)
+        everyone = [torch.empty_like(own) for _ in range(self.world.size)]
+        distributed.all_gather(everyone, own, group=self._group)
+        return [tuple(each.tolist()) for each in everyone]
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """Let rank 0 make something and give it to all. A collective.
+
+        Where that fails, it fails everywhere: with the UserError as a SharedError, or, where it is rank 0's own
+        accident, with a PeerFailedError on the others.
+        """
+        made: list[Any] = [None]
+        failure: BaseException | None = None
+        if self.is_main:
+            try:
+                made = [make()]
+            except Exception as error:  # all must hear of it, whatever it is
+                failure = error
+        self._fail_together(failure)
+        if self._group is not None:
+            distributed.broadcast_object_list(made, src=0, group=self._group)
+        result: T = made[0]
+        return result
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Do something on every process; where it fails on one, all end, and only its reason is given.
+
+        There may be no collective inside: a process that fails would not come to it.
+        """
+        failure: BaseException | None = None
+        try:
+            yield
+        except Exception as error:  # all must hear of it, whatever it is
+            failure = error
+        self._fail_together(failure)
+
+    def in_turn(self, make: Callable[[], T]) -> T:
+        """Do something first on rank 0, then on one process of each other machine, then on the rest. A collective.
+
+        So what the first leaves on the disk (a download, a cache) is found by the others, on shared disks or not.
+        """
+        result: list[T] = []
+        for turn in range(3 if self.world.size > 1 else 1):
+            with self.together():
+                mine = 0 if self.is_main else 1 if self.world.local_rank == 0 else 2
+                if mine == turn:
+                    result.append(make())
+        return result[0]
+
+    def _fail_together(self, failure: BaseException | None) -> None:
+        """Raise on all processes where one has a failure; the lowest rank's is the reason."""
+        if self._group is None:
+            if failure is not None:
+                raise failure
+            return
+        mistake = isinstance(failure, UserError)
+        own = None if failure is None else (str(failure), mistake)
+        everyone: list[tuple[str, bool] | None] = [None] * self.world.size
+        distributed.all_gather_object(everyone, own, group=self._group)
+        first = next((rank for rank, each in enumerate(everyone) if each is not None), None)
+        if first is None:
+            return
+        message, is_mistake = everyone[first] or ("", False)
+        if is_mistake:
+            raise SharedError(message) from None
+        if first == self.world.rank and failure is not None:
+            raise failure
+        raise PeerFailedError(f"rank {first} failed")
