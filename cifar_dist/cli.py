@@ -186,9 +186,7 @@ def _train_parser() -> _Parser:
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/<recipe>-<dataset>-seed<seed>")
     parser.add_argument("--resume", nargs="?", const="", metavar="DIR", help="go on with the run in DIR (or --run-dir)")
     _add_set(parser)
-    parser.add_argument(
-        "--num-processes", type=int, metavar="N", help="start N processes (default: as --config)"
-    )
+    parser.add_argument("--num-processes", type=int, metavar="N", help="start N processes (default: as --config)")
     parser.add_argument("--epochs", type=int, metavar="N", help="the recipe's, unless typed")
     parser.add_argument("--seed", type=int, metavar="N", help="the recipe's, unless typed")
     parser.add_argument("--dry-run", action="store_true", help="print the plan; start nothing and write nothing")

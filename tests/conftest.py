@@ -10,7 +10,7 @@ from cifar_dist.config.loading import parse_assignments, read_recipe, resolve_re
 from cifar_dist.config.recipe import Recipe
 from cifar_dist.config.world import AccelerateConfig, World
 from cifar_dist.data.dataset import Dataset, LabelledImages
-from cifar_dist.runtime.distributed import start
+from cifar_dist.runtime.distributed import connect, start
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,8 +46,9 @@ def make_dataset(num_train: int = 96, num_test: int = 40, num_classes: int = 10)
 @pytest.fixture
 def runtime():
     """A world of one on the CPU in float32, on one thread: two would wait for each other where cores are shared."""
-    with start(World(), AccelerateConfig(use_cpu=True), typed_precision="no", num_threads=1) as started:
-        yield started
+    config = AccelerateConfig(use_cpu=True)
+    with connect(World(), config) as ranks:
+        yield start(ranks, config, typed_precision="no", num_threads=1)
 
 
 def pytest_collection_modifyitems(items):

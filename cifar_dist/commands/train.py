@@ -17,7 +17,7 @@ from cifar_dist.config.parsing import to_mapping
 from cifar_dist.config.plan import RunPlan, fit_to_dataset, make_plan
 from cifar_dist.config.provenance import git_commit, package_versions
 from cifar_dist.config.recipe import Recipe
-from cifar_dist.config.request import RunRequest, TrainRequest, resolve_run
+from cifar_dist.config.request import RunRequest, TrainRequest, check_plan, resolve_run
 from cifar_dist.config.world import (
     AccelerateConfig,
     World,
@@ -62,7 +62,7 @@ def run(options: TrainOptions) -> int:
     if options.dry_run:
         return _show_plan(console, options, world, config)
     with connect(world, config) as ranks:
-        job = ranks.from_main(lambda: _resolve(options))
+        job = ranks.from_main(lambda: _resolve(options, world))
         if job.nothing_left is not None:
             console.print(job.nothing_left, highlight=False, soft_wrap=True, markup=False)
             return EXIT_DONE
@@ -93,9 +93,10 @@ def run(options: TrainOptions) -> int:
         return _train_and_test(console, display, session)
 
 
-def _resolve(options: TrainOptions) -> _Job:
+def _resolve(options: TrainOptions, world: World) -> _Job:
     """Turn what was typed into a job. Raises UserError; nothing on disk is changed."""
     run = resolve_run(options)
+    check_plan(run.request, world_size=world.size)
     existing = run.existing
     checkpoint = load_checkpoint(existing.last) if existing is not None and existing.last.exists() else {}
     return _Job(

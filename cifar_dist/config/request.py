@@ -62,10 +62,15 @@ def check_before_launch(options: TrainOptions, *, world_size: int) -> None:
     if run.existing is not None and run.existing.last.exists():
         with run.existing.last.open("rb") as file:
             verify_checksums(run.existing.last, file)
-    sizes = KNOWN_SIZES.get(run.request.dataset)
-    if sizes is not None:  # a folder is not listed here: rank 0 does that
-        typed = run.request.validation_size_was_typed
-        recipe = fit_to_dataset(run.request.recipe, sizes, validation_size_was_typed=typed)
+    check_plan(run.request, world_size=world_size)
+
+
+def check_plan(request: TrainRequest, *, world_size: int) -> None:
+    """Raise UserError where no plan can be made; before the data is there, that of a folder is not known."""
+    sizes = KNOWN_SIZES.get(request.dataset)
+    if sizes is not None:
+        typed = request.validation_size_was_typed
+        recipe = fit_to_dataset(request.recipe, sizes, validation_size_was_typed=typed)
         make_plan(recipe, world_size=world_size, sizes=sizes, device_type="cpu")
 
 

@@ -1,6 +1,7 @@
 """The one place that knows Accelerate: device placement, mixed precision, reductions, and what one process may do."""
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -63,7 +64,10 @@ class Runtime:
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Wrap a model (already on the device) and its optimiser for this world and precision."""
-        prepared: tuple[nn.Module, torch.optim.Optimizer] = self.accelerator.prepare(model, optimizer)
+        with warnings.catch_warnings():
+            # torch 2.14 has another name for it, which accelerate 1.15 does not know.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            prepared: tuple[nn.Module, torch.optim.Optimizer] = self.accelerator.prepare(model, optimizer)
         return prepared
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -205,7 +209,8 @@ def _check_world(world: World, device_type: str) -> None:
 
 def _tell_accelerate(world: World, *, cpu: bool) -> None:
     """Set, or take away, the environment variables by which Accelerate and torch know the world."""
-    os.environ["ACCELERATE_USE_CPU"] = str(cpu).lower()
+    if not cpu:
+        os.environ.pop("ACCELERATE_USE_CPU", None)  # an outer launcher's word: Accelerate would follow it half way
     if world.size == 1:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
             os.environ.pop(name, None)

@@ -11,7 +11,7 @@ from cifar_dist.config.parsing import flatten
 from cifar_dist.config.plan import fit_to_dataset, make_plan
 from cifar_dist.config.world import AccelerateConfig, World
 from cifar_dist.records import Observer
-from cifar_dist.runtime.distributed import start
+from cifar_dist.runtime.distributed import connect, start
 from cifar_dist.training.setup import build_trainer, pretrained_weights
 from tests.conftest import make_dataset, make_recipe
 
@@ -63,10 +63,11 @@ CHANGES = {
     "augmentation.cutout": ((), "8"),
     "augmentation.mixup": ((), "1"),
     "augmentation.cutmix": ((), "1"),
+    "batch_norm_group_size": ((), "4"),
     "normalization.mean": ((), "[0.4, 0.4, 0.4]"),
     "normalization.std": ((), "[0.4, 0.4, 0.4]"),
 }
-ELSEWHERE = {"model", "selection", "batch_norm_group_size"}  # one value; tests/commands; refused for now
+ELSEWHERE = {"model", "selection"}  # one value; tests/commands
 
 
 @functools.cache
@@ -75,7 +76,9 @@ def outcome(*assignments: str) -> tuple:
     dataset = make_dataset(num_train=40, num_test=10)
     recipe = fit_to_dataset(make_recipe(*SMALL, *assignments), dataset.sizes, validation_size_was_typed=True)
     plan = make_plan(recipe, world_size=1, sizes=dataset.sizes, device_type="cpu")
-    with start(World(), AccelerateConfig(use_cpu=True), typed_precision="no", num_threads=1) as runtime:
+    config = AccelerateConfig(use_cpu=True)
+    with connect(World(), config) as ranks:
+        runtime = start(ranks, config, typed_precision="no", num_threads=1)
         weights = pretrained_weights(recipe)
         trainer = build_trainer(recipe, plan, dataset, runtime, Observer(), pretrained=weights)
         records = list(trainer.epochs())

@@ -82,7 +82,7 @@ def test_the_flags_of_eval_and_bench_arrive():
         (["--recipe", "orignal"], "error: unknown recipe 'orignal', did you mean 'original'?"),
         (["--config", "none.yaml"], "error: cannot read Accelerate config none.yaml: No such file or directory"),
         (["--set", "stem=big"], "error: stem must be one of cifar, small, imagenet, not 'big'"),
-        (["--set", "batch_norm_group_size=8"], "error: batch_norm_group_size=8 is not supported in this version"),
+        (["--set", "batch_norm_group_size=7"], "error: batch_norm_group_size=7 must cut the"),
         (["--resume", "no/such/run"], "error: there is no run in no/such/run to resume"),
         (["eval", "--ckpt", "none.pt"], "error: there is no checkpoint none.pt"),
     ],

@@ -5,7 +5,9 @@ import torch
 
 from cifar_dist.config.world import AccelerateConfig, World
 from cifar_dist.runtime.device import DeviceFacts, choose_num_threads, memory_format, probe, resolve_precision
-from cifar_dist.runtime.distributed import start
+from cifar_dist.runtime.distributed import connect, start
+
+ON_CPU = AccelerateConfig(use_cpu=True)
 
 CPU = DeviceFacts(type="cpu", torch_version=(2, 11))
 CPU_BF16 = DeviceFacts(type="cpu", torch_version=(2, 11), cpu_has_bf16=True)
@@ -67,25 +69,29 @@ def test_an_accelerator_that_is_missing_is_named_and_a_wish_that_fails_is_explai
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr("cifar_dist.runtime.device._cpu_has_bf16", lambda: False)
-    with start(World(), AccelerateConfig(), typed_precision="fp16") as runtime:
+    with connect(World(), AccelerateConfig()) as ranks:
+        runtime = start(ranks, AccelerateConfig(), typed_precision="fp16")
         assert runtime.device.type == "cpu"
         assert runtime.precision == "no"
-        assert runtime.notes[0] == "no MPS or CUDA device here: training on cpu"
-        assert runtime.notes[1].startswith("fp16 is not served by this cpu")
-        assert runtime.notes[1].endswith("using no")
+        first, second = runtime.outlook.notes
+        assert first == "no MPS or CUDA device here: training on cpu"
+        assert second.startswith("fp16 is not served by this cpu")
+        assert second.endswith("using no")
 
 
 def test_two_runs_with_other_precisions_follow_each_other_in_one_process():
     for precision in ("no", "bf16", "no"):
-        with start(World(), AccelerateConfig(use_cpu=True), typed_precision=precision) as runtime:
+        with connect(World(), ON_CPU) as ranks:
+            runtime = start(ranks, ON_CPU, typed_precision=precision)
             assert runtime.accelerator.mixed_precision == precision
-            assert runtime.notes == ()
+            assert runtime.outlook.notes == ()
 
 
 def test_a_given_number_of_threads_is_used():
     before = torch.get_num_threads()
     try:
-        with start(World(), AccelerateConfig(use_cpu=True), num_threads=1) as runtime:
+        with connect(World(), ON_CPU) as ranks:
+            runtime = start(ranks, ON_CPU, num_threads=1)
             assert runtime.num_threads == torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)

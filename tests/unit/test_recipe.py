@@ -16,14 +16,12 @@ from cifar_dist.config.loading import (
 )
 from cifar_dist.config.parsing import flatten
 from cifar_dist.config.recipe import AugmentationConfig, Recipe
-from cifar_dist.config.unsupported import refuse_unsupported
 from tests.conftest import make_recipe
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_of_the_package_is_whole_and_works(name):
     recipe = make_recipe(base=name)
-    refuse_unsupported(recipe)
     assert resolve_recipe(recipe_to_mapping(recipe), {}, {}) == recipe
 
 
@@ -94,12 +92,6 @@ def test_a_bad_value_is_refused_by_name(assignment, message):
 def test_a_malformed_assignment_is_refused(assignment):
     with pytest.raises(UserError, match="--set"):
         parse_assignments([assignment])
-
-
-def test_what_does_not_work_yet_is_refused_by_name():
-    refuse_unsupported(make_recipe())
-    with pytest.raises(UserError, match="batch_norm_group_size=32 is not supported in this version"):
-        refuse_unsupported(make_recipe("batch_norm_group_size=32"))
 
 
 def test_a_file_is_laid_over_standard(tmp_path):

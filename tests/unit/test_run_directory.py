@@ -11,6 +11,7 @@ from cifar_dist.config.errors import UserError
 from cifar_dist.config.recipe import EarlyStoppingConfig
 from cifar_dist.training.checkpoint import load_checkpoint
 from cifar_dist.training.early_stopping import EarlyStopping
+from cifar_dist.training.metrics import RunningSums
 from cifar_dist.training.run_directory import CheckpointWriter, RunDirectory
 from cifar_dist.training.state import Best, TrainState
 from tests.unit.test_metrics import record
@@ -32,6 +33,7 @@ def state_at(epoch: int, best: int | None = None) -> TrainState:
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
         early_stopping=EarlyStopping(stopping),
+        sums=RunningSums(torch.device("cpu")),
         epoch=epoch,
         step=10 * epoch,
         best=kept,

@@ -7,31 +7,64 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.plan import KNOWN_SIZES, DatasetSizes, fit_to_dataset, make_plan
-from cifar_dist.config.unsupported import refuse_several_processes
-from cifar_dist.config.world import AccelerateConfig, World, load_accelerate_config, wished_precision
+from cifar_dist.config.world import (
+    AccelerateConfig,
+    World,
+    first_host,
+    load_accelerate_config,
+    other_count_note,
+    processes_to_start,
+    started_line,
+    wants_cpu,
+    wished_precision,
+)
 from tests.conftest import ROOT, make_recipe
 
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+
+
+SLURM = {"SLURM_STEP_ID": "2", "SLURM_JOB_ID": "71", "SLURM_STEP_NODELIST": "gpu[07-09,12]"}
 
 
 @pytest.mark.parametrize(
     ("environ", "world"),
     [
         ({}, World()),
-        ({"WORLD_SIZE": "1", "RANK": "0"}, World()),
+        ({"WORLD_SIZE": "1", "RANK": "0"}, World(launcher="torchrun")),
         (
-            {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"},
-            World(rank=3, size=4, local_rank=1, launcher="torchrun"),
+            {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
+            World(rank=3, size=4, local_rank=1, local_size=2, launcher="torchrun"),
         ),
         (
-            {"SLURM_PROCID": "2", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "3", "SLURM_LOCALID": "0"},
-            World(rank=2, size=3, local_rank=0, launcher="slurm"),
+            {**SLURM, "SLURM_PROCID": "4", "SLURM_NTASKS": "5", "SLURM_LOCALID": "0", "SLURM_NODEID": "2"}
+            | {"SLURM_STEP_TASKS_PER_NODE": "2(x2),1"},
+            World(
+                rank=4, size=5, local_rank=0, local_size=1, launcher="slurm",
+                main_address="gpu07", main_port=15_000 + 71 * 31 + 2,
+            ),
         ),
+        (
+            {**SLURM, "SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1", "MASTER_ADDR": "a"}
+            | {"SLURM_STEP_TASKS_PER_NODE": "2", "MASTER_PORT": "1234"},
+            World(rank=1, size=2, local_rank=1, local_size=2, launcher="slurm"),
+        ),
+        ({**SLURM, "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, World()),  # one task may start processes itself
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "3"}, World()),  # a salloc shell is no task
     ],
-)
+)  # fmt: skip
 def test_the_world_is_read_from_the_environment(environ, world):
     assert World.from_environment(environ) == world
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "host"),
+    [
+        ("n1", "n1"), ("n[1-2]", "n1"), ("gpu[003-005,9],cpu1", "gpu003"), ("a,b[1-2]", "a"),
+        ("rack[1-2]-x,b", "rack1-x"), ("", ""),
+    ],
+)  # fmt: skip
+def test_the_first_host_of_a_slurm_step(nodelist, host):
+    assert first_host(nodelist) == host
 
 
 @pytest.mark.parametrize(
@@ -42,24 +75,69 @@ def test_a_broken_world_is_refused(environ):
         World.from_environment(environ)
 
 
-@pytest.mark.parametrize(("world", "asked"), [(World(rank=0, size=2), 1), (World(), 2)])
-def test_several_processes_are_refused_for_now(world, asked):
-    with pytest.raises(UserError, match="2 processes were asked for"):
-        refuse_several_processes(world, asked)
+ALONE, OUTER = World(), World(size=2, local_size=2, launcher="torchrun")
 
 
-def test_the_folder_holds_the_configs_of_this_version():
-    assert [path.stem for path in CONFIGS] == ["cpu", "mps"]
+def test_who_starts_processes():
+    two = AccelerateConfig(path="two.yaml", num_processes=2)
+    assert processes_to_start(ALONE, AccelerateConfig(), None) == 1
+    assert processes_to_start(ALONE, two, None) == 2
+    assert processes_to_start(ALONE, two, 3) == processes_to_start(ALONE, AccelerateConfig(), 3) == 3
+    assert processes_to_start(OUTER, two, 3) == 1, "that world is there already"
+    assert processes_to_start(World(launcher="torchrun"), two, None) == 1, "WORLD_SIZE=1 is a world too"
+    with pytest.raises(UserError, match="contradict each other"):
+        processes_to_start(ALONE, AccelerateConfig(path="n.yaml", num_processes=8, num_machines=2), 4)
+
+
+def test_one_line_says_which_number_of_processes_counts():
+    four = AccelerateConfig(path="four.yaml", num_processes=4)
+    says = "WORLD_SIZE says that there are 2 processes: that counts, and not "
+    assert other_count_note(OUTER, four, None) == says + "four.yaml (4 processes)"
+    assert other_count_note(OUTER, four, 3) == says + "--num-processes 3"
+    assert other_count_note(OUTER, four, 2) is None
+    assert other_count_note(OUTER, AccelerateConfig(), None) is None
+    assert other_count_note(ALONE, four, None) is None
+    assert other_count_note(World(size=2, launcher="slurm"), four, None).startswith("Slurm says")
+
+
+def test_what_would_be_started_in_words():
+    nodes = AccelerateConfig(path="n.yaml", num_processes=8, num_machines=2)
+    assert started_line(ALONE, nodes, 8) == "4 processes on each of 2 machines, by torch.distributed.run"
+    assert started_line(ALONE, AccelerateConfig(), 2) == "2 processes here, by torch.distributed.run"
+    assert started_line(ALONE, AccelerateConfig(), 1) == "nothing: this process trains"
+    assert started_line(OUTER, nodes, 1) == "nothing: this is rank 0 of 2 processes, started by torchrun"
+
+
+@pytest.mark.parametrize(
+    ("environ", "path", "wanted"),
+    [
+        ({}, None, False),
+        ({"ACCELERATE_USE_CPU": "true"}, None, True),
+        ({"ACCELERATE_USE_CPU": "true"}, "x.yaml", True),  # typed before torchrun: the user's word
+        ({"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no"}, None, True),  # accelerate launch --cpu
+        ({"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no"}, "x.yaml", False),
+        ({"ACCELERATE_USE_CPU": "False"}, None, False),
+    ],
+)
+def test_who_asks_for_the_cpu(environ, path, wanted):
+    assert wants_cpu(AccelerateConfig(path=path), environ) is wanted
+    assert wants_cpu(AccelerateConfig(path=path, use_cpu=True), environ)
+
+
+def test_the_folder_holds_the_configs():
+    assert [path.stem for path in CONFIGS] == ["cpu", "mps", "multi_cpu", "multi_gpu", "multi_node", "single_gpu"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_each_config_is_a_genuine_accelerate_config(path):
     theirs, ours = load_config_from_file(str(path)), load_accelerate_config(str(path))
-    assert theirs.num_processes == ours.num_processes == 1
-    assert theirs.use_cpu == ours.use_cpu == (path.stem == "cpu")
+    counts = {"multi_cpu": (2, 1), "multi_gpu": (2, 1), "multi_node": (8, 2)}.get(path.stem, (1, 1))
+    assert (theirs.num_processes, theirs.num_machines) == (ours.num_processes, ours.num_machines) == counts
+    assert theirs.use_cpu == ours.use_cpu == (path.stem in ("cpu", "multi_cpu"))
     assert ours.mixed_precision is None
     comment = path.read_text().split("compute_environment")[0]
-    assert f"accelerate_configs/{path.name}" in comment
+    assert f"python launch.py --config accelerate_configs/{path.name}" in comment
+    assert "accelerate launch" in comment
 
 
 @pytest.mark.parametrize(
@@ -72,6 +150,9 @@ def test_each_config_is_a_genuine_accelerate_config(path):
         ("mixed_precision: fp8", "must be 'no', 'fp16' or 'bf16'"),
         ("num_processes: -1", "num_processes must be a whole number, 1 or more"),
         ("use_cpu: 1", "use_cpu must be true or false"),
+        ("num_processes: 3\nnum_machines: 2", "num_processes=3 (of all machines together) does not divide by"),
+        ("num_processes: 4\nnum_machines: 2", "several machines need main_process_ip"),
+        ("num_processes: 4\nnum_machines: 2\nmachine_rank: 2", "machine_rank=2 must be below num_machines=2"),
     ],
 )
 def test_a_bad_config_is_refused(tmp_path, text, message):
@@ -115,6 +196,21 @@ def test_the_batch_is_cut_by_the_world():
     with pytest.raises(UserError) as refusal:
         make_plan(make_recipe(), world_size=3, sizes=sizes, device_type="cpu")
     assert str(refusal.value).endswith("does not divide by 3 processes x 1 accumulation: set it to 126 or 129")
+
+
+def test_batch_norm_groups_lie_whole_on_one_rank():
+    sizes, recipe = DatasetSizes(num_train=5_000, num_test=10), make_recipe("batch_norm_group_size=32")
+    for world_size in (1, 2, 4):
+        plan = make_plan(recipe, world_size=world_size, sizes=sizes, device_type="cpu")
+        assert plan.batch_norm_groups == 4
+        assert plan.equation.endswith("BatchNorm sees 32 at a time")
+    with pytest.raises(UserError, match=r"divide by 8 processes: set it to null or one of: 2, 4, 8, 16$"):
+        make_plan(recipe, world_size=8, sizes=sizes, device_type="cpu")
+    halved = make_recipe("batch_norm_group_size=32", "gradient_accumulation_steps=2")
+    assert make_plan(halved, world_size=2, sizes=sizes, device_type="cpu").batch_norm_groups == 2
+    with pytest.raises(UserError, match="batch_norm_group_size=48 must cut the 128 images"):
+        make_plan(make_recipe("batch_norm_group_size=48"), world_size=1, sizes=sizes, device_type="cpu")
+    assert make_plan(make_recipe(), world_size=4, sizes=sizes, device_type="cpu").batch_norm_groups == 1
 
 
 @pytest.mark.parametrize(("num_train", "steps", "used"), [(256, 2, 256), (257, 2, 256), (258, 3, 258), (100, 1, 100)])
