@@ -21,7 +21,7 @@ def jitter(pixels: Tensor, factors: Tensor, hue: Tensor | None, orders: Tensor) 
     """
     is_hue = orders == _HUE
     hue_place = is_hue.int().argmax(1)
-    blends = orders[~is_hue].view(-1, 3).to(pixels.device)
+    blends = orders[~is_hue].view(len(orders), 3).to(pixels.device)
     for place in range(4):
         if hue is not None:
             chosen = torch.nonzero(hue_place == place).squeeze(1).to(pixels.device)

@@ -44,10 +44,10 @@ def move_pixels(
     else:
         within = _within(y, height) & _within(x, width)
         inside = within if inside is None else inside & within
-    source = (y.clamp(0, height - 1) * width + x.clamp(0, width - 1)).to(torch.int64).view(num_images, 1, -1)
-    moved = images.view(num_images, channels, -1).gather(2, source.expand(-1, channels, -1))
+    source = (y.clamp(0, height - 1) * width + x.clamp(0, width - 1)).to(torch.int64).flatten(1).unsqueeze(1)
+    moved = images.flatten(2).gather(2, source.expand(-1, channels, -1))
     if inside is not None:
-        moved.mul_(inside.expand(num_images, height, width).reshape(num_images, 1, -1))
+        moved.mul_(inside.expand(num_images, height, width).flatten(1).unsqueeze(1))
     return moved.view_as(images)
 
 

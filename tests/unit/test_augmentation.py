@@ -313,3 +313,15 @@ def test_nothing_happens_without_augmentation(images):
     assert torch.equal(plain.apply(images, plain.draw_table(1, len(images))), images.float() / 255)
     augmentation().apply(images, augmentation().draw_table(1, len(images)))
     assert torch.equal(images, before), "the dataset itself was changed"
+
+
+def test_an_empty_share_of_a_batch_is_augmented_too(images):
+    """A rank may have no image of a short last batch."""
+    ours = augmentation(
+        "augmentation.affine_degrees=10", "augmentation.cutout=8", "augmentation.mixup=1", "augmentation.cutmix=1"
+    )
+    rows = ours.draw_table(1, 10)[:0]
+    pixels = ours.apply(images[:0], rows)
+    mixed, shares = ours.mix(pixels, pixels, rows)
+    assert pixels.shape == mixed.shape == (0, 3, 32, 32)
+    assert shares.shape == (0,)

@@ -1,0 +1,72 @@
+"""Worlds for tests: several gloo ranks on this machine, forked from one process that has imported everything already.
+
+A world is started once and many checks run in it: `run_world(2, first, second)` calls `first(runtime)` and then
+`second(runtime)` on every rank, and gives, for each, what the ranks returned.
+"""
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+from torch.distributed import TCPStore
+
+from cifar_dist.config.world import AccelerateConfig, World
+from cifar_dist.runtime.distributed import Runtime, connect, start
+
+TIMEOUT_S = 240
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["cifar_dist.training.setup", "cifar_dist.training.session", "tests.worlds.harness"])
+
+Check = Callable[[Runtime], Any]
+
+
+def run_world(size: int, *checks: Check) -> list[list[Any]]:
+    """Run the checks on `size` ranks, one thread each; give a list for each check with what each rank returned."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    pipes, processes = [], []
+    for rank in range(size):
+        here, there = _CONTEXT.Pipe(duplex=False)
+        process = _CONTEXT.Process(target=_rank, args=(rank, size, store.port, checks, there), daemon=True)
+        process.start()
+        there.close()
+        pipes.append(here)
+        processes.append(process)
+    try:
+        returned = [None] * size
+        waiting = dict(zip(pipes, range(size), strict=True))
+        while waiting:
+            ready = wait(list(waiting), timeout=TIMEOUT_S)
+            assert ready, f"ranks {sorted(waiting.values())} of {size} hang"
+            for pipe in ready:
+                rank = waiting.pop(pipe)
+                failed, returned[rank] = pipe.recv()
+                assert not failed, f"rank {rank} of {size}:\n{returned[rank]}"
+    finally:
+        for process in processes:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+    return [list(each) for each in zip(*returned, strict=True)]
+
+
+def _rank(rank: int, size: int, port: int, checks: tuple[Check, ...], pipe: Connection) -> None:
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+    }  # fmt: skip
+    try:
+        torch.set_num_threads(1)
+        config = AccelerateConfig(use_cpu=True)
+        with connect(World.from_environment(os.environ), config) as ranks:
+            runtime = start(ranks, config, typed_precision="no", num_threads=1)
+            pipe.send((False, [check(runtime) for check in checks]))
+            ranks.exchange([])  # nobody leaves while another still talks
+    except BaseException:
+        pipe.send((True, traceback.format_exc()))
+        os._exit(1)

@@ -1,0 +1,113 @@
+"""One recipe trains the same model on every world: in float64, to rounding."""
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+
+from cifar_dist.config.plan import fit_to_dataset, make_plan
+from cifar_dist.records import Observer
+from cifar_dist.training import setup
+from cifar_dist.training.setup import build_trainer
+from tests.conftest import make_dataset, make_recipe
+from tests.worlds.harness import run_world
+
+# All that changes a step; 35 images in batches of 16 leave 3 in the last, so that a rank of four has none of them.
+EVERYTHING = (
+    "stem=small", "epochs=7", "image_size=24", "global_batch_size=16", "validation_size=4", "early_stopping.enabled=false",
+    "optimizer.learning_rate=0.01", "optimizer.nesterov=true", "optimizer.momentum=0.9", "optimizer.weight_decay=0.01",
+    "schedule={name: cosine, warmup_fraction: 0.3}", "ema_decay=0.9", "dropout=0.3", "label_smoothing=0.1",
+    "augmentation.mixup=0.5", "augmentation.cutmix=0.5", "augmentation.cutout=8",
+)  # fmt: skip
+VARIANTS = {
+    "global": (),
+    "accumulated": ("gradient_accumulation_steps=2", "gradient_clipping=0.5"),
+    "groups": ("batch_norm_group_size=4", "epochs=3"),
+    "groups accumulated": ("batch_norm_group_size=2", "gradient_accumulation_steps=2", "epochs=2"),
+}
+
+
+def in_float64(runtime, assignments):
+    """A trainer whose weights and images are float64, so that rounding hides nothing."""
+    dataset = make_dataset(num_train=39, num_test=10)
+    recipe = fit_to_dataset(make_recipe(*EVERYTHING, *assignments), dataset.sizes, validation_size_was_typed=True)
+    plan = make_plan(recipe, world_size=runtime.world.size, sizes=dataset.sizes, device_type="cpu")
+
+    def build(*arguments, **named):
+        model = original(*arguments, **named).double()
+        model.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(),))
+        return model
+
+    original, setup.build_resnet = setup.build_resnet, build
+    try:
+        return build_trainer(recipe, plan, dataset, runtime, Observer())
+    finally:
+        setup.build_resnet = original
+
+
+def train(runtime, *, folder: Path, variant: str):
+    """Train, write rank 0's weights, and tell what a rank saw and has: (samples of the epochs, epoch losses, hash)."""
+    trainer, seen = in_float64(runtime, VARIANTS[variant]), []
+    forward = trainer._forward_backward
+
+    def listening(batch, epoch):
+        seen.append((epoch, trainer.state.step, batch.samples.tolist()))
+        forward(batch, epoch)
+
+    trainer._forward_backward = listening
+    records = list(trainer.epochs())
+    weights = trainer.state.model.state_dict() | {
+        f"ema.{name}": value for name, value in trainer.state.ema.model.state_dict().items()
+    }
+    if runtime.is_main:
+        torch.save({"weights": weights, "losses": [record.train_loss for record in records]}, folder / f"{variant}.pt")
+    checksum = [float(value.double().sum()) for value in weights.values()]
+    return seen, [(record.val_loss, record.step) for record in records], checksum
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory):
+    """What became of each variant in worlds of 1, 2 and 4: (folder, {variant: what each rank returned})."""
+    made = {}
+    for size in (1, 2, 4):
+        folder = tmp_path_factory.mktemp(f"world{size}")
+        checks = [functools.partial(train, folder=folder, variant=variant) for variant in VARIANTS]
+        made[size] = (folder, dict(zip(VARIANTS, run_world(size, *checks), strict=True)))
+    return made
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_weights_do_not_depend_on_the_world(worlds, variant, size):
+    alone, together = (torch.load(worlds[count][0] / f"{variant}.pt", weights_only=True) for count in (1, size))
+    for name, value in alone["weights"].items():
+        other = together["weights"][name]
+        if value.is_floating_point():
+            assert float((value - other).norm() / value.norm()) < 1e-8, name
+        else:
+            assert torch.equal(value, other), name
+    assert together["losses"] == pytest.approx(alone["losses"], rel=1e-6)  # their sums are float32
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_all_ranks_have_the_same_weights_and_records(worlds, variant, size):
+    (_, records, checksum), *others = worlds[size][1][variant]
+    for _, their_records, their_checksum in others:
+        assert their_records == records
+        assert their_checksum == checksum
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_each_image_is_trained_on_once_an_epoch_in_an_order_of_its_own(worlds, size):
+    seen = [batch for ranks in worlds[size][1]["accumulated"] for batch in ranks[0]]
+    epochs = {}
+    for epoch, _, samples in seen:
+        epochs.setdefault(epoch, []).extend(samples)
+    assert len(epochs) == 7
+    assert all(sorted(samples) == sorted(set(samples)) and len(samples) == 35 for samples in epochs.values())
+    if size > 1:
+        by_step = [{step: samples for epoch, step, samples in ranks[0]} for ranks in worlds[size][1]["accumulated"]]
+        assert by_step[0][0] != by_step[0][3], "the order is the same in every epoch"
+        assert all(steps.keys() == by_step[0].keys() for steps in by_step), "ranks did different steps"
