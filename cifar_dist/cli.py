@@ -21,13 +21,13 @@ from cifar_dist.config.errors import (
     UserError,
 )
 from cifar_dist.config.loading import parse_assignments, recipe_names
-from cifar_dist.config.options import BenchOptions, EvalOptions, TrainOptions
+from cifar_dist.config.options import BenchOptions, DoctorOptions, EvalOptions, TrainOptions
 from cifar_dist.config.parsing import nearest
 from cifar_dist.config.request import check_before_launch
 from cifar_dist.config.world import World, load_accelerate_config, processes_to_start
 
-_COMMANDS = {"train": "train", "eval": "evaluate", "bench": "bench"}
-Options = TrainOptions | EvalOptions | BenchOptions
+_COMMANDS = {"train": "train", "eval": "evaluate", "bench": "bench", "doctor": "doctor"}
+Options = TrainOptions | EvalOptions | BenchOptions | DoctorOptions
 _PRECISIONS = ("auto", "no", "fp16", "bf16")
 
 
@@ -64,7 +64,7 @@ def _run(argv: list[str]) -> int:
     command, options = _parse(argv)
     world, config = World.from_environment(os.environ), load_accelerate_config(options.config)
     count = processes_to_start(world, config, getattr(options, "num_processes", None))
-    if count > 1 and not getattr(options, "dry_run", False):
+    if count > 1 and command != "doctor" and not getattr(options, "dry_run", False):
         if isinstance(options, TrainOptions):
             check_before_launch(options, world_size=count)
         from cifar_dist.runtime.launch import launch
@@ -112,6 +112,7 @@ def _parse(argv: list[str]) -> tuple[str, Options]:
         "train": (_train_parser, _train_options),
         "eval": (_eval_parser, lambda typed: EvalOptions(**typed)),
         "bench": (_bench_parser, _bench_options),
+        "doctor": (_doctor_parser, lambda typed: DoctorOptions(**typed)),
     }
     make_parser, make_options = table[command]
     parser = make_parser()
@@ -128,13 +129,14 @@ def _parse(argv: list[str]) -> tuple[str, Options]:
 def _top_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="launch.py",
-        usage="launch.py [train|eval|bench] [options]",
+        usage="launch.py [train|eval|bench|doctor] [options]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train one ResNet-18 recipe for CIFAR on the device that is there.",
         epilog="""commands (each has its own --help):
   train    train a recipe; what runs when no command is named
   eval     evaluate a checkpoint, or a bare state dict
   bench    measure the training loop against the bare training step
+  doctor   what this machine offers, and what would run here
 
 first steps:
   launch.py --dataset shapes --recipe original --epochs 3    a first try: no files, no network
@@ -176,6 +178,10 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|DIR",
         help="cifar10 (default), cifar100, shapes (needs no files), or a folder of images",
     )
+    _add_data_dir(parser)
+
+
+def _add_data_dir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="holds the CIFAR files (default: data)")
 
 
@@ -226,6 +232,14 @@ def _bench_parser() -> _Parser:
     _add_set(parser)
     parser.add_argument("--seconds", type=float, default=10.0, metavar="S", help="for each loop measured (default 10)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    return parser
+
+
+def _doctor_parser() -> _Parser:
+    parser = _command_parser("doctor", "Say what this machine offers, which data is here, and what would run.")
+    _add_recipe(parser)
+    _add_data_dir(parser)
+    parser.add_argument("--download", action="store_true", help="fetch CIFAR-10 and the ImageNet weights where missing")
     return parser
 
 

@@ -173,9 +173,7 @@ def _header(
         "run": run,
         "recipe": f"{request.recipe_name} on {request.dataset}, seed {recipe.seed}, stem {recipe.stem}",
         "device": outlook.line,
-        "batch": plan.equation,
-        "images": plan.images_line,
-        "steps": plan.steps_line,
+        **plan.lines,
         "learning rate": learning_rate_line(recipe, plan),
     }
     told = "; ".join(note for note in (*outlook.notes, *notes) if note)

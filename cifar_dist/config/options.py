@@ -51,6 +51,17 @@ class EvalOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DoctorOptions:
+    """`launch.py doctor`."""
+
+    config: str | None = None
+    precision: str | None = None
+    recipe: str | None = None
+    data_dir: Path | None = None
+    download: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class BenchOptions:
     """`launch.py bench`."""
 

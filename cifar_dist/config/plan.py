@@ -66,6 +66,11 @@ class RunPlan:
         )
 
     @property
+    def lines(self) -> dict[str, str]:
+        """The plan in words: names and values."""
+        return {"batch": self.equation, "images": self.images_line, "steps": self.steps_line}
+
+    @property
     def images_line(self) -> str:
         """How many images there are of each kind."""
         return f"{self.num_train:,} training, {self.num_validation:,} validation, {self.num_test:,} test"

@@ -68,6 +68,17 @@ def load_archive(
     )
 
 
+def where_found(archive: Archive, data_dir: Path) -> str:
+    """Say where the files of an archive are, or what would have to be done for them; their md5 is not looked at."""
+    folder, tarball = data_dir / archive.folder, data_dir / archive.tarball
+    if not (missing := _missing(folder, archive)):
+        return f"found: {folder}"
+    if tarball.exists():
+        return f"found: {tarball}, to be unpacked"
+    some = "missing" if len(missing) == len(archive.train + archive.test) else f"{', '.join(missing)} missing"
+    return f"{some} in {folder}: would be downloaded"
+
+
 def _missing(folder: Path, archive: Archive) -> list[str]:
     """Name the files without which nothing can be read. A broken link is there, so it is not written over."""
     return [file.name for file in archive.train + archive.test if not os.path.lexists(folder / file.name)]

@@ -19,8 +19,7 @@ def imagenet_weights() -> dict[str, Tensor]:
 
     Raises UserError that names the file's place where they are neither there nor to be had.
     """
-    weights = ResNet18_Weights.IMAGENET1K_V1
-    place = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
+    weights, place = ResNet18_Weights.IMAGENET1K_V1, imagenet_weights_place()
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # torch.hub's own line; a refusal is one line, and ours
             state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
@@ -31,6 +30,12 @@ def imagenet_weights() -> dict[str, Tensor]:
             " put the file there, or name a state dict with --set pretrained=FILE"
         ) from None
     return state
+
+
+def imagenet_weights_place() -> Path:
+    """Give the file in torch's cache where torchvision keeps its ImageNet weights."""
+    url: str = ResNet18_Weights.IMAGENET1K_V1.url
+    return Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
 
 
 def start_from(model: nn.Module, weights: dict[str, Tensor]) -> None:

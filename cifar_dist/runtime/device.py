@@ -173,6 +173,23 @@ def choose_num_threads(environ: Mapping[str, str], *, cores: int, local_processe
     return default
 
 
+def describe_devices() -> dict[str, str]:
+    """Say in words what there is to compute on: names and values."""
+    lines = {"CPU": "has bf16 arithmetic" if _cpu_has_bf16() else "has no bf16 arithmetic"}
+    gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    lines |= {
+        f"GPU {number}": f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
+        for number, gpu in enumerate(gpus)
+    }
+    if not gpus:
+        lines["CUDA"] = "no GPU is visible" + ("" if torch.version.cuda else "; this torch is built without CUDA")
+    if torch.backends.mps.is_available():
+        lines["MPS"] = f"available, macOS {platform.mac_ver()[0]}"
+    elif sys.platform == "darwin":
+        lines["MPS"] = "not available" + ("" if torch.backends.mps.is_built() else ": this torch is built without it")
+    return lines
+
+
 def usable_cores() -> int:
     """Count the physical cores that this process may run on."""
     affinity = getattr(os, "sched_getaffinity", None)

@@ -1,0 +1,88 @@
+"""`doctor`: what this machine offers, and what a training would be here."""
+
+import os
+import platform
+from pathlib import Path
+
+from rich.console import Console
+
+from cifar_dist.config.errors import EXIT_DONE, UserError
+from cifar_dist.config.loading import read_recipe, recipe_label, resolve_recipe
+from cifar_dist.config.options import DoctorOptions
+from cifar_dist.config.plan import KNOWN_SIZES, fit_to_dataset, make_plan
+from cifar_dist.config.provenance import git_commit, package_versions
+from cifar_dist.config.request import DEFAULT_DATA_DIR, DEFAULT_DATASET, DEFAULT_RECIPE
+from cifar_dist.config.world import AccelerateConfig, World, load_accelerate_config, processes_to_start, started_line
+from cifar_dist.data.archives import CIFAR10, CIFAR100
+from cifar_dist.data.cifar import where_found
+from cifar_dist.data.datasets import load_dataset
+from cifar_dist.display.progress import loading_progress
+from cifar_dist.display.tables import print_header
+from cifar_dist.model.pretrained import imagenet_weights, imagenet_weights_place
+from cifar_dist.model.schedule import learning_rate_line
+from cifar_dist.runtime.device import describe_devices, look_ahead, usable_cores
+
+
+def run(options: DoctorOptions) -> int:
+    """Look, tell, and download where that is asked for; give the exit code."""
+    world, config = World.from_environment(os.environ), load_accelerate_config(options.config)
+    console = Console(quiet=world.rank > 0)
+    data_dir = (options.data_dir or DEFAULT_DATA_DIR).absolute()
+    if options.download and world.rank == 0:
+        _download(console, data_dir)
+    print_header(console, _machine() | _data(data_dir) | _training(options, world, config))
+    return EXIT_DONE
+
+
+def _machine() -> dict[str, str]:
+    """Say what is installed, and on what."""
+    versions = package_versions()
+    commit = git_commit()
+    threads = os.environ.get("OMP_NUM_THREADS")
+    cores = usable_cores()
+    return {
+        "system": f"{platform.platform()}, Python {versions.pop('python')}",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items())
+        + (f" (commit {commit[:12]})" if commit else ""),
+        "processor": f"{cores} core{'s' if cores > 1 else ''} for this process"
+        + (f", OMP_NUM_THREADS={threads}" if threads else ""),
+        **describe_devices(),
+    }
+
+
+def _data(data_dir: Path) -> dict[str, str]:
+    """Say which data and weights are here."""
+    place = imagenet_weights_place()
+    return {
+        "cifar10": where_found(CIFAR10, data_dir),
+        "cifar100": where_found(CIFAR100, data_dir),
+        "ImageNet weights": f"found: {place}" if place.exists() else "missing (only --recipe finetune needs them)",
+    }
+
+
+def _training(options: DoctorOptions, world: World, config: AccelerateConfig) -> dict[str, str]:
+    """Say what `launch.py` with this config and recipe would do."""
+    count = processes_to_start(world, config, None)
+    size, here = (world.size, world.local_size) if count == 1 else (count, count // config.num_machines)
+    outlook = look_ahead(config, os.environ, local_processes=here, typed_precision=options.precision)
+    name = options.recipe or DEFAULT_RECIPE
+    lines = {"recipe": f"{recipe_label(name)} on {DEFAULT_DATASET}", "device": outlook.line}
+    try:
+        sizes = KNOWN_SIZES[DEFAULT_DATASET]
+        recipe = fit_to_dataset(resolve_recipe(read_recipe(name), {}, {}), sizes, validation_size_was_typed=False)
+        plan = make_plan(recipe, world_size=size, sizes=sizes, device_type=outlook.device_type)
+        lines |= {**plan.lines, "learning rate": learning_rate_line(recipe, plan)}
+    except UserError as error:
+        lines["plan"] = f"none: {error}"
+    notes = {"note": "; ".join(outlook.notes)} if outlook.notes else {}
+    return lines | notes | {"would start": started_line(world, config, count)}
+
+
+def _download(console: Console, data_dir: Path) -> None:
+    """Fetch CIFAR-10 and the ImageNet weights, where they are missing. Raises UserError."""
+    progress = loading_progress(console, DEFAULT_DATASET)
+    try:
+        load_dataset(DEFAULT_DATASET, data_dir, resolve_recipe(read_recipe(DEFAULT_RECIPE), {}, {}), progress=progress)
+    finally:
+        progress.close()
+    imagenet_weights()
