@@ -52,6 +52,6 @@ def runtime():
 
 
 def pytest_collection_modifyitems(items):
-    """Fast tests first: those of one module, then those of whole commands."""
-    order = {"unit": 0, "commands": 1}
+    """Fast tests first: those of one module, then of several processes, then of whole commands."""
+    order = {"unit": 0, "worlds": 1, "commands": 2, "launching": 3, "gpu": 4}
     items.sort(key=lambda item: order.get(item.path.parent.name, 0))

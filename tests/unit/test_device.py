@@ -1,11 +1,22 @@
 """Precision, threads and memory format as pure functions of facts."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from cifar_dist.config.errors import UserError
 from cifar_dist.config.world import AccelerateConfig, World
-from cifar_dist.runtime.device import DeviceFacts, choose_num_threads, memory_format, probe, resolve_precision
-from cifar_dist.runtime.distributed import connect, start
+from cifar_dist.runtime.device import (
+    DeviceFacts,
+    choose_num_threads,
+    describe_devices,
+    memory_format,
+    probe,
+    resolve_precision,
+)
+from cifar_dist.runtime.distributed import SHARE_GPU, _check_world, connect, start
 
 ON_CPU = AccelerateConfig(use_cpu=True)
 
@@ -46,6 +57,10 @@ def test_a_wish_becomes_what_the_device_can_serve(wish, facts, precision, differ
         ({"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}, 1, 8),
         ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, 2, 4),
         ({"OMP_NUM_THREADS": "2", "TORCHELASTIC_RUN_ID": "x"}, 2, 2),
+        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x", "CIFAR_DIST_NUM_THREADS": "1"}, 2, 1),
+        ({"SLURM_CPUS_PER_TASK": "3", "SLURM_STEP_ID": "0"}, 2, 3),
+        ({"SLURM_CPUS_PER_TASK": "99", "SLURM_STEP_ID": "0"}, 1, 8),
+        ({"SLURM_CPUS_PER_TASK": "3"}, 2, 4),  # of the job, and this is no task of it
         ({}, 16, 1),
         ({"OMP_NUM_THREADS": "many"}, 1, 6),
     ],
@@ -95,3 +110,45 @@ def test_a_given_number_of_threads_is_used():
             assert runtime.num_threads == torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+def test_devices_are_described_in_words(monkeypatch):
+    monkeypatch.setattr("cifar_dist.runtime.device._cpu_has_bf16", lambda: True)
+    gpu = SimpleNamespace(name="NVIDIA X", major=9, minor=0, total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: gpu)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    lines = describe_devices()
+    assert lines["CPU"] == "has bf16 arithmetic"
+    assert lines["GPU 1"] == "NVIDIA X, compute capability 9.0, 80 GiB"
+    assert "CUDA" not in lines
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert describe_devices()["CUDA"].startswith("no GPU is visible")
+
+
+@pytest.mark.parametrize(
+    ("world", "visible", "refused"),
+    [
+        (World(size=2, local_size=2, launcher="torchrun"), 2, False),
+        (World(size=2, local_size=2, launcher="torchrun"), 1, True),
+        (World(size=2, local_size=1, launcher="torchrun"), 1, False),  # two machines
+        (World(size=2, local_size=2, launcher="slurm"), 1, False),  # --gpus-per-task=1
+        (World(size=4, local_size=4, launcher="slurm"), 2, True),
+        (World(), 1, False),
+    ],
+)
+def test_too_few_gpus_are_refused(monkeypatch, world, visible, refused):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.delenv(SHARE_GPU, raising=False)
+    with pytest.raises(UserError, match="start as many as there are GPUs") if refused else nullcontext():
+        _check_world(world, "cuda")
+    monkeypatch.setenv(SHARE_GPU, "1")
+    _check_world(world, "cuda")
+
+
+def test_ranks_that_would_each_be_alone_are_refused(monkeypatch):
+    """As Accelerate does it where there is no GPU and nobody said so."""
+    monkeypatch.setattr("cifar_dist.runtime.distributed.PartialState", lambda **_: SimpleNamespace(num_processes=1))
+    world = World(rank=1, size=2, local_rank=1, local_size=2, launcher="torchrun")
+    with pytest.raises(UserError, match="each would train alone"), connect(world, ON_CPU):
+        pass

@@ -16,7 +16,7 @@ import torch
 from torch.distributed import TCPStore
 
 from cifar_dist.config.world import AccelerateConfig, World
-from cifar_dist.runtime.distributed import Runtime, connect, start
+from cifar_dist.runtime.distributed import SHARE_GPU, Runtime, connect, start
 
 TIMEOUT_S = 240
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -25,13 +25,20 @@ _CONTEXT.set_forkserver_preload(["cifar_dist.training.setup", "cifar_dist.traini
 Check = Callable[[Runtime], Any]
 
 
-def run_world(size: int, *checks: Check) -> list[list[Any]]:
+ON_CPU = AccelerateConfig(use_cpu=True)
+
+
+def run_world(
+    size: int, *checks: Check, config: AccelerateConfig = ON_CPU, precision: str = "no", share_gpu: bool = False
+) -> list[list[Any]]:
     """Run the checks on `size` ranks, one thread each; give a list for each check with what each rank returned."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
     pipes, processes = [], []
     for rank in range(size):
         here, there = _CONTEXT.Pipe(duplex=False)
-        process = _CONTEXT.Process(target=_rank, args=(rank, size, store.port, checks, there), daemon=True)
+        process = _CONTEXT.Process(
+            target=_rank, args=(rank, size, store.port, checks, config, precision, share_gpu, there), daemon=True
+        )
         process.start()
         there.close()
         pipes.append(here)
@@ -54,17 +61,27 @@ def run_world(size: int, *checks: Check) -> list[list[Any]]:
     return [list(each) for each in zip(*returned, strict=True)]
 
 
-def _rank(rank: int, size: int, port: int, checks: tuple[Check, ...], pipe: Connection) -> None:
+def _rank(
+    rank: int,
+    size: int,
+    port: int,
+    checks: tuple[Check, ...],
+    config: AccelerateConfig,
+    precision: str,
+    share_gpu: bool,
+    pipe: Connection,
+) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
     }  # fmt: skip
+    if share_gpu:
+        os.environ[SHARE_GPU] = "1"
     try:
         torch.set_num_threads(1)
-        config = AccelerateConfig(use_cpu=True)
         with connect(World.from_environment(os.environ), config) as ranks:
-            runtime = start(ranks, config, typed_precision="no", num_threads=1)
+            runtime = start(ranks, config, typed_precision=precision, num_threads=1)
             pipe.send((False, [check(runtime) for check in checks]))
             ranks.exchange([])  # nobody leaves while another still talks
     except BaseException:

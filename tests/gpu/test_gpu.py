@@ -1,0 +1,171 @@
+"""One GPU is enough: precision, and several ranks that share it over gloo. Run with `pytest -m gpu`."""
+
+import functools
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import distributed, nn
+
+from cifar_dist.config.plan import make_plan
+from cifar_dist.config.world import AccelerateConfig, World
+from cifar_dist.model.batch_norm import Groups, share_statistics, use_groups
+from cifar_dist.records import Observer
+from cifar_dist.runtime.distributed import connect, start
+from cifar_dist.training.setup import build_trainer
+from tests.conftest import ROOT, make_dataset, make_recipe
+from tests.worlds.harness import run_world
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+GPU = AccelerateConfig()
+SMALL = ("global_batch_size=64", "optimizer.learning_rate=0.02", "early_stopping.enabled=false")
+
+
+def train(runtime, *assignments, num_train: int = 512):
+    """Train on brightness; give the records and the trainer."""
+    dataset, recipe = make_dataset(num_train=num_train, num_test=64), make_recipe(*SMALL, *assignments)
+    plan = make_plan(recipe, world_size=runtime.world.size, sizes=dataset.sizes, device_type=runtime.device.type)
+    trainer = build_trainer(recipe, plan, dataset, runtime, Observer())
+    return list(trainer.epochs()), trainer
+
+
+def on_one(config: AccelerateConfig, precision: str, *assignments):
+    with connect(World(), config) as ranks:
+        records, trainer = train(start(ranks, config, typed_precision=precision), *assignments)
+        return records, trainer.runtime.precision, trainer.runtime.scaler_state()
+
+
+@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
+def test_a_gpu_trains_what_a_cpu_does_in_float32(monkeypatch, stem):
+    """An epoch: the same order and draws, so that only the arithmetic's rounding differs."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    settings = ("epochs=1", f"stem={stem}", "dropout=0.2", "augmentation.mixup=0.5", "validation_size=64")
+    (gpu,), *_ = on_one(GPU, "no", *settings)
+    (cpu,), *_ = on_one(AccelerateConfig(use_cpu=True), "no", *settings)
+    assert gpu.train_loss == pytest.approx(cpu.train_loss, rel=0.01)
+    assert gpu.val_loss == pytest.approx(cpu.val_loss, rel=0.05)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_reduced_precision_learns_and_is_what_it_says(precision):
+    if precision == "bf16" and torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("this GPU has no bf16 arithmetic")
+    seen = set()
+
+    def look(module, inputs, output):
+        seen.add(output.dtype)
+
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda *a: look(*a) if isinstance(a[0], nn.Conv2d) else None
+    )
+    try:
+        records, used, scaler = on_one(GPU, precision, "epochs=3")
+    finally:
+        handle.remove()
+    assert used == precision
+    assert seen == {{"bf16": torch.bfloat16, "fp16": torch.float16}[precision]}
+    assert (scaler is not None) == (precision == "fp16")
+    assert records[-1].train_loss < records[0].train_loss
+
+
+def ranks_on_one_gpu(runtime, *, assignments, precision):
+    """Train on a shared GPU; give losses, statistics that must be equal, and the scaler's state."""
+    assert (runtime.device.type, distributed.get_backend(), runtime.precision) == ("cuda", "gloo", precision)
+    records, trainer = train(runtime, *assignments, num_train=195)
+    state = trainer.state.model.state_dict()
+    scaler = runtime.scaler_state()
+    return [record.train_loss for record in records], float(sum(v.double().sum() for v in state.values())), scaler
+
+
+def batch_norm_on_one_gpu(runtime):
+    """The largest difference between SyncBatchNorm on shares, one of them empty, and BatchNorm on the whole batch."""
+    own = [[0, 1, 2, 3, 4, 5, 6], []][runtime.world.rank]
+    generator, worst = torch.Generator().manual_seed(1), 0.0
+    for dtype in (torch.float32, torch.bfloat16):
+        images, gradient = (torch.randn(7, 5, 6, 4, generator=generator).to("cuda", dtype) for _ in range(2))
+        plain, shared = nn.BatchNorm2d(5, device="cuda"), nn.Sequential(nn.BatchNorm2d(5, device="cuda"))
+        shared = share_statistics(shared, num_ranks=2, process_group=None)
+        assert isinstance(shared[0], nn.SyncBatchNorm)
+        ghost = use_groups(
+            nn.Sequential(nn.BatchNorm2d(5, device="cuda")), Groups(count=4, num_ranks=2), process_group=None
+        )
+        ghost[0].groups.images = 7  # too few for four groups: one over both ranks
+        whole = images.clone().requires_grad_()
+        expected = plain(whole)
+        expected.backward(gradient)
+        for layer in (shared, ghost):
+            part = images[own].clone().requires_grad_()
+            output = layer(part)
+            output.backward(gradient[own].to(output.dtype))
+            pairs = [(layer[0].running_mean, plain.running_mean), (layer[0].running_var, plain.running_var)]
+            if own:
+                pairs += [(output, expected[own]), (part.grad, whole.grad[own])]
+            scale = 1 if dtype == torch.float32 else 0.01
+            worst = max(worst, *(float((a.float() - b.float()).abs().max()) * scale for a, b in pairs))
+    return worst
+
+
+def share_one_gpu(*checks, precision):
+    return run_world(2, *checks, config=GPU, precision=precision, share_gpu=True)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_two_ranks_on_one_gpu_train_as_one_does(precision):
+    settings = ("epochs=2", "stem=small")
+    check = functools.partial(ranks_on_one_gpu, assignments=settings, precision=precision)
+    ((first, second),) = share_one_gpu(check, precision=precision)
+    assert first == second, "the ranks differ"
+    with connect(World(), GPU) as ranks:
+        records, _ = train(start(ranks, GPU, typed_precision=precision), *settings, num_train=195)
+    assert first[0] == pytest.approx(
+        [record.train_loss for record in records], rel=0.002 if precision == "no" else 0.02
+    )
+
+
+def test_batch_norm_over_ranks_on_one_gpu():
+    ((first, second),) = share_one_gpu(batch_norm_on_one_gpu, precision="no")
+    assert max(first, second) < 1e-4
+
+
+def test_ghost_groups_on_one_gpu():
+    settings = ("epochs=2", "stem=small", "batch_norm_group_size=16")
+    check = functools.partial(ranks_on_one_gpu, assignments=settings, precision="no")
+    ((first, second),) = share_one_gpu(check, precision="no")
+    with connect(World(), GPU) as ranks:
+        records, _ = train(start(ranks, GPU, typed_precision="no"), *settings, num_train=195)
+    assert first == second
+    assert first[0] == pytest.approx([record.train_loss for record in records], rel=0.002)
+
+
+def launch(*arguments: str, cwd) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "launch.py"), *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_an_fp16_run_goes_on_with_its_scaler(tmp_path):
+    quick = ("--dataset", "shapes", "--recipe", "original", "--set", "stem=small", "--precision", "fp16", "--quiet")
+    assert launch(*quick, "--epochs", "1", "--run-dir", "run", cwd=tmp_path).returncode == 0
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)
+    assert saved["scaler"]["scale"] > 0
+    again = launch("--resume", "run", "--epochs", "2", "--quiet", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    later = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)
+    steps = later["scaler"]["_growth_tracker"] - saved["scaler"]["_growth_tracker"]
+    assert steps > 0 or later["scaler"]["scale"] != saved["scaler"]["scale"]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["device"], summary["precision"], summary["epochs"]) == ("cuda", "fp16", 2)
+
+
+def test_more_processes_than_gpus_are_refused(tmp_path):
+    count = torch.cuda.device_count() + 1
+    ended = launch(
+        "--num-processes", str(count), "--dataset", "shapes", "--set", f"global_batch_size={64 * count}", cwd=tmp_path
+    )
+    assert ended.returncode == 2
+    assert "start as many as there are GPUs" in ended.stderr
+    assert ended.stderr.count("\n") == 1

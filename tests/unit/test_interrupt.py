@@ -1,0 +1,44 @@
+"""How a run is told to stop."""
+
+import signal
+
+import pytest
+
+from cifar_dist.runtime.interrupt import Interrupt
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"])
+def test_a_signal_is_noted_and_the_handlers_are_put_back(name):
+    before = signal.getsignal(getattr(signal, name))
+    with Interrupt() as interrupt:
+        assert interrupt.requested is None
+        signal.raise_signal(getattr(signal, name))
+        assert interrupt.requested == name
+    assert signal.getsignal(getattr(signal, name)) is before
+
+
+def test_a_second_ctrl_c_ends_it_and_a_second_sigterm_does_not():
+    with Interrupt() as interrupt:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGTERM)
+        assert interrupt.requested == "SIGTERM"
+    with pytest.raises(KeyboardInterrupt), Interrupt():
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_what_was_ignored_stays_ignored():
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        with Interrupt() as interrupt:
+            signal.raise_signal(signal.SIGUSR1)
+            assert interrupt.requested is None
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_systems_that_lack_a_signal_do_without(monkeypatch):
+    monkeypatch.delattr(signal, "SIGUSR1")
+    with Interrupt() as interrupt:
+        signal.raise_signal(signal.SIGTERM)
+    assert interrupt.requested == "SIGTERM"

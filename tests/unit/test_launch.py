@@ -1,0 +1,44 @@
+"""What the launcher would start, and with which words; starting it is tests/launching's."""
+
+from cifar_dist.config.world import AccelerateConfig
+from cifar_dist.runtime.launch import NUM_THREADS, agent_arguments, child_environment
+
+CONFIG = AccelerateConfig(path="x.yaml", num_processes=2)
+
+
+def test_one_machine_needs_no_address():
+    assert agent_arguments(CONFIG, 2) == ["--nproc-per-node=2", "--standalone", "-m", "cifar_dist"]
+
+
+def test_a_machine_starts_its_share():
+    config = AccelerateConfig(
+        num_processes=8, num_machines=2, machine_rank=1, main_process_ip="10.0.0.1", main_process_port=1234
+    )
+    assert agent_arguments(config, 8) == [
+        "--nproc-per-node=4", "--nnodes=2", "--node-rank=1", "--master-addr=10.0.0.1", "--master-port=1234",
+        "-m", "cifar_dist",
+    ]  # fmt: skip
+
+
+def test_an_outer_launchers_words_do_not_leak():
+    outer = {
+        "ACCELERATE_MIXED_PRECISION": "no",
+        "ACCELERATE_USE_CPU": "True",
+        "ACCELERATE_X": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    child = child_environment({**outer, "HOME": "/h"}, CONFIG)
+    assert not [name for name in child if name.startswith("ACCELERATE_")]
+    assert (child["HOME"], child["OMP_NUM_THREADS"]) == ("/h", "1")
+    assert NUM_THREADS not in child
+
+
+def test_what_somebody_wished_is_handed_down():
+    child = child_environment({"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}, CONFIG)
+    assert (child[NUM_THREADS], child["ACCELERATE_USE_CPU"]) == ("1", "true")
+    child = child_environment({"ACCELERATE_MIXED_PRECISION": "bf16", "OMP_NUM_THREADS": "3"}, CONFIG)
+    assert (child[NUM_THREADS], child["ACCELERATE_MIXED_PRECISION"]) == ("3", "bf16")
+    config = AccelerateConfig(path="x.yaml", use_cpu=True, mixed_precision="fp16")
+    child = child_environment({"PYTHONPATH": "/mine"}, config)
+    assert (child["ACCELERATE_USE_CPU"], child["ACCELERATE_MIXED_PRECISION"]) == ("true", "fp16")
+    assert child["PYTHONPATH"].endswith(":/mine")

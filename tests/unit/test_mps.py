@@ -1,0 +1,219 @@
+"""What a Mac's MPS device would meet, looked for without one.
+
+A dispatch mode listens to every operator of a whole epoch and its evaluation on the CPU. Tensors that would live on
+the device are followed from the weights and images on; an operator on one of them may use nothing that MPS lacks.
+"""
+
+import functools
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torchgen
+import yaml
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from cifar_dist.config.errors import UserError
+from cifar_dist.config.plan import make_plan
+from cifar_dist.config.world import AccelerateConfig, World
+from cifar_dist.data.batches import Normalizer
+from cifar_dist.records import Observer
+from cifar_dist.runtime import device, distributed
+from cifar_dist.runtime.device import look_ahead
+from cifar_dist.training.evaluation import predict_logits
+from cifar_dist.training.setup import build_trainer
+from tests.conftest import make_dataset, make_recipe
+
+SERVES = {"MPS", "CompositeImplicitAutograd", "CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional"}
+
+
+@functools.cache
+def kernels() -> dict[str, set[str]]:
+    """Which dispatch keys each operator has a kernel for, by torch's own table; no key at all: composite."""
+    file = Path(torchgen.__file__).parent / "packaged" / "ATen" / "native" / "native_functions.yaml"
+    entries = {entry["func"].split("(")[0]: entry for entry in yaml.load(file.read_text(), yaml.CSafeLoader)}
+    found = {}
+    for name, entry in entries.items():
+        dispatch = entries[entry["structured_delegate"]] if "structured_delegate" in entry else entry
+        keys = {
+            key.strip()
+            for keys in dispatch.get("dispatch", {"CompositeImplicitAutograd": ""})
+            for key in keys.split(",")
+        }
+        found[name] = keys
+    return found
+
+
+def tensors(values) -> Iterator[Tensor]:
+    return (value for value in tree_leaves(values) if isinstance(value, Tensor))
+
+
+class Listening(TorchDispatchMode):
+    """Follows the device's tensors and writes down what MPS could not do with them."""
+
+    def __init__(self, *roots: Tensor) -> None:
+        super().__init__()
+        self.on_device = WeakIdKeyDictionary()
+        self.complaints: set[str] = set()
+        self.operators: set[str] = set()
+        for root in roots:
+            self.on_device[root] = True
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func._schema.name.removeprefix("aten::")
+        name += f".{func._schema.overload_name}" if func._schema.overload_name else ""
+        result = func(*args, **kwargs)
+        if not any(tensor in self.on_device for tensor in tensors((args, kwargs))):
+            return result
+        self.operators.add(name)
+        if kwargs.get("non_blocking") or (name.startswith("copy_") and any(value is True for value in args)):
+            self.complaints.add(f"{name}: a non-blocking copy")
+        if func.namespace == "aten" and not SERVES & kernels().get(name, set()):
+            self.complaints.add(f"{name}: no kernel for MPS")
+        for tensor in tensors(result):
+            self.on_device[tensor] = True
+            if tensor.dtype == torch.float64:
+                self.complaints.add(f"{name}: float64")
+            if (
+                tensor.dim() == 4
+                and tensor.is_contiguous(memory_format=torch.channels_last)
+                and not tensor.is_contiguous()
+            ):
+                self.complaints.add(f"{name}: channels_last")
+        return result
+
+
+EVERYTHING = (
+    "epochs=1", "validation_size=20", "global_batch_size=32", "dropout=0.2", "ema_decay=0.9", "label_smoothing=0.1",
+    "gradient_accumulation_steps=2", "gradient_clipping=1", "image_size_schedule=[[24, 0.5], [32, 1]]",
+    "augmentation.crop_mode=reflect", "augmentation.cutout=8", "augmentation.mixup=1", "augmentation.cutmix=1",
+    "augmentation.affine_degrees=10", "augmentation.affine_translate=0.1", "augmentation.affine_scale=0.1",
+)  # fmt: skip
+
+
+def listen(runtime, monkeypatch, *assignments, spoil=lambda trainer: None) -> Listening:
+    """Train an epoch and evaluate as on MPS, and give what was heard."""
+    dataset = make_dataset(num_train=96, num_test=30)
+    recipe = make_recipe(*EVERYTHING, *assignments)
+    plan = make_plan(recipe, world_size=1, sizes=dataset.sizes, device_type="mps")
+    monkeypatch.setattr(device, "memory_format", lambda device_type: torch.contiguous_format)
+    trainer = build_trainer(recipe, plan, dataset, runtime, Observer())
+    spoil(trainer)
+    test, state = dataset.test, trainer.state
+    roots = [
+        *state.model.parameters(),
+        *state.model.buffers(),
+        *state.ema.model.parameters(),
+        *state.ema.model.buffers(),
+    ]
+    batches = trainer.batches
+    roots += [batches.data.images, batches.data.labels, test.images, test.labels, batches.normalize.scale]
+    mode = Listening(*roots, batches.normalize.shift)
+
+    def leave(tensor):
+        """What `Tensor.cpu` is on a Mac: a copy that may do what it likes from then on."""
+        copy = tensor.clone()
+        mode.on_device.pop(copy, None)
+        return copy
+
+    def pin(tensor):
+        """Without an accelerator torch refuses this before any operator is called."""
+        mode.complaints.add("pin_memory: pinned memory")
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "cpu", leave)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    with mode:
+        for _ in trainer.epochs():
+            pass
+        predict_logits(
+            state.evaluated_model, test, torch.arange(len(test)), num_classes=10, image_size=32, runtime=runtime,
+            normalize=Normalizer(recipe.normalization, torch.device("cpu"), torch.contiguous_format), mirror=True,
+        )  # fmt: skip
+    return mode
+
+
+OPTIMIZERS = {
+    "sgd": (),
+    "nesterov": ("optimizer.nesterov=true", "optimizer.decay_norm_and_bias=false"),
+    "adamw": ("optimizer.name=adamw", "optimizer.learning_rate=0.001"),
+    "muon": ("optimizer.name=muon",),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_an_epoch_uses_nothing_that_mps_lacks(runtime, monkeypatch, optimizer):
+    heard = listen(runtime, monkeypatch, *OPTIMIZERS[optimizer])
+    assert heard.complaints == set()
+    assert {"convolution", "convolution_backward", "index.Tensor", "argmax"} <= heard.operators
+
+
+def float64_loss(trainer):
+    trainer.state.model.fc.register_forward_hook(lambda module, inputs, output: output.double().float())
+
+
+def channels_last(trainer):
+    trainer.batches.normalize.memory_format = torch.channels_last
+
+
+def non_blocking(trainer):
+    trainer.state.model.fc.register_forward_hook(
+        lambda module, inputs, output: torch.empty_like(output).copy_(output, non_blocking=True)
+    )
+
+
+def pinned(trainer):
+    trainer.state.model.fc.register_forward_hook(lambda module, inputs, output: output.pin_memory())
+
+
+def unserved(trainer):
+    trainer.state.model.fc.register_forward_hook(
+        lambda module, inputs, output: (torch.heaviside(output.detach(), output.detach()), output)[1]
+    )
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        (float64_loss, ": float64"),
+        (channels_last, ": channels_last"),
+        (non_blocking, ": a non-blocking copy"),
+        (pinned, ": pinned memory"),
+        (unserved, "heaviside: no kernel for MPS"),
+    ],
+)
+def test_the_listener_hears_what_mps_lacks(runtime, monkeypatch, spoil, complaint):
+    heard = listen(runtime, monkeypatch, spoil=spoil)
+    assert any(complaint in each for each in heard.complaints), heard.complaints
+
+
+@pytest.fixture
+def mac(monkeypatch):
+    """A Mac with macOS 14, as far as torch's questions go."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(platform, "mac_ver", lambda: ("14.5", ("", "", ""), "arm64"))
+
+
+def test_a_mac_trains_on_mps_in_float32(mac):
+    outlook = look_ahead(AccelerateConfig(), {}, local_processes=1)
+    assert (outlook.device_type, outlook.precision, outlook.notes) == ("mps", "no", ())
+    assert look_ahead(AccelerateConfig(use_cpu=True), {}, local_processes=1).device_type == "cpu"
+    wish = look_ahead(AccelerateConfig(mixed_precision="fp16"), {}, local_processes=1)
+    assert (wish.precision, wish.notes) == ("fp16", ())
+    assert device.memory_format("mps") is torch.contiguous_format
+
+
+def test_several_ranks_on_mps_are_refused(mac):
+    world = World(rank=1, size=2, local_rank=1, local_size=2, launcher="torchrun")
+    with (
+        pytest.raises(UserError, match="cannot share a Mac's MPS device"),
+        distributed.connect(world, AccelerateConfig()),
+    ):
+        pass
