@@ -23,7 +23,7 @@ from cifar_dist.config.errors import (
 from cifar_dist.config.loading import parse_assignments, recipe_names
 from cifar_dist.config.options import BenchOptions, DoctorOptions, EvalOptions, TrainOptions
 from cifar_dist.config.parsing import nearest
-from cifar_dist.config.request import check_before_launch
+from cifar_dist.config.request import TrainRequest, check_before_launch
 from cifar_dist.config.world import World, load_accelerate_config, processes_to_start
 
 _COMMANDS = {"train": "train", "eval": "evaluate", "bench": "bench", "doctor": "doctor"}
@@ -65,15 +65,32 @@ def _run(argv: list[str]) -> int:
     world, config = World.from_environment(os.environ), load_accelerate_config(options.config)
     count = processes_to_start(world, config, getattr(options, "num_processes", None))
     if count > 1 and command != "doctor" and not getattr(options, "dry_run", False):
-        if isinstance(options, TrainOptions):
-            check_before_launch(options, world_size=count)
         from cifar_dist.runtime.launch import launch
+
+        if isinstance(options, TrainOptions):
+            _provide_data(check_before_launch(options, world_size=count))
 
         return launch(typed, config, count)
     # Read by torch when it is imported, so it must stand before that; it only matters on a Mac.
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     code: int = importlib.import_module(f"cifar_dist.commands.{_COMMANDS[command]}").run(options)
     return code
+
+
+def _provide_data(request: TrainRequest) -> None:
+    """Download what is missing before processes are started that would wait for it."""
+    from rich.console import Console
+
+    from cifar_dist.data.archives import ARCHIVES
+    from cifar_dist.data.official_files import provide
+    from cifar_dist.display.progress import loading_progress
+
+    if request.dataset in ARCHIVES:
+        progress = loading_progress(Console(), request.dataset)
+        try:
+            provide(ARCHIVES[request.dataset], request.data_dir, progress=progress)
+        finally:
+            progress.close()
 
 
 def _leave(code: int, world: World) -> int:

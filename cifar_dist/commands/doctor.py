@@ -14,8 +14,8 @@ from cifar_dist.config.provenance import git_commit, package_versions
 from cifar_dist.config.request import DEFAULT_DATA_DIR, DEFAULT_DATASET, DEFAULT_RECIPE
 from cifar_dist.config.world import AccelerateConfig, World, load_accelerate_config, processes_to_start, started_line
 from cifar_dist.data.archives import CIFAR10, CIFAR100
-from cifar_dist.data.cifar import where_found
 from cifar_dist.data.datasets import load_dataset
+from cifar_dist.data.official_files import where_found
 from cifar_dist.display.progress import loading_progress
 from cifar_dist.display.tables import print_header
 from cifar_dist.model.pretrained import imagenet_weights, imagenet_weights_place

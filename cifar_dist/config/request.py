@@ -56,13 +56,14 @@ def resolve_run(options: TrainOptions) -> RunRequest:
     return RunRequest(request=request, existing=existing, stored=stored)
 
 
-def check_before_launch(options: TrainOptions, *, world_size: int) -> None:
-    """Check all that needs no torch before processes are started for it. Raises UserError."""
+def check_before_launch(options: TrainOptions, *, world_size: int) -> TrainRequest:
+    """Check what needs neither torch nor the data before processes are started; give the request. Raises UserError."""
     run = resolve_run(options)
     if run.existing is not None and run.existing.last.exists():
         with run.existing.last.open("rb") as file:
             verify_checksums(run.existing.last, file)
     check_plan(run.request, world_size=world_size)
+    return run.request
 
 
 def check_plan(request: TrainRequest, *, world_size: int) -> None:

@@ -89,3 +89,5 @@ CIFAR100 = Archive(
     ),
     urls_variable="CIFAR_DIST_CIFAR100_URLS",
 )
+
+ARCHIVES = {archive.name: archive for archive in (CIFAR10, CIFAR100)}

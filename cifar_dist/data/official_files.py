@@ -1,0 +1,125 @@
+"""The official CIFAR files on the disk: found, or completed from the tarball or the network, and checked. No torch."""
+
+import hashlib
+import os
+import re
+import tarfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO
+
+from cifar_dist.config.errors import UserError
+from cifar_dist.data.archives import Archive
+from cifar_dist.data.download import TIMEOUT_S, DownloadError, Progress, download, exclusive, md5_of, reason_of, writing
+
+_COPY_BYTES = 1 << 20
+
+
+def provide(
+    archive: Archive,
+    data_dir: Path,
+    *,
+    progress: Progress | None = None,
+    environ: Mapping[str, str] = os.environ,
+    timeout: float = TIMEOUT_S,
+) -> Path:
+    """Give the folder that holds all files of the archive, unpacked or downloaded first where some are missing.
+
+    The md5 of files that were there already is looked at when they are read. Raises UserError where the files cannot
+    be had.
+    """
+    folder = data_dir / archive.folder
+    if _missing(folder, archive):
+        _provide(archive, data_dir, progress, environ, timeout)
+    return folder
+
+
+def where_found(archive: Archive, data_dir: Path) -> str:
+    """Say where the files of an archive are, or what would have to be done for them; their md5 is not looked at."""
+    folder, tarball = data_dir / archive.folder, data_dir / archive.tarball
+    if not (missing := _missing(folder, archive)):
+        return f"found: {folder}"
+    if tarball.exists():
+        return f"found: {tarball}, to be unpacked"
+    some = "missing" if len(missing) == len(archive.train + archive.test) else f"{', '.join(missing)} missing"
+    return f"{some} in {folder}: would be downloaded"
+
+
+def _missing(folder: Path, archive: Archive) -> list[str]:
+    """Name the files without which nothing can be read. A broken link is there, so it is not written over."""
+    return [file.name for file in archive.train + archive.test if not os.path.lexists(folder / file.name)]
+
+
+def wrong(*paths: Path) -> UserError:
+    """Give the refusal of files with another md5 than the official ones."""
+    names = ", ".join(str(path.absolute()) for path in paths)
+    return UserError(
+        f"wrong md5, so damaged or not official: {names} (left alone; move it away to have it fetched anew)"
+    )
+
+
+def refuse_wrong(md5s: Mapping[Path, str]) -> None:
+    """Raise UserError that names the files that are there and have another md5."""
+    try:
+        found = [path for path, md5 in md5s.items() if os.path.lexists(path) and md5_of(path) != md5]
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {reason_of(error)}") from error
+    if found:
+        raise wrong(*found)
+
+
+def _provide(
+    archive: Archive, data_dir: Path, progress: Progress | None, environ: Mapping[str, str], timeout: float
+) -> None:
+    """Complete the folder of the archive from the tarball, and download that first if it is not there."""
+    folder, tarball = data_dir / archive.folder, data_dir / archive.tarball
+    refuse_wrong({folder / file.name: file.md5 for file in archive.files})
+    with exclusive(data_dir, archive.tarball + ".lock"):
+        if not (missing := _missing(folder, archive)):
+            return  # another process has provided them meanwhile
+        refuse_wrong({tarball: archive.tarball_md5})
+        if not tarball.exists():
+            listed = environ.get(archive.urls_variable)
+            urls = archive.urls if listed is None else [url for url in re.split(r"[\s,]+", listed) if url]
+            try:
+                download(urls, tarball, archive.tarball_md5, progress=progress, timeout=timeout)
+            except DownloadError as error:
+                raise UserError(
+                    f"missing in {folder.absolute()}: {', '.join(missing)}; the download failed ({error}); put"
+                    f" {archive.tarball} or the folder {archive.folder} into {data_dir.absolute()}, name another place"
+                    f" with --data-dir DIR, set {archive.urls_variable} to addresses of the tarball, or use"
+                    " --dataset shapes, which needs no files"
+                ) from error
+        _extract(archive, tarball, folder)
+
+
+def _extract(archive: Archive, tarball: Path, folder: Path) -> None:
+    """Unpack the files of the archive that are not in `folder`, by their exact names and nothing else."""
+    files = {f"{archive.folder}/{file.name}": file for file in archive.files}
+    try:
+        with writing(folder), tarfile.open(tarball, "r:gz") as tar:
+            folder.mkdir(exist_ok=True)
+            for member in tar:
+                file, source = files.get(member.name), tar.extractfile(member) if member.isreg() else None
+                if file and source and not os.path.lexists(folder / file.name):
+                    _write_checked(source, folder / file.name, file.md5)
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot unpack {tarball.absolute()}: {error}") from error
+    if missing := _missing(folder, archive):
+        raise UserError(f"{tarball.absolute()} lacks {', '.join(missing)}")
+
+
+def _write_checked(source: IO[bytes], target: Path, md5: str) -> None:
+    """Give the file its real name only when it is whole, so that a killed process leaves no half file under it."""
+    temporary, digest = target.with_name(target.name + ".part"), hashlib.md5(usedforsecurity=False)
+    try:
+        with temporary.open("wb") as file:
+            while chunk := source.read(_COPY_BYTES):
+                digest.update(chunk)
+                file.write(chunk)
+        if digest.hexdigest() != md5:
+            raise UserError(f"{target.name} in the tarball has a wrong md5, and was not unpacked")
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,107 @@
+"""`doctor`, and the plan of a dry run: what would be done here, for any world, with nothing started."""
+
+import pytest
+import torch
+
+from cifar_dist.cli import main
+from cifar_dist.data.archives import CIFAR10
+from tests.conftest import ROOT
+
+CONFIGS = ROOT / "accelerate_configs"
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path, monkeypatch):
+    """An empty folder, no accelerator, and nothing that may be started."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+
+    def refuse(*_, **__):
+        raise AssertionError("processes were started")
+
+    monkeypatch.setattr("cifar_dist.runtime.launch.launch", refuse)
+
+
+def lines_of(capsys, *argv: str) -> dict[str, str]:
+    assert main(list(argv)) == 0
+    lines = {}
+    for line in capsys.readouterr().out.splitlines():
+        name, _, value = line.partition("  ")
+        lines[name.strip()] = value.strip()
+    return lines
+
+
+def test_doctor_says_what_is_here_and_what_would_run(capsys, tmp_path):
+    lines = lines_of(capsys, "doctor")
+    assert f"torch {torch.__version__.split('+')[0]}" in lines["versions"]
+    assert "for this process" in lines["processor"]
+    assert lines["CPU"].endswith("bf16 arithmetic")
+    assert lines["CUDA"].startswith("no GPU is visible")
+    assert lines["cifar10"] == f"missing in {tmp_path / 'data' / CIFAR10.folder}: would be downloaded"
+    assert lines["ImageNet weights"].startswith("missing")
+    assert lines["device"].startswith("cpu, precision ")
+    assert lines["batch"] == "global_batch_size 512 = 512 per device x 1 process x 1 accumulation"
+    assert lines["learning rate"].startswith("triangular, ")
+    assert lines["note"] == "no MPS or CUDA device here: training on cpu"
+    assert lines["would start"] == "nothing: this process trains"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_finds_data_and_weights(capsys, tmp_path):
+    folder, hub = tmp_path / CIFAR10.folder, tmp_path / "hub" / "checkpoints"
+    folder.mkdir()
+    hub.mkdir(parents=True)
+    for file in CIFAR10.train:
+        (folder / file.name).touch()
+    (hub / "resnet18-f37072fd.pth").touch()
+    lines = lines_of(capsys, "doctor", "--data-dir", ".")
+    assert lines["cifar10"] == f"test_batch missing in {folder}: would be downloaded"
+    assert lines["ImageNet weights"].startswith("found: ")
+    (tmp_path / CIFAR10.tarball).touch()
+    assert lines_of(capsys, "doctor", "--data-dir", ".")["cifar10"].endswith(f"{CIFAR10.tarball}, to be unpacked")
+    (folder / "test_batch").touch()
+    assert lines_of(capsys, "doctor", "--data-dir", ".")["cifar10"] == f"found: {folder}"
+
+
+@pytest.mark.parametrize("command", [("doctor",), ("--dry-run",)])
+@pytest.mark.parametrize(
+    ("config", "batch", "starts"),
+    [
+        ("mps", "512 = 512 per device x 1 process", "nothing: this process trains"),
+        ("multi_cpu", "512 = 256 per device x 2 processes", "2 processes here, by torch.distributed.run"),
+        ("multi_gpu", "512 = 256 per device x 2 processes", "2 processes here, by torch.distributed.run"),
+        (
+            "multi_node",
+            "512 = 64 per device x 8 processes",
+            "4 processes on each of 2 machines, by torch.distributed.run",
+        ),
+    ],
+)
+def test_the_plan_of_a_config(capsys, tmp_path, command, config, batch, starts):
+    lines = lines_of(capsys, *command, "--config", str(CONFIGS / f"{config}.yaml"))
+    assert lines["batch"] == f"global_batch_size {batch} x 1 accumulation"
+    assert lines["would start"] == starts
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_has_the_whole_plan_and_needs_no_data(capsys):
+    lines = lines_of(capsys, "--dry-run", "--num-processes", "4", "--precision", "no", "--recipe", "strong")
+    assert lines["run"] == "runs/strong-cifar10-seed0"
+    assert lines["batch"] == "global_batch_size 512 = 128 per device x 4 processes x 1 accumulation"
+    assert lines["device"].startswith("cpu, precision no (asked for), ")
+    assert "at its peak" in lines["learning rate"] and lines["learning rate"].endswith("at the end")
+    assert lines["steps"] == "88 an epoch x 80 epochs = 7,040"
+
+
+def test_a_plan_that_cannot_be(capsys):
+    assert main(["--dry-run", "--num-processes", "3"]) == 2
+    assert "does not divide by 3 processes" in capsys.readouterr().err
+
+
+def test_what_is_not_a_dry_run_starts_processes(capsys, monkeypatch):
+    """So that the tests above would notice."""
+    monkeypatch.setattr("cifar_dist.runtime.launch.launch", lambda *arguments: 75)
+    assert main(["--num-processes", "2", "--dataset", "shapes", "--recipe", "original"]) == 75
