@@ -22,6 +22,10 @@ COMMANDS = [
 # What a command needs to be run here: other arguments for those that would take long, or that need files.
 ADDED = {
     "python launch.py --recipe original --epochs 20": ["--dry-run"],
+    "python launch.py --num-processes 2": ["--dry-run"],
+    "accelerate launch launch.py --config accelerate_configs/multi_gpu.yaml": ["--dry-run"],
+    "accelerate launch --config_file accelerate_configs/multi_gpu.yaml launch.py": ["--dry-run"],
+    "torchrun --standalone --nproc-per-node 2 launch.py": ["--dry-run"],
     "python launch.py eval --ckpt resnet18_cifar10_data_augument.pth --json result.json": ["--dataset", "shapes"],
     "python launch.py bench --recipe original --seconds 10": ["--set", "global_batch_size=64", "--seconds", "3"],
 }
@@ -58,6 +62,8 @@ def test_a_command_of_the_readme(clone, command):
     if "--dataset shapes --recipe original" in command:
         accuracy = float(re.search(r"test accuracy ([\d.]+) %", result.stdout)[1])
         assert 20 < accuracy < 100, "the first try learns nothing"
+    if "multi_cpu" in command:
+        assert "64 per device x 2 processes" in result.stdout
     if "mps.yaml" in command and not torch.backends.mps.is_available() and not torch.cuda.is_available():
         assert "no MPS or CUDA device here: training on cpu" in result.stdout
 

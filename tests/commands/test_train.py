@@ -93,26 +93,57 @@ def test_a_checkpoint_says_all_that_is_needed():
     resnet18(num_classes=10).load_state_dict(content["model"], strict=True)
 
 
-def test_resuming_gives_the_same_bits_as_never_stopping():
-    train("--epochs", "3", "--run-dir", "whole", *VALIDATION)
-    train("--epochs", "1", "--run-dir", "parts", *VALIDATION)
-    assert main(["--resume", "parts", "--epochs", "3"]) == 0
-    whole, parts = RunDirectory(Path("whole")), RunDirectory(Path("parts"))
-    first, second = load_checkpoint(whole.last), load_checkpoint(parts.last)
-    for part in ("model", "best.weights"):
-        a, b = first, second
+def assert_same_run(first: str, second: str) -> None:
+    """Two runs came to the same bits, and say the same but for times."""
+    runs = [RunDirectory(Path(first)), RunDirectory(Path(second))]
+    ours, theirs = (load_checkpoint(run.last) for run in runs)
+    for part in ("model", "best.weights", *(["model_ema"] if "model_ema" in ours else [])):
+        a, b = ours, theirs
         for key in part.split("."):
             a, b = a[key], b[key]
         assert all(torch.equal(*pair) for pair in zip(a.values(), b.values(), strict=True))
     timeless = [
         [{**vars_of(record), "images_per_second": 0, "epoch_seconds": 0} for record in run.read_records()]
-        for run in (whole, parts)
+        for run in runs
     ]
     assert timeless[0] == timeless[1]
     assert len(timeless[0]) == 3
-    summaries = [run.read_summary() for run in (whole, parts)]
-    assert summaries[0].test == summaries[1].test
-    assert parts.previous.exists()
+    assert runs[0].read_summary().test == runs[1].read_summary().test
+
+
+def test_resuming_gives_the_same_bits_as_never_stopping():
+    train("--epochs", "3", "--run-dir", "whole", *VALIDATION)
+    train("--epochs", "1", "--run-dir", "parts", *VALIDATION)
+    assert main(["--resume", "parts", "--epochs", "3"]) == 0
+    assert_same_run("whole", "parts")
+    assert RunDirectory(Path("parts")).previous.exists()
+
+
+@pytest.mark.parametrize("steps", [(1,), (3, 5), (2, 6, 7)])
+def test_an_interrupted_run_ends_with_the_same_bits(capsys, monkeypatch, steps):
+    """Interrupted in the first step, at the end of an epoch, after the last step, and several times."""
+    everything = (*VALIDATION, "ema_decay=0.9", "dropout=0.2", "optimizer.nesterov=true", "augmentation.mixup=0.5")
+    train("--epochs", "3", "--run-dir", "whole", *everything)
+    original = Trainer._optimizer_step
+    for number, step in enumerate(steps):
+
+        def signalled(trainer, epoch, *, stop=step):
+            original(trainer, epoch)
+            if trainer.state.step == stop:
+                trainer.interrupt.requested = "SIGTERM"
+
+        monkeypatch.setattr(Trainer, "_optimizer_step", signalled)
+        argv = (
+            ["--resume", "parts"] if number else ["train", *SMALL, *everything, "--epochs", "3", "--run-dir", "parts"]
+        )
+        capsys.readouterr()
+        assert main(argv) == 75
+        assert capsys.readouterr().err.endswith("and saved; go on with: python launch.py --resume parts\n")
+        summary = RunDirectory(Path("parts")).read_summary()
+        assert (summary.status, summary.test) == ("interrupted", None)
+    monkeypatch.setattr(Trainer, "_optimizer_step", original)
+    assert main(["--resume", "parts"]) == 0
+    assert_same_run("whole", "parts")
 
 
 def vars_of(record) -> dict:
