@@ -90,7 +90,7 @@ class Listening(TorchDispatchMode):
 
 
 EVERYTHING = (
-    "epochs=1", "validation_size=20", "global_batch_size=32", "dropout=0.2", "ema_decay=0.9", "label_smoothing=0.1",
+    "epochs=1", "validation_size=8", "global_batch_size=32", "dropout=0.2", "ema_decay=0.9", "label_smoothing=0.1",
     "gradient_accumulation_steps=2", "gradient_clipping=1", "image_size_schedule=[[24, 0.5], [32, 1]]",
     "augmentation.crop_mode=reflect", "augmentation.cutout=8", "augmentation.mixup=1", "augmentation.cutmix=1",
     "augmentation.affine_degrees=10", "augmentation.affine_translate=0.1", "augmentation.affine_scale=0.1",
@@ -99,7 +99,7 @@ EVERYTHING = (
 
 def listen(runtime, monkeypatch, *assignments, spoil=lambda trainer: None) -> Listening:
     """Train an epoch and evaluate as on MPS, and give what was heard."""
-    dataset = make_dataset(num_train=96, num_test=30)
+    dataset = make_dataset(num_train=64, num_test=30)
     recipe = make_recipe(*EVERYTHING, *assignments)
     plan = make_plan(recipe, world_size=1, sizes=dataset.sizes, device_type="mps")
     monkeypatch.setattr(device, "memory_format", lambda device_type: torch.contiguous_format)
