@@ -1,79 +1,80 @@
-"""What was typed -> one command with typed options. Nothing here imports torch, so that every --help is immediate."""
+"""What was typed -> one command, in this process or in several. Without torch, so that every --help is immediate."""
 
-import argparse
 import importlib
 import os
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from cifar_dist import __version__
+from cifar_dist.config.arguments import parse_arguments
 from cifar_dist.config.errors import (
     EXIT_CODE_FILE,
     EXIT_DONE,
     EXIT_FAILED,
+    EXIT_INTERRUPTED,
     EXIT_KEYBOARD_INTERRUPT,
     EXIT_USER_ERROR,
     PeerFailedError,
     SharedError,
     UserError,
 )
-from cifar_dist.config.loading import parse_assignments, recipe_names
-from cifar_dist.config.options import BenchOptions, DoctorOptions, EvalOptions, TrainOptions
-from cifar_dist.config.parsing import nearest
+from cifar_dist.config.options import TrainOptions
 from cifar_dist.config.request import TrainRequest, check_before_launch
 from cifar_dist.config.world import World, load_accelerate_config, processes_to_start
 
-_COMMANDS = {"train": "train", "eval": "evaluate", "bench": "bench", "doctor": "doctor"}
-Options = TrainOptions | EvalOptions | BenchOptions | DoctorOptions
-_PRECISIONS = ("auto", "no", "fp16", "bf16")
-
-
-class _Parser(argparse.ArgumentParser):
-    """An argument parser whose refusals are UserErrors: one line, like every other."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
+_MODULES = {"train": "train", "eval": "evaluate", "bench": "bench", "doctor": "doctor"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 1 failed, 2 the user's mistake, 130 interrupted."""
+    """Run one command; give its exit code, as config/errors.py names them."""
+    from cifar_dist.runtime.interrupt import EarlyEnd, EndEarly
+
     world = World()
     try:
         world = World.from_environment(os.environ)
-        return _leave(_run(list(sys.argv[1:] if argv is None else argv)), world)
+        with EndEarly():
+            return _leave(_run(list(sys.argv[1:] if argv is None else argv), world), world)
     except UserError as error:
         # One line: a mistake that all have made, or were told of, is said by rank 0; another by the first of a machine.
         if world.rank == 0 or (world.local_rank == 0 and not isinstance(error, SharedError)):
             print(f"error: {error}", file=sys.stderr)
         return _leave(EXIT_USER_ERROR, world)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return _leave(EXIT_KEYBOARD_INTERRUPT, world)
+    except (KeyboardInterrupt, EarlyEnd) as end:
+        if world.rank == 0:
+            print("interrupted, with nothing left to save", file=sys.stderr)
+        code = _leave(EXIT_INTERRUPTED if isinstance(end, EarlyEnd) else EXIT_KEYBOARD_INTERRUPT, world)
+        if world.size > 1:
+            _exit_now(code)
+        return code
     except Exception as error:  # what nobody foresaw: its traceback, from the process that it happened to
         if world.size == 1:
             raise
         _abandon(error, world)
 
 
-def _run(argv: list[str]) -> int:
+def _run(argv: list[str], world: World) -> int:
     """Do what was typed: in this process, or in several that are started for it."""
-    typed = list(argv)
-    command, options = _parse(argv)
-    world, config = World.from_environment(os.environ), load_accelerate_config(options.config)
+    command, options = parse_arguments(argv)
+    config = load_accelerate_config(options.config)
+    if config.gpu_ids is not None and world.launcher == "none":
+        os.environ["CUDA_VISIBLE_DEVICES"] = config.gpu_ids
     count = processes_to_start(world, config, getattr(options, "num_processes", None))
     if count > 1 and command != "doctor" and not getattr(options, "dry_run", False):
-        from cifar_dist.runtime.launch import launch
+        from cifar_dist.runtime import launch
 
         if isinstance(options, TrainOptions):
-            _provide_data(check_before_launch(options, world_size=count))
+            _provide_data(check_before_launch(options, world_size=count, machine_rank=config.machine_rank))
+        return launch.launch(argv, config, count)
+    if EXIT_CODE_FILE in os.environ and sys.platform == "linux":
+        from cifar_dist.runtime.launch import end_with_parent
 
-        return launch(typed, config, count)
+        end_with_parent(signal.SIGTERM)  # torch's agent, killed, would leave its processes behind
     # Read by torch when it is imported, so it must stand before that; it only matters on a Mac.
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
-    code: int = importlib.import_module(f"cifar_dist.commands.{_COMMANDS[command]}").run(options)
+    code: int = importlib.import_module(f"cifar_dist.commands.{_MODULES[command]}").run(options, world, config)
     return code
 
 
@@ -101,166 +102,23 @@ def _leave(code: int, world: World) -> int:
     file = os.environ.get(EXIT_CODE_FILE)
     if file is None or world.launcher == "none":
         return code
-    if world.rank == 0:
+    if world.local_rank == 0:
         Path(file).write_text(str(code))
     return EXIT_DONE
 
 
 def _abandon(error: Exception, world: World) -> NoReturn:
-    """End this process of several at once: waiting for the others, as a clean end does, might be for ever."""
+    """End this process of several, which failed by itself."""
     gone = "Connection" in str(error) or isinstance(error, PeerFailedError)
     if gone and world.rank > 0:
         print(f"rank {world.rank} ends: another process is gone", file=sys.stderr)
     else:
         traceback.print_exception(error)
+    _exit_now(EXIT_FAILED)
+
+
+def _exit_now(code: int) -> NoReturn:
+    """Leave at once: a clean end waits for the other processes, which might be for ever."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(EXIT_FAILED)
-
-
-def _parse(argv: list[str]) -> tuple[str, Options]:
-    top = _top_parser()
-    if argv[:1] in (["-h"], ["--help"], ["--version"]):
-        top.parse_args(argv[:1])
-    command = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
-    if command not in _COMMANDS:
-        raise UserError(f"unknown command '{command}'{nearest(command, _COMMANDS)} (commands: {', '.join(_COMMANDS)})")
-    table: dict[str, tuple[Callable[[], _Parser], Callable[[dict[str, Any]], Options]]] = {
-        "train": (_train_parser, _train_options),
-        "eval": (_eval_parser, lambda typed: EvalOptions(**typed)),
-        "bench": (_bench_parser, _bench_options),
-        "doctor": (_doctor_parser, lambda typed: DoctorOptions(**typed)),
-    }
-    make_parser, make_options = table[command]
-    parser = make_parser()
-    namespace, unknown = parser.parse_known_args(argv)
-    if unknown:
-        name = unknown[0].split("=")[0]
-        raise UserError(f"unknown argument '{name}'{nearest(name, parser._option_string_actions)}")
-    typed = vars(namespace)
-    if "assignments" in typed:
-        typed["assignments"] = parse_assignments(typed["assignments"])
-    return command, make_options(typed)
-
-
-def _top_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="launch.py",
-        usage="launch.py [train|eval|bench|doctor] [options]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Train one ResNet-18 recipe for CIFAR on the device that is there.",
-        epilog="""commands (each has its own --help):
-  train    train a recipe; what runs when no command is named
-  eval     evaluate a checkpoint, or a bare state dict
-  bench    measure the training loop against the bare training step
-  doctor   what this machine offers, and what would run here
-
-first steps:
-  launch.py --dataset shapes --recipe original --epochs 3    a first try: no files, no network
-  launch.py --recipe original --epochs 20                    CIFAR-10, downloaded when missing
-  launch.py eval --ckpt runs/original-cifar10-seed0          the test accuracy of that run
-""",
-    )
-    parser.add_argument("--version", action="version", version=f"cifar-dist {__version__}")
-    return parser
-
-
-def _command_parser(command: str, description: str) -> _Parser:
-    parser = _Parser(prog=f"launch.py {command}", description=description, allow_abbrev=False)
-    parser.add_argument("--config", metavar="YAML", help="an Accelerate config: device, processes, mixed precision")
-    parser.add_argument("--precision", choices=_PRECISIONS, help="default: what the device does best (auto)")
-    return parser
-
-
-def _add_recipe(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
-    names = ", ".join(recipe_names())
-    parser.add_argument("--recipe", default=default, metavar="NAME|FILE", help=f"{names} (default standard), or YAML")
-
-
-def _add_set(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--set",
-        dest="assignments",
-        metavar="KEY=VALUE",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="set fields of the recipe, e.g. optimizer.learning_rate=0.1; wins over flags and files",
-    )
-
-
-def _add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--dataset",
-        metavar="NAME|DIR",
-        help="cifar10 (default), cifar100, shapes (needs no files), or a folder of images",
-    )
-    _add_data_dir(parser)
-
-
-def _add_data_dir(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="holds the CIFAR files (default: data)")
-
-
-def _train_parser() -> _Parser:
-    parser = _command_parser("train", "Train a recipe, then evaluate it once on the test images.")
-    _add_recipe(parser)
-    _add_data(parser)
-    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/<recipe>-<dataset>-seed<seed>")
-    parser.add_argument("--resume", nargs="?", const="", metavar="DIR", help="go on with the run in DIR (or --run-dir)")
-    _add_set(parser)
-    parser.add_argument("--num-processes", type=int, metavar="N", help="start N processes (default: as --config)")
-    parser.add_argument("--epochs", type=int, metavar="N", help="the recipe's, unless typed")
-    parser.add_argument("--seed", type=int, metavar="N", help="the recipe's, unless typed")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan; start nothing and write nothing")
-    parser.add_argument("--quiet", action="store_true", help="no progress, only the result")
-    return parser
-
-
-def _train_options(typed: dict[str, Any]) -> TrainOptions:
-    if typed["num_processes"] is not None and typed["num_processes"] < 1:
-        raise UserError(f"--num-processes must be 1 or more, not {typed['num_processes']}")
-    resume, run_dir = typed.pop("resume"), typed["run_dir"]
-    resume_dir = Path(resume) if resume else None
-    if resume_dir and run_dir and resume_dir != run_dir:
-        raise UserError(f"--resume {resume_dir} and --run-dir {run_dir} name two runs: type one of them")
-    return TrainOptions(**typed, resume=resume is not None, resume_dir=resume_dir)
-
-
-def _eval_parser() -> _Parser:
-    parser = _command_parser("eval", "Evaluate a checkpoint or a bare state dict; each image is counted once.")
-    parser.add_argument(
-        "--ckpt", dest="checkpoint", type=Path, required=True, metavar="FILE|RUN_DIR", help="what to evaluate"
-    )
-    _add_data(parser)
-    parser.add_argument("--split", choices=("test", "validation"), default="test", help="default: test")
-    parser.add_argument(
-        "--recipe", metavar="NAME|FILE", help="for bare weights: whose stem and normalisation they have"
-    )
-    parser.add_argument("--tta", choices=("none", "mirror"), default="none", help="average over the mirror image too")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
-    parser.add_argument("--figures", type=Path, metavar="DIR", help="draw confusion.png and predictions.png there")
-    return parser
-
-
-def _bench_parser() -> _Parser:
-    parser = _command_parser("bench", "Measure the training loop against the bare training step, in alternation.")
-    _add_recipe(parser, default="standard")
-    _add_set(parser)
-    parser.add_argument("--seconds", type=float, default=10.0, metavar="S", help="for each loop measured (default 10)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    return parser
-
-
-def _doctor_parser() -> _Parser:
-    parser = _command_parser("doctor", "Say what this machine offers, which data is here, and what would run.")
-    _add_recipe(parser)
-    _add_data_dir(parser)
-    parser.add_argument("--download", action="store_true", help="fetch CIFAR-10 and the ImageNet weights where missing")
-    return parser
-
-
-def _bench_options(typed: dict[str, Any]) -> BenchOptions:
-    if not 0 < typed["seconds"] < 86_400:
-        raise UserError(f"--seconds must be above 0 and below a day, not {typed['seconds']:g}")
-    return BenchOptions(**typed)
+    os._exit(code)

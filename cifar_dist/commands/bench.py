@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from cifar_dist.config.loading import read_recipe, recipe_label, resolve_recipe
 from cifar_dist.config.options import BenchOptions
 from cifar_dist.config.plan import make_plan
 from cifar_dist.config.recipe import Recipe
-from cifar_dist.config.world import World, load_accelerate_config
+from cifar_dist.config.world import AccelerateConfig, World
 from cifar_dist.data.dataset import Dataset, LabelledImages
 from cifar_dist.display.progress import training_display
 from cifar_dist.display.tables import format_bench, print_lines
@@ -34,9 +33,8 @@ _ROUNDS = 8
 _NOT_FOR_SPEED = {"validation_size": 0, "early_stopping": {"enabled": False}, "epochs": 1_000_000}
 
 
-def run(options: BenchOptions) -> int:
+def run(options: BenchOptions, world: World, config: AccelerateConfig) -> int:
     """Measure as asked; give the exit code."""
-    world, config = World.from_environment(os.environ), load_accelerate_config(options.config)
     console = Console(quiet=world.rank > 0)
     if options.json is not None and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):
         raise UserError(f"--json {options.json} cannot be written: name a file in a folder that exists")

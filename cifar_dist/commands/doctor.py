@@ -12,7 +12,7 @@ from cifar_dist.config.options import DoctorOptions
 from cifar_dist.config.plan import KNOWN_SIZES, fit_to_dataset, make_plan
 from cifar_dist.config.provenance import git_commit, package_versions
 from cifar_dist.config.request import DEFAULT_DATA_DIR, DEFAULT_DATASET, DEFAULT_RECIPE
-from cifar_dist.config.world import AccelerateConfig, World, load_accelerate_config, processes_to_start, started_line
+from cifar_dist.config.world import AccelerateConfig, World, started_line, world_to_come
 from cifar_dist.data.archives import CIFAR10, CIFAR100
 from cifar_dist.data.datasets import load_dataset
 from cifar_dist.data.official_files import where_found
@@ -20,12 +20,11 @@ from cifar_dist.display.progress import loading_progress
 from cifar_dist.display.tables import print_header
 from cifar_dist.model.pretrained import imagenet_weights, imagenet_weights_place
 from cifar_dist.model.schedule import learning_rate_line
-from cifar_dist.runtime.device import describe_devices, look_ahead, usable_cores
+from cifar_dist.runtime.device import check_world, describe_devices, look_ahead, usable_cores
 
 
-def run(options: DoctorOptions) -> int:
+def run(options: DoctorOptions, world: World, config: AccelerateConfig) -> int:
     """Look, tell, and download where that is asked for; give the exit code."""
-    world, config = World.from_environment(os.environ), load_accelerate_config(options.config)
     console = Console(quiet=world.rank > 0)
     data_dir = (options.data_dir or DEFAULT_DATA_DIR).absolute()
     if options.download and world.rank == 0:
@@ -62,20 +61,20 @@ def _data(data_dir: Path) -> dict[str, str]:
 
 def _training(options: DoctorOptions, world: World, config: AccelerateConfig) -> dict[str, str]:
     """Say what `launch.py` with this config and recipe would do."""
-    count = processes_to_start(world, config, None)
-    size, here = (world.size, world.local_size) if count == 1 else (count, count // config.num_machines)
-    outlook = look_ahead(config, os.environ, local_processes=here, typed_precision=options.precision)
+    future = world_to_come(world, config, None)
+    outlook = look_ahead(config, os.environ, local_processes=future.local_size, typed_precision=options.precision)
     name = options.recipe or DEFAULT_RECIPE
     lines = {"recipe": f"{recipe_label(name)} on {DEFAULT_DATASET}", "device": outlook.line}
     try:
+        check_world(future, outlook.device_type, os.environ)
         sizes = KNOWN_SIZES[DEFAULT_DATASET]
         recipe = fit_to_dataset(resolve_recipe(read_recipe(name), {}, {}), sizes, validation_size_was_typed=False)
-        plan = make_plan(recipe, world_size=size, sizes=sizes, device_type=outlook.device_type)
+        plan = make_plan(recipe, world_size=future.size, sizes=sizes, device_type=outlook.device_type)
         lines |= {**plan.lines, "learning rate": learning_rate_line(recipe, plan)}
     except UserError as error:
         lines["plan"] = f"none: {error}"
     notes = {"note": "; ".join(outlook.notes)} if outlook.notes else {}
-    return lines | notes | {"would start": started_line(world, config, count)}
+    return lines | notes | {"would start": started_line(world, config, None)}
 
 
 def _download(console: Console, data_dir: Path) -> None:

@@ -1,7 +1,6 @@
 """`eval`: how well saved weights do on a dataset, each image counted once."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from cifar_dist.config.loading import read_recipe, resolve_recipe
 from cifar_dist.config.options import EvalOptions
 from cifar_dist.config.recipe import Recipe
 from cifar_dist.config.request import DEFAULT_DATA_DIR, DEFAULT_DATASET, check_dataset_name
-from cifar_dist.config.world import World, load_accelerate_config, other_count_note
+from cifar_dist.config.world import AccelerateConfig, World, other_count_note
 from cifar_dist.data.batches import Normalizer
 from cifar_dist.data.dataset import Dataset, LabelledImages
 from cifar_dist.data.datasets import load_dataset
@@ -47,19 +46,21 @@ class _Weights:
     notes: tuple[str, ...]
 
 
-def run(options: EvalOptions) -> int:
+def run(options: EvalOptions, world: World, config: AccelerateConfig) -> int:
     """Evaluate as asked; give the exit code."""
-    world, config = World.from_environment(os.environ), load_accelerate_config(options.config)
     console = Console(quiet=world.rank > 0)
     with connect(world, config) as ranks:
         weights = ranks.from_main(lambda: _read_weights(options))
         dataset = ranks.in_turn(lambda: _load_data(console, options, weights))
-        precision, threads = options.precision or weights.about.get("precision", "no"), weights.about.get("num_threads")
+        about = weights.about
+        precision = options.precision or about.get("precision", "no")
+        threads = about.get("num_threads") if about.get("world_size") == world.size else None
         runtime = start(ranks, config, typed_precision=precision, num_threads=threads, doing="evaluating")
         note = other_count_note(world, config, None)
         for line in (*weights.notes, *runtime.outlook.notes, *filter(None, [note])):
             console.print(line, highlight=False, soft_wrap=True, markup=False)
-        data, indices = _choose_split(options, weights, dataset)
+        with ranks.together():
+            data, indices = _choose_split(options, weights, dataset)
         predictions = _predict(console, options, weights, data, indices, runtime)
         evaluation = summarize(predictions.logits, predictions.labels, dataset.class_names)
         title = f"{weights.path}, {dataset.name} {options.split}, tta {options.tta}, precision {runtime.precision}"

@@ -1,6 +1,7 @@
 """`train`: from what was typed to a trained, tested and documented model."""
 
 import os
+import platform
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,25 +15,18 @@ from cifar_dist.config.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, E
 from cifar_dist.config.loading import recipe_to_mapping
 from cifar_dist.config.options import TrainOptions
 from cifar_dist.config.parsing import to_mapping
-from cifar_dist.config.plan import RunPlan, fit_to_dataset, make_plan
+from cifar_dist.config.plan import DatasetSizes, RunPlan, fit_to_dataset, make_plan
 from cifar_dist.config.provenance import git_commit, package_versions
 from cifar_dist.config.recipe import Recipe
 from cifar_dist.config.request import RunRequest, TrainRequest, check_plan, resolve_run
-from cifar_dist.config.world import (
-    AccelerateConfig,
-    World,
-    load_accelerate_config,
-    other_count_note,
-    processes_to_start,
-    started_line,
-)
+from cifar_dist.config.world import AccelerateConfig, World, other_count_note, started_line, world_to_come
 from cifar_dist.data.dataset import Dataset
 from cifar_dist.data.datasets import known_sizes, load_dataset
 from cifar_dist.display.progress import Display, loading_progress, training_display
 from cifar_dist.display.tables import print_header, print_result
 from cifar_dist.model.schedule import learning_rate_line
 from cifar_dist.records import Summary
-from cifar_dist.runtime.device import Outlook, look_ahead
+from cifar_dist.runtime.device import Outlook, check_world, look_ahead
 from cifar_dist.runtime.distributed import Runtime, connect, start
 from cifar_dist.training.checkpoint import load_checkpoint, understanding
 from cifar_dist.training.engine import DivergedError, InterruptedRun
@@ -55,9 +49,8 @@ class _Job:
     """Why there is nothing to do, where that is so."""
 
 
-def run(options: TrainOptions) -> int:
+def run(options: TrainOptions, world: World, config: AccelerateConfig) -> int:
     """Train as asked; give the exit code."""
-    world, config = World.from_environment(os.environ), load_accelerate_config(options.config)
     console = Console(quiet=world.rank > 0)
     if options.dry_run:
         return _show_plan(console, options, world, config)
@@ -68,11 +61,19 @@ def run(options: TrainOptions) -> int:
             return EXIT_DONE
         request, stored = job.run.request, job.run.stored
         dataset = ranks.in_turn(lambda: _load(console, request))
-        sizes, typed = dataset.sizes, request.validation_size_was_typed
-        recipe = fit_to_dataset(request.recipe, sizes, validation_size_was_typed=typed)
-        precision = options.precision or stored.get("precision")
-        runtime = start(ranks, config, typed_precision=precision, num_threads=stored.get("num_threads"))
-        plan = make_plan(recipe, world_size=world.size, sizes=sizes, device_type=runtime.device.type)
+        fingerprint = ranks.from_main(dataset.fingerprint)
+        same_world = stored.get("world_size") == world.size
+        runtime = start(
+            ranks,
+            config,
+            typed_precision=options.precision or stored.get("precision"),
+            num_threads=stored.get("num_threads") if same_world else None,
+        )
+        with ranks.together():
+            if dataset.fingerprint() != fingerprint:
+                raise UserError(f"{request.dataset} is not the same on {platform.node()} as on the machine of rank 0")
+            recipe = _fit(request, dataset.sizes)
+            plan = make_plan(recipe, world_size=world.size, sizes=dataset.sizes, device_type=runtime.device.type)
         if not options.quiet:
             step, note = job.checkpoint.get("step"), other_count_note(world, config, options.num_processes)
             where = f"{job.directory}" + (f", going on after step {step:,}" if step else "")
@@ -90,7 +91,14 @@ def run(options: TrainOptions) -> int:
             session.begin(
                 {**about, "plan": to_mapping(plan), "versions": package_versions(), "git_commit": git_commit()}
             )
-        return _train_and_test(console, display, session)
+        return _train_and_test(console, display, session, _how_to_go_on(options, job.directory))
+
+
+def _how_to_go_on(options: TrainOptions, directory: Path) -> str:
+    """Give the command that resumes the run in the same world."""
+    world = f" --config {options.config}" if options.config else ""
+    world += f" --num-processes {options.num_processes}" if options.num_processes else ""
+    return f"python launch.py{world} --resume {directory}"
 
 
 def _resolve(options: TrainOptions, world: World) -> _Job:
@@ -112,25 +120,29 @@ def _new_directory(options: TrainOptions, request: TrainRequest) -> Path:
     return options.run_dir or _free_name(Path("runs") / request.label)
 
 
+def _fit(request: TrainRequest, sizes: DatasetSizes) -> Recipe:
+    return fit_to_dataset(request.recipe, sizes, validation_size_was_typed=request.validation_size_was_typed)
+
+
 def _show_plan(console: Console, options: TrainOptions, world: World, config: AccelerateConfig) -> int:
     """Print what would be done, and by whom; nothing is started, read or written, and no data is needed."""
     run = resolve_run(options)
     request, stored = run.request, run.stored
-    count = processes_to_start(world, config, options.num_processes)
-    size, here = (world.size, world.local_size) if count == 1 else (count, count // config.num_machines)
+    future = world_to_come(world, config, options.num_processes)
     outlook = look_ahead(
         config,
         os.environ,
-        local_processes=here,
+        local_processes=future.local_size,
         typed_precision=options.precision or stored.get("precision"),
-        num_threads=stored.get("num_threads"),
+        num_threads=stored.get("num_threads") if stored.get("world_size") == future.size else None,
     )
+    check_world(future, outlook.device_type, os.environ)
     sizes = known_sizes(request.dataset, request.recipe)
-    recipe = fit_to_dataset(request.recipe, sizes, validation_size_was_typed=request.validation_size_was_typed)
-    plan = make_plan(recipe, world_size=size, sizes=sizes, device_type=outlook.device_type)
+    recipe = _fit(request, sizes)
+    plan = make_plan(recipe, world_size=future.size, sizes=sizes, device_type=outlook.device_type)
     directory = run.existing.path if run.existing is not None else _new_directory(options, request)
     lines = _header(f"{directory}", request, outlook, plan, recipe)
-    print_header(console, lines | {"would start": started_line(world, config, count)})
+    print_header(console, lines | {"would start": started_line(world, config, options.num_processes)})
     return EXIT_DONE
 
 
@@ -202,24 +214,24 @@ def _describe(request: TrainRequest, recipe: Recipe, dataset: Dataset, runtime: 
     }
 
 
-def _train_and_test(console: Console, display: Display, session: Session) -> int:
+def _train_and_test(console: Console, display: Display, session: Session, how_to_go_on: str) -> int:
     try:
         with session.trainer.interrupt, display:
             status = session.train()
             summary, predictions = session.test(status)
     except DivergedError as error:
-        if session.runtime.is_main:
-            print(f"diverged: {error}; the last good checkpoint stays: {session.directory.path}", file=sys.stderr)
-        return EXIT_FAILED
+        text, code = f"diverged: {error}; the last good checkpoint stays: {session.directory.path}", EXIT_FAILED
     except InterruptedRun:
-        if session.runtime.is_main:
-            state, path = session.state, session.directory.path
-            place = f"epoch {state.epoch + 1}, step {state.step}"
-            print(f"interrupted in {place}, and saved; go on with: python launch.py --resume {path}", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        place = f"epoch {session.state.epoch + 1}, step {session.state.step}"
+        text, code = f"interrupted in {place}, and saved; go on with: {how_to_go_on}", EXIT_INTERRUPTED
     except KeyboardInterrupt:
-        print(f"interrupted; go on with: python launch.py --resume {session.directory.path}", file=sys.stderr)
-        return EXIT_KEYBOARD_INTERRUPT
+        text, code = f"interrupted; go on with: {how_to_go_on}", EXIT_KEYBOARD_INTERRUPT
+    else:
+        text, code = "", EXIT_DONE
+    if code != EXIT_DONE:
+        if session.runtime.is_main:
+            print(text, file=sys.stderr)
+        return code
     if session.runtime.is_main:
         _draw_figures(session, summary, predictions)
     print_result(console, summary, session.trainer.plan.epochs, session.directory.path)

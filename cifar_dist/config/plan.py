@@ -127,6 +127,8 @@ def make_plan(recipe: Recipe, *, world_size: int, sizes: DatasetSizes, device_ty
             f" x {recipe.gradient_accumulation_steps} accumulation: set it to {nearest}"
         )
     groups = _batch_norm_groups(recipe, world_size)
+    # Processes on CPUs may share the cores of one machine.
+    images_a_second = _IMAGES_A_SECOND[device_type] * (world_size if device_type == "cuda" else 1)
     num_train = sizes.num_train - (0 if sizes.num_validation else recipe.validation_size)
     images_per_epoch = num_train - (1 if num_train % batch == 1 else 0)
     return RunPlan(
@@ -141,7 +143,7 @@ def make_plan(recipe: Recipe, *, world_size: int, sizes: DatasetSizes, device_ty
         steps_per_epoch=-(-images_per_epoch // batch),
         images_per_epoch=images_per_epoch,
         batch_norm_groups=groups,
-        report_every_steps=max(1, world_size * _IMAGES_A_SECOND.get(device_type, 2_000) // batch),
+        report_every_steps=max(1, images_a_second // batch),
     )
 
 

@@ -1,7 +1,7 @@
 """What a training run was asked to be: what was typed, over what the run being resumed was, over the defaults."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +56,13 @@ def resolve_run(options: TrainOptions) -> RunRequest:
     return RunRequest(request=request, existing=existing, stored=stored)
 
 
-def check_before_launch(options: TrainOptions, *, world_size: int) -> TrainRequest:
-    """Check what needs neither torch nor the data before processes are started; give the request. Raises UserError."""
+def check_before_launch(options: TrainOptions, *, world_size: int, machine_rank: int = 0) -> TrainRequest:
+    """Check what needs neither torch nor the data before processes are started; give the request. Raises UserError.
+
+    The run directory is looked at on the first machine alone, which may be the only one that has it.
+    """
+    if machine_rank > 0:
+        options = replace(options, resume=False, resume_dir=None, run_dir=None)
     run = resolve_run(options)
     if run.existing is not None and run.existing.last.exists():
         with run.existing.last.open("rb") as file:

@@ -48,11 +48,14 @@ class World:
         if "WORLD_SIZE" in environ:
             size, rank = _whole(environ, "WORLD_SIZE", 1), _whole(environ, "RANK", 0)
             local_rank = _whole(environ, "LOCAL_RANK", 0)
-            local_size = _whole(environ, "LOCAL_WORLD_SIZE", 1 if size == 1 else local_rank + 1)
+            if size > 1 and "LOCAL_WORLD_SIZE" not in environ:
+                raise UserError("WORLD_SIZE is set without LOCAL_WORLD_SIZE: set that to the processes of this machine")
+            local_size = _whole(environ, "LOCAL_WORLD_SIZE", 1)
             world = cls(rank=rank, size=size, local_rank=local_rank, local_size=local_size, launcher="torchrun")
-        elif "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ and _whole(environ, "SLURM_NTASKS", 1) > 1:
+        elif "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ and _slurm_tasks(environ) > 1:
             world = cls._slurm_task(environ)
         else:
+            _refuse_mpi(environ)
             return cls()
         if not world.rank < world.size:
             raise UserError(f"this process has rank {world.rank} in a world of {world.size}: mend RANK and WORLD_SIZE")
@@ -66,7 +69,7 @@ class World:
         counts = environ.get("SLURM_STEP_TASKS_PER_NODE", environ.get("SLURM_TASKS_PER_NODE", "1"))
         return cls(
             rank=_whole(environ, "SLURM_PROCID", 0),
-            size=_whole(environ, "SLURM_NTASKS", 1),
+            size=_slurm_tasks(environ),
             local_rank=_whole(environ, "SLURM_LOCALID", 0),
             local_size=_entry(counts, _whole(environ, "SLURM_NODEID", 0)),
             launcher="slurm",
@@ -74,6 +77,18 @@ class World:
             # The steps of a job and the jobs of a node want different ports, and every task must find the same one.
             main_port=None if "MASTER_PORT" in environ else 15_000 + (job * 31 + step) % 40_000,
         )
+
+
+def _slurm_tasks(environ: Mapping[str, str]) -> int:
+    """Give the tasks of the step: an interactive shell is a step of one in an allocation of several."""
+    return _whole(environ, "SLURM_STEP_NUM_TASKS", _whole(environ, "SLURM_NTASKS", 1))
+
+
+def _refuse_mpi(environ: Mapping[str, str]) -> None:
+    """Refuse ranks of mpirun, which would each train alone. Raises UserError."""
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"):
+        if environ.get(name, "1") not in ("", "1") and "SLURM_JOB_ID" not in environ:
+            raise UserError(f"{name}={environ[name]}: start the processes with torchrun, Slurm or --num-processes")
 
 
 def first_host(nodelist: str) -> str:
@@ -111,6 +126,8 @@ class AccelerateConfig:
     main_process_port: int | None = None
     use_cpu: bool = False
     """True: the CPU. False: the best accelerator there is."""
+    gpu_ids: str | None = None
+    """The GPUs to use, as CUDA_VISIBLE_DEVICES names them; None: all that are visible."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """None where the file does not say."""
 
@@ -124,8 +141,14 @@ def load_accelerate_config(path: str | None) -> AccelerateConfig:
         if key not in _ACCELERATE_KEYS:
             hint = nearest(key, _ACCELERATE_KEYS) or "; hyperparameters belong in a recipe"
             raise UserError(f"Accelerate config {path} has the unknown key '{key}'{hint}")
-    if values.get("distributed_type") == "MPS":
+    kind = values.get("distributed_type", "NO")
+    if kind == "MPS":
         raise UserError(f"Accelerate config {path}: write distributed_type: 'NO' for a Mac (accelerate refuses MPS)")
+    if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+        quoted = " (quote it: unquoted NO is a YAML boolean)" if kind is False else ""
+        raise UserError(
+            f"Accelerate config {path}: distributed_type must be 'NO', 'MULTI_GPU' or 'MULTI_CPU', not {kind!r}{quoted}"
+        )
     config = AccelerateConfig(
         path=path,
         num_processes=_number(values, "num_processes", path),
@@ -134,6 +157,7 @@ def load_accelerate_config(path: str | None) -> AccelerateConfig:
         main_process_ip=values.get("main_process_ip"),
         main_process_port=_number(values, "main_process_port", path) if values.get("main_process_port") else None,
         use_cpu=_flag(values, "use_cpu", path),
+        gpu_ids=None if values.get("gpu_ids") in (None, "all") else str(values["gpu_ids"]),
         mixed_precision=_mixed_precision(values.get("mixed_precision"), path),
     )
     _check_machines(config)
@@ -227,12 +251,18 @@ def other_count_note(world: World, config: AccelerateConfig, typed: int | None) 
     return f"{who} says that there are {world.size} processes: that counts, and not {what}"
 
 
-def started_line(world: World, config: AccelerateConfig, to_start: int) -> str:
-    """Say in words which processes train: `to_start` is what `processes_to_start` gave."""
-    if to_start > 1:
-        here = to_start // config.num_machines
-        where = "here" if config.num_machines == 1 else f"on each of {config.num_machines} machines"
-        return f"{here} processes {where}, by torch.distributed.run"
+def world_to_come(world: World, config: AccelerateConfig, typed: int | None) -> World:
+    """Give the world in which a command would run: this one, or the one that would be started, as rank 0 sees it."""
+    count = processes_to_start(world, config, typed)
+    return world if count == 1 else World(size=count, local_size=count // config.num_machines, launcher="torchrun")
+
+
+def started_line(world: World, config: AccelerateConfig, typed: int | None) -> str:
+    """Say in words which processes would be started."""
+    count, machines = processes_to_start(world, config, typed), config.num_machines
+    if count > 1:
+        where = "here" if machines == 1 else f"on each of {machines} machines"
+        return f"{count // machines} processes {where}, by torch.distributed.run"
     if world.size > 1:
         return f"nothing: this is rank {world.rank} of {world.size} processes, started by {world.launcher}"
     return "nothing: this process trains"

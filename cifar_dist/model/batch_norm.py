@@ -103,22 +103,21 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         """Normalise each group by its statistics in training, all by the running ones in evaluation."""
         own = self.groups.own
-        if not self.training or (own <= 1 and self.groups.num_ranks == 1) or own == 1:
+        if not self.training or own == 1 or (own == 0 and self.groups.num_ranks == 1):
             return super().forward(input)
         if own == 0:
             return _normalize_globally(self, input, self.process_group)
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         means, variances = (self.running_mean.new_zeros(own, self.num_features) for _ in range(2))
-        outputs = [
-            functional.batch_norm(input[g::own], mean, variance, self.weight, self.bias, True, 1.0, self.eps)
-            for g, (mean, variance) in enumerate(zip(means, variances, strict=True))
-        ]
+        output = torch.empty_like(input)
+        for g, (mean, variance) in enumerate(zip(means, variances, strict=True)):
+            part = input[g::own]
+            output[g::own] = functional.batch_norm(part, mean, variance, self.weight, self.bias, True, 1.0, self.eps)
         momentum = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
         self.running_mean.lerp_(means.mean(0), momentum)
         self.running_var.lerp_(variances.mean(0), momentum)
-        places = torch.cat([torch.arange(g, len(input), own) for g in range(own)])
-        return torch.cat(outputs)[places.argsort().to(input.device)]
+        return output
 
 
 def _normalize_globally(layer: nn.BatchNorm2d, images: Tensor, process_group: ProcessGroup | None) -> Tensor:

@@ -9,25 +9,20 @@ from torch import Tensor, nn
 from cifar_dist.config.recipe import OptimizerConfig
 
 
-def build_optimizer(
-    model: nn.Module, config: OptimizerConfig, *, frozen_at_first: tuple[nn.Parameter, ...] = ()
-) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """Build SGD, AdamW (`momentum` is its first beta) or Muon over the model's parameters.
 
     Without `decay_norm_and_bias` only matrices and filters decay: BatchNorm's scales and the biases have one
-    dimension and go in a group of their own. So do parameters that get no gradient for some epochs: torch's fused SGD
-    fails on a group in which some have a momentum already and others not.
+    dimension and go in a group of their own.
     """
     filters = [each for each in model.parameters() if each.ndim == 4] if config.name == "muon" else []
-    taken, frozen = {id(each) for each in filters}, {id(each) for each in frozen_at_first}
-    members: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    taken = {id(each) for each in filters}
+    members: dict[bool, list[nn.Parameter]] = {}
     for each in model.parameters():
         if id(each) not in taken:
-            key = (config.decay_norm_and_bias or each.ndim > 1, id(each) in frozen)
-            members.setdefault(key, []).append(each)
+            members.setdefault(config.decay_norm_and_bias or each.ndim > 1, []).append(each)
     groups: list[dict[str, Any]] = [
-        {"params": each, "weight_decay": config.weight_decay if decays else 0.0}
-        for (decays, _), each in members.items()
+        {"params": each, "weight_decay": config.weight_decay if decays else 0.0} for decays, each in members.items()
     ]
     # One kernel over all parameters instead of several passes; MPS keeps torch's own choice.
     fused = True if next(model.parameters()).device.type in ("cpu", "cuda") else None
@@ -36,7 +31,20 @@ def build_optimizer(
     options: dict[str, Any] = {"lr": config.learning_rate, "momentum": config.momentum, "nesterov": config.nesterov}
     if config.name == "muon":
         return MuonWithSGD(filters, groups, weight_decay=config.weight_decay, fused=fused, **options)
-    return torch.optim.SGD(groups, fused=fused, **options)
+    return _with_momentum(torch.optim.SGD(groups, fused=fused, **options))
+
+
+def _with_momentum(optimizer: torch.optim.SGD) -> torch.optim.SGD:
+    """Start SGD's momentum at 0, which changes nothing but two accidents of torch's fused kernel.
+
+    It makes the buffer in its first step without filling it, and where the fp16 scaler skips that step, what was in the
+    memory stays; and it fails on a group in which some have a buffer already and others, frozen so far, have none.
+    """
+    for group in optimizer.param_groups:
+        if group["momentum"]:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -63,7 +71,7 @@ class MuonWithSGD(torch.optim.Optimizer):
         self.filters = filters
         self.matrices = [nn.Parameter(_matrix(each.detach())) for each in filters]
         self.muon = torch.optim.Muon(self.matrices, weight_decay=weight_decay, **options)
-        self.sgd = torch.optim.SGD(groups, fused=fused, **options)
+        self.sgd = _with_momentum(torch.optim.SGD(groups, fused=fused, **options))
         super().__init__([{"params": filters}, *self.sgd.param_groups], {"lr": options["lr"]})
 
     @torch.no_grad()

@@ -11,10 +11,14 @@ from typing import Literal
 import psutil
 import torch
 
-from cifar_dist.config.world import AccelerateConfig, has_outer_launcher, wants_cpu, wished_precision
+from cifar_dist.config.errors import UserError
+from cifar_dist.config.world import AccelerateConfig, World, has_outer_launcher, wants_cpu, wished_precision
 from cifar_dist.runtime.launch import NUM_THREADS
 
 DeviceType = Literal["cpu", "mps", "cuda"]
+
+SHARE_GPU = "CIFAR_DIST_SHARE_GPU"
+"""Set to 1, this environment variable lets several ranks share a GPU, over gloo: how DDP is tested with one GPU."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,6 +175,22 @@ def choose_num_threads(environ: Mapping[str, str], *, cores: int, local_processe
     if outer or local_processes > 1:
         return max(1, cores // local_processes)
     return default
+
+
+def check_world(world: World, device_type: str, environ: Mapping[str, str]) -> None:
+    """Raise UserError where these processes cannot work together on these devices."""
+    if world.size == 1:
+        return
+    if device_type == "mps":
+        raise UserError(f"{world.size} processes cannot share a Mac's MPS device: start one, or set use_cpu: true")
+    if device_type == "cuda" and not environ.get(SHARE_GPU):
+        visible = torch.cuda.device_count()
+        own_by_slurm = world.launcher == "slurm" and visible == 1  # --gpus-per-task=1: each sees its own
+        if visible < world.local_size and not own_by_slurm:
+            raise UserError(
+                f"{world.local_size} processes on a machine with {visible} GPU: start as many as there are GPUs,"
+                " or set use_cpu: true"
+            )
 
 
 def describe_devices() -> dict[str, str]:

@@ -4,7 +4,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,11 +16,8 @@ from torch import Tensor, nn
 from cifar_dist.config.errors import SharedError, UserError
 from cifar_dist.config.world import AccelerateConfig, World, wants_cpu
 from cifar_dist.runtime import device as device_module
-from cifar_dist.runtime.device import Outlook
+from cifar_dist.runtime.device import SHARE_GPU, Outlook
 from cifar_dist.runtime.ranks import Ranks
-
-SHARE_GPU = "CIFAR_DIST_SHARE_GPU"
-"""Set to 1, this environment variable lets several ranks share a GPU, over gloo: how DDP is tested with one GPU."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -130,12 +127,13 @@ def connect(world: World, config: AccelerateConfig) -> Iterator[Ranks]:
     processes cannot be a world.
     """
     facts = device_module.probe(use_cpu=wants_cpu(config, os.environ))
-    _check_world(world, facts.type)
+    device_module.check_world(world, facts.type, os.environ)
     before = dict(os.environ)
     try:
         _tell_accelerate(world, cpu=facts.type == "cpu")
-        shared = {"backend": "gloo"} if facts.type == "cuda" and world.size > 1 and os.environ.get(SHARE_GPU) else {}
-        state = PartialState(cpu=facts.type == "cpu", **shared)
+        # Accelerate would take MPI where torch has it, and NCCL where ranks share a GPU, which it refuses.
+        gloo = world.size > 1 and (facts.type == "cpu" or bool(os.environ.get(SHARE_GPU)))
+        state = PartialState(cpu=facts.type == "cpu", **({"backend": "gloo"} if gloo else {}))
         if state.num_processes != world.size:
             raise UserError(
                 f"Accelerate sees {state.num_processes} process where {world.size} were started:"
@@ -176,6 +174,7 @@ def start(
         num_threads=num_threads,
         doing=doing,
     )
+    outlook = _common_precision(outlook, ranks)
     torch.set_num_threads(outlook.num_threads)
     # The running statistics are equal on all ranks, or made so before they are used: DDP need not send them.
     wrapping = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -191,26 +190,23 @@ def start(
     return Runtime(accelerator=accelerator, ranks=ranks, outlook=outlook)
 
 
-def _check_world(world: World, device_type: str) -> None:
-    """Raise UserError where these processes cannot work together on these devices."""
-    if world.size == 1:
-        return
-    if device_type == "mps":
-        raise UserError(f"{world.size} processes cannot share a Mac's MPS device: start one, or set use_cpu: true")
-    if device_type == "cuda" and not os.environ.get(SHARE_GPU):
-        visible = torch.cuda.device_count()
-        own_by_slurm = world.launcher == "slurm" and visible == 1  # --gpus-per-task=1: each sees its own
-        if visible < world.local_size and not own_by_slurm:
-            raise UserError(
-                f"{world.local_size} processes on a machine with {visible} GPU: start as many as there are GPUs,"
-                " or set use_cpu: true"
-            )
+def _common_precision(outlook: Outlook, ranks: Ranks) -> Outlook:
+    """Give all ranks one precision: float32 where they would choose different ones, as on machines of several kinds."""
+    names = ("no", "fp16", "bf16")
+    chosen = {names[int(number)] for (number,) in ranks.exchange([names.index(outlook.precision)])}
+    if len(chosen) == 1:
+        return outlook
+    note = f"the processes could not all serve one precision ({', '.join(sorted(chosen))}): using no"
+    reason = "the processes differ"
+    return replace(outlook, precision="no", precision_reason=reason, notes=(*outlook.notes, note))
 
 
 def _tell_accelerate(world: World, *, cpu: bool) -> None:
     """Set, or take away, the environment variables by which Accelerate and torch know the world."""
-    if not cpu:
-        os.environ.pop("ACCELERATE_USE_CPU", None)  # an outer launcher's word: Accelerate would follow it half way
+    # An outer launcher's words (FSDP, dynamo, a device) are taken out: Accelerate would follow them half way.
+    kept = ("ACCELERATE_MIXED_PRECISION", *(["ACCELERATE_USE_CPU"] if cpu else []))
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_") and name not in kept]:
+        del os.environ[name]
     if world.size == 1:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
             os.environ.pop(name, None)

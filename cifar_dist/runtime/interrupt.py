@@ -8,8 +8,9 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-# SIGUSR2 is what Slurm is told to send before the time limit; some clusters send only SIGTERM: all are treated alike.
-_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+# SIGUSR2 is what Slurm is told to send before the time limit; some clusters send only SIGTERM; SIGHUP comes when a
+# terminal is closed: all are treated alike.
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 
 
 class Interrupt:
@@ -19,6 +20,7 @@ class Interrupt:
         self.requested: str | None = None
         """The name of the first signal that came; None: none did."""
         self._before: dict[int, Any] = {}
+        self._interrupts = 0
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
@@ -36,6 +38,20 @@ class Interrupt:
         self._before.clear()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.requested == "SIGINT":
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
             raise KeyboardInterrupt
         self.requested = self.requested or signal.Signals(number).name
+
+
+class EarlyEnd(BaseException):
+    """A signal came before there was anything to save."""
+
+
+class EndEarly(Interrupt):
+    """The context of what comes before training: a signal ends it, and Ctrl-C is Python's own."""
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise EarlyEnd(signal.Signals(number).name)

@@ -1,12 +1,14 @@
 """Starts the processes of a world, passes signals on to them, and gives rank 0's exit code. No torch here."""
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -23,24 +25,27 @@ NUM_THREADS = "CIFAR_DIST_NUM_THREADS"
 def launch(argv: Sequence[str], config: AccelerateConfig, num_processes: int) -> int:
     """Run this program's command `argv` in `num_processes` processes (of all machines together); give the exit code.
 
-    It is the code that rank 0 left; 1 where it left none, 130 after a second Ctrl-C.
+    It is the code that this machine's first process left; 1 where it left none, 130 after a second Ctrl-C.
     """
-    with tempfile.TemporaryDirectory(prefix="cifar-dist-") as folder:
+    with tempfile.TemporaryDirectory(prefix="cifar-dist-") as folder, _Signals() as signals:
         code_file = Path(folder) / "exit-code"
         environ = child_environment(os.environ, config) | {EXIT_CODE_FILE: str(code_file)}
-        agent = subprocess.Popen(
+        signals.agent = subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", *agent_arguments(config, num_processes), *argv],
             env=environ,
             start_new_session=True,  # a Ctrl-C reaches this process alone, which passes it on once
+            preexec_fn=partial(end_with_parent, signal.SIGTERM) if sys.platform == "linux" else None,
         )
-        with _Signals(agent) as signals:
-            agent.wait()
-        if signals.code is not None:
-            return signals.code
+        signals.agent.wait()
         with contextlib.suppress(OSError, ValueError):
             return int(code_file.read_text())
-        # On another machine than rank 0's the agent's own code is all there is.
-        return EXIT_FAILED if agent.returncode or config.machine_rank == 0 else 0
+        return EXIT_FAILED if signals.code is None else signals.code
+
+
+def end_with_parent(number: int) -> None:
+    """Have the system send this process a signal when its parent is gone, however that came about. Linux alone can."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, int(number))  # PR_SET_PDEATHSIG
 
 
 def agent_arguments(config: AccelerateConfig, num_processes: int) -> list[str]:
@@ -55,6 +60,7 @@ def agent_arguments(config: AccelerateConfig, num_processes: int) -> list[str]:
             f"--node-rank={config.machine_rank}",
             f"--master-addr={config.main_process_ip}",
             f"--master-port={config.main_process_port or 29500}",
+            "--rdzv-conf=timeout=10800",  # the other machine may still be downloading
         ]
     return [*arguments, "-m", "cifar_dist"]
 
@@ -62,7 +68,8 @@ def agent_arguments(config: AccelerateConfig, num_processes: int) -> list[str]:
 def child_environment(environ: Mapping[str, str], config: AccelerateConfig) -> dict[str, str]:
     """Give the environment of the processes: an outer launcher's words are taken out, and the user's handed down."""
     outer = has_outer_launcher(environ)
-    child = {name: value for name, value in environ.items() if not name.startswith("ACCELERATE_")}
+    foreign = ("ACCELERATE_", "TORCHELASTIC_", "PET_")
+    child = {name: value for name, value in environ.items() if not name.startswith(foreign)}
     wish = wished_precision(None, config, environ)
     if wish in ("fp16", "bf16"):
         child["ACCELERATE_MIXED_PRECISION"] = wish
@@ -79,21 +86,21 @@ def child_environment(environ: Mapping[str, str], config: AccelerateConfig) -> d
 
 
 class _Signals:
-    """Passes SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 on to the processes while they run; a second Ctrl-C ends them all.
+    """Passes signals on to the processes while they run; a second Ctrl-C, or SIGQUIT, ends them all.
 
     They go to the processes themselves and not to torch's agent, which would shut down with a traceback, after 30
     seconds by SIGKILL, and knows no SIGUSR.
     """
 
-    def __init__(self, agent: subprocess.Popen[bytes]) -> None:
-        self.agent = agent
-        self._before: dict[int, Any] = {}
-        self._interrupts = 0
+    def __init__(self) -> None:
+        self.agent: subprocess.Popen[bytes] | None = None
         self.code: int | None = None
         """The exit code, where the processes were ended before they could give one."""
+        self._before: dict[int, Any] = {}
+        self._interrupts = 0
 
     def __enter__(self) -> Self:
-        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2"):
             number = getattr(signal, name, None)
             if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._pass_on)
@@ -102,22 +109,23 @@ class _Signals:
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if self.agent.poll() is None:
+        if self.agent is not None and self.agent.poll() is None:
             self._kill_all()
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self._interrupts += number == signal.SIGINT
-        if self._interrupts > 1:
-            self.code = EXIT_KEYBOARD_INTERRUPT
-            self._kill_all()
-            return
         workers = self._processes()[1:]
+        if self._interrupts > 1 or number == getattr(signal, "SIGQUIT", None):
+            self._end_all(EXIT_KEYBOARD_INTERRUPT)
+        elif not workers:  # the agent has not started them yet: nothing is lost
+            self._end_all(EXIT_KEYBOARD_INTERRUPT if number == signal.SIGINT else EXIT_INTERRUPTED)
         for process in workers:
             with contextlib.suppress(psutil.Error):
-                process.send_signal(number if number != getattr(signal, "SIGHUP", None) else signal.SIGTERM)
-        if not workers:  # the agent has not started them yet: nothing is lost
-            self.code = EXIT_KEYBOARD_INTERRUPT if number == signal.SIGINT else EXIT_INTERRUPTED
-            self._kill_all()
+                process.send_signal(number)
+
+    def _end_all(self, code: int) -> None:
+        self.code = code
+        self._kill_all()
 
     def _kill_all(self) -> None:
         for process in self._processes():
@@ -127,7 +135,7 @@ class _Signals:
     def _processes(self) -> list[psutil.Process]:
         """Give the agent and what it started, the agent first, so that it starts nothing more when it is killed."""
         try:
-            agent = psutil.Process(self.agent.pid)
+            agent = psutil.Process(-1 if self.agent is None else self.agent.pid)
             return [agent, *agent.children(recursive=True)]
-        except psutil.Error:
+        except (psutil.Error, ValueError):
             return []

@@ -2,9 +2,10 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -177,11 +178,28 @@ class Trainer:
         if not math.isfinite(loss):
             raise self._divergence(self.state.epoch + 1, self.state.step)
 
+    def _group_statistics(self) -> list[Tensor]:
+        """Give the running statistics that each rank has of its own: those of ghost groups, else none."""
+        if self.groups is None:
+            return []
+        models = [self.state.model] if self.state.ema is None else [self.state.model, self.state.ema.model]
+        return running_statistics(*models)
+
     def even_out(self) -> None:
         """Make BatchNorm's running statistics equal on all ranks, where each follows groups of its own."""
-        if self.groups is not None:
-            models = [self.state.model] if self.state.ema is None else [self.state.model, self.state.ema.model]
-            self.runtime.average_over_ranks(running_statistics(*models))
+        self.runtime.average_over_ranks(self._group_statistics())
+
+    def own_statistics(self) -> list[float]:
+        """Give this rank's running statistics, for a run that goes on with the same bits."""
+        return [value for tensor in self._group_statistics() for value in tensor.tolist()]
+
+    def take_statistics(self, values: Sequence[float]) -> None:
+        """Take what `own_statistics` gave."""
+        tensors = self._group_statistics()
+        if values and tensors:
+            parts = torch.split(torch.tensor(values, dtype=torch.float64), [len(tensor) for tensor in tensors])
+            for tensor, part in zip(tensors, parts, strict=True):
+                tensor.copy_(part)
 
     def _record(
         self, epoch: int, loss: float, hits: float, images: float, val_loss: float | None, val_acc: float | None

@@ -49,9 +49,9 @@ class RunDirectory(RunFiles):
                 break
         return records
 
-    def cut_records(self, step: int) -> list[EpochRecord]:
-        """Cut metrics.jsonl back to what a checkpoint at `step` knows; give what is left."""
-        kept = [record for record in self.read_records() if record.step <= step]
+    def cut_records(self, epochs: int) -> list[EpochRecord]:
+        """Cut metrics.jsonl back to so many epochs, which is what a checkpoint knows; give what is left."""
+        kept = [record for record in self.read_records() if record.epoch <= epochs]
         text = "".join(record.to_json() + "\n" for record in kept)
         self.write(self.metrics, lambda file: file.write(text.encode()))
         return kept
@@ -123,16 +123,21 @@ class CheckpointWriter:
             self.save(state, scaler)
 
     def save(
-        self, state: TrainState, scaler: Mapping[str, Any] | None, *, epoch_sums: Sequence[Sequence[float]] = ()
+        self,
+        state: TrainState,
+        scaler: Mapping[str, Any] | None,
+        *,
+        epoch_sums: Sequence[Sequence[float]] = (),
+        statistics: Sequence[Sequence[float]] = (),
     ) -> None:
         """Write last.pt (its predecessor becomes previous.pt), and best.pt where another epoch is the best now.
 
-        `epoch_sums` are the sums of the epoch in progress, a row for each rank.
+        Of an epoch in progress, each rank's own sums and, with ghost groups, running statistics: a row for each rank.
         """
         if self._written_step == state.step:
             return
-        sums = [list(row) for row in epoch_sums]
-        content = {**self.header, "kind": "last", "scaler": scaler, "epoch_sums": sums, **state.to_mapping()}
+        rows = {"epoch_sums": [list(row) for row in epoch_sums], "statistics": [list(row) for row in statistics]}
+        content = {**self.header, "kind": "last", "scaler": scaler, **rows, **state.to_mapping()}
         self.run.write_checkpoint(self.run.last, content, previous=self.run.previous)
         if state.best is not None and state.best.epoch != self._best_epoch:
             self._save_best(state.best.epoch, state.best.weights)

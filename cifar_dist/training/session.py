@@ -34,6 +34,8 @@ class Session:
             raise UserError("the dataset is not the one that this run began with: name that one with --data-dir")
         self.state.restore(checkpoint)
         self._restore_sums(checkpoint["epoch_sums"])
+        if len(checkpoint["statistics"]) == self.runtime.world.size:
+            self.trainer.take_statistics(checkpoint["statistics"][self.runtime.world.rank])
         self.runtime.load_scaler_state(checkpoint["scaler"])
         epochs = self.trainer.plan.epochs
         if epochs < self.state.epoch:
@@ -52,7 +54,7 @@ class Session:
         """Make the folder and write what is known before the first step."""
         self.directory.create()
         self.directory.write_config(config)
-        self.directory.cut_records(self.state.step)
+        self.directory.cut_records(self.state.epoch)
         self._write_summary("running")
 
     def train(self) -> Status:
@@ -68,9 +70,11 @@ class Session:
             self._write_summary("diverged")
             raise
         except InterruptedRun:
+            ranks, scaler = self.runtime.ranks, self.runtime.scaler_state()
+            sums = ranks.exchange(self.state.sums.read()[:3])
+            statistics = ranks.exchange(self.trainer.own_statistics())
             self.trainer.even_out()
-            sums = self.runtime.ranks.exchange(self.state.sums.read()[:3])
-            self.checkpoints.save(self.state, self.runtime.scaler_state(), epoch_sums=sums)
+            self.checkpoints.save(self.state, scaler, epoch_sums=sums, statistics=statistics)
             self._write_summary("interrupted")
             raise
         except KeyboardInterrupt:

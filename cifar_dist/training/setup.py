@@ -53,7 +53,7 @@ def build_trainer(
     frozen = parts_to_freeze(model, recipe.stem) if recipe.freeze_epochs else ()
     state = TrainState(
         model=model,
-        optimizer=build_optimizer(model, recipe.optimizer, frozen_at_first=frozen),
+        optimizer=build_optimizer(model, recipe.optimizer),
         early_stopping=EarlyStopping(recipe.early_stopping),
         ema=ema,
         sums=RunningSums(runtime.device),

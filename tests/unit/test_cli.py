@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from cifar_dist import cli
+from cifar_dist.config.arguments import parse_arguments
 from cifar_dist.config.options import BenchOptions, EvalOptions, TrainOptions
 from tests.conftest import ROOT
 
 
 def parsed(*argv: str):
-    return cli._parse(list(argv))
+    return parse_arguments(list(argv))
 
 
 def test_without_a_command_it_trains():

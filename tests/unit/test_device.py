@@ -9,14 +9,16 @@ import torch
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.world import AccelerateConfig, World
 from cifar_dist.runtime.device import (
+    SHARE_GPU,
     DeviceFacts,
+    check_world,
     choose_num_threads,
     describe_devices,
     memory_format,
     probe,
     resolve_precision,
 )
-from cifar_dist.runtime.distributed import SHARE_GPU, _check_world, connect, start
+from cifar_dist.runtime.distributed import connect, start
 
 ON_CPU = AccelerateConfig(use_cpu=True)
 
@@ -139,11 +141,9 @@ def test_devices_are_described_in_words(monkeypatch):
 )
 def test_too_few_gpus_are_refused(monkeypatch, world, visible, refused):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
-    monkeypatch.delenv(SHARE_GPU, raising=False)
     with pytest.raises(UserError, match="start as many as there are GPUs") if refused else nullcontext():
-        _check_world(world, "cuda")
-    monkeypatch.setenv(SHARE_GPU, "1")
-    _check_world(world, "cuda")
+        check_world(world, "cuda", {})
+    check_world(world, "cuda", {SHARE_GPU: "1"})
 
 
 def test_ranks_that_would_each_be_alone_are_refused(monkeypatch):

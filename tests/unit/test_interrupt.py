@@ -4,10 +4,10 @@ import signal
 
 import pytest
 
-from cifar_dist.runtime.interrupt import Interrupt
+from cifar_dist.runtime.interrupt import EarlyEnd, EndEarly, Interrupt
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"])
 def test_a_signal_is_noted_and_the_handlers_are_put_back(name):
     before = signal.getsignal(getattr(signal, name))
     with Interrupt() as interrupt:
@@ -23,8 +23,15 @@ def test_a_second_ctrl_c_ends_it_and_a_second_sigterm_does_not():
             signal.raise_signal(signal.SIGTERM)
         assert interrupt.requested == "SIGTERM"
     with pytest.raises(KeyboardInterrupt), Interrupt():
-        for _ in range(2):
-            signal.raise_signal(signal.SIGINT)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT):
+            signal.raise_signal(number)
+
+
+def test_before_training_a_signal_ends_it():
+    with pytest.raises(EarlyEnd), EndEarly():
+        signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), EndEarly():
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_what_was_ignored_stays_ignored():

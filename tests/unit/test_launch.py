@@ -16,6 +16,7 @@ def test_a_machine_starts_its_share():
     )
     assert agent_arguments(config, 8) == [
         "--nproc-per-node=4", "--nnodes=2", "--node-rank=1", "--master-addr=10.0.0.1", "--master-port=1234",
+        "--rdzv-conf=timeout=10800",
         "-m", "cifar_dist",
     ]  # fmt: skip
 
@@ -27,8 +28,8 @@ def test_an_outer_launchers_words_do_not_leak():
         "ACCELERATE_X": "1",
         "OMP_NUM_THREADS": "1",
     }
-    child = child_environment({**outer, "HOME": "/h"}, CONFIG)
-    assert not [name for name in child if name.startswith("ACCELERATE_")]
+    child = child_environment({**outer, "HOME": "/h", "PET_NNODES": "2", "TORCHELASTIC_RUN_ID": "x"}, CONFIG)
+    assert not [name for name in child if name.startswith(("ACCELERATE_", "PET_", "TORCHELASTIC_"))]
     assert (child["HOME"], child["OMP_NUM_THREADS"]) == ("/h", "1")
     assert NUM_THREADS not in child
 

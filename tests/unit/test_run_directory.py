@@ -44,7 +44,7 @@ def test_records_are_appended_read_and_cut_back(run):
     for epoch in (1, 2, 3):
         run.append_record(record(epoch))
     assert [each.epoch for each in run.read_records()] == [1, 2, 3]
-    assert [each.epoch for each in run.cut_records(step=20)] == [1, 2]
+    assert [each.epoch for each in run.cut_records(epochs=2)] == [1, 2]
     run.append_record(record(3, train_loss=0.25))
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert [(line["epoch"], line["train_loss"]) for line in lines] == [(1, 1.0), (2, 1.0), (3, 0.25)]
@@ -55,7 +55,7 @@ def test_a_line_that_was_cut_off_is_left_out(run):
     with run.metrics.open("a") as file:
         file.write('{"epoch": 2, "st')
     assert [each.epoch for each in run.read_records()] == [1]
-    run.cut_records(step=99)
+    run.cut_records(epochs=99)
     assert run.metrics.read_text() == record(1).to_json() + "\n"
 
 

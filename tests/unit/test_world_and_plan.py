@@ -17,6 +17,7 @@ from cifar_dist.config.world import (
     started_line,
     wants_cpu,
     wished_precision,
+    world_to_come,
 )
 from tests.conftest import ROOT, make_recipe
 
@@ -50,6 +51,7 @@ SLURM = {"SLURM_STEP_ID": "2", "SLURM_JOB_ID": "71", "SLURM_STEP_NODELIST": "gpu
         ),
         ({**SLURM, "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, World()),  # one task may start processes itself
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "3"}, World()),  # a salloc shell is no task
+        ({**SLURM, "SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}, World()),  # nor is this one
     ],
 )  # fmt: skip
 def test_the_world_is_read_from_the_environment(environ, world):
@@ -68,7 +70,14 @@ def test_the_first_host_of_a_slurm_step(nodelist, host):
 
 
 @pytest.mark.parametrize(
-    "environ", [{"WORLD_SIZE": "two"}, {"WORLD_SIZE": "2", "RANK": "2"}, {"WORLD_SIZE": "2", "RANK": "-1"}]
+    "environ",
+    [
+        {"WORLD_SIZE": "two"},
+        {"WORLD_SIZE": "2", "RANK": "2", "LOCAL_WORLD_SIZE": "2"},
+        {"WORLD_SIZE": "2", "RANK": "-1"},
+        {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"},  # ranks would not agree on how many share a machine
+        {"OMPI_COMM_WORLD_SIZE": "2"},  # two worlds of one
+    ],
 )
 def test_a_broken_world_is_refused(environ):
     with pytest.raises(UserError, match=r"RANK|WORLD_SIZE"):
@@ -102,10 +111,17 @@ def test_one_line_says_which_number_of_processes_counts():
 
 def test_what_would_be_started_in_words():
     nodes = AccelerateConfig(path="n.yaml", num_processes=8, num_machines=2)
-    assert started_line(ALONE, nodes, 8) == "4 processes on each of 2 machines, by torch.distributed.run"
+    assert started_line(ALONE, nodes, None) == "4 processes on each of 2 machines, by torch.distributed.run"
     assert started_line(ALONE, AccelerateConfig(), 2) == "2 processes here, by torch.distributed.run"
-    assert started_line(ALONE, AccelerateConfig(), 1) == "nothing: this process trains"
-    assert started_line(OUTER, nodes, 1) == "nothing: this is rank 0 of 2 processes, started by torchrun"
+    assert started_line(ALONE, AccelerateConfig(), None) == "nothing: this process trains"
+    assert started_line(OUTER, nodes, None) == "nothing: this is rank 0 of 2 processes, started by torchrun"
+
+
+def test_the_world_to_come():
+    nodes = AccelerateConfig(path="n.yaml", num_processes=8, num_machines=2)
+    assert world_to_come(ALONE, nodes, None) == World(size=8, local_size=4, launcher="torchrun")
+    assert world_to_come(ALONE, AccelerateConfig(), None) == ALONE
+    assert world_to_come(OUTER, nodes, None) == OUTER
 
 
 @pytest.mark.parametrize(
@@ -147,6 +163,8 @@ def test_each_config_is_a_genuine_accelerate_config(path):
         ("use_cpuu: true", "unknown key 'use_cpuu', did you mean 'use_cpu'?"),
         ("distributed_type: MPS", "write distributed_type: 'NO' for a Mac"),
         ("mixed_precision: no", "quote it"),
+        ("distributed_type: NO", "quote it"),
+        ("distributed_type: FSDP", "must be 'NO', 'MULTI_GPU' or 'MULTI_CPU', not 'FSDP'"),
         ("mixed_precision: fp8", "must be 'no', 'fp16' or 'bf16'"),
         ("num_processes: -1", "num_processes must be a whole number, 1 or more"),
         ("use_cpu: 1", "use_cpu must be true or false"),

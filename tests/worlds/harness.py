@@ -16,7 +16,8 @@ import torch
 from torch.distributed import TCPStore
 
 from cifar_dist.config.world import AccelerateConfig, World
-from cifar_dist.runtime.distributed import SHARE_GPU, Runtime, connect, start
+from cifar_dist.runtime.device import SHARE_GPU
+from cifar_dist.runtime.distributed import Runtime, connect, start
 
 TIMEOUT_S = 240
 _CONTEXT = multiprocessing.get_context("forkserver")

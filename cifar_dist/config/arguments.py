@@ -1,0 +1,172 @@
+"""The command line: words -> one command with typed options."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from cifar_dist import __version__
+from cifar_dist.config.errors import UserError
+from cifar_dist.config.loading import parse_assignments, recipe_names
+from cifar_dist.config.options import BenchOptions, DoctorOptions, EvalOptions, TrainOptions
+from cifar_dist.config.parsing import nearest
+
+Options = TrainOptions | EvalOptions | BenchOptions | DoctorOptions
+_PRECISIONS = ("auto", "no", "fp16", "bf16")
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose refusals are UserErrors: one line, like every other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def parse_arguments(argv: list[str]) -> tuple[str, Options]:
+    """Give the command (`train` where none is typed) and its options. Raises UserError."""
+    top = _top_parser()
+    if argv[:1] in (["-h"], ["--help"], ["--version"]):
+        top.parse_args(argv[:1])
+    table: dict[str, tuple[Callable[[], _Parser], Callable[[dict[str, Any]], Options]]] = {
+        "train": (_train_parser, _train_options),
+        "eval": (_eval_parser, lambda typed: EvalOptions(**typed)),
+        "bench": (_bench_parser, _bench_options),
+        "doctor": (_doctor_parser, lambda typed: DoctorOptions(**typed)),
+    }
+    named = bool(argv) and not argv[0].startswith("-")
+    command = argv[0] if named else "train"
+    if command not in table:
+        raise UserError(f"unknown command '{command}'{nearest(command, table)} (commands: {', '.join(table)})")
+    make_parser, make_options = table[command]
+    parser = make_parser()
+    namespace, unknown = parser.parse_known_args(argv[named:])
+    if unknown:
+        name = unknown[0].split("=")[0]
+        raise UserError(f"unknown argument '{name}'{nearest(name, parser._option_string_actions)}")
+    typed = vars(namespace)
+    if "assignments" in typed:
+        typed["assignments"] = parse_assignments(typed["assignments"])
+    return command, make_options(typed)
+
+
+def _top_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="launch.py",
+        usage="launch.py [train|eval|bench|doctor] [options]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Train one ResNet-18 recipe for CIFAR on the device that is there.",
+        epilog="""commands (each has its own --help):
+  train    train a recipe; what runs when no command is named
+  eval     evaluate a checkpoint, or a bare state dict
+  bench    measure the training loop against the bare training step
+  doctor   what this machine offers, and what would run here
+
+first steps:
+  launch.py --dataset shapes --recipe original --epochs 3    a first try: no files, no network
+  launch.py --recipe original --epochs 20                    CIFAR-10, downloaded when missing
+  launch.py eval --ckpt runs/original-cifar10-seed0          the test accuracy of that run
+""",
+    )
+    parser.add_argument("--version", action="version", version=f"cifar-dist {__version__}")
+    return parser
+
+
+def _command_parser(command: str, description: str) -> _Parser:
+    parser = _Parser(prog=f"launch.py {command}", description=description, allow_abbrev=False)
+    parser.add_argument("--config", metavar="YAML", help="an Accelerate config: device, processes, mixed precision")
+    parser.add_argument("--precision", choices=_PRECISIONS, help="default: what the device does best (auto)")
+    return parser
+
+
+def _add_recipe(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
+    names = ", ".join(recipe_names())
+    parser.add_argument("--recipe", default=default, metavar="NAME|FILE", help=f"{names} (default standard), or YAML")
+
+
+def _add_set(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set",
+        dest="assignments",
+        metavar="KEY=VALUE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="set fields of the recipe, e.g. optimizer.learning_rate=0.1; wins over flags and files",
+    )
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dataset",
+        metavar="NAME|DIR",
+        help="cifar10 (default), cifar100, shapes (needs no files), or a folder of images",
+    )
+    _add_data_dir(parser)
+
+
+def _add_data_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="holds the CIFAR files (default: data)")
+
+
+def _train_parser() -> _Parser:
+    parser = _command_parser("train", "Train a recipe, then evaluate it once on the test images.")
+    _add_recipe(parser)
+    _add_data(parser)
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/<recipe>-<dataset>-seed<seed>")
+    parser.add_argument("--resume", nargs="?", const="", metavar="DIR", help="go on with the run in DIR (or --run-dir)")
+    _add_set(parser)
+    parser.add_argument("--num-processes", type=int, metavar="N", help="start N processes (default: as --config)")
+    parser.add_argument("--epochs", type=int, metavar="N", help="the recipe's, unless typed")
+    parser.add_argument("--seed", type=int, metavar="N", help="the recipe's, unless typed")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan; start nothing and write nothing")
+    parser.add_argument("--quiet", action="store_true", help="no progress, only the result")
+    return parser
+
+
+def _train_options(typed: dict[str, Any]) -> TrainOptions:
+    if typed["num_processes"] is not None and typed["num_processes"] < 1:
+        raise UserError(f"--num-processes must be 1 or more, not {typed['num_processes']}")
+    resume, run_dir = typed.pop("resume"), typed["run_dir"]
+    resume_dir = Path(resume) if resume else None
+    if resume_dir and run_dir and resume_dir != run_dir:
+        raise UserError(f"--resume {resume_dir} and --run-dir {run_dir} name two runs: type one of them")
+    return TrainOptions(**typed, resume=resume is not None, resume_dir=resume_dir)
+
+
+def _eval_parser() -> _Parser:
+    parser = _command_parser("eval", "Evaluate a checkpoint or a bare state dict; each image is counted once.")
+    parser.add_argument(
+        "--ckpt", dest="checkpoint", type=Path, required=True, metavar="FILE|RUN_DIR", help="what to evaluate"
+    )
+    _add_data(parser)
+    parser.add_argument("--split", choices=("test", "validation"), default="test", help="default: test")
+    parser.add_argument(
+        "--recipe", metavar="NAME|FILE", help="for bare weights: whose stem and normalisation they have"
+    )
+    parser.add_argument("--tta", choices=("none", "mirror"), default="none", help="average over the mirror image too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="draw confusion.png and predictions.png there")
+    return parser
+
+
+def _bench_parser() -> _Parser:
+    parser = _command_parser("bench", "Measure the training loop against the bare training step, in alternation.")
+    _add_recipe(parser, default="standard")
+    _add_set(parser)
+    parser.add_argument("--seconds", type=float, default=10.0, metavar="S", help="for each loop measured (default 10)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    return parser
+
+
+def _doctor_parser() -> _Parser:
+    parser = _command_parser("doctor", "Say what this machine offers, which data is here, and what would run.")
+    _add_recipe(parser)
+    _add_data_dir(parser)
+    parser.add_argument("--download", action="store_true", help="fetch CIFAR-10 and the ImageNet weights where missing")
+    return parser
+
+
+def _bench_options(typed: dict[str, Any]) -> BenchOptions:
+    if not 0 < typed["seconds"] < 86_400:
+        raise UserError(f"--seconds must be above 0 and below a day, not {typed['seconds']:g}")
+    return BenchOptions(**typed)
