@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command, on a machine with one (or more) and a checkout of this project:
 #
-#   benchmarks/gpu.sh [OUT]          # figures and logs go to OUT (default: runs/gpu)
+#   benchmarks/gpu.sh [OUT]          # figures and logs go to OUT (default: runs/gpu-<time>), which must be new
 #
 # Nothing is downloaded. CIFAR_DIST_TEST_DATA names the folder of the official CIFAR-10 files, where they are there.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=${1:-runs/gpu}
-mkdir -p "$out"
+out=${1:-runs/gpu-$(date +%Y%m%d-%H%M%S)}
+mkdir -p "$(dirname "$out")" && mkdir "$out" || exit 2
 export PYTHONPATH=$PWD
 failed=0
 

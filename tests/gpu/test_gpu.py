@@ -75,6 +75,7 @@ def test_reduced_precision_learns_and_is_what_it_says(precision):
 
 def ranks_on_one_gpu(runtime, *, assignments, precision):
     """Train on a shared GPU; give losses, statistics that must be equal, and the scaler's state."""
+    torch.backends.cudnn.allow_tf32 = False
     assert (runtime.device.type, distributed.get_backend(), runtime.precision) == ("cuda", "gloo", precision)
     records, trainer = train(runtime, *assignments, num_train=195)
     state = trainer.state.model.state_dict()
@@ -115,11 +116,12 @@ def share_one_gpu(*checks, precision):
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
-def test_two_ranks_on_one_gpu_train_as_one_does(precision):
+def test_two_ranks_on_one_gpu_train_as_one_does(monkeypatch, precision):
     settings = ("epochs=2", "stem=small")
     check = functools.partial(ranks_on_one_gpu, assignments=settings, precision=precision)
     ((first, second),) = share_one_gpu(check, precision=precision)
     assert first == second, "the ranks differ"
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     with connect(World(), GPU) as ranks:
         records, _ = train(start(ranks, GPU, typed_precision=precision), *settings, num_train=195)
     assert first[0] == pytest.approx(
@@ -132,10 +134,11 @@ def test_batch_norm_over_ranks_on_one_gpu():
     assert max(first, second) < 1e-4
 
 
-def test_ghost_groups_on_one_gpu():
+def test_ghost_groups_on_one_gpu(monkeypatch):
     settings = ("epochs=2", "stem=small", "batch_norm_group_size=16")
     check = functools.partial(ranks_on_one_gpu, assignments=settings, precision="no")
     ((first, second),) = share_one_gpu(check, precision="no")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     with connect(World(), GPU) as ranks:
         records, _ = train(start(ranks, GPU, typed_precision="no"), *settings, num_train=195)
     assert first == second
@@ -169,3 +172,15 @@ def test_more_processes_than_gpus_are_refused(tmp_path):
     assert ended.returncode == 2
     assert "start as many as there are GPUs" in ended.stderr
     assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_train_as_one_does_over_nccl(tmp_path):
+    quick = ("--dataset", "shapes", "--recipe", "original", "--set", "stem=small", "--epochs", "1", "--precision", "no")
+    losses = []
+    for count in (1, 2):
+        ended = launch(*quick, "--num-processes", str(count), "--run-dir", f"run{count}", cwd=tmp_path)
+        assert ended.returncode == 0, ended.stderr
+        record = json.loads((tmp_path / f"run{count}" / "metrics.jsonl").read_text())
+        losses.append(record["train_loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)

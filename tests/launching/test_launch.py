@@ -180,7 +180,7 @@ def test_a_signal_reaches_every_rank_and_the_run_goes_on_where_it_was(number, im
     assert code == 75, err
     line = err.strip().splitlines()[-1]
     assert line.startswith("interrupted in epoch ")
-    assert line.endswith("and saved; go on with: python launch.py --resume run")
+    assert line.endswith(f"and saved; go on with: python launch.py --config {MULTI_CPU} --resume run")
     assert not [one for one in started if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "interrupted"
@@ -211,6 +211,45 @@ def test_a_second_ctrl_c_ends_everything_at_once(images, tmp_path):
     ((code, _, _),) = finish(process, timeout=20)
     assert code == 130
     assert not [one for one in started if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_signal_before_training_ends_it_with_75(images, tmp_path):
+    process = begin(sys.executable, LAUNCH, "--num-processes", "2", *QUICK, str(images), *ONCE, cwd=tmp_path)
+    wait_for(lambda: len(family(process)) >= 1, process)
+    process.send_signal(signal.SIGTERM)  # torch's agent has hardly begun
+    ((code, _, _),) = finish(process, timeout=30)
+    assert code == 75
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_launcher_that_is_killed_leaves_nothing_behind(images, tmp_path):
+    process = begin(
+        sys.executable, LAUNCH, "--num-processes", "2", *QUICK, str(images), "--run-dir", "run", "--epochs", "100000",
+        cwd=tmp_path,
+    )  # fmt: skip
+    wait_for((tmp_path / "run" / "metrics.jsonl").exists, process)
+    started = family(process)
+    assert len(started) >= 3
+    process.kill()
+    _, alive = psutil.wait_procs(started, timeout=60)
+    for one in alive:
+        one.kill()
+    assert not alive
+
+
+def test_data_that_differs_between_ranks_is_refused(images, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    from cifar_dist.data.dataset import Dataset\n"
+        "    Dataset.fingerprint = lambda dataset: 'another'\n"
+    )
+    command = (sys.executable, LAUNCH, "--num-processes", "2", *QUICK, str(images), *ONCE, "--run-dir", "run")
+    ((code, _, err),) = finish(begin(*command, cwd=tmp_path, PYTHONPATH=str(tmp_path)))
+    assert code == 2
+    assert "is not the same on" in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_rank_0_that_fails_takes_the_others_with_it_and_says_why(images, tmp_path):

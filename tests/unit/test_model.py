@@ -1,6 +1,7 @@
 """The network is torchvision's; its weights go there and back."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -337,3 +338,19 @@ def test_imagenet_weights_come_from_torchvisions_cache(tmp_path, monkeypatch):
 
 def refuse(*_, **__):
     raise OSError("no network here")
+
+
+@pytest.mark.parametrize("name", ["sgd", "muon"])
+def test_a_first_step_that_the_fp16_scaler_skips_leaves_no_momentum(name):
+    """torch's fused SGD makes the momentum's buffer in that step, and does not fill it."""
+    model = build_resnet("small", 10, seed=0)
+    optimizer = build_optimizer(model, make_recipe(f"optimizer.name={name}").optimizer)
+    sgd = optimizer.sgd if name == "muon" else optimizer
+    buffers = [sgd.state[each]["momentum_buffer"] for group in sgd.param_groups for each in group["params"]]
+    assert len(buffers) == sum(len(group["params"]) for group in sgd.param_groups) > 0
+    assert all(buffer.abs().max() == 0 for buffer in buffers)
+    for each in model.parameters():
+        each.grad = torch.full_like(each, math.inf)
+    sgd.found_inf, sgd.grad_scale = torch.ones(()), torch.ones(())  # what the scaler tells a fused optimiser
+    sgd.step()
+    assert all(buffer.abs().max() == 0 for buffer in buffers)

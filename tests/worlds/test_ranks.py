@@ -1,6 +1,9 @@
 """What ranks say to each other, decide together, and count together."""
 
+import functools
 import math
+from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,9 +23,13 @@ from cifar_dist.model.batch_norm import (
     use_groups,
 )
 from cifar_dist.records import Observer
+from cifar_dist.runtime.distributed import _common_precision
+from cifar_dist.training.checkpoint import load_checkpoint
 from cifar_dist.training.engine import DivergedError, InterruptedRun
 from cifar_dist.training.evaluation import predict_logits
 from cifar_dist.training.metrics import summarize
+from cifar_dist.training.run_directory import RunDirectory, UnwrittenRun
+from cifar_dist.training.session import Session
 from cifar_dist.training.setup import build_trainer
 from tests.conftest import make_dataset, make_recipe
 from tests.worlds.harness import run_world
@@ -254,18 +261,62 @@ def one_interruption(runtime):
     return ending(trainer)
 
 
+def interrupted(runtime, *, folder):
+    """A run with ghost groups that is interrupted in the middle of an epoch, beside one that is not."""
+    dataset, ends = make_dataset(num_train=72, num_test=10), []
+    for name, stop in (("whole", None), ("parts", 6)):
+        directory = (RunDirectory if runtime.is_main else UnwrittenRun)(folder / name)
+        for start_again in (False, True) if stop else (False,):
+            trainer = trainer_of(runtime, "batch_norm_group_size=4", "ema_decay=0.9", "selection=last")
+            object.__setattr__(trainer.plan, "report_every_steps", 2)
+            session = Session(directory, trainer, dataset, {"dataset": {"fingerprint": "x"}})
+            if start_again:
+                session.restore(load_checkpoint(directory.last))
+            elif stop:
+                step = trainer._optimizer_step
+
+                def signalled(epoch, *, trainer=trainer, step=step, stop=stop):
+                    step(epoch)
+                    if trainer.state.step == stop:
+                        trainer.interrupt.requested = "SIGTERM"
+
+                trainer._optimizer_step = signalled
+            session.begin({})
+            with suppress(InterruptedRun):
+                session.train()
+            assert trainer.state.step == (6 if stop and not start_again else 16)
+            runtime.ranks.exchange([])  # the others read what rank 0 has written
+        state = trainer.state
+        weights = {**state.model.state_dict(), **{f"ema.{k}": v for k, v in state.ema.model.state_dict().items()}}
+        ends.append({name: value.clone() for name, value in weights.items()})
+    losses = [
+        [record.train_loss for record in RunDirectory(folder / name).read_records()] for name in ("whole", "parts")
+    ]
+    return [name for name in ends[0] if not torch.equal(ends[0][name], ends[1][name])], losses
+
+
+def precisions(runtime):
+    """What ranks make of machines that would choose different precisions, and of equal ones."""
+    outlook = runtime.outlook
+    first = _common_precision(replace(outlook, precision="bf16" if runtime.is_main else "fp16"), runtime.ranks)
+    second = _common_precision(replace(outlook, precision="bf16"), runtime.ranks)
+    return first.precision, first.notes, second.precision, second.notes
+
+
 CHECKS = (
     conversation, evaluations, batch_norm, metrics_that_disagree, one_vote, one_divergence, one_interruption,
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=[2, 3])
-def world(request):
+def world(request, tmp_path_factory):
     """What each check gave in a world of so many ranks."""
+    stopped = functools.partial(interrupted, folder=tmp_path_factory.mktemp("runs"))
     # Three ranks have no whole groups of four; 16 images do not divide by three.
-    checks = (*CHECKS, ghost_batch_norm) if request.param == 2 else CHECKS[:3]
+    checks = [*CHECKS, ghost_batch_norm, precisions, stopped] if request.param == 2 else CHECKS[:3]
     results = run_world(request.param, *checks)
-    return request.param, {check.__name__: result for check, result in zip(checks, results, strict=True)}
+    names = [getattr(check, "func", check).__name__ for check in checks]
+    return request.param, dict(zip(names, results, strict=True))
 
 
 def test_ranks_hear_each_other(world):
@@ -332,3 +383,15 @@ def test_divergence_and_interruption_are_agreed(world):
     assert (how, epoch, stopped) == (message, 0, False)
     assert set(others) == {(how, epoch, step, stopped)}
     assert set(results["one_interruption"]) == {("InterruptedRun: ", 1, 8, False)}
+
+
+def test_an_interrupted_run_with_ghost_groups_ends_with_the_same_bits(world):
+    for different, (whole, parts) in only_two(world)["interrupted"]:
+        assert different == []
+        assert whole == parts
+        assert len(whole) == 4
+
+
+def test_ranks_have_one_precision(world):
+    note = ("the processes could not all serve one precision (bf16, fp16): using no",)
+    assert only_two(world)["precisions"] == [("no", note, "bf16", ())] * 2
