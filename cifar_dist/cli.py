@@ -36,23 +36,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         world = World.from_environment(os.environ)
         with EndEarly():
-            return _leave(_run(list(sys.argv[1:] if argv is None else argv), world), world)
+            code = _run(list(sys.argv[1:] if argv is None else argv), world)
     except UserError as error:
         # One line: a mistake that all have made, or were told of, is said by rank 0; another by the first of a machine.
         if world.rank == 0 or (world.local_rank == 0 and not isinstance(error, SharedError)):
             print(f"error: {error}", file=sys.stderr)
-        return _leave(EXIT_USER_ERROR, world)
+        code = EXIT_USER_ERROR
     except (KeyboardInterrupt, EarlyEnd) as end:
         if world.rank == 0:
             print("interrupted, with nothing left to save", file=sys.stderr)
-        code = _leave(EXIT_INTERRUPTED if isinstance(end, EarlyEnd) else EXIT_KEYBOARD_INTERRUPT, world)
-        if world.size > 1:
-            _exit_now(code)
-        return code
+        code = EXIT_INTERRUPTED if isinstance(end, EarlyEnd) else EXIT_KEYBOARD_INTERRUPT
     except Exception as error:  # what nobody foresaw: its traceback, from the process that it happened to
         if world.size == 1:
             raise
         _abandon(error, world)
+    left = _leave(code, world)
+    if world.size > 1 and code in (EXIT_INTERRUPTED, EXIT_KEYBOARD_INTERRUPT):
+        _exit_now(left)
+    return left
 
 
 def _run(argv: list[str], world: World) -> int:

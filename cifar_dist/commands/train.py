@@ -3,7 +3,7 @@
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,8 @@ def run(options: TrainOptions, world: World, config: AccelerateConfig) -> int:
             return EXIT_DONE
         request, stored = job.run.request, job.run.stored
         dataset = ranks.in_turn(lambda: _load(console, request))
-        fingerprint = ranks.from_main(dataset.fingerprint)
+        fingerprint = dataset.fingerprint()
+        expected = ranks.from_main(lambda: fingerprint)
         same_world = stored.get("world_size") == world.size
         runtime = start(
             ranks,
@@ -70,7 +71,7 @@ def run(options: TrainOptions, world: World, config: AccelerateConfig) -> int:
             num_threads=stored.get("num_threads") if same_world else None,
         )
         with ranks.together():
-            if dataset.fingerprint() != fingerprint:
+            if fingerprint != expected:
                 raise UserError(f"{request.dataset} is not the same on {platform.node()} as on the machine of rank 0")
             recipe = _fit(request, dataset.sizes)
             plan = make_plan(recipe, world_size=world.size, sizes=dataset.sizes, device_type=runtime.device.type)
@@ -81,7 +82,7 @@ def run(options: TrainOptions, world: World, config: AccelerateConfig) -> int:
             print_header(console, lines | _data_lines(dataset, recipe))
         display = training_display(console, plan, request.recipe_name, quiet=options.quiet or not ranks.is_main)
         trainer = build_trainer(recipe, plan, dataset, runtime, display, pretrained=job.pretrained)
-        about = _describe(request, recipe, dataset, runtime)
+        about = _describe(request, recipe, dataset.class_names, fingerprint, runtime)
         directory = RunDirectory(job.directory) if ranks.is_main else UnwrittenRun(job.directory)
         session = Session(directory, trainer, dataset, about)
         with ranks.together():
@@ -200,13 +201,15 @@ def _data_lines(dataset: Dataset, recipe: Recipe) -> dict[str, str]:
     return {"files": dataset.origin, "normalization": f"mean {list(mean)}, std {list(std)}"}
 
 
-def _describe(request: TrainRequest, recipe: Recipe, dataset: Dataset, runtime: Runtime) -> dict[str, Any]:
+def _describe(
+    request: TrainRequest, recipe: Recipe, class_names: Sequence[str], fingerprint: str, runtime: Runtime
+) -> dict[str, Any]:
     """Give what config.yaml and every checkpoint say of their run."""
     return {
         "recipe_name": request.recipe_name,
         "recipe": recipe_to_mapping(recipe),
-        "dataset": {"name": request.dataset, "data_dir": str(request.data_dir), "fingerprint": dataset.fingerprint()},
-        "class_names": list(dataset.class_names),
+        "dataset": {"name": request.dataset, "data_dir": str(request.data_dir), "fingerprint": fingerprint},
+        "class_names": list(class_names),
         "world_size": runtime.world.size,
         "device": runtime.device.type,
         "precision": runtime.precision,
@@ -226,6 +229,7 @@ def _train_and_test(console: Console, display: Display, session: Session, how_to
         text, code = f"interrupted in {place}, and saved; go on with: {how_to_go_on}", EXIT_INTERRUPTED
     except KeyboardInterrupt:
         text, code = f"interrupted; go on with: {how_to_go_on}", EXIT_KEYBOARD_INTERRUPT
+        session.runtime.ranks.abandoned = True
     else:
         text, code = "", EXIT_DONE
     if code != EXIT_DONE:

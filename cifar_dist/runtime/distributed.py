@@ -139,13 +139,15 @@ def connect(world: World, config: AccelerateConfig) -> Iterator[Ranks]:
                 f"Accelerate sees {state.num_processes} process where {world.size} were started:"
                 " each would train alone; name the device in --config"
             )
+        ranks = Ranks(world)
         try:
-            yield Ranks(world)
+            yield ranks
         except SharedError:
             state.destroy_process_group()
             raise
         # After any other exception the others may be gone, and a clean end would wait for them.
-        state.destroy_process_group()
+        if not ranks.abandoned:
+            state.destroy_process_group()
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         os.environ.clear()

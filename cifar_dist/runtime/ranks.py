@@ -24,6 +24,8 @@ class Ranks:
     def __init__(self, world: World) -> None:
         """Take part in the conversation of the process group that has been started, where there are several."""
         self.world = world
+        self.abandoned = False
+        """Whether this process leaves in the middle of something, so that the others are not to be waited for."""
         self._group: Any = distributed.new_group(backend="gloo", timeout=_TIMEOUT) if world.size > 1 else None
 
     @property

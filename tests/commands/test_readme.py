@@ -23,6 +23,10 @@ COMMANDS = [
 ADDED = {
     "python launch.py --recipe original --epochs 20": ["--dry-run"],
     "python launch.py --num-processes 2": ["--dry-run"],
+    "accelerate launch launch.py --config accelerate_configs/mps.yaml --dataset shapes --epochs 1": [
+        "--set",
+        "stem=imagenet",
+    ],
     "accelerate launch launch.py --config accelerate_configs/multi_gpu.yaml": ["--dry-run"],
     "accelerate launch --config_file accelerate_configs/multi_gpu.yaml launch.py": ["--dry-run"],
     "torchrun --standalone --nproc-per-node 2 launch.py": ["--dry-run"],

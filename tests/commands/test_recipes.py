@@ -1,7 +1,7 @@
 """Every recipe of the package trains an epoch as a user would start it.
 
-`standard` is left to the README's commands, which run it as it stands; the long recipes with its 3x3 stem get
-the stock one, for time. `finetune` without weights is among the bad input.
+`standard` is left to the README's commands; recipes with a 3x3 stem get the stock one, for time. `finetune` without
+weights is among the bad input.
 """
 
 import json
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.command
 @pytest.mark.parametrize("recipe", sorted(set(recipe_names()) - {"standard", "finetune"}))
 def test_a_recipe_runs(recipe, tmp_path):
     command = [sys.executable, str(ROOT / "launch.py"), "--recipe", recipe, "--dataset", "shapes", "--epochs", "1"]
-    command += ["--set", "stem=imagenet"] if recipe in ("strong", "long") else []
+    command += ["--set", "stem=imagenet"] if recipe in ("quick", "strong", "long") else []
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     summary = json.loads((tmp_path / "runs" / f"{recipe}-shapes-seed0" / "summary.json").read_text())

@@ -11,6 +11,7 @@ import yaml
 from torchvision.models import resnet18
 
 from cifar_dist.cli import main
+from cifar_dist.commands import train as train_command
 from cifar_dist.training.checkpoint import load_checkpoint
 from cifar_dist.training.engine import Trainer
 from cifar_dist.training.run_directory import CheckpointWriter, RunDirectory
@@ -144,6 +145,30 @@ def test_an_interrupted_run_ends_with_the_same_bits(capsys, monkeypatch, steps):
     monkeypatch.setattr(Trainer, "_optimizer_step", original)
     assert main(["--resume", "parts"]) == 0
     assert_same_run("whole", "parts")
+
+
+def test_the_gradient_scalers_state_is_saved_and_restored(monkeypatch):
+    """There is none on a CPU, so the runtime is made to have one, as it has with fp16."""
+    scalers = []
+
+    def with_scaler(*arguments, **named):
+        runtime = original(*arguments, **named)
+        runtime.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=1000)
+        scalers.append(runtime.accelerator.scaler)
+        return runtime
+
+    original = train_command.start
+    monkeypatch.setattr(train_command, "start", with_scaler)
+    train("--epochs", "1", "--run-dir", "x")
+    saved = load_checkpoint(Path("x/checkpoints/last.pt"))["scaler"]
+    assert saved == scalers[0].state_dict()
+    assert saved["scale"] == 2.0
+    saved["scale"] = 512.0
+    content = load_checkpoint(Path("x/checkpoints/last.pt")) | {"scaler": saved}
+    torch.save(content, "x/checkpoints/last.pt")
+    assert main(["--resume", "x", "--epochs", "2"]) == 0
+    assert scalers[1].state_dict()["scale"] == 512.0
+    assert load_checkpoint(Path("x/checkpoints/last.pt"))["scaler"]["scale"] == 512.0
 
 
 def vars_of(record) -> dict:
