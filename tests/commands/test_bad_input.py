@@ -156,7 +156,7 @@ def test_any_content_of_a_checkpoint(document):
 
 RECIPES = ", ".join(recipe_names())
 CASES = {
-    "trian": "unknown command 'trian', did you mean 'train'? (commands: train, eval, bench)",
+    "trian": "unknown command 'trian', did you mean 'train'? (commands: train, eval, bench, doctor)",
     "--epoch 3": "unknown argument '--epoch', did you mean '--epochs'?",
     "--epochs ten": "argument --epochs: invalid int value: 'ten' (see launch.py train --help)",
     "--epochs 0": "epochs must be 1 or more, not 0",
@@ -173,8 +173,8 @@ CASES = {
     "--set validation_size=60000": "validation_size=60000 leaves no images to train on: the training set has 50000,"
     " set it to at most 49998",
     "--set freeze_epochs=2": "freeze_epochs must be 0 without pretrained, not 2",
-    "--set gradient_accumulation_steps=3": "global_batch_size=500 does not divide by 1 processes x 3 accumulation:"
-    " set it to 498 or 501",
+    "--set gradient_accumulation_steps=3": "global_batch_size=512 does not divide by 1 processes x 3 accumulation:"
+    " set it to 510 or 513",
     "--config nowhere.yaml": "cannot read Accelerate config nowhere.yaml: No such file or directory",
     "--resume": "--resume needs to know the run: type --resume DIR, or --run-dir DIR --resume",
     "--resume nowhere": "there is no run in nowhere to resume",

@@ -234,6 +234,7 @@ def test_a_launcher_that_is_killed_leaves_nothing_behind(images, tmp_path):
     _, alive = psutil.wait_procs(started, timeout=60)
     for one in alive:
         one.kill()
+    finish(process)
     assert not alive
 
 
