@@ -3,6 +3,7 @@
 import os
 import platform
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,14 @@ from cifar_dist.config.parsing import to_mapping
 from cifar_dist.config.plan import DatasetSizes, RunPlan, fit_to_dataset, make_plan
 from cifar_dist.config.provenance import git_commit, package_versions
 from cifar_dist.config.recipe import Recipe
-from cifar_dist.config.request import RunRequest, TrainRequest, check_plan, resolve_run
+from cifar_dist.config.request import (
+    RunRequest,
+    TrainRequest,
+    check_plan,
+    first_good,
+    resolve_run,
+    seconds_allowed,
+)
 from cifar_dist.config.world import AccelerateConfig, World, other_count_note, started_line, world_to_come
 from cifar_dist.data.dataset import Dataset
 from cifar_dist.data.datasets import known_sizes, load_dataset
@@ -28,10 +36,11 @@ from cifar_dist.model.schedule import learning_rate_line
 from cifar_dist.records import Summary
 from cifar_dist.runtime.device import Outlook, check_world, look_ahead
 from cifar_dist.runtime.distributed import Runtime, connect, start
+from cifar_dist.runtime.interrupt import Interrupt
 from cifar_dist.training.checkpoint import load_checkpoint, understanding
 from cifar_dist.training.engine import DivergedError, InterruptedRun
 from cifar_dist.training.evaluation import Predictions
-from cifar_dist.training.run_directory import RunDirectory, UnwrittenRun
+from cifar_dist.training.run_directory import Rhythm, RunDirectory, UnwrittenRun
 from cifar_dist.training.session import Session
 from cifar_dist.training.setup import build_trainer, pretrained_weights
 
@@ -45,6 +54,8 @@ class _Job:
     checkpoint: Mapping[str, Any]
     """Empty where there is none yet."""
     pretrained: dict[str, Tensor] | None
+    damage: str | None
+    """What is wrong with the last checkpoint, where an older one is used."""
     nothing_left: str | None
     """Why there is nothing to do, where that is so."""
 
@@ -54,6 +65,7 @@ def run(options: TrainOptions, world: World, config: AccelerateConfig) -> int:
     console = Console(quiet=world.rank > 0)
     if options.dry_run:
         return _show_plan(console, options, world, config)
+    interrupt = Interrupt(seconds=seconds_allowed(options.max_minutes, os.environ, time.time()))
     with connect(world, config) as ranks:
         job = ranks.from_main(lambda: _resolve(options, world))
         if job.nothing_left is not None:
@@ -78,21 +90,32 @@ def run(options: TrainOptions, world: World, config: AccelerateConfig) -> int:
         if not options.quiet:
             step, note = job.checkpoint.get("step"), other_count_note(world, config, options.num_processes)
             where = f"{job.directory}" + (f", going on after step {step:,}" if step else "")
-            lines = _header(where, request, runtime.outlook, plan, recipe, note)
+            lines = _header(where, request, runtime.outlook, plan, recipe, note, job.damage)
             print_header(console, lines | _data_lines(dataset, recipe))
         display = training_display(console, plan, request.recipe_name, quiet=options.quiet or not ranks.is_main)
-        trainer = build_trainer(recipe, plan, dataset, runtime, display, pretrained=job.pretrained)
+        trainer = build_trainer(recipe, plan, dataset, runtime, display, interrupt=interrupt, pretrained=job.pretrained)
         about = _describe(request, recipe, dataset.class_names, fingerprint, runtime)
         directory = RunDirectory(job.directory) if ranks.is_main else UnwrittenRun(job.directory)
-        session = Session(directory, trainer, dataset, about)
+        session = Session(directory, trainer, dataset, about, _rhythm(options))
         with ranks.together():
             if job.checkpoint:
                 with understanding(directory.last):
                     session.restore(job.checkpoint)
+            if job.damage is not None and directory.last.exists():
+                directory.set_aside(directory.last)
             session.begin(
                 {**about, "plan": to_mapping(plan), "versions": package_versions(), "git_commit": git_commit()}
             )
         return _train_and_test(console, display, session, _how_to_go_on(options, job.directory))
+
+
+def _rhythm(options: TrainOptions) -> Rhythm:
+    minutes = options.checkpoint_every_minutes
+    return Rhythm(
+        every_seconds=60.0 if minutes is None else 60 * minutes,
+        within_epochs=minutes is not None,
+        every_steps=options.checkpoint_every_steps,
+    )
 
 
 def _how_to_go_on(options: TrainOptions, directory: Path) -> str:
@@ -107,11 +130,13 @@ def _resolve(options: TrainOptions, world: World) -> _Job:
     run = resolve_run(options)
     check_plan(run.request, world_size=world.size)
     existing = run.existing
-    checkpoint = load_checkpoint(existing.last) if existing is not None and existing.last.exists() else {}
+    loaded, damage = (None, None) if existing is None else first_good(existing, load_checkpoint)
+    checkpoint = loaded or {}
     return _Job(
         run=run,
         directory=_new_directory(options, run.request) if existing is None else existing.path,
         checkpoint=checkpoint,
+        damage=damage,
         pretrained=None if checkpoint else pretrained_weights(run.request.recipe),
         nothing_left=None if existing is None else _nothing_left(RunDirectory(existing.path), run.request),
     )
@@ -227,6 +252,10 @@ def _train_and_test(console: Console, display: Display, session: Session, how_to
     except InterruptedRun:
         place = f"epoch {session.state.epoch + 1}, step {session.state.step}"
         text, code = f"interrupted in {place}, and saved; go on with: {how_to_go_on}", EXIT_INTERRUPTED
+    except OSError as error:  # a full or vanished disk
+        what = f"cannot write {error.filename or session.directory.path}: {error.strerror or error}"
+        text, code = f"{what}; the last good checkpoint stays; go on with: {how_to_go_on}", EXIT_FAILED
+        session.runtime.ranks.abandoned = True
     except KeyboardInterrupt:
         text, code = f"interrupted; go on with: {how_to_go_on}", EXIT_KEYBOARD_INTERRUPT
         session.runtime.ranks.abandoned = True

@@ -119,6 +119,9 @@ def _train_parser() -> _Parser:
     parser.add_argument("--epochs", type=int, metavar="N", help="the recipe's, unless typed")
     parser.add_argument("--seed", type=int, metavar="N", help="the recipe's, unless typed")
     parser.add_argument("--dry-run", action="store_true", help="print the plan; start nothing and write nothing")
+    parser.add_argument("--checkpoint-every-steps", type=int, metavar="N", help="save also within an epoch")
+    parser.add_argument("--checkpoint-every-minutes", type=float, metavar="M", help="default: 1, at the ends of epochs")
+    parser.add_argument("--max-minutes", type=float, metavar="M", help="stop and save after so long (exit code 75)")
     parser.add_argument("--quiet", action="store_true", help="no progress, only the result")
     return parser
 
@@ -126,6 +129,9 @@ def _train_parser() -> _Parser:
 def _train_options(typed: dict[str, Any]) -> TrainOptions:
     if typed["num_processes"] is not None and typed["num_processes"] < 1:
         raise UserError(f"--num-processes must be 1 or more, not {typed['num_processes']}")
+    for name in ("checkpoint_every_steps", "checkpoint_every_minutes", "max_minutes"):
+        if typed[name] is not None and not 0 < typed[name] < 1e6:
+            raise UserError(f"--{name.replace('_', '-')} must be above 0 and below a million, not {typed[name]}")
     resume, run_dir = typed.pop("resume"), typed["run_dir"]
     resume_dir = Path(resume) if resume else None
     if resume_dir and run_dir and resume_dir != run_dir:

@@ -26,6 +26,10 @@ class TrainOptions:
     precision: str | None = None
     dry_run: bool = False
     quiet: bool = False
+    checkpoint_every_steps: int | None = None
+    checkpoint_every_minutes: float | None = None
+    max_minutes: float | None = None
+    """After which this start of the run is interrupted and saved."""
 
     @property
     def recipe_flags(self) -> dict[str, Any]:

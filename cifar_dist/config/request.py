@@ -1,9 +1,9 @@
 """What a training run was asked to be: what was typed, over what the run being resumed was, over the defaults."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.loading import read_recipe, recipe_label, recipe_to_mapping, resolve_recipe
@@ -12,6 +12,8 @@ from cifar_dist.config.parsing import flatten, nearest
 from cifar_dist.config.plan import KNOWN_SIZES, fit_to_dataset, make_plan
 from cifar_dist.config.recipe import Recipe
 from cifar_dist.config.run_files import RunFiles, find_run, verify_checksums
+
+T = TypeVar("T")
 
 DEFAULT_RECIPE, DEFAULT_DATASET, DEFAULT_DATA_DIR = "standard", "cifar10", Path("data")
 
@@ -64,11 +66,50 @@ def check_before_launch(options: TrainOptions, *, world_size: int, machine_rank:
     if machine_rank > 0:
         options = replace(options, resume=False, resume_dir=None, run_dir=None)
     run = resolve_run(options)
-    if run.existing is not None and run.existing.last.exists():
-        with run.existing.last.open("rb") as file:
-            verify_checksums(run.existing.last, file)
+    if run.existing is not None:
+        first_good(run.existing, verify)
     check_plan(run.request, world_size=world_size)
     return run.request
+
+
+def verify(path: Path) -> None:
+    """Verify a checkpoint's checksums. Raises UserError."""
+    try:
+        with path.open("rb") as file:
+            verify_checksums(path, file)
+    except OSError as error:
+        raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from None
+
+
+def first_good(run: RunFiles, load: Callable[[Path], T]) -> tuple[T | None, str | None]:
+    """Load a run's last checkpoint, or where that is damaged the previous one, and what to say of that.
+
+    None where there is none yet. Raises UserError where none is good.
+    """
+    if not run.last.exists():
+        if not run.previous.exists():
+            return None, None
+        return load(run.previous), f"{run.last} is missing: going on from {run.previous.name}"
+    try:
+        return load(run.last), None
+    except UserError as error:
+        if not run.previous.exists():
+            raise
+        try:
+            return load(run.previous), f"{error}: going on from {run.previous.name}"
+        except UserError as second:
+            raise UserError(f"{error}; and {second}") from None
+
+
+def seconds_allowed(max_minutes: float | None, environ: Mapping[str, str], now: float) -> float | None:
+    """Give how long a run may train from `now` (seconds since 1970): what was typed, and Slurm's end of the job.
+
+    A minute is left for the step in progress and the checkpoint. None: no end is known.
+    """
+    end = environ.get("SLURM_JOB_END_TIME", "")
+    limits = [60 * max_minutes] if max_minutes is not None else []
+    limits += [max(0.0, int(end) - now - 60)] if end.isdecimal() and "SLURM_STEP_ID" in environ else []
+    return min(limits, default=None)
 
 
 def check_plan(request: TrainRequest, *, world_size: int) -> None:

@@ -3,8 +3,10 @@
 Nothing is saved inside a signal handler: it may run in the middle of a write (Lightning#21406).
 """
 
+import math
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -16,11 +18,18 @@ _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 class Interrupt:
     """The context in which signals are noted instead of ending the process; a second Ctrl-C ends it at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, seconds: float | None = None) -> None:
+        """Ask to stop after so many seconds, also without a signal."""
         self.requested: str | None = None
         """The name of the first signal that came; None: none did."""
+        self._deadline = math.inf if seconds is None else time.monotonic() + seconds
         self._before: dict[int, Any] = {}
         self._interrupts = 0
+
+    @property
+    def wanted(self) -> bool:
+        """Whether this process was told to stop, or its time is over."""
+        return self.requested is not None or time.monotonic() >= self._deadline
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers

@@ -9,7 +9,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -45,6 +45,8 @@ def save_checkpoint(path: Path, content: dict[str, Any], *, previous: Path | Non
             os.link(path, link)
             link.replace(previous)
         except OSError:  # a file system without hard links
+            with suppress(OSError):
+                link.unlink(missing_ok=True)
             path.replace(previous)
     write_atomically(path, lambda file: torch.save({"format_version": FORMAT_VERSION, **content}, file))
 

@@ -48,6 +48,21 @@ class Validation:
     normalize: Normalizer
 
 
+class Checkpointing:
+    """When a run is saved in the middle of an epoch, and how. This one never is."""
+
+    def due_by_step(self, step: int) -> bool:
+        """Whether it is time to save after this step of the run."""
+        return False
+
+    def due_by_time(self) -> bool:
+        """Whether so much time has passed; asked about once a second, and rank 0's answer counts."""
+        return False
+
+    def save(self) -> None:
+        """Save; called by all ranks."""
+
+
 class Trainer:
     """Trains a state by a plan, one epoch at a time; what is decided is decided by all ranks together."""
 
@@ -78,6 +93,9 @@ class Trainer:
         self.frozen = frozen
         self.dropout = dropout
         self.groups = groups
+        self.checkpointing = Checkpointing()
+        self._time_to_save = False
+        self._clock_started = 0.0
         self.model, self.optimizer = runtime.prepare(state.model, state.optimizer)
 
     def epochs(self) -> Iterator[EpochRecord]:
@@ -104,13 +122,19 @@ class Trainer:
 
     def _train_epoch(self, epoch: int) -> tuple[float, float, float]:
         """Do what is left of an epoch; give its loss, hits and images, summed over all processes."""
-        started = time.perf_counter()
+        self._clock_started = time.perf_counter()
         try:
             for _ in self.steps(epoch):
                 pass
             return self._agree(epoch)
         finally:
-            self.state.epoch_seconds += time.perf_counter() - started
+            self.stop_clock()
+
+    def stop_clock(self) -> None:
+        """Add the time since the last stop to that of the epoch in progress."""
+        now = time.perf_counter()
+        self.state.epoch_seconds += now - self._clock_started
+        self._clock_started = now
 
     def steps(self, epoch: int) -> Iterator[int]:
         """Do what is left of an epoch's optimiser steps, one by one; give each step's number in the epoch."""
@@ -129,6 +153,10 @@ class Trainer:
                 shown = (loss - loss_before) / max(images - images_before, 1)
                 loss_before, images_before = loss, images
             self.observer.on_step(number, shown)
+            due = self._time_to_save or self.checkpointing.due_by_step(self.state.step)
+            if due and number < self.plan.steps_per_epoch:  # the end of an epoch has its own
+                self._time_to_save = False
+                self.checkpointing.save()
             yield number
 
     def _forward_backward(self, batch: Batch, epoch: int) -> None:
@@ -162,12 +190,13 @@ class Trainer:
 
         Raises DivergedError or InterruptedRun on all of them where one has reason to.
         """
-        own = (*self.state.sums.read(), self.interrupt.requested is not None)
-        losses, hits, images, bad_steps, told_to_stop = zip(*self.runtime.ranks.exchange(own), strict=True)
+        own = (*self.state.sums.read(), self.interrupt.wanted, self.checkpointing.due_by_time())
+        losses, hits, images, bad_steps, told_to_stop, due = zip(*self.runtime.ranks.exchange(own), strict=True)
         if math.isfinite(first := min(bad_steps)):
             raise self._divergence(epoch, int(first))
         if any(told_to_stop):
             raise InterruptedRun
+        self._time_to_save = bool(due[0])
         return sum(losses), sum(hits), sum(images)
 
     def _divergence(self, epoch: int, step: int) -> DivergedError:

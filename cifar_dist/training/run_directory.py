@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -73,6 +74,13 @@ class RunDirectory(RunFiles):
         """Write test_predictions.npz: what the figures need, without the data."""
         self.write(self.predictions, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
 
+    def set_aside(self, damaged: Path) -> None:
+        """Give a damaged checkpoint another name, so that it does not become the previous one."""
+        number = 1
+        while (kept := damaged.with_name(f"damaged-{number}.pt")).exists():
+            number += 1
+        damaged.replace(kept)
+
     def write_checkpoint(self, path: Path, content: dict[str, Any], *, previous: Path | None = None) -> None:
         """Write a checkpoint; what was at `path` becomes `previous`."""
         save_checkpoint(path, content, previous=previous)
@@ -95,6 +103,9 @@ class UnwrittenRun(RunDirectory):
     def create(self) -> None:
         """Make nothing."""
 
+    def set_aside(self, damaged: Path) -> None:
+        """Rename nothing."""
+
     def write_checkpoint(self, path: Path, content: dict[str, Any], *, previous: Path | None = None) -> None:
         """Write nothing."""
 
@@ -105,22 +116,41 @@ class UnwrittenRun(RunDirectory):
         """Write nothing."""
 
 
-class CheckpointWriter:
-    """Writes a run's checkpoints: at epoch ends, at most one in `every_seconds`, and whenever it is told to."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rhythm:
+    """How often a run is saved."""
 
-    def __init__(self, run: RunDirectory, header: Mapping[str, Any], *, every_seconds: float = 60.0) -> None:
+    every_seconds: float = 60.0
+    within_epochs: bool = False
+    """Whether the seconds count in the middle of an epoch too, and not only at its end."""
+    every_steps: int | None = None
+    """Steps of the run, wherever they fall."""
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints, in its rhythm and whenever it is told to."""
+
+    def __init__(self, run: RunDirectory, header: Mapping[str, Any], rhythm: Rhythm | None = None) -> None:
         """Take in `header` what every checkpoint says of its run (recipe, dataset, precision, …)."""
         self.run = run
         self.header = dict(header)
-        self.every_seconds = every_seconds
+        self.rhythm = rhythm or Rhythm()
         self._written_at = time.monotonic()
         self._written_step: int | None = None
         self._best_epoch: int | None = None
 
     def save_if_due(self, state: TrainState, scaler: Mapping[str, Any] | None) -> None:
-        """Save, unless the last checkpoint is younger than `every_seconds`."""
-        if time.monotonic() - self._written_at >= self.every_seconds:
+        """Save at the end of an epoch, unless the rhythm has it later."""
+        if self.due_by_time() or self.due_by_step(state.step):
             self.save(state, scaler)
+
+    def due_by_time(self) -> bool:
+        """Whether the last checkpoint is as old as the rhythm allows."""
+        return time.monotonic() - self._written_at >= self.rhythm.every_seconds
+
+    def due_by_step(self, step: int) -> bool:
+        """Whether the rhythm has a checkpoint after this step."""
+        return self.rhythm.every_steps is not None and step % self.rhythm.every_steps == 0
 
     def save(
         self,

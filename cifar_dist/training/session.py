@@ -10,23 +10,31 @@ from cifar_dist.config.errors import UserError
 from cifar_dist.data.batches import Normalizer
 from cifar_dist.data.dataset import Dataset
 from cifar_dist.records import Evaluation, Status, Summary
-from cifar_dist.training.engine import DivergedError, InterruptedRun, Trainer
+from cifar_dist.training.engine import Checkpointing, DivergedError, InterruptedRun, Trainer
 from cifar_dist.training.evaluation import Predictions, predict_logits
 from cifar_dist.training.metrics import summarize
-from cifar_dist.training.run_directory import CheckpointWriter, RunDirectory
+from cifar_dist.training.run_directory import CheckpointWriter, Rhythm, RunDirectory
 
 
 class Session:
     """Trains with a trainer, tests what came of it, and keeps the run directory true at every moment."""
 
-    def __init__(self, directory: RunDirectory, trainer: Trainer, dataset: Dataset, header: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        directory: RunDirectory,
+        trainer: Trainer,
+        dataset: Dataset,
+        header: Mapping[str, Any],
+        rhythm: Rhythm | None = None,
+    ) -> None:
         """Take in `header` what each checkpoint says of its run besides the state itself."""
         self.directory = directory
         self.trainer = trainer
         self.dataset = dataset
         self.runtime = trainer.runtime
         self.state = trainer.state
-        self.checkpoints = CheckpointWriter(directory, header)
+        self.checkpoints = CheckpointWriter(directory, header, rhythm)
+        trainer.checkpointing = _WithinEpochs(self)
 
     def restore(self, checkpoint: Mapping[str, Any]) -> None:
         """Go on from a checkpoint. Raises UserError where it does not fit this data, this model or this plan."""
@@ -51,11 +59,14 @@ class Session:
             self.state.sums.set(loss, hits, images)
 
     def begin(self, config: Mapping[str, Any]) -> None:
-        """Make the folder and write what is known before the first step."""
+        """Make the folder and write what is known before the first step. Raises UserError where that cannot be."""
         self.directory.create()
-        self.directory.write_config(config)
-        self.directory.cut_records(self.state.epoch)
-        self._write_summary("running")
+        try:
+            self.directory.write_config(config)
+            self.directory.cut_records(self.state.epoch)
+            self._write_summary("running")
+        except OSError as error:
+            raise UserError(f"cannot write in the run directory {self.directory.path}: {error.strerror}") from None
 
     def train(self) -> Status:
         """Train to the end of the plan, or until it is stopped early; say how it ended.
@@ -70,11 +81,7 @@ class Session:
             self._write_summary("diverged")
             raise
         except InterruptedRun:
-            ranks, scaler = self.runtime.ranks, self.runtime.scaler_state()
-            sums = ranks.exchange(self.state.sums.read()[:3])
-            statistics = ranks.exchange(self.trainer.own_statistics())
-            self.trainer.even_out()
-            self.checkpoints.save(self.state, scaler, epoch_sums=sums, statistics=statistics)
+            self.save_within_epoch()
             self._write_summary("interrupted")
             raise
         except KeyboardInterrupt:
@@ -83,6 +90,16 @@ class Session:
         self.checkpoints.save(self.state, self.runtime.scaler_state())
         stopped = self.state.early_stopping.stopped and self.state.epoch < self.trainer.plan.epochs
         return "early_stopped" if stopped else "completed"
+
+    def save_within_epoch(self) -> None:
+        """Save the state in the middle of an epoch, with what each rank has of its own; all ranks do it together."""
+        ranks, trainer = self.runtime.ranks, self.trainer
+        trainer.stop_clock()
+        sums, own = ranks.exchange(self.state.sums.read()[:3]), trainer.own_statistics()
+        statistics = ranks.exchange(own)
+        trainer.even_out()
+        self.checkpoints.save(self.state, self.runtime.scaler_state(), epoch_sums=sums, statistics=statistics)
+        trainer.take_statistics(own)  # as if nothing had been saved
 
     def test(self, status: Status) -> tuple[Summary, Predictions]:
         """Evaluate the selected weights once on the test images, and write the summary and the predictions."""
@@ -135,3 +152,20 @@ class Session:
         )
         self.directory.write_summary(summary)
         return summary
+
+
+class _WithinEpochs(Checkpointing):
+    """Saves a session's run in the rhythm of its checkpoints."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def due_by_step(self, step: int) -> bool:
+        return self.session.checkpoints.due_by_step(step)
+
+    def due_by_time(self) -> bool:
+        writer = self.session.checkpoints
+        return writer.rhythm.within_epochs and writer.due_by_time()
+
+    def save(self) -> None:
+        self.session.save_within_epoch()

@@ -12,7 +12,7 @@ from cifar_dist.config.recipe import EarlyStoppingConfig
 from cifar_dist.training.checkpoint import load_checkpoint
 from cifar_dist.training.early_stopping import EarlyStopping
 from cifar_dist.training.metrics import RunningSums
-from cifar_dist.training.run_directory import CheckpointWriter, RunDirectory
+from cifar_dist.training.run_directory import CheckpointWriter, Rhythm, RunDirectory
 from cifar_dist.training.state import Best, TrainState
 from tests.unit.test_metrics import record
 
@@ -100,7 +100,7 @@ def test_checkpoints_keep_to_their_rhythm(run, monkeypatch):
 
 
 def test_the_best_weights_have_a_file_of_their_own(run):
-    writer = CheckpointWriter(run, {"recipe": {"stem": "cifar"}}, every_seconds=0)
+    writer = CheckpointWriter(run, {"recipe": {"stem": "cifar"}}, Rhythm(every_seconds=0))
     writer.save_if_due(state_at(1), None)
     assert not run.best.exists()
     writer.save_if_due(state_at(2, best=1), None)

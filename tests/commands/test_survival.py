@@ -1,0 +1,163 @@
+"""What a run survives: being killed between steps, running out of time, damaged files, a full disk."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from cifar_dist.cli import main
+from cifar_dist.config.request import seconds_allowed
+from cifar_dist.training.checkpoint import load_checkpoint
+from cifar_dist.training.engine import Trainer
+from cifar_dist.training.run_directory import RunDirectory
+from tests.commands.test_train import VALIDATION, assert_same_run, error_of, small_world, train
+
+__all__ = ["small_world"]  # a fixture that every test here uses
+
+EVERYTHING = (*VALIDATION, "ema_decay=0.9", "dropout=0.2", "optimizer.nesterov=true", "augmentation.mixup=0.5")
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of ours may answer it."""
+
+
+def kill_after(monkeypatch, step: int) -> None:
+    original = Trainer._optimizer_step
+
+    def killed(trainer, epoch):
+        if trainer.state.step == step:
+            raise Killed
+        original(trainer, epoch)
+
+    monkeypatch.setattr(Trainer, "_optimizer_step", killed)
+
+
+@pytest.mark.parametrize(
+    ("options", "saved_at"), [(("--checkpoint-every-steps", "2"), 6), (("--checkpoint-every-minutes", "0.00001"), 7)]
+)
+def test_a_killed_run_goes_on_from_its_last_checkpoint_with_the_same_bits(monkeypatch, options, saved_at):
+    """There are three steps in an epoch: step 7 is the first of the third."""
+    monkeypatch.setattr("cifar_dist.config.plan._IMAGES_A_SECOND", {"cpu": 32})  # agreed after each step
+    train("--epochs", "3", "--run-dir", "whole", *EVERYTHING)
+    with monkeypatch.context() as patch:
+        kill_after(patch, 7)
+        with pytest.raises(Killed):
+            train("--epochs", "3", "--run-dir", "parts", *options, *EVERYTHING)
+    assert load_checkpoint(Path("parts/checkpoints/last.pt"))["step"] == saved_at
+    assert main(["--resume", "parts", *options]) == 0
+    assert_same_run("whole", "parts")
+
+
+def test_saving_within_an_epoch_changes_nothing():
+    train("--epochs", "3", "--run-dir", "whole", *EVERYTHING)
+    train("--epochs", "3", "--run-dir", "parts", "--checkpoint-every-steps", "1", *EVERYTHING)
+    assert_same_run("whole", "parts")
+
+
+def test_a_run_whose_time_is_over_is_saved_and_goes_on(capsys):
+    train("--epochs", "3", "--run-dir", "whole", *EVERYTHING)
+    train("--epochs", "3", "--run-dir", "parts", "--max-minutes", "0.0001", *EVERYTHING, code=75)
+    assert "and saved; go on with: python launch.py --resume parts" in capsys.readouterr().err
+    assert RunDirectory(Path("parts")).read_summary().status == "interrupted"
+    assert main(["--resume", "parts"]) == 0
+    assert_same_run("whole", "parts")
+
+
+def test_how_long_a_run_may_take():
+    job = {"SLURM_JOB_END_TIME": "1000", "SLURM_STEP_ID": "0"}
+    assert seconds_allowed(None, {}, 0) is None
+    assert seconds_allowed(2, {}, 0) == 120
+    assert seconds_allowed(None, job, 400) == 540
+    assert seconds_allowed(1, job, 400) == 60
+    assert seconds_allowed(None, job, 990) == 0
+    assert seconds_allowed(None, {"SLURM_JOB_END_TIME": "1000"}, 400) is None, "a shell in an allocation"
+
+
+def spoil(path: Path, how: str) -> None:
+    data = path.read_bytes()
+    if how == "flipped":
+        middle = len(data) // 2
+        path.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
+    else:
+        path.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "foreign": b"GIF89a"}[how])
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "empty", "foreign", "missing"])
+def test_a_damaged_last_checkpoint_is_replaced_by_the_previous(capsys, how):
+    train("--epochs", "3", "--run-dir", "whole", *EVERYTHING)
+    train("--epochs", "2", "--run-dir", "parts", "--checkpoint-every-steps", "1", *EVERYTHING)
+    last = Path("parts/checkpoints/last.pt")
+    if how == "missing":
+        last.unlink()
+    else:
+        spoil(last, how)
+    damaged = last.read_bytes() if how != "missing" else None
+    capsys.readouterr()
+    assert main(["--resume", "parts", "--epochs", "3"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "going on from previous.pt" in shown
+    assert "parts/checkpoints/last.pt" in shown
+    assert_same_run("whole", "parts")
+    kept = Path("parts/checkpoints/damaged-1.pt")
+    assert kept.exists() == (how != "missing")
+    assert damaged is None or kept.read_bytes() == damaged
+    load_checkpoint(Path("parts/checkpoints/previous.pt"))
+
+
+def test_where_no_checkpoint_is_good_nothing_is_changed(capsys):
+    train("--epochs", "2", "--run-dir", "x", "--checkpoint-every-steps", "1")
+    for name in ("last.pt", "previous.pt"):
+        spoil(Path("x/checkpoints") / name, "cut")
+    before = {path: path.read_bytes() for path in sorted(Path("x").rglob("*")) if path.is_file()}
+    capsys.readouterr()
+    assert main(["--resume", "x", "--epochs", "3"]) == 2
+    assert "last.pt is damaged" in (line := error_of(capsys)) and "previous.pt is damaged" in line
+    assert {path: path.read_bytes() for path in sorted(Path("x").rglob("*")) if path.is_file()} == before
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.ENOENT])
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_disk_that_fails_during_training_is_one_line_and_code_1(capsys, monkeypatch, number, call):
+    def fail(*_, **__):
+        if len(Path("x/metrics.jsonl").read_bytes().splitlines()) == 2:  # the second epoch is written down
+            raise OSError(number, os.strerror(number))
+        return original(*_, **__)
+
+    target = os if call == "fsync" else Path
+    original = getattr(target, call)
+    argv = ("--epochs", "3", "--run-dir", "x", "--checkpoint-every-steps", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            target, call, lambda *a, **k: fail(*a, **k) if Path("x/metrics.jsonl").exists() else original(*a, **k)
+        )
+        train(*argv, code=1)
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert os.strerror(number) in message and "the last good checkpoint stays" in message
+    assert not [path for path in Path("x").rglob("*") if path.name.endswith(".tmp")]
+    assert load_checkpoint(Path("x/checkpoints/last.pt"))["step"] >= 3
+    assert main(["--resume", "x"]) == 0
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_training(capsys, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    train("--epochs", "1", "--run-dir", "x", code=2)
+    assert error_of(capsys) == "cannot write in the run directory x: Read-only file system"
+
+
+@pytest.mark.parametrize("flag", ["--checkpoint-every-steps", "--checkpoint-every-minutes", "--max-minutes"])
+def test_a_rhythm_must_be_above_zero(capsys, flag):
+    train(flag, "0", code=2)
+    assert f"{flag} must be above 0" in error_of(capsys)
+
+
+def test_tensors_are_compared():
+    """So that `assert_same_run` can fail."""
+    train("--epochs", "3", "--run-dir", "a", *VALIDATION)
+    train("--epochs", "3", "--run-dir", "b", *VALIDATION, "optimizer.learning_rate=0.011")
+    assert not torch.equal(*(load_checkpoint(Path(f"{name}/checkpoints/last.pt"))["model"]["fc.bias"] for name in "ab"))
