@@ -1,5 +1,6 @@
 """One recipe trains the same model on every world: in float64, to rounding."""
 
+import contextlib
 import functools
 from pathlib import Path
 
@@ -9,6 +10,10 @@ import torch
 from cifar_dist.config.plan import fit_to_dataset, make_plan
 from cifar_dist.records import Observer
 from cifar_dist.training import setup
+from cifar_dist.training.checkpoint import load_checkpoint
+from cifar_dist.training.engine import InterruptedRun
+from cifar_dist.training.run_directory import RunDirectory, UnwrittenRun
+from cifar_dist.training.session import Session
 from cifar_dist.training.setup import build_trainer
 from tests.conftest import make_dataset, make_recipe
 from tests.worlds.harness import run_world
@@ -112,3 +117,42 @@ def test_each_image_is_trained_on_once_an_epoch_in_an_order_of_its_own(worlds, s
         by_step = [{step: samples for epoch, step, samples in ranks[0]} for ranks in worlds[size][1]["accumulated"]]
         assert by_step[0][0] != by_step[0][3], "the order is the same in every epoch"
         assert all(steps.keys() == by_step[0].keys() for steps in by_step), "ranks did different steps"
+
+
+MIDDLE = ("epochs=2", "batch_norm_group_size=4")
+
+
+def run_part(runtime, *, folder: Path, stop_after: int | None = None):
+    """Train, from a checkpoint in the folder if there is one, to the end or to a step in which a signal comes."""
+    trainer = in_float64(runtime, MIDDLE)
+    object.__setattr__(trainer.plan, "report_every_steps", 1)
+    directory = (RunDirectory if runtime.is_main else UnwrittenRun)(folder)
+    session = Session(directory, trainer, make_dataset(), {"dataset": {"fingerprint": "x"}})
+    step = trainer._optimizer_step
+
+    def signalled(epoch):
+        step(epoch)
+        trainer.interrupt.requested = "SIGTERM" if trainer.state.step == stop_after else None
+
+    trainer._optimizer_step = signalled
+    if directory.last.exists():
+        session.restore(load_checkpoint(directory.last))
+    session.begin({})
+    with contextlib.suppress(InterruptedRun):
+        session.train()
+    return trainer.state.step
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 2), (4, 2)])
+def test_a_run_goes_on_in_another_world(tmp_path, first, second):
+    assert run_world(first, functools.partial(run_part, folder=tmp_path / "parts", stop_after=4)) == [[4] * first]
+    assert run_world(second, functools.partial(run_part, folder=tmp_path / "parts")) == [[6] * second]
+    assert run_world(1, functools.partial(run_part, folder=tmp_path / "whole")) == [[6]]
+    whole, parts = RunDirectory(tmp_path / "whole"), RunDirectory(tmp_path / "parts")
+    ours, theirs = load_checkpoint(parts.last), load_checkpoint(whole.last)
+    for part in ("model", "model_ema"):
+        for name, value in theirs[part].items():
+            if value.is_floating_point():
+                assert float((value - ours[part][name]).norm() / value.norm()) < 1e-8, name
+    losses = [[record.train_loss for record in run.read_records()] for run in (parts, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
