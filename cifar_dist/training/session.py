@@ -161,11 +161,14 @@ class _WithinEpochs(Checkpointing):
         self.session = session
 
     def due_by_step(self, step: int) -> bool:
+        """Whether the rhythm has a checkpoint after this step."""
         return self.session.checkpoints.due_by_step(step)
 
     def due_by_time(self) -> bool:
+        """Whether the rhythm has one now."""
         writer = self.session.checkpoints
         return writer.rhythm.within_epochs and writer.due_by_time()
 
     def save(self) -> None:
+        """Save, on all ranks."""
         self.session.save_within_epoch()
