@@ -84,7 +84,7 @@ def spoil(path: Path, how: str) -> None:
         path.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "foreign": b"GIF89a"}[how])
 
 
-@pytest.mark.parametrize("how", ["flipped", "cut", "empty", "foreign", "missing"])
+@pytest.mark.parametrize("how", ["flipped", "empty", "missing"])
 def test_a_damaged_last_checkpoint_is_replaced_by_the_previous(capsys, how):
     train("--epochs", "3", "--run-dir", "whole", *EVERYTHING)
     train("--epochs", "2", "--run-dir", "parts", "--checkpoint-every-steps", "1", *EVERYTHING)
@@ -117,8 +117,10 @@ def test_where_no_checkpoint_is_good_nothing_is_changed(capsys):
     assert {path: path.read_bytes() for path in sorted(Path("x").rglob("*")) if path.is_file()} == before
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.ENOENT])
-@pytest.mark.parametrize("call", ["fsync", "replace"])
+@pytest.mark.parametrize(
+    ("number", "call"),
+    [(errno.ENOSPC, "fsync"), (errno.ENOSPC, "replace"), (errno.EROFS, "fsync"), (errno.ENOENT, "replace")],
+)
 def test_a_disk_that_fails_during_training_is_one_line_and_code_1(capsys, monkeypatch, number, call):
     def fail(*_, **__):
         if len(Path("x/metrics.jsonl").read_bytes().splitlines()) == 2:  # the second epoch is written down

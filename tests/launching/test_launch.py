@@ -20,7 +20,11 @@ pytestmark = pytest.mark.command
 
 BIN = Path(sys.executable).parent
 LAUNCH, MULTI_CPU = str(ROOT / "launch.py"), str(ROOT / "accelerate_configs" / "multi_cpu.yaml")
-QUICK = ("--recipe", "original", "--set", "global_batch_size=8", "stem=small", "image_size=16", "--dataset")
+QUICK = (
+    "--recipe", "original",
+    "--set", "global_batch_size=8", "stem=small", "image_size=16", "early_stopping.enabled=false",
+    "--dataset",
+)  # fmt: skip
 ONCE = ("--epochs", "1")
 
 
@@ -231,7 +235,7 @@ def test_a_launcher_that_is_killed_leaves_nothing_behind(images, tmp_path):
     started = family(process)
     assert len(started) >= 3
     process.kill()
-    _, alive = psutil.wait_procs(started, timeout=60)
+    _, alive = psutil.wait_procs(started, timeout=30)
     for one in alive:
         one.kill()
     finish(process)
