@@ -1,7 +1,6 @@
 """Training and evaluation as a user asks for them, through the command line, on a small dataset."""
 
 import json
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from cifar_dist.cli import main
 from cifar_dist.commands import train as train_command
 from cifar_dist.training.checkpoint import load_checkpoint
 from cifar_dist.training.engine import Trainer
-from cifar_dist.training.run_directory import CheckpointWriter, RunDirectory
+from cifar_dist.training.run_directory import RunDirectory
 from tests.conftest import make_dataset
 
 SMALL = ["--recipe", "original", "--dataset", "shapes", "--precision", "no", "--set", "global_batch_size=32"]
@@ -461,9 +460,8 @@ def test_resuming_the_whole_recipe_gives_the_same_bits(monkeypatch):
         append(self, record)
 
     with monkeypatch.context() as patch:
-        patch.setattr("cifar_dist.training.session.CheckpointWriter", partial(CheckpointWriter, every_seconds=0))
         patch.setattr(RunDirectory, "append_record", interrupted)
-        train("--run-dir", "parts", "--epochs", "2", "--set", *fields, code=130)
+        train("--run-dir", "parts", "--epochs", "2", "--checkpoint-every-steps", "3", "--set", *fields, code=130)
     assert load_checkpoint(Path("parts/checkpoints/last.pt"))["epoch"] == 1
     assert main(["--resume", "parts"]) == 0
     whole = load_checkpoint(Path("whole/checkpoints/last.pt"))
