@@ -24,10 +24,12 @@ from cifar_dist.config.request import (
     TrainRequest,
     check_plan,
     first_good,
+    refuse_other_data,
+    refuse_other_recipe,
     resolve_run,
     seconds_allowed,
 )
-from cifar_dist.config.world import AccelerateConfig, World, other_count_note, started_line, world_to_come
+from cifar_dist.config.world import AccelerateConfig, SlurmJob, World, other_count_note, started_line, world_to_come
 from cifar_dist.data.dataset import Dataset
 from cifar_dist.data.datasets import known_sizes, load_dataset
 from cifar_dist.display.progress import Display, loading_progress, training_display
@@ -40,7 +42,9 @@ from cifar_dist.runtime.interrupt import Interrupt
 from cifar_dist.training.checkpoint import load_checkpoint, understanding
 from cifar_dist.training.engine import DivergedError, InterruptedRun
 from cifar_dist.training.evaluation import Predictions
-from cifar_dist.training.run_directory import Rhythm, RunDirectory, UnwrittenRun
+from cifar_dist.training.lock import LockLostError, RunLock
+from cifar_dist.training.run_directory import RunDirectory, UnwrittenRun, preparing
+from cifar_dist.training.saving import Rhythm
 from cifar_dist.training.session import Session
 from cifar_dist.training.setup import build_trainer, pretrained_weights
 
@@ -66,8 +70,8 @@ def run(options: TrainOptions, world: World, config: AccelerateConfig) -> int:
     if options.dry_run:
         return _show_plan(console, options, world, config)
     interrupt = Interrupt(seconds=seconds_allowed(options.max_minutes, os.environ, time.time()))
-    with connect(world, config) as ranks:
-        job = ranks.from_main(lambda: _resolve(options, world))
+    with connect(world, config) as ranks, RunLock(SlurmJob.from_environment(os.environ)) as lock:
+        job = ranks.from_main(lambda: _resolve(options, world, lock))
         if job.nothing_left is not None:
             console.print(job.nothing_left, highlight=False, soft_wrap=True, markup=False)
             return EXIT_DONE
@@ -95,27 +99,30 @@ def run(options: TrainOptions, world: World, config: AccelerateConfig) -> int:
         display = training_display(console, plan, request.recipe_name, quiet=options.quiet or not ranks.is_main)
         trainer = build_trainer(recipe, plan, dataset, runtime, display, interrupt=interrupt, pretrained=job.pretrained)
         about = _describe(request, recipe, dataset.class_names, fingerprint, runtime)
-        directory = RunDirectory(job.directory) if ranks.is_main else UnwrittenRun(job.directory)
+        directory = RunDirectory(job.directory, lock) if ranks.is_main else UnwrittenRun(job.directory)
         session = Session(directory, trainer, dataset, about, _rhythm(options))
         with ranks.together():
+            if then := job.checkpoint or stored:
+                with understanding(directory.last):
+                    refuse_other_data(about, then)
             if job.checkpoint:
                 with understanding(directory.last):
                     session.restore(job.checkpoint)
             if job.damage is not None and directory.last.exists():
                 directory.set_aside(directory.last)
             session.begin(
-                {**about, "plan": to_mapping(plan), "versions": package_versions(), "git_commit": git_commit()}
+                {**about, "plan": to_mapping(plan), "versions": package_versions(), "git_commit": git_commit()},
+                is_new=job.run.existing is None,
             )
         return _train_and_test(console, display, session, _how_to_go_on(options, job.directory))
 
 
 def _rhythm(options: TrainOptions) -> Rhythm:
-    minutes = options.checkpoint_every_minutes
-    return Rhythm(
-        every_seconds=60.0 if minutes is None else 60 * minutes,
-        within_epochs=minutes is not None,
-        every_steps=options.checkpoint_every_steps,
-    )
+    """Give how often the run is saved: each minute, but in a hundredth of the time at most; or as was typed."""
+    minutes, steps = options.checkpoint_every_minutes, options.checkpoint_every_steps
+    if minutes is None:
+        return Rhythm(every_seconds=60, every_steps=steps, largest_share=0.01)
+    return Rhythm(every_seconds=60 * minutes, every_steps=steps, within_epochs=True)
 
 
 def _how_to_go_on(options: TrainOptions, directory: Path) -> str:
@@ -125,20 +132,27 @@ def _how_to_go_on(options: TrainOptions, directory: Path) -> str:
     return f"python launch.py{world} --resume {directory}"
 
 
-def _resolve(options: TrainOptions, world: World) -> _Job:
-    """Turn what was typed into a job. Raises UserError; nothing on disk is changed."""
+def _resolve(options: TrainOptions, world: World, lock: RunLock) -> _Job:
+    """Turn what was typed into a job, and lock the run that goes on. Raises UserError; nothing else is changed."""
     run = resolve_run(options)
     check_plan(run.request, world_size=world.size)
-    existing = run.existing
-    loaded, damage = (None, None) if existing is None else first_good(existing, load_checkpoint)
-    checkpoint = loaded or {}
+    existing, checkpoint, damage, nothing_left = run.existing, None, None, None
+    if existing is not None:
+        nothing_left = _nothing_left(RunDirectory(existing.path), run.request)
+        if nothing_left is None:
+            with preparing(existing.path):
+                lock.take(existing.path)
+        checkpoint, damage = first_good(existing, load_checkpoint)
+        if checkpoint is not None:
+            with understanding(existing.last):
+                refuse_other_recipe(run.request, checkpoint)
     return _Job(
         run=run,
         directory=_new_directory(options, run.request) if existing is None else existing.path,
-        checkpoint=checkpoint,
+        checkpoint=checkpoint or {},
         damage=damage,
         pretrained=None if checkpoint else pretrained_weights(run.request.recipe),
-        nothing_left=None if existing is None else _nothing_left(RunDirectory(existing.path), run.request),
+        nothing_left=nothing_left,
     )
 
 
@@ -247,28 +261,37 @@ def _train_and_test(console: Console, display: Display, session: Session, how_to
         with session.trainer.interrupt, display:
             status = session.train()
             summary, predictions = session.test(status)
+        if session.runtime.is_main:
+            _draw_figures(session, summary, predictions)
     except DivergedError as error:
         text, code = f"diverged: {error}; the last good checkpoint stays: {session.directory.path}", EXIT_FAILED
     except InterruptedRun:
         place = f"epoch {session.state.epoch + 1}, step {session.state.step}"
         text, code = f"interrupted in {place}, and saved; go on with: {how_to_go_on}", EXIT_INTERRUPTED
-    except OSError as error:  # a full or vanished disk
-        what = f"cannot write {error.filename or session.directory.path}: {error.strerror or error}"
-        text, code = f"{what}; the last good checkpoint stays; go on with: {how_to_go_on}", EXIT_FAILED
+    except OSError as error:  # a full or vanished disk, or a run that another process has
+        text, code = _what_is_lost(error, session.directory, how_to_go_on), EXIT_FAILED
         session.runtime.ranks.abandoned = True
     except KeyboardInterrupt:
         text, code = f"interrupted; go on with: {how_to_go_on}", EXIT_KEYBOARD_INTERRUPT
         session.runtime.ranks.abandoned = True
     else:
-        text, code = "", EXIT_DONE
-    if code != EXIT_DONE:
-        if session.runtime.is_main:
-            print(text, file=sys.stderr)
-        return code
+        print_result(console, summary, session.trainer.plan.epochs, session.directory.path)
+        return EXIT_DONE
     if session.runtime.is_main:
-        _draw_figures(session, summary, predictions)
-    print_result(console, summary, session.trainer.plan.epochs, session.directory.path)
-    return EXIT_DONE
+        print(text, file=sys.stderr)
+    return code
+
+
+def _what_is_lost(error: OSError, directory: RunDirectory, how_to_go_on: str) -> str:
+    """Say in one line why nothing can be written any more, and what is left."""
+    if isinstance(error, LockLostError):
+        return f"{error.strerror}: {directory.path} is left to it"
+    if not directory.last.parent.is_dir():
+        return f"the run directory {directory.path} is gone, and nothing can be saved"
+    what = f"cannot write {error.filename or directory.path}: {error.strerror or error}"
+    kept = directory.last if directory.last.exists() else directory.previous
+    left = f"the last good checkpoint stays: {kept}" if kept.exists() else "there was no checkpoint yet"
+    return f"{what}; {left}; go on with: {how_to_go_on}"
 
 
 def _draw_figures(session: Session, summary: Summary, predictions: Predictions) -> None:

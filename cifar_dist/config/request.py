@@ -150,7 +150,7 @@ def resolve_request(options: TrainOptions, stored: Mapping[str, Any]) -> TrainRe
         validation_size_was_typed="validation_size" in options.assignments or bool(stored),
     )
     if stored:
-        _refuse_differences(request, stored["recipe"], str(data.get("name")))
+        refuse_other_recipe(request, stored)
     return request
 
 
@@ -159,15 +159,34 @@ def _absolute_folder(dataset: str) -> str:
     return dataset if dataset in KNOWN_SIZES or not Path(dataset).is_dir() else str(Path(dataset).absolute())
 
 
-def _refuse_differences(request: TrainRequest, stored_recipe: Mapping[str, Any], stored_dataset: str) -> None:
-    now, then = flatten(recipe_to_mapping(request.recipe)), flatten(stored_recipe)
-    changed = [
-        f"{field} {then.get(field)} -> {now.get(field)}"
-        for field in sorted(now.keys() | then.keys())
-        if now.get(field) != then.get(field) and field not in _MAY_CHANGE
-    ]
-    if request.dataset != stored_dataset:
-        changed.append(f"dataset {stored_dataset} -> {request.dataset}")
+def refuse_other_recipe(request: TrainRequest, then: Mapping[str, Any]) -> None:
+    """Raise UserError, naming each field, where a run that goes on would become another one.
+
+    `then` is what its config.yaml or a checkpoint says of it. A folder may have moved: its content is compared later.
+    """
+    old, new = flatten(then["recipe"]), flatten(recipe_to_mapping(request.recipe))
+    fields = [field for field in sorted(new.keys() | old.keys()) if field not in _MAY_CHANGE]
+    changed = [f"{field} {old.get(field)} -> {new.get(field)}" for field in fields if old.get(field) != new.get(field)]
+    names = str(then["dataset"]["name"]), request.dataset
+    if names[0] != names[1] and not KNOWN_SIZES.keys().isdisjoint(names):
+        changed.append(f"dataset {names[0]} -> {names[1]}")
+    _refuse(changed)
+
+
+def refuse_other_data(now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
+    """Raise UserError where the data that was read is not what a run began with; both are what its files say of it."""
+    changed = []
+    old, new = list(then["class_names"]), list(now["class_names"])
+    if len(old) != len(new):
+        changed.append(f"number of classes {len(old)} -> {len(new)}")
+    elif old != new:
+        changed.append("names of classes " + ", ".join(f"{a} -> {b}" for a, b in zip(old, new, strict=True) if a != b))
+    elif then["dataset"]["fingerprint"] != now["dataset"]["fingerprint"]:
+        changed.append(f"content of the dataset {now['dataset']['name']}")
+    _refuse(changed)
+
+
+def _refuse(changed: list[str]) -> None:
     if changed:
         raise UserError(
             f"a resumed run stays what it was, and this differs: {', '.join(changed)}; type a new --run-dir"

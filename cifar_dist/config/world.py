@@ -79,6 +79,21 @@ class World:
         )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SlurmJob:
+    """The Slurm job that a process belongs to, as one of its tasks or from a shell in it."""
+
+    id: str
+    restarts: int
+    """How often it was requeued."""
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str]) -> "SlurmJob | None":
+        """Read Slurm's variables; None where there is no job. Raises UserError where a variable is not a number."""
+        job = environ.get("SLURM_JOB_ID")
+        return None if not job else cls(id=job, restarts=_whole(environ, "SLURM_RESTART_COUNT", 0))
+
+
 def _slurm_tasks(environ: Mapping[str, str]) -> int:
     """Give the tasks of the step: an interactive shell is a step of one in an allocation of several."""
     return _whole(environ, "SLURM_STEP_NUM_TASKS", _whole(environ, "SLURM_NTASKS", 1))

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -98,14 +98,25 @@ class Runtime:
         for tensor, part in zip(tensors, torch.split(mean, [tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
-    def scaler_state(self) -> dict[str, Any] | None:
-        """Give the gradient scaler's state, None where there is no scaler."""
-        return None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
+    def state(self) -> dict[str, Any]:
+        """Give what a checkpoint holds of this process: the gradient scaler's state (None without one), and `rng`.
 
-    def load_scaler_state(self, state: dict[str, Any] | None) -> None:
-        """Restore what `scaler_state` gave; a run that goes on in another precision starts a new scaler."""
-        if state and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state)
+        `rng` are the states of torch's global generators. Nothing here draws from them: they are kept for models and
+        transforms that somebody adds.
+        """
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type != "cpu":
+            rng[self.device.type] = torch.get_device_module(self.device).get_rng_state()
+        scaler = self.accelerator.scaler
+        return {"scaler": None if scaler is None else scaler.state_dict(), "rng": rng}
+
+    def load_state(self, content: Mapping[str, Any]) -> None:
+        """Restore what `state` gave; a run that goes on in another precision starts a new scaler."""
+        if content["scaler"] and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(content["scaler"])
+        torch.set_rng_state(content["rng"]["cpu"])
+        if self.device.type in content["rng"] and self.device.type != "cpu":
+            torch.get_device_module(self.device).set_rng_state(content["rng"][self.device.type])
 
     def synchronize(self) -> None:
         """Wait for the device to finish what it was given."""

@@ -13,7 +13,8 @@ from cifar_dist.records import Evaluation, Status, Summary
 from cifar_dist.training.engine import Checkpointing, DivergedError, InterruptedRun, Trainer
 from cifar_dist.training.evaluation import Predictions, predict_logits
 from cifar_dist.training.metrics import summarize
-from cifar_dist.training.run_directory import CheckpointWriter, Rhythm, RunDirectory
+from cifar_dist.training.run_directory import RunDirectory, preparing
+from cifar_dist.training.saving import CheckpointWriter, Rhythm
 
 
 class Session:
@@ -25,7 +26,7 @@ class Session:
         trainer: Trainer,
         dataset: Dataset,
         header: Mapping[str, Any],
-        rhythm: Rhythm | None = None,
+        rhythm: Rhythm,
     ) -> None:
         """Take in `header` what each checkpoint says of its run besides the state itself."""
         self.directory = directory
@@ -37,14 +38,12 @@ class Session:
         trainer.checkpointing = _WithinEpochs(self)
 
     def restore(self, checkpoint: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint. Raises UserError where it does not fit this data, this model or this plan."""
-        if checkpoint["dataset"]["fingerprint"] != self.checkpoints.header["dataset"]["fingerprint"]:
-            raise UserError("the dataset is not the one that this run began with: name that one with --data-dir")
+        """Go on from a checkpoint. Raises UserError where it does not fit this model or this plan."""
         self.state.restore(checkpoint)
         self._restore_sums(checkpoint["epoch_sums"])
         if len(checkpoint["statistics"]) == self.runtime.world.size:
             self.trainer.take_statistics(checkpoint["statistics"][self.runtime.world.rank])
-        self.runtime.load_scaler_state(checkpoint["scaler"])
+        self.runtime.load_state(checkpoint)
         epochs = self.trainer.plan.epochs
         if epochs < self.state.epoch:
             raise UserError(f"epochs={epochs} is below the {self.state.epoch} that are done: set it to that or more")
@@ -58,15 +57,13 @@ class Session:
             loss, hits, images = (sum(column) for column in zip(*rows, strict=True))
             self.state.sums.set(loss, hits, images)
 
-    def begin(self, config: Mapping[str, Any]) -> None:
+    def begin(self, config: Mapping[str, Any], *, is_new: bool = False) -> None:
         """Make the folder and write what is known before the first step. Raises UserError where that cannot be."""
-        self.directory.create()
-        try:
+        self.directory.create(is_new=is_new)
+        with preparing(self.directory.path):
             self.directory.write_config(config)
             self.directory.cut_records(self.state.epoch)
             self._write_summary("running")
-        except OSError as error:
-            raise UserError(f"cannot write in the run directory {self.directory.path}: {error.strerror}") from None
 
     def train(self) -> Status:
         """Train to the end of the plan, or until it is stopped early; say how it ended.
@@ -76,7 +73,7 @@ class Session:
         try:
             for record in self.trainer.epochs():
                 self.directory.append_record(record)
-                self.checkpoints.save_if_due(self.state, self.runtime.scaler_state())
+                self.checkpoints.save_if_due(self.state, self.runtime.state())
         except DivergedError:
             self._write_summary("diverged")
             raise
@@ -87,7 +84,7 @@ class Session:
         except KeyboardInterrupt:
             self._write_summary("interrupted")
             raise
-        self.checkpoints.save(self.state, self.runtime.scaler_state())
+        self.checkpoints.save(self.state, self.runtime.state())
         stopped = self.state.early_stopping.stopped and self.state.epoch < self.trainer.plan.epochs
         return "early_stopped" if stopped else "completed"
 
@@ -98,7 +95,7 @@ class Session:
         sums, own = ranks.exchange(self.state.sums.read()[:3]), trainer.own_statistics()
         statistics = ranks.exchange(own)
         trainer.even_out()
-        self.checkpoints.save(self.state, self.runtime.scaler_state(), epoch_sums=sums, statistics=statistics)
+        self.checkpoints.save(self.state, self.runtime.state(), epoch_sums=sums, statistics=statistics)
         trainer.take_statistics(own)  # as if nothing had been saved
 
     def test(self, status: Status) -> tuple[Summary, Predictions]:

@@ -43,6 +43,7 @@ def build_trainer(
 
     `pretrained` is what `pretrained_weights` gave. Raises UserError where it does not fit.
     """
+    torch.manual_seed(recipe.seed)  # nothing below draws from it, but what somebody adds may
     model = build_resnet(recipe.stem, dataset.num_classes, seed=recipe.seed)
     if pretrained is not None:
         start_from(model, pretrained)

@@ -37,7 +37,7 @@ def train(runtime, *assignments, num_train: int = 512):
 def on_one(config: AccelerateConfig, precision: str, *assignments):
     with connect(World(), config) as ranks:
         records, trainer = train(start(ranks, config, typed_precision=precision), *assignments)
-        return records, trainer.runtime.precision, trainer.runtime.scaler_state()
+        return records, trainer.runtime.precision, trainer.runtime.state()["scaler"]
 
 
 @pytest.mark.parametrize("stem", ["imagenet", "cifar"])
@@ -79,7 +79,7 @@ def ranks_on_one_gpu(runtime, *, assignments, precision):
     assert (runtime.device.type, distributed.get_backend(), runtime.precision) == ("cuda", "gloo", precision)
     records, trainer = train(runtime, *assignments, num_train=195)
     state = trainer.state.model.state_dict()
-    scaler = runtime.scaler_state()
+    scaler = runtime.state()["scaler"]
     return [record.train_loss for record in records], float(sum(v.double().sum() for v in state.values())), scaler
 
 

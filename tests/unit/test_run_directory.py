@@ -12,7 +12,8 @@ from cifar_dist.config.recipe import EarlyStoppingConfig
 from cifar_dist.training.checkpoint import load_checkpoint
 from cifar_dist.training.early_stopping import EarlyStopping
 from cifar_dist.training.metrics import RunningSums
-from cifar_dist.training.run_directory import CheckpointWriter, Rhythm, RunDirectory
+from cifar_dist.training.run_directory import RunDirectory
+from cifar_dist.training.saving import CheckpointWriter, Rhythm
 from cifar_dist.training.state import Best, TrainState
 from tests.unit.test_metrics import record
 
@@ -83,39 +84,55 @@ def test_predictions_need_no_pickle(run):
 
 def test_checkpoints_keep_to_their_rhythm(run, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("cifar_dist.training.run_directory.time.monotonic", lambda: now[0])
-    writer = CheckpointWriter(run, {"recipe": {"stem": "cifar"}})
-    writer.save_if_due(state_at(1), None)
+    monkeypatch.setattr("cifar_dist.training.saving.time.monotonic", lambda: now[0])
+    writer = CheckpointWriter(run, {"recipe": {"stem": "cifar"}}, Rhythm(every_seconds=60))
+    writer.save_if_due(state_at(1), {})
     assert not run.last.exists()
     now[0] = 60.0
-    writer.save_if_due(state_at(2), None)
+    writer.save_if_due(state_at(2), {})
     assert load_checkpoint(run.last)["epoch"] == 2
     now[0] = 100.0
-    writer.save_if_due(state_at(3), None)
+    writer.save_if_due(state_at(3), {})
     assert load_checkpoint(run.last)["epoch"] == 2
-    writer.save(state_at(3), None)
+    writer.save(state_at(3), {})
     assert (load_checkpoint(run.last)["epoch"], load_checkpoint(run.previous)["epoch"]) == (3, 2)
-    writer.save(state_at(3), None)
+    writer.save(state_at(3), {})
     assert load_checkpoint(run.previous)["epoch"] == 2, "an epoch was saved twice"
+
+
+def test_on_a_slow_disk_checkpoints_are_rarer(run, monkeypatch):
+    """Each takes two seconds here, and a hundredth of the time is theirs."""
+    now = [0.0]
+    monkeypatch.setattr("cifar_dist.training.saving.time.monotonic", lambda: now[0])
+    writer = CheckpointWriter(run, {}, Rhythm(every_seconds=60, largest_share=0.01))
+    save = run.write_checkpoint
+    monkeypatch.setattr(run, "write_checkpoint", lambda *a, **k: (save(*a, **k), now.__setitem__(0, now[0] + 2)))
+    written = []
+    for epoch in range(1, 11):
+        now[0] += 60
+        writer.save_if_due(state_at(epoch), {})
+        if not written or load_checkpoint(run.last)["epoch"] != written[-1]:
+            written.append(load_checkpoint(run.last)["epoch"])
+    assert written == [1, 5, 9]
 
 
 def test_the_best_weights_have_a_file_of_their_own(run):
     writer = CheckpointWriter(run, {"recipe": {"stem": "cifar"}}, Rhythm(every_seconds=0))
-    writer.save_if_due(state_at(1), None)
+    writer.save_if_due(state_at(1), {})
     assert not run.best.exists()
-    writer.save_if_due(state_at(2, best=1), None)
+    writer.save_if_due(state_at(2, best=1), {})
     best = load_checkpoint(run.best)
     assert (best["kind"], best["epoch"], best["recipe"]) == ("best", 1, {"stem": "cifar"})
     assert "optimizer" not in best
     assert torch.equal(best["model"]["bias"], load_checkpoint(run.last)["best"]["weights"]["bias"])
     stamp = run.best.stat().st_mtime_ns
-    writer.save_if_due(state_at(3, best=1), None)
+    writer.save_if_due(state_at(3, best=1), {})
     assert run.best.stat().st_mtime_ns == stamp, "the same best weights were written again"
-    writer.save_if_due(state_at(4, best=4), None)
+    writer.save_if_due(state_at(4, best=4), {})
     assert load_checkpoint(run.best)["epoch"] == 4
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot make the run directory"):
+    with pytest.raises(UserError, match="cannot write in the run directory .*: Not a directory"):
         RunDirectory(tmp_path / "file" / "run").create()

@@ -1,0 +1,82 @@
+"""When a run is saved, and what is saved then."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from cifar_dist.training.run_directory import RunDirectory
+from cifar_dist.training.state import TrainState
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rhythm:
+    """How often a run is saved."""
+
+    every_seconds: float
+    within_epochs: bool = False
+    """Whether the seconds count in the middle of an epoch too, and not only at its end."""
+    every_steps: int | None = None
+    """Steps of the run, wherever they fall."""
+    largest_share: float = math.inf
+    """Of the time that saving may take; on a slow disk the seconds become more."""
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints, in its rhythm and whenever it is told to."""
+
+    def __init__(self, run: RunDirectory, header: Mapping[str, Any], rhythm: Rhythm) -> None:
+        """Take in `header` what every checkpoint says of its run (recipe, dataset, precision, …)."""
+        self.run = run
+        self.header = dict(header)
+        self.rhythm = rhythm
+        self._written_at = time.monotonic()
+        self._seconds = 0.0
+        self._written_step: int | None = None
+        self._best_epoch: int | None = None
+
+    def save_if_due(self, state: TrainState, machine: Mapping[str, Any]) -> None:
+        """Save at the end of an epoch, unless the rhythm has it later."""
+        if self.due_by_time() or self.due_by_step(state.step):
+            self.save(state, machine)
+
+    def due_by_time(self) -> bool:
+        """Whether the last checkpoint is as old as the rhythm allows."""
+        rest = max(self.rhythm.every_seconds, self._seconds / self.rhythm.largest_share)
+        return time.monotonic() - self._written_at >= rest
+
+    def due_by_step(self, step: int) -> bool:
+        """Whether the rhythm has a checkpoint after this step."""
+        return self.rhythm.every_steps is not None and step % self.rhythm.every_steps == 0
+
+    def save(
+        self,
+        state: TrainState,
+        machine: Mapping[str, Any],
+        *,
+        epoch_sums: Sequence[Sequence[float]] = (),
+        statistics: Sequence[Sequence[float]] = (),
+    ) -> None:
+        """Write last.pt (its predecessor becomes previous.pt), and best.pt where another epoch is the best now.
+
+        `machine` is what the runtime knows beside the state. Of an epoch in progress there is a row for each rank: its
+        own sums and, with ghost groups, running statistics.
+        """
+        if self._written_step == state.step:
+            return
+        begun = time.monotonic()
+        rows = {"epoch_sums": [list(row) for row in epoch_sums], "statistics": [list(row) for row in statistics]}
+        content = {**self.header, "kind": "last", **machine, **rows, **state.to_mapping()}
+        self.run.write_checkpoint(self.run.last, content, previous=self.run.previous)
+        if state.best is not None and state.best.epoch != self._best_epoch:
+            self._save_best(state.best.epoch, state.best.weights)
+        self._written_at, self._written_step = time.monotonic(), state.step
+        self._seconds = self._written_at - begun
+
+    def _save_best(self, epoch: int, weights: Mapping[str, Tensor]) -> None:
+        content = {**self.header, "kind": "best", "epoch": epoch, "model": dict(weights)}
+        self.run.write_checkpoint(self.run.best, content)
+        self._best_epoch = epoch

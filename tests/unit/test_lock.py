@@ -1,0 +1,183 @@
+"""Two live runs never share a run directory, and a dead one does not keep the next one out."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cifar_dist.config.errors import UserError
+from cifar_dist.config.world import SlurmJob
+from cifar_dist.training import lock as module
+from cifar_dist.training.checkpoint import write_atomically
+from cifar_dist.training.lock import LockLostError, RunLock
+from cifar_dist.training.run_directory import RunDirectory
+from tests.conftest import ROOT
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from cifar_dist.training.lock import RunLock
+RunLock().take(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture(params=["locks", "no locks"])
+def system(request, monkeypatch):
+    """A disk with the system's locks, and one (or Windows) that has none."""
+    if request.param == "no locks":
+        monkeypatch.setattr(module, "fcntl", None)
+
+
+@pytest.fixture
+def other_process(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert process.stdout.readline() == b"held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def owned_by(folder: Path, *, host: str = "elsewhere", pid: int = 1, seconds_ago: float = 0, **other: object) -> None:
+    owner = {"host": host, "pid": pid, "started": 0.0, "job": None, "restarts": 0, "token": "theirs"} | other
+    path = folder / ".lock"
+    path.write_text(json.dumps(owner))
+    os.utime(path, (path.stat().st_atime - seconds_ago, path.stat().st_mtime - seconds_ago))
+
+
+@pytest.mark.usefixtures("system")
+def test_a_live_run_keeps_others_out_and_a_dead_one_does_not(tmp_path, other_process):
+    with pytest.raises(UserError, match=rf"is in use by process {other_process.pid} on .*name another --run-dir"):
+        RunLock().take(tmp_path)
+    other_process.send_signal(signal.SIGKILL)
+    other_process.wait()
+    assert (tmp_path / ".lock").exists()
+    with RunLock() as lock:
+        lock.take(tmp_path)
+        lock.take(tmp_path)  # it has it
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("system")
+def test_in_one_process_too(tmp_path):
+    with RunLock() as first, RunLock() as second:
+        first.take(tmp_path)
+        with pytest.raises(UserError, match="is in use"):
+            second.take(tmp_path)
+        first.check()
+    with RunLock() as third:
+        third.take(tmp_path)
+
+
+def test_a_number_of_a_process_is_used_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "fcntl", None)
+    owned_by(tmp_path, host=module.platform.node(), pid=os.getpid())  # started in 1970
+    with RunLock() as lock:
+        lock.take(tmp_path)
+    started = psutil.Process().create_time()
+    owned_by(tmp_path, host=module.platform.node(), pid=os.getpid(), started=started)
+    with RunLock() as lock, pytest.raises(UserError, match="is in use"):
+        lock.take(tmp_path)
+
+
+@pytest.mark.usefixtures("system")
+def test_an_owner_on_another_host_is_believed_for_ten_minutes(tmp_path):
+    owned_by(tmp_path, seconds_ago=590)
+    with RunLock() as lock, pytest.raises(UserError, match=r"process 1 on elsewhere \(last sign of life 59\d s ago\)"):
+        lock.take(tmp_path)
+    owned_by(tmp_path, seconds_ago=610)
+    with RunLock() as lock:
+        lock.take(tmp_path)
+        lock.check()
+
+
+@pytest.mark.parametrize(
+    ("job", "taken"),
+    [
+        (SlurmJob(id="7", restarts=1), True),
+        (SlurmJob(id="7", restarts=0), False),  # another step of the same job, which may live
+        (SlurmJob(id="8", restarts=1), False),
+        (None, False),
+    ],
+)
+def test_a_restart_of_the_same_slurm_job_need_not_wait(tmp_path, job, taken):
+    owned_by(tmp_path, job="7")
+    with RunLock(job) as lock:
+        if taken:
+            lock.take(tmp_path)
+        else:
+            with pytest.raises(UserError, match="is in use"):
+                lock.take(tmp_path)
+
+
+def test_a_lock_that_a_gone_host_still_has_is_left_to_it(tmp_path, monkeypatch):
+    """As over a network: the system says that it is locked, for the machine that had it has not been missed yet."""
+    with RunLock() as gone:
+        gone.take(tmp_path)
+        owned_by(tmp_path, seconds_ago=900)
+        with RunLock() as lock:
+            lock.take(tmp_path)
+            assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+            with pytest.raises(LockLostError):
+                gone.check()
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_run_that_slept_too_long_writes_nothing(tmp_path):
+    with RunLock() as lock:
+        run = RunDirectory(tmp_path, lock)
+        run.create()
+        run.append(run.metrics, b"mine\n")
+        owned_by(tmp_path, pid=5)
+        for write in (
+            lambda: run.append(run.metrics, b"late\n"),
+            lambda: run.write_config({}),
+            lambda: run.write_checkpoint(run.last, {}),
+        ):
+            with pytest.raises(LockLostError, match="process 5 on elsewhere has taken this run over"):
+                write()
+    assert run.metrics.read_bytes() == b"mine\n"
+    assert not run.last.exists()
+    assert json.loads((tmp_path / ".lock").read_text())["pid"] == 5, "their lock was removed"
+
+
+def test_signs_of_life(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_TOUCHED_EVERY_S", 0.01)
+    with RunLock() as lock:
+        lock.take(tmp_path)
+        os.utime(tmp_path / ".lock", (0, 0))
+        for _ in range(500):
+            if (tmp_path / ".lock").stat().st_mtime > 0:
+                break
+            lock._released.wait(0.01)
+        assert (tmp_path / ".lock").stat().st_mtime > 0
+
+
+def test_a_run_that_came_to_be_meanwhile_is_not_overwritten(tmp_path):
+    with RunLock() as lock:
+        run = RunDirectory(tmp_path, lock)
+        run.config.write_text("theirs")
+        with pytest.raises(UserError, match="holds a run by now"):
+            run.create(is_new=True)
+    assert run.config.read_text() == "theirs"
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.last.parent.mkdir()
+    for leftover in (tmp_path / ".summary.json.123.tmp", run.last.parent / ".last.pt.123.tmp"):
+        leftover.write_bytes(b"half")
+    write_atomically(run.last, lambda file: file.write(b"whole"))
+    run.create()
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [".lock", "last.pt"]
+    run._lock.release()
