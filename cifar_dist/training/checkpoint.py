@@ -48,7 +48,16 @@ def save_checkpoint(path: Path, content: dict[str, Any], *, previous: Path | Non
             with suppress(OSError):
                 link.unlink(missing_ok=True)
             path.replace(previous)
-    write_atomically(path, lambda file: torch.save({"format_version": FORMAT_VERSION, **content}, file))
+    write_atomically(path, lambda file: _write_content(file, {"format_version": FORMAT_VERSION, **content}))
+
+
+def _write_content(file: BinaryIO, content: dict[str, Any]) -> None:
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # torch's zip writer covers what the disk said
+            raise error.__context__ from None
+        raise
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

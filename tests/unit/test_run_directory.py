@@ -134,5 +134,5 @@ def test_the_best_weights_have_a_file_of_their_own(run):
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write in the run directory .*: Not a directory"):
+    with pytest.raises(UserError, match=r"cannot write in the run directory .*: Not a directory"):
         RunDirectory(tmp_path / "file" / "run").create()

@@ -1,0 +1,198 @@
+"""Whatever fails while a run is saved, a readable checkpoint remains: each call to the system fails once."""
+
+import errno
+import os
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+
+from cifar_dist.config.request import first_good
+from cifar_dist.training.checkpoint import load_checkpoint, save_checkpoint
+from cifar_dist.training.run_directory import RunDirectory
+from cifar_dist.training.saving import CheckpointWriter, Rhythm
+from tests.unit.test_metrics import record
+from tests.unit.test_run_directory import state_at
+
+
+class Disk:
+    """Counts the calls by which something is written, and has the one of a number fail: with an error, or by dying."""
+
+    def __init__(self, monkeypatch, fail_at: int | None = None, error: int | None = None, *, stays: bool = False):
+        self.calls: list[str] = []
+        self.fail_at, self.error, self.stays = fail_at, error, stays
+        for target, name in ((os, "fsync"), (os, "link"), (os, "open"), (Path, "replace"), (Path, "unlink")):
+            original = getattr(target, name)
+            monkeypatch.setattr(target, name, self.counted(name, original))
+        opened = Path.open
+        monkeypatch.setattr(Path, "open", lambda path, mode="r", *a, **k: self.file(opened, path, mode, *a, **k))
+
+    def counted(self, name, original):
+        def call(*arguments, **named):
+            if name != "unlink" or not str(arguments[0]).endswith(".tmp"):  # cleaning up works
+                self.count(name)
+            return original(*arguments, **named)
+
+        return call
+
+    def file(self, opened, path, mode, *arguments, **named):
+        if not {"w", "a"} & set(mode):
+            return opened(path, mode, *arguments, **named)
+        self.count("creat")
+        return File(self, opened(path, mode, *arguments, **named))
+
+    def count(self, name: str) -> None:
+        number = len(self.calls)
+        self.calls.append(name)
+        if self.fail_at is None or number < self.fail_at or (number > self.fail_at and not self.stays):
+            return
+        if self.error is None:
+            os._exit(9)
+        raise OSError(self.error, os.strerror(self.error))
+
+
+class File:
+    """An open file whose calls are counted."""
+
+    def __init__(self, disk: Disk, file) -> None:
+        self.disk, self.file = disk, file
+
+    def write(self, data):
+        self.disk.count("write")
+        return self.file.write(data)
+
+    def flush(self):
+        self.disk.count("flush")
+        self.file.flush()
+
+    def fileno(self):
+        return self.file.fileno()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        self.file.close()
+        if kind is None:
+            self.disk.count("close")  # a disk over a network may keep its bad news until then
+
+
+def begin(folder: Path) -> tuple[RunDirectory, CheckpointWriter]:
+    """A run with two epochs saved."""
+    run = RunDirectory(folder / "run")
+    run.path.mkdir()
+    run.last.parent.mkdir()
+    writer = CheckpointWriter(run, {"recipe": {}}, Rhythm(every_seconds=0))
+    for epoch in (1, 2):
+        finish_epoch(run, writer, epoch)
+    return run, writer
+
+
+def finish_epoch(run: RunDirectory, writer: CheckpointWriter, epoch: int) -> None:
+    run.append_record(record(epoch))
+    writer.save(state_at(epoch, best=epoch), {})
+
+
+def calls_of_an_epoch(tmp_path: Path) -> list[str]:
+    run, writer = begin(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        disk = Disk(patch)
+        finish_epoch(run, writer, 3)
+    return disk.calls
+
+
+def assert_nothing_is_lost(run: RunDirectory, call: str) -> None:
+    for path in run.last.parent.glob("*.pt"):
+        load_checkpoint(path)  # none is half-written
+    checkpoint, _ = first_good(run, load_checkpoint)
+    assert checkpoint["epoch"] >= 2, call
+    assert [each.epoch for each in run.read_records()][:2] == [1, 2], call
+
+
+def test_every_call_is_known(tmp_path):
+    """So that the tests below do not pass because they fail nothing."""
+    calls = calls_of_an_epoch(tmp_path)
+    shape = [call for call, before in zip(calls, ["", *calls], strict=False) if call != before]
+    record_is_added = ["creat", "write", "flush", "fsync", "close"]
+    file_is_written = ["creat", "write", "flush", "fsync", "close", "replace", "open", "fsync"]
+    assert shape == [*record_is_added, "link", "replace", *file_is_written, *file_is_written]
+
+
+@pytest.mark.parametrize("stays", [False, True], ids=["once", "from then on"])
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS, errno.EIO], ids=["ENOSPC", "EROFS", "EIO"])
+def test_a_call_that_fails_loses_nothing(tmp_path, error, stays):
+    (tmp_path / "count").mkdir()
+    calls = calls_of_an_epoch(tmp_path / "count")
+    failed = set()
+    for number, call in enumerate(calls):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        run, writer = begin(folder)
+        with pytest.MonkeyPatch.context() as patch:
+            Disk(patch, number, error, stays=stays)
+            try:
+                finish_epoch(run, writer, 3)
+            except OSError as raised:
+                assert raised.errno == error
+                failed.add(call)
+        assert_nothing_is_lost(run, f"{number}: {call}")
+        assert not list(run.path.rglob("*.tmp")), call
+        run.cut_records(2)
+        finish_epoch(run, writer, 4)  # the disk has room again
+        assert load_checkpoint(run.last)["epoch"] == 4
+    # Without links the file is renamed, and a folder that cannot be opened is not synced: these two are borne.
+    assert failed >= {"creat", "write", "flush", "fsync", "close", "replace"}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_process_that_dies_in_any_call_loses_nothing(tmp_path):
+    (tmp_path / "count").mkdir()
+    for number, call in enumerate(calls_of_an_epoch(tmp_path / "count")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        run, writer = begin(folder)
+        child = os.fork()
+        if child == 0:
+            try:
+                with pytest.MonkeyPatch.context() as patch:
+                    Disk(patch, number)
+                    finish_epoch(run, writer, 3)
+            except BaseException:
+                traceback.print_exc()
+            os._exit(1)  # it did not die where it should
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9, call
+        assert_nothing_is_lost(run, f"{number}: {call}")
+        run.create()
+        assert not list(run.path.rglob("*.tmp")), call
+        run._lock.release()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("numbers", [10, 1_000_000])
+def test_a_disk_that_is_really_full_gives_its_own_error(tmp_path, numbers):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"epoch": 1})
+    path.with_name(f".last.pt.{os.getpid()}.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device"):
+        save_checkpoint(path, {"model": {"weight": torch.zeros(numbers)}})
+    assert load_checkpoint(path)["epoch"] == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_torchs_writer_does_not_hide_what_the_disk_said(tmp_path, monkeypatch):
+    """It reports a write that stopped half way as a position that it did not expect."""
+
+    def save(content, file):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        finally:
+            raise RuntimeError("unexpected pos 832 vs 726")
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(tmp_path / "last.pt", {"epoch": 1})
+    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("another")))
+    with pytest.raises(RuntimeError, match="another"):
+        save_checkpoint(tmp_path / "last.pt", {"epoch": 1})
