@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from cifar_dist.training.checkpoint import load_checkpoint
 from cifar_dist.training.engine import Trainer
 from cifar_dist.training.run_directory import RunDirectory
 from tests.commands.test_train import VALIDATION, assert_same_run, error_of, small_world, train
+from tests.unit.test_checkpoint import Payload
 
 __all__ = ["small_world"]  # a fixture that every test here uses
 
@@ -75,16 +77,27 @@ def test_how_long_a_run_may_take():
     assert seconds_allowed(None, {"SLURM_JOB_END_TIME": "1000"}, 400) is None, "a shell in an allocation"
 
 
+WRONG = {
+    "flipped": "is damaged: the checksum of", "empty": "is empty", "cut": "is damaged: it ends too early",
+    "foreign": "is not a file that torch.save wrote", "newer": "has format 99, and this version reads 1",
+    "hostile": "is refused: it is more than tensors and plain values", "missing": "is missing",
+}  # fmt: skip
+
+
 def spoil(path: Path, how: str) -> None:
     data = path.read_bytes()
     if how == "flipped":
         middle = len(data) // 2
         path.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
+    elif how == "newer":
+        torch.save(torch.load(path, weights_only=True) | {"format_version": 99}, path)
+    elif how == "hostile":
+        torch.save(torch.load(path, weights_only=True) | {"model": Payload(Path("ran"))}, path)
     else:
         path.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "foreign": b"GIF89a"}[how])
 
 
-@pytest.mark.parametrize("how", ["flipped", "empty", "missing"])
+@pytest.mark.parametrize("how", ["flipped", "empty", "cut", "foreign", "newer", "hostile", "missing"])
 def test_a_damaged_last_checkpoint_is_replaced_by_the_previous(capsys, how):
     train("--epochs", "3", "--run-dir", "whole", *EVERYTHING)
     train("--epochs", "2", "--run-dir", "parts", "--checkpoint-every-steps", "1", *EVERYTHING)
@@ -98,7 +111,8 @@ def test_a_damaged_last_checkpoint_is_replaced_by_the_previous(capsys, how):
     assert main(["--resume", "parts", "--epochs", "3"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "going on from previous.pt" in shown
-    assert "parts/checkpoints/last.pt" in shown
+    assert f"parts/checkpoints/last.pt {WRONG[how]}" in shown
+    assert not Path("ran").exists()
     assert_same_run("whole", "parts")
     kept = Path("parts/checkpoints/damaged-1.pt")
     assert kept.exists() == (how != "missing")
@@ -141,6 +155,33 @@ def test_a_disk_that_fails_during_training_is_one_line_and_code_1(capsys, monkey
     assert not [path for path in Path("x").rglob("*") if path.name.endswith(".tmp")]
     assert load_checkpoint(Path("x/checkpoints/last.pt"))["step"] >= 3
     assert main(["--resume", "x"]) == 0
+
+
+def test_a_run_directory_that_vanishes_is_one_line_and_code_1(capsys, monkeypatch):
+    append = RunDirectory.append_record
+
+    def append_and_lose(self, record):
+        append(self, record)
+        if record.epoch == 2:
+            shutil.rmtree("x")
+
+    monkeypatch.setattr(RunDirectory, "append_record", append_and_lose)
+    train("--epochs", "3", "--run-dir", "x", code=1)
+    assert capsys.readouterr().err == "the run directory x is gone, and nothing can be saved\n"
+    assert not Path("x").exists()
+
+
+def test_figures_that_cannot_be_written_are_one_line(capsys, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "x/figures/curves.png")
+
+    monkeypatch.setattr("cifar_dist.display.figures.draw_curves", fail)
+    train("--epochs", "1", "--run-dir", "x", code=1)
+    line = capsys.readouterr().err
+    assert line.startswith(
+        "cannot write x/figures/curves.png: No space left on device; the last good checkpoint stays: x/"
+    )
+    assert line.count("\n") == 1
 
 
 def test_a_folder_that_cannot_be_written_is_found_before_training(capsys, monkeypatch):

@@ -302,3 +302,23 @@ def test_rank_0_that_fails_takes_the_others_with_it_and_says_why(images, tmp_pat
     assert "rank 1 ends: another process is gone" in err
     assert err.index("No space left on device") < err.index("rank 1 ends")
     assert time.monotonic() - started < 90
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_is_restarted_by_torchrun_and_the_run_goes_on(images, tmp_path, victim):
+    """With c10d, which starts all ranks again; the same command, with --resume, starts and goes on."""
+    process = begin(
+        *torchrun("--nproc-per-node=2", "--max-restarts=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"),
+        *QUICK, str(images), "--run-dir", "run", "--resume", "--epochs", "40", "--checkpoint-every-steps", "1",
+        cwd=tmp_path, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
+    )  # fmt: skip
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2, process)
+    (rank,) = [one for one in family(process) if one.environ().get("RANK") == str(victim)]
+    rank.kill()
+    ((code, out, err),) = finish(process)
+    assert code == 0, err
+    assert out.count("going on after step") == 1
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "completed"
+    assert [json.loads(line)["epoch"] for line in metrics.read_text().splitlines()] == list(range(1, 41))
+    assert not (tmp_path / "run" / ".lock").exists()
