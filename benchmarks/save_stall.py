@@ -1,10 +1,10 @@
-"""How long does the training loop stand still while a checkpoint is written?
+"""Times how long the training loop stands still while a checkpoint is written.
 
     python benchmarks/save_stall.py [--recipe standard] [--saves 20] [--dataset cifar10 --data-dir DIR] [--out DIR]
 
 Trains as a user would, with a checkpoint after every second step, and times each save from the loop's side: what is
-gathered, packed, written and synced. It is the largest that there is: with best weights, and those new each time, so that
-best.pt is written too. The first save is left out (the folder and torch's writer are new to it).
+gathered, packed, written and synced. It is the largest save that there is: with best weights, and those new each time,
+so that best.pt is written too. The first save is left out (the folder and torch's writer are new to it).
 """
 
 import argparse
@@ -64,10 +64,9 @@ def main() -> int:
     clock = Clock(arguments.saves)
     with tempfile.TemporaryDirectory(dir=arguments.out) as folder:
         run = Path(folder) / "run"
-        cifar_dist(
-            ["--recipe", arguments.recipe, "--dataset", arguments.dataset, "--data-dir", str(arguments.data_dir)]
-            + ["--run-dir", str(run), "--checkpoint-every-steps", "2", "--quiet"]
-        )
+        data = ["--dataset", arguments.dataset, "--data-dir", str(arguments.data_dir)]
+        often = ["--run-dir", str(run), "--checkpoint-every-steps", "2", "--quiet"]
+        cifar_dist(["--recipe", arguments.recipe, *data, *often])
         size = sum((run / "checkpoints" / name).stat().st_size for name in ("last.pt", "best.pt")) / 1e6
     stalls, plan = sorted(1000 * seconds for seconds in clock.saves[1:]), clock.trainer.plan
     epoch = clock.step_seconds() * plan.steps_per_epoch
