@@ -72,10 +72,8 @@ def main() -> int:
     epoch = clock.step_seconds() * plan.steps_per_epoch
     median = statistics.median(stalls)
     minute = max(60, median / 10)
-    print(
-        "| recipe | last.pt and best.pt | stall (median, min-max) | n | epoch | of an epoch, one each | of a run, default rhythm |"
-    )
-    print("|---|---|---|---|---|---|---|")
+    print("| recipe | last.pt, best.pt | stall: median (range) | n | epoch | of an epoch | of a run, default rhythm |")
+    print("|---" * 7 + "|")
     print(
         f"| {arguments.recipe} | {size:.0f} MB | {median:.0f} ms ({stalls[0]:.0f}-{stalls[-1]:.0f}) | {len(stalls)} "
         f"| {epoch:.1f} s | {median / 10 / epoch:.2f} % | {median / 10 / minute:.2f} % |"
