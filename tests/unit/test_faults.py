@@ -105,6 +105,7 @@ def calls_of_an_epoch(tmp_path: Path) -> list[str]:
 def assert_nothing_is_lost(run: RunDirectory, call: str) -> None:
     for path in run.last.parent.glob("*.pt"):
         load_checkpoint(path)  # none is half-written
+    assert run.last.exists(), call
     checkpoint, _ = first_good(run, load_checkpoint)
     assert checkpoint["epoch"] >= 2, call
     assert [each.epoch for each in run.read_records()][:2] == [1, 2], call

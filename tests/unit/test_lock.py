@@ -133,6 +133,25 @@ def test_a_lock_that_a_gone_host_still_has_is_left_to_it(tmp_path, monkeypatch):
     assert not (tmp_path / ".lock").exists()
 
 
+def test_a_lock_that_is_given_back_while_another_takes_it(tmp_path, monkeypatch):
+    """The file is opened, then removed by its owner, then locked: that is no lock any more."""
+    path, original, removed = tmp_path / ".lock", module._lock, []
+
+    def lock_late(file):
+        if not removed:
+            path.unlink()
+            removed.append(file)
+        return original(file)
+
+    monkeypatch.setattr(module, "_lock", lock_late)
+    with RunLock() as lock:
+        lock.take(tmp_path)
+        assert path.exists()
+        with pytest.raises(UserError, match="is in use"):
+            RunLock().take(tmp_path)
+    assert removed
+
+
 def test_a_run_that_slept_too_long_writes_nothing(tmp_path):
     with RunLock() as lock:
         run = RunDirectory(tmp_path, lock)
