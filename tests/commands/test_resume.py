@@ -145,6 +145,14 @@ def test_a_resumed_run_stays_what_it_was(capsys, argv, message):
     assert files_of("x") == files
 
 
+def test_a_run_in_progress_cannot_have_fewer_epochs_than_are_done(capsys):
+    train("--epochs", "2", "--run-dir", "x")
+    Path("x/summary.json").unlink()  # as if it had been killed
+    capsys.readouterr()
+    assert main(["--resume", "x", "--epochs", "1"]) == 2
+    assert error_of(capsys) == "epochs=1 is below the 2 that are done: set it to that or more"
+
+
 @pytest.mark.parametrize("checkpoint", [True, False])
 def test_other_data_is_refused_on_resume(capsys, monkeypatch, checkpoint):
     """Also where the run was killed before its first checkpoint: config.yaml says what it began with."""
