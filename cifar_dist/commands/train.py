@@ -20,6 +20,7 @@ from cifar_dist.config.plan import DatasetSizes, RunPlan, fit_to_dataset, make_p
 from cifar_dist.config.provenance import git_commit, package_versions
 from cifar_dist.config.recipe import Recipe
 from cifar_dist.config.request import (
+    DEFAULT_RUNS,
     RunRequest,
     TrainRequest,
     check_plan,
@@ -29,6 +30,7 @@ from cifar_dist.config.request import (
     resolve_run,
     seconds_allowed,
 )
+from cifar_dist.config.run_files import names_in_turn
 from cifar_dist.config.world import AccelerateConfig, SlurmJob, World, other_count_note, started_line, world_to_come
 from cifar_dist.data.dataset import Dataset
 from cifar_dist.data.datasets import known_sizes, load_dataset
@@ -70,8 +72,9 @@ def run(options: TrainOptions, world: World, config: AccelerateConfig) -> int:
     if options.dry_run:
         return _show_plan(console, options, world, config)
     interrupt = Interrupt(seconds=seconds_allowed(options.max_minutes, os.environ, time.time()))
-    with connect(world, config) as ranks, RunLock(SlurmJob.from_environment(os.environ)) as lock:
-        job = ranks.from_main(lambda: _resolve(options, world, lock))
+    slurm_job = SlurmJob.from_environment(os.environ)
+    with connect(world, config) as ranks, RunLock(slurm_job) as lock:
+        job = ranks.from_main(lambda: _resolve(options, world, slurm_job, lock))
         if job.nothing_left is not None:
             console.print(job.nothing_left, highlight=False, soft_wrap=True, markup=False)
             return EXIT_DONE
@@ -111,7 +114,9 @@ def run(options: TrainOptions, world: World, config: AccelerateConfig) -> int:
             if job.damage is not None and directory.last.exists():
                 directory.set_aside(directory.last)
             session.begin(
-                {**about, "plan": to_mapping(plan), "versions": package_versions(), "git_commit": git_commit()},
+                about
+                | {"plan": to_mapping(plan), "versions": package_versions(), "git_commit": git_commit()}
+                | ({} if slurm_job is None else {"slurm_job": slurm_job.name}),
                 is_new=job.run.existing is None,
             )
         return _train_and_test(console, display, session, _how_to_go_on(options, job.directory))
@@ -132,9 +137,9 @@ def _how_to_go_on(options: TrainOptions, directory: Path) -> str:
     return f"python launch.py{world} --resume {directory}"
 
 
-def _resolve(options: TrainOptions, world: World, lock: RunLock) -> _Job:
+def _resolve(options: TrainOptions, world: World, slurm_job: SlurmJob | None, lock: RunLock) -> _Job:
     """Turn what was typed into a job, and lock the run that goes on. Raises UserError; nothing else is changed."""
-    run = resolve_run(options)
+    run = resolve_run(options, slurm_job)
     check_plan(run.request, world_size=world.size)
     existing, checkpoint, damage, nothing_left = run.existing, None, None, None
     if existing is not None:
@@ -157,7 +162,8 @@ def _resolve(options: TrainOptions, world: World, lock: RunLock) -> _Job:
 
 
 def _new_directory(options: TrainOptions, request: TrainRequest) -> Path:
-    return options.run_dir or _free_name(Path("runs") / request.label)
+    names = names_in_turn(DEFAULT_RUNS / request.label)
+    return options.run_dir or next(name for name in names if not name.exists())
 
 
 def _fit(request: TrainRequest, sizes: DatasetSizes) -> Recipe:
@@ -198,15 +204,6 @@ def _nothing_left(run: RunDirectory, request: TrainRequest) -> str | None:
     if request.recipe.epochs < summary.epochs:
         raise UserError(f"epochs={request.recipe.epochs} is below the {summary.epochs} that are done in {run.path}")
     return f"{run.path} is completed ({summary.epochs} epochs, accuracy {summary.test.top1:.2%}): nothing left to do"
-
-
-def _free_name(path: Path) -> Path:
-    """Give the first of path, path-2, path-3, … that does not exist."""
-    number, candidate = 1, path
-    while candidate.exists():
-        number += 1
-        candidate = path.with_name(f"{path.name}-{number}")
-    return candidate
 
 
 def _load(console: Console, request: TrainRequest) -> Dataset:

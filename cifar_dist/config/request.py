@@ -11,11 +11,13 @@ from cifar_dist.config.options import TrainOptions
 from cifar_dist.config.parsing import flatten, nearest
 from cifar_dist.config.plan import KNOWN_SIZES, fit_to_dataset, make_plan
 from cifar_dist.config.recipe import Recipe
-from cifar_dist.config.run_files import RunFiles, find_run, verify_checksums
+from cifar_dist.config.run_files import RunFiles, find_run, find_run_of_job, verify_checksums
+from cifar_dist.config.world import SlurmJob
 
 T = TypeVar("T")
 
 DEFAULT_RECIPE, DEFAULT_DATASET, DEFAULT_DATA_DIR = "standard", "cifar10", Path("data")
+DEFAULT_RUNS = Path("runs")
 
 # What may change between a run and its resumption.
 _MAY_CHANGE = frozenset({"epochs"})
@@ -49,12 +51,19 @@ class RunRequest:
     """The existing run's config.yaml: what was not typed comes from there. Empty for a new run."""
 
 
-def resolve_run(options: TrainOptions) -> RunRequest:
-    """Resolve what was typed, beside the run that it names. Raises UserError; nothing on disk is changed."""
+def resolve_run(options: TrainOptions, job: SlurmJob | None = None) -> RunRequest:
+    """Resolve what was typed, beside the run that it names, or that the Slurm job began before it was requeued.
+
+    Raises UserError; nothing on disk is changed.
+    """
     existing = find_run(run_dir=options.run_dir, resume=options.resume, resume_dir=options.resume_dir)
     stored = {} if existing is None else existing.read_config()
     request = resolve_request(options, stored)
     check_dataset_name(request.dataset)
+    if existing is None and options.run_dir is None and job is not None and job.restarts > 0:
+        own = find_run_of_job(DEFAULT_RUNS / request.label, job.name)
+        if own is not None:
+            return resolve_run(replace(options, resume=True, resume_dir=own.path))
     return RunRequest(request=request, existing=existing, stored=stored)
 
 

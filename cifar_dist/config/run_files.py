@@ -1,6 +1,9 @@
 """The files of a run: their names, and what can be said of them without torch."""
 
 import zipfile
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -53,6 +56,22 @@ def find_run(*, run_dir: Path | None, resume: bool, resume_dir: Path | None) -> 
     if run.holds_run and not resume:
         raise UserError(f"{path} holds a run already: add --resume to go on with it, or name another --run-dir")
     return run if run.holds_run else None
+
+
+def names_in_turn(path: Path) -> Iterator[Path]:
+    """Give path, path-2, path-3 and so on."""
+    yield path
+    for number in count(2):
+        yield path.with_name(f"{path.name}-{number}")
+
+
+def find_run_of_job(path: Path, job: str) -> RunFiles | None:
+    """Give the run that a Slurm job began under this name, or under the name with a number, before it was requeued."""
+    for candidate in takewhile(Path.exists, names_in_turn(path)):
+        with suppress(UserError):  # somebody else's, and damaged
+            if (run := RunFiles(candidate)).read_config().get("slurm_job") == job:
+                return run
+    return None
 
 
 def verify_checksums(path: Path, file: BinaryIO) -> None:

@@ -86,12 +86,21 @@ class SlurmJob:
     id: str
     restarts: int
     """How often it was requeued."""
+    step: str | None = None
+    """The number of the step, which is the same after a requeue; None in a batch script or a shell."""
+
+    @property
+    def name(self) -> str:
+        """What a run is marked with, so that the restarted job finds its own."""
+        return f"{self.id}.{self.step or 'batch'}"
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> "SlurmJob | None":
         """Read Slurm's variables; None where there is no job. Raises UserError where a variable is not a number."""
         job = environ.get("SLURM_JOB_ID")
-        return None if not job else cls(id=job, restarts=_whole(environ, "SLURM_RESTART_COUNT", 0))
+        if not job:
+            return None
+        return cls(id=job, restarts=_whole(environ, "SLURM_RESTART_COUNT", 0), step=environ.get("SLURM_STEP_ID"))
 
 
 def _slurm_tasks(environ: Mapping[str, str]) -> int:

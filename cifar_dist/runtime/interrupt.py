@@ -43,8 +43,14 @@ class Interrupt:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == self._note:  # else they are ignored by now
+                signal.signal(number, handler)
         self._before.clear()
+
+    def ignore(self) -> None:
+        """Ignore the signals from now on: all is saved, and the process is about to end."""
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._interrupts += number == signal.SIGINT

@@ -44,6 +44,7 @@ def save_checkpoint(path: Path, content: dict[str, Any], *, previous: Path | Non
         try:
             os.link(path, link)
             link.replace(previous)
+            link.unlink(missing_ok=True)  # it stays where both names were the same file already
         except OSError:  # a file system without hard links
             with suppress(OSError):
                 link.unlink(missing_ok=True)

@@ -76,10 +76,12 @@ class Session:
                 self.checkpoints.save_if_due(self.state, self.runtime.state())
         except DivergedError:
             self._write_summary("diverged")
+            self._leave_together()
             raise
         except InterruptedRun:
             self.save_within_epoch()
             self._write_summary("interrupted")
+            self._leave_together()
             raise
         except KeyboardInterrupt:
             self._write_summary("interrupted")
@@ -87,6 +89,12 @@ class Session:
         self.checkpoints.save(self.state, self.runtime.state())
         stopped = self.state.early_stopping.stopped and self.state.epoch < self.trainer.plan.epochs
         return "early_stopped" if stopped else "completed"
+
+    def _leave_together(self) -> None:
+        """Wait until all is written: where the first process that ends has the others killed, as with Slurm."""
+        if self.runtime.world.size > 1:
+            self.trainer.interrupt.ignore()
+        self.runtime.ranks.exchange([])
 
     def save_within_epoch(self) -> None:
         """Save the state in the middle of an epoch, with what each rank has of its own; all ranks do it together."""
@@ -127,6 +135,7 @@ class Session:
             self.trainer.check_finite(evaluation.loss)
         except DivergedError:
             self._write_summary("diverged")
+            self._leave_together()
             raise
         own = self.runtime.peak_memory_mib()
         memory = [peak for (peak,) in self.runtime.ranks.exchange([own or 0])]

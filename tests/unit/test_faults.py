@@ -167,6 +167,9 @@ def test_a_process_that_dies_in_any_call_loses_nothing(tmp_path):
         assert_nothing_is_lost(run, f"{number}: {call}")
         run.create()
         assert not list(run.path.rglob("*.tmp")), call
+        finish_epoch(run, writer, 4)
+        assert load_checkpoint(run.last)["epoch"] == 4
+        assert not list(run.path.rglob("*.tmp")), call
         run._lock.release()
 
 
