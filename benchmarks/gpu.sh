@@ -5,7 +5,7 @@
 #
 # Nothing is downloaded. CIFAR_DIST_TEST_DATA names the folder of the official CIFAR-10 files, where they are there.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 out=${1:-runs/gpu-$(date +%Y%m%d-%H%M%S)}
 mkdir -p "$(dirname "$out")" && mkdir "$out" || exit 2
 export PYTHONPATH=$PWD

@@ -25,7 +25,7 @@ from cifar_dist.config.options import TrainOptions
 from cifar_dist.config.request import TrainRequest, check_before_launch
 from cifar_dist.config.world import World, load_accelerate_config, processes_to_start
 
-_MODULES = {"train": "train", "eval": "evaluate", "bench": "bench", "doctor": "doctor"}
+_MODULES = {"train": "train", "eval": "evaluate", "report": "report", "bench": "bench", "doctor": "doctor"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

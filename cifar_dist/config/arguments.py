@@ -8,10 +8,10 @@ from typing import Any, NoReturn
 from cifar_dist import __version__
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.loading import parse_assignments, recipe_names
-from cifar_dist.config.options import BenchOptions, DoctorOptions, EvalOptions, TrainOptions
+from cifar_dist.config.options import BenchOptions, DoctorOptions, EvalOptions, ReportOptions, TrainOptions
 from cifar_dist.config.parsing import nearest
 
-Options = TrainOptions | EvalOptions | BenchOptions | DoctorOptions
+Options = TrainOptions | EvalOptions | ReportOptions | BenchOptions | DoctorOptions
 _PRECISIONS = ("auto", "no", "fp16", "bf16")
 
 
@@ -30,6 +30,7 @@ def parse_arguments(argv: list[str]) -> tuple[str, Options]:
     table: dict[str, tuple[Callable[[], _Parser], Callable[[dict[str, Any]], Options]]] = {
         "train": (_train_parser, _train_options),
         "eval": (_eval_parser, lambda typed: EvalOptions(**typed)),
+        "report": (_report_parser, lambda typed: ReportOptions(**typed)),
         "bench": (_bench_parser, _bench_options),
         "doctor": (_doctor_parser, lambda typed: DoctorOptions(**typed)),
     }
@@ -52,12 +53,13 @@ def parse_arguments(argv: list[str]) -> tuple[str, Options]:
 def _top_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="launch.py",
-        usage="launch.py [train|eval|bench|doctor] [options]",
+        usage="launch.py [train|eval|report|bench|doctor] [options]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train one ResNet-18 recipe for CIFAR on the device that is there.",
         epilog="""commands (each has its own --help):
   train    train a recipe; what runs when no command is named
   eval     evaluate a checkpoint, or a bare state dict
+  report   runs side by side, with mean and standard deviation
   bench    measure the training loop against the bare training step
   doctor   what this machine offers, and what would run here
 
@@ -152,6 +154,12 @@ def _eval_parser() -> _Parser:
     parser.add_argument("--tta", choices=("none", "mirror"), default="none", help="average over the mirror image too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
     parser.add_argument("--figures", type=Path, metavar="DIR", help="draw confusion.png and predictions.png there")
+    return parser
+
+
+def _report_parser() -> _Parser:
+    parser = _Parser(prog="launch.py report", description="Put runs side by side, with mean and standard deviation.")
+    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="folders that runs have left")
     return parser
 
 

@@ -1,6 +1,6 @@
 """What was typed, as typed data: one frozen dataclass a command."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,14 @@ class DoctorOptions:
     recipe: str | None = None
     data_dir: Path | None = None
     download: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportOptions:
+    """`launch.py report`."""
+
+    run_dirs: Sequence[Path]
+    config: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

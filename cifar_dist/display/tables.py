@@ -82,6 +82,16 @@ def format_bench(result: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Give rows of cells, names first, as lines of aligned columns: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]))
+    return lines
+
+
 def print_header(console: Console, values: Mapping[str, str]) -> None:
     """Print what stands above a run, a line each."""
     width = max(map(len, values)) + 2
