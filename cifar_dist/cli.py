@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _abandon(error, world)
     left = _leave(code, world)
-    if world.size > 1 and code in (EXIT_INTERRUPTED, EXIT_KEYBOARD_INTERRUPT):
+    if world.size > 1 and code != EXIT_DONE:  # together: Slurm may kill the others as soon as one has ended
         _exit_now(left)
     return left
 
@@ -111,8 +111,9 @@ def _leave(code: int, world: World) -> int:
 def _abandon(error: Exception, world: World) -> NoReturn:
     """End this process of several, which failed by itself."""
     gone = "Connection" in str(error) or isinstance(error, PeerFailedError)
-    if gone and world.rank > 0:
-        print(f"rank {world.rank} ends: another process is gone", file=sys.stderr)
+    if gone:
+        reason = " ".join(str(error).split("\n")[0].split())
+        print(f"rank {world.rank} ends: another process is gone ({reason})", file=sys.stderr)
     else:
         traceback.print_exception(error)
     _exit_now(EXIT_FAILED)

@@ -36,7 +36,8 @@ unset SLURM_CPUS_PER_TASK SLURM_CPUS_PER_GPU            # srun would weigh them 
 
 # The processes meet at the first node. Without scontrol, launch.py reads the node list itself.
 host=$(scontrol show hostnames "${SLURM_JOB_NODELIST-}" 2>/dev/null | head -n 1) || true
-port=$((15000 + ${SLURM_JOB_ID:-0} % 40000)) # jobs on one node want different ones
+# Jobs on one node want different ports; those from 32768 on may be in use by connections that go out.
+port=$((12000 + ${SLURM_JOB_ID:-0} % 20000))
 if [[ -n $host ]]; then export MASTER_ADDR=$host MASTER_PORT=$port; fi
 
 export PYTHONUNBUFFERED=1
@@ -47,8 +48,8 @@ case ${CIFAR_DIST_LAUNCHER:-srun} in
   torchrun | accelerate)
     [[ $even == yes ]] || fail "$CIFAR_DIST_LAUNCHER starts equally many processes a node: type --ntasks-per-node"
     [[ -n $host ]] || fail "$CIFAR_DIST_LAUNCHER needs scontrol to find the first node"
-    # The agent ends its processes by the signal that it gets, which for them is to save; TERM alone it would know.
-    export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2
+    # The agent hands on the signal that it gets, and waits half a minute; USR2 it would die of.
+    export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2
     ;;&
   torchrun)
     step=("${per_machine[@]}" torchrun --nnodes="$nodes" --nproc-per-node="$per_node" --rdzv-id="$SLURM_JOB_ID"

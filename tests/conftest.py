@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from cifar_dist.config.loading import parse_assignments, read_recipe, resolve_recipe
 from cifar_dist.config.recipe import Recipe
@@ -43,6 +44,18 @@ def make_dataset(num_train: int = 96, num_test: int = 40, num_classes: int = 10)
     return Dataset(name="brightness", class_names=names, train=part(num_train), test=part(num_test))
 
 
+def make_images(folder: Path) -> Path:
+    """A folder of 26 training and 7 test images of two classes."""
+    generator = torch.Generator().manual_seed(0)
+    for part, count in (("train", 13), ("test", 4)):
+        for name in ("dark", "light"):
+            (folder / part / name).mkdir(parents=True)
+            for number in range(count - (part == "test" and name == "light")):
+                pixels = torch.randint(0, 60, (16, 16, 3), generator=generator) + 190 * (name == "light")
+                Image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / part / name / f"{number}.png")
+    return folder
+
+
 @pytest.fixture
 def runtime():
     """A world of one on the CPU in float32, on one thread: two would wait for each other where cores are shared."""
@@ -53,5 +66,5 @@ def runtime():
 
 def pytest_collection_modifyitems(items):
     """Fast tests first: those of one module, then of several processes, then of whole commands."""
-    order = {"unit": 0, "worlds": 1, "commands": 2, "launching": 3, "gpu": 4}
+    order = {"unit": 0, "worlds": 1, "commands": 2, "launching": 3, "slurm": 4, "gpu": 5}
     items.sort(key=lambda item: order.get(item.path.parent.name, 0))

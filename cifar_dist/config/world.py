@@ -74,8 +74,9 @@ class World:
             local_size=_entry(counts, _whole(environ, "SLURM_NODEID", 0)),
             launcher="slurm",
             main_address=None if "MASTER_ADDR" in environ else first_host(nodes),
-            # The steps of a job and the jobs of a node want different ports, and every task must find the same one.
-            main_port=None if "MASTER_PORT" in environ else 15_000 + (job * 31 + step) % 40_000,
+            # The steps of a job and the jobs of a node want different ports, and every task must find the same one; not
+            # one above 32,767, which the system gives to connections that go out.
+            main_port=None if "MASTER_PORT" in environ else 12_000 + (job * 31 + step) % 20_000,
         )
 
 

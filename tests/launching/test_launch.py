@@ -10,11 +10,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
-from PIL import Image
 from torch.distributed import TCPStore
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, make_images
 
 pytestmark = pytest.mark.command
 
@@ -30,16 +28,7 @@ ONCE = ("--epochs", "1")
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    """A folder of 26 training and 7 test images of two classes."""
-    folder = tmp_path_factory.mktemp("images")
-    generator = torch.Generator().manual_seed(0)
-    for part, count in (("train", 13), ("test", 4)):
-        for name in ("dark", "light"):
-            (folder / part / name).mkdir(parents=True)
-            for number in range(count - (part == "test" and name == "light")):
-                pixels = torch.randint(0, 60, (16, 16, 3), generator=generator) + 190 * (name == "light")
-                Image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / part / name / f"{number}.png")
-    return folder
+    return make_images(tmp_path_factory.mktemp("images"))
 
 
 def environment(**extra: str) -> dict[str, str]:

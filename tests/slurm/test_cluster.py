@@ -9,7 +9,7 @@ SLOW = pytest.mark.skipif(
     os.environ.get("CIFAR_DIST_TEST_SLURM_SLOW") != "1", reason="takes a minute: set CIFAR_DIST_TEST_SLURM_SLOW=1"
 )
 # All that there is: two such jobs never run at once.
-EVERYTHING = ("--nodes=2", "--ntasks-per-node=4")
+EVERYTHING = ("--nodes=2", "--ntasks-per-node=4", "--exclusive")
 STAYS = "echo stays; sleep 600"
 
 

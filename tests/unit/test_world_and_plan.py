@@ -41,7 +41,7 @@ SLURM = {"SLURM_STEP_ID": "2", "SLURM_JOB_ID": "71", "SLURM_STEP_NODELIST": "gpu
             | {"SLURM_STEP_TASKS_PER_NODE": "2(x2),1"},
             World(
                 rank=4, size=5, local_rank=0, local_size=1, launcher="slurm",
-                main_address="gpu07", main_port=15_000 + 71 * 31 + 2,
+                main_address="gpu07", main_port=12_000 + 71 * 31 + 2,
             ),
         ),
         (
