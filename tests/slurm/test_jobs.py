@@ -147,7 +147,8 @@ def test_a_killed_rank_and_a_killed_node_end_the_step_and_the_job_goes_on(cluste
     done = log_of(cluster, job_id).count("epoch ")
     cluster.wait_until(job_id, "an epoch more", lambda job: read_log(job).count("epoch ") > done, timeout=120)
     cluster.crash("n2")
-    cluster.wait_until(job_id, "requeue", lambda job: read_log(job).count("requeued: running, after") == 2, timeout=20)
+    # srun waits for the dead node until Slurm has noticed; here it notices when the node boots.
+    cluster.wait_until(job_id, "end", lambda job: read_log(job).count("rank 0 ends: another") == 2, timeout=20)
     cluster.restore("n2")
     (job,) = cluster.wait_until(
         job_id, "a second going on", lambda job: read_log(job).count("going on after step") == 2, timeout=120
