@@ -153,10 +153,11 @@ class Run(RunDirectory):
 
     def _look(self) -> None:
         """Check what is there after a kill: processes, the last checkpoint and the metrics."""
-        before, begun = self.step, time.monotonic()
-        while (left := self.alive()) and time.monotonic() < begun + 30:
+        # Seconds are enough, and what had not heard of it would itself end a run as short as these before long.
+        before, end = self.step, time.monotonic() + left_alone(self.path.parent, self.processes).seconds / 3
+        while (left := self.alive()) and time.monotonic() < end:
             time.sleep(0.05)
-        self.check(GONE, not left, [one.pid for one in left])
+        self.check(GONE, not left, f"{len(left)} processes")
         kill(left)
         try:
             self.step = load_checkpoint(self.last)["step"] if before or self.last.exists() else 0

@@ -260,6 +260,7 @@ def _train_and_test(console: Console, display: Display, session: Session, how_to
             summary, predictions = session.test(status)
         if session.runtime.is_main:
             _draw_figures(session, summary, predictions)
+            session.directory.write_summary(summary)  # last, for with it the run is done
     except DivergedError as error:
         text, code = f"diverged: {error}; the last good checkpoint stays: {session.directory.path}", EXIT_FAILED
     except InterruptedRun:

@@ -47,7 +47,7 @@ class RunDirectory(RunFiles):
                 raise UserError(f"{self.path} holds a run by now: name another --run-dir")
             self.last.parent.mkdir(exist_ok=True)
             self.figures.mkdir(exist_ok=True)
-            for folder in (self.path, self.last.parent):
+            for folder in (self.path, self.last.parent, self.figures):
                 for leftover in folder.glob(".*.tmp"):
                     leftover.unlink()
 

@@ -107,7 +107,7 @@ class Session:
         trainer.take_statistics(own)  # as if nothing had been saved
 
     def test(self, status: Status) -> tuple[Summary, Predictions]:
-        """Evaluate the selected weights once on the test images, and write the summary and the predictions."""
+        """Evaluate the selected weights once on the test images, and write the predictions; give the summary."""
         recipe, model = self.trainer.recipe, self.state.evaluated_model
         if recipe.selection == "best" and self.state.best is not None:
             model.load_state_dict(self.state.best.weights)
@@ -139,12 +139,15 @@ class Session:
             raise
         own = self.runtime.peak_memory_mib()
         memory = [peak for (peak,) in self.runtime.ranks.exchange([own or 0])]
-        return self._write_summary(status, evaluation, memory=int(max(memory)) or None), predictions
+        return self._summary(status, evaluation, memory=int(max(memory)) or None), predictions
 
-    def _write_summary(self, status: Status, test: Evaluation | None = None, *, memory: int | None = None) -> Summary:
-        """Write what is known; `memory` is that of the largest rank, where they were asked."""
+    def _write_summary(self, status: Status) -> None:
+        self.directory.write_summary(self._summary(status))
+
+    def _summary(self, status: Status, test: Evaluation | None = None, *, memory: int | None = None) -> Summary:
+        """Say what is known; `memory` is that of the largest rank, where they were asked."""
         best = self.state.best
-        summary = Summary(
+        return Summary(
             status=status,
             epochs=self.state.epoch,
             best_epoch=None if best is None else best.epoch,
@@ -156,8 +159,6 @@ class Session:
             peak_memory_mib=memory or self.runtime.peak_memory_mib(),
             test=test,
         )
-        self.directory.write_summary(summary)
-        return summary
 
 
 class _WithinEpochs(Checkpointing):

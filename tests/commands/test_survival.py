@@ -184,6 +184,20 @@ def test_figures_that_cannot_be_written_are_one_line(capsys, monkeypatch):
     assert line.count("\n") == 1
 
 
+def test_a_run_that_is_killed_while_its_figures_are_drawn_draws_them_when_it_goes_on(monkeypatch):
+    def killed(*_, **__):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cifar_dist.display.figures.draw_evaluation", killed)
+        with pytest.raises(Killed):
+            train("--epochs", "1", "--run-dir", "x")
+    assert RunDirectory(Path("x")).read_summary().test is None
+    assert main(["--resume", "x"]) == 0
+    assert {path.name for path in Path("x/figures").iterdir()} == {"confusion.png", "curves.png", "predictions.png"}
+    assert RunDirectory(Path("x")).read_summary().status == "completed"
+
+
 def test_a_folder_that_cannot_be_written_is_found_before_training(capsys, monkeypatch):
     def fail(*_):
         raise OSError(errno.EROFS, "Read-only file system")

@@ -194,7 +194,9 @@ def test_a_run_that_came_to_be_meanwhile_is_not_overwritten(tmp_path):
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
     run = RunDirectory(tmp_path)
     run.last.parent.mkdir()
-    for leftover in (tmp_path / ".summary.json.123.tmp", run.last.parent / ".last.pt.123.tmp"):
+    run.figures.mkdir()
+    halves = (tmp_path / ".summary.json.1.tmp", run.last.parent / ".last.pt.1.tmp", run.figures / ".curves.png.tmp")
+    for leftover in halves:
         leftover.write_bytes(b"half")
     write_atomically(run.last, lambda file: file.write(b"whole"))
     run.create()
