@@ -57,7 +57,8 @@ def test_the_readme_begins_with_the_two_commands():
     assert COMMANDS[1] == TEST_COMMAND, "what .ci/run calls"
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command != TEST_COMMAND])
+# Those for Slurm are submitted in tests/slurm.
+@pytest.mark.parametrize("command", [each for each in COMMANDS if each != TEST_COMMAND and "sbatch" not in each])
 def test_a_command_of_the_readme(clone, command):
     """In the order of the README, in one folder: later commands use what earlier ones left."""
     command = command.removeprefix(INSTALL)  # installing is what .ci/run does

@@ -159,11 +159,11 @@ def succeed(done: subprocess.CompletedProcess[str]) -> None:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Two nodes of 8 CPUs and 2 pretended GPUs; skips where Slurm is not installed or may not be started."""
+    """Two nodes of 64 pretended CPUs and 8 GPUs; skips where Slurm is not installed or may not be started."""
     # Not pytest's own folder: the path of a unix socket may have 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
     try:
-        up = control(folder, "up", TEST_CLUSTER_GPUS="2", TEST_CLUSTER_CPUS="8")
+        up = control(folder, "up", TEST_CLUSTER_GPUS="8", TEST_CLUSTER_CPUS="64")
         if up.returncode == 3:
             pytest.skip(up.stderr.strip())
         succeed(up)

@@ -1,6 +1,8 @@
 """The scripts of slurm/ on a real cluster of two nodes: trained, warned, preempted, killed, cancelled, requeued."""
 
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -225,6 +227,19 @@ def test_an_agent_a_node(cluster, submit, project, launcher):
 
 @pytest.mark.parametrize("script", [TRAIN, EVAL, ARRAY])
 def test_the_scripts_are_accepted(cluster, project, script):
-    for more in ((), ("--nodes=2", "--gpus-per-node=2"), ("--gpus=3",), ("--ntasks=2", "--gpus-per-task=1")):
+    for more in ((), ("--nodes=2", "--gpus-per-node=2"), ("--gpus=3",), ("--ntasks=4", "--gpus-per-task=1")):
         tested = cluster.run("sbatch", "--test-only", *more, script, cwd=project)
         assert tested.returncode == 0, tested.stderr
+
+
+def commands() -> list[str]:
+    """What README and docs/slurm.md have a reader submit; there are two nodes here."""
+    text = "\n".join((ROOT / name).read_text() for name in ("README.md", "docs/slurm.md"))
+    found = re.findall(r"^sbatch (.*?)(?: +#.*)?$", text, re.MULTILINE)
+    return sorted({command.replace("--nodes=4", "--nodes=2") for command in found})
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_command_of_the_docs_is_accepted(cluster, project, command):
+    tested = cluster.run("sbatch", "--test-only", *shlex.split(command), cwd=project)
+    assert tested.returncode == 0, tested.stderr

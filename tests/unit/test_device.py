@@ -1,5 +1,6 @@
 """Precision, threads and memory format as pure functions of facts."""
 
+import os
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from cifar_dist.runtime.device import (
     probe,
     resolve_precision,
 )
-from cifar_dist.runtime.distributed import connect, start
+from cifar_dist.runtime.distributed import _tell_accelerate, connect, start
 
 ON_CPU = AccelerateConfig(use_cpu=True)
 
@@ -144,6 +145,19 @@ def test_too_few_gpus_are_refused(monkeypatch, world, visible, refused):
     with pytest.raises(UserError, match="start as many as there are GPUs") if refused else nullcontext():
         check_world(world, "cuda", {})
     check_world(world, "cuda", {SHARE_GPU: "1"})
+
+
+@pytest.mark.parametrize(("visible", "device"), [(4, "3"), (1, "0")])
+def test_which_gpu_a_task_takes(monkeypatch, visible, device):
+    """With --gpus-per-task=1 a task sees one, whatever its number on the machine is."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    world = World(rank=7, size=8, local_rank=3, local_size=4, launcher="slurm", main_address="gpu07", main_port=12_071)
+    _tell_accelerate(world, cpu=False)
+    told = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    assert told == {"RANK": "7", "WORLD_SIZE": "8", "LOCAL_RANK": device, "LOCAL_WORLD_SIZE": "4"}
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("gpu07", "12071")
 
 
 def test_ranks_that_would_each_be_alone_are_refused(monkeypatch):
