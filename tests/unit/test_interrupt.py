@@ -49,3 +49,21 @@ def test_systems_that_lack_a_signal_do_without(monkeypatch):
     with Interrupt() as interrupt:
         signal.raise_signal(signal.SIGTERM)
     assert interrupt.requested == "SIGTERM"
+
+
+def test_when_all_is_saved_signals_are_ignored_to_the_end():
+    """Slurm ends the other processes as soon as one of them has left."""
+    names = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
+    before = {number: signal.getsignal(number) for number in names}
+    try:
+        with EndEarly():
+            with Interrupt() as interrupt:
+                signal.raise_signal(signal.SIGUSR2)
+                interrupt.ignore()
+                signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert interrupt.requested == "SIGUSR2"
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
