@@ -217,7 +217,7 @@ def main() -> int:
             lines.write(json.dumps(results[-1]) + "\n")
     kills = Counter(label for result in results for labels in result["kills"] for label in ("", *labels))
     failures = Counter(check for result in results for check in result["failures"])
-    rows = [("runs", len(results)), *((f"kills {label}", count) for label, count in sorted(kills.items()))]
+    rows = [("runs", len(results)), *((f"kills {label}".strip(), count) for label, count in sorted(kills.items()))]
     rows += [(f"failures: {check}", failures[check]) for check in (EXIT, REST, GONE, LAST, LINES, *SAME)]
     print("| | |\n|---|---|", *(f"| {name} | {count} |" for name, count in rows), sep="\n")
     if arguments.json:

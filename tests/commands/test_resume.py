@@ -99,7 +99,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again():
 
 def test_a_requeued_slurm_job_goes_on_with_its_own_run(monkeypatch, capsys):
     """And not with another's of the same name, nor does a job that starts for the first time."""
-    for job in ("7", "8"):
+    for job in ("7", "8", "8"):  # the last as from a shell in an allocation, where a command is typed twice
         monkeypatch.setenv("SLURM_JOB_ID", job)
         train("--epochs", "2", "--max-minutes", "0.0001", code=75)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
@@ -110,7 +110,7 @@ def test_a_requeued_slurm_job_goes_on_with_its_own_run(monkeypatch, capsys):
     assert RunDirectory(Path("runs/original-shapes-seed0")).read_summary().status == "interrupted"
     monkeypatch.setenv("SLURM_JOB_ID", "9")  # was requeued before it made a run
     train("--epochs", "1")
-    assert RunDirectory(Path("runs/original-shapes-seed0-3")).read_summary().status == "completed"
+    assert RunDirectory(Path("runs/original-shapes-seed0-4")).read_summary().status == "completed"
 
 
 def test_run_dir_with_resume_starts_when_there_is_nothing_yet():
