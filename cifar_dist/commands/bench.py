@@ -5,12 +5,14 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch.nn import functional
 
+from cifar_dist.baselines import peer, script
+from cifar_dist.baselines.bare import BareStep
 from cifar_dist.config.errors import EXIT_DONE, UserError
 from cifar_dist.config.loading import read_recipe, recipe_label, resolve_recipe
 from cifar_dist.config.options import BenchOptions
@@ -30,6 +32,8 @@ from cifar_dist.training.setup import build_trainer
 
 _NUM_IMAGES = 20_000
 _ROUNDS = 8
+_SLOWEST_WORKERS = 1_000
+"""Images a second that the workers of the other loops prepare at least."""
 _NOT_FOR_SPEED = {"validation_size": 0, "early_stopping": {"enabled": False}, "epochs": 1_000_000}
 
 
@@ -54,27 +58,21 @@ def run(options: BenchOptions, world: World, config: AccelerateConfig) -> int:
 
 
 def _measure(recipe: Recipe, runtime: Runtime, seconds: float) -> dict[str, Any]:
-    """Measure both loops for `seconds` each, in turns, and give what `--json` writes."""
+    """Measure each loop for `seconds`, in turns, and give what `--json` writes."""
     dataset = _random_dataset(recipe.image_size)
     plan = make_plan(recipe, world_size=runtime.world.size, sizes=dataset.sizes, device_type=runtime.device.type)
     # Drawn as for a user, on a terminal that nobody sees: the bars cost what they cost.
     display = training_display(Console(file=io.StringIO(), force_terminal=True), plan, "bench", quiet=False)
     with display:
-        loop, bare = _Loop(build_trainer(recipe, plan, dataset, runtime, display)), _BareStep(recipe, runtime, dataset)
-        for step in (bare, loop) * 3:  # caches, allocators and kernels that are chosen at the first call
-            step()
-        rounds = _alternate([bare, loop], recipe.global_batch_size, seconds, runtime)
+        loop = _Loop(build_trainer(recipe, plan, dataset, runtime, display))
+        bare = _bare_step(recipe, runtime, dataset)
+        contenders = [_Contender("bare_step", bare), _Contender("loop", loop)]
+        if runtime.world.size == 1:  # neither of the others has a share for a process
+            contenders += _others(recipe, runtime, dataset)
+        rounds = _alternate(contenders, recipe.global_batch_size, seconds, runtime)
         parts = _seconds_by_part(bare, loop.trainer, runtime)
-    bare_rates, loop_rates = ([each[i] for each in rounds] for i in (0, 1))
-    ratios = [ours / floor for floor, ours in rounds]
     return {
-        "bare_step_images_per_second": statistics.median(bare_rates),
-        "loop_images_per_second": statistics.median(loop_rates),
-        "script_images_per_second": None,
-        "peer_images_per_second": None,
-        "loop_over_bare": statistics.median(ratios),
-        "loop_over_bare_min": min(ratios),
-        "loop_over_bare_max": max(ratios),
+        **_compared(contenders, rounds),
         "seconds_by_part": parts,
         "rounds": len(rounds),
         "device": runtime.device.type,
@@ -86,31 +84,49 @@ def _measure(recipe: Recipe, runtime: Runtime, seconds: float) -> dict[str, Any]
     }
 
 
-class _BareStep:
-    """Forward, backward and optimiser on one fixed batch, with torch alone: nobody's loop is faster.
+@dataclass(frozen=True, slots=True)
+class _Contender:
+    """A loop, a step at a time."""
 
-    With several processes each does its share by itself and hears nothing of the others.
-    """
+    name: str
+    step: Callable[[], None]
+    prefetched: int = 0
+    """Batches that its workers prepare while another loop is measured: done before the clock starts."""
 
-    def __init__(self, recipe: Recipe, runtime: Runtime, dataset: Dataset) -> None:
-        batch = recipe.global_batch_size // runtime.world.size
-        device, layout = runtime.device, runtime.memory_format
-        model = build_resnet(recipe.stem, dataset.num_classes, seed=recipe.seed)
-        self.model = model.to(device, memory_format=layout).train()  # type: ignore[call-overload]
-        self.optimizer = build_optimizer(self.model, recipe.optimizer)
-        self.images = torch.rand(batch, 3, recipe.image_size, recipe.image_size).to(device, memory_format=layout)
-        self.labels = dataset.train.labels[:batch].to(device)
-        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}[runtime.precision]
 
-    def forward(self) -> torch.Tensor:
-        with torch.autocast(self.images.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-            logits = self.model(self.images)
-        return functional.cross_entropy(logits.float(), self.labels)
+def _others(recipe: Recipe, runtime: Runtime, dataset: Dataset) -> list[_Contender]:
+    """Give what others do, with the same model, batch and images."""
+    train, batch = dataset.train, recipe.global_batch_size
+    models = [build_resnet(recipe.stem, dataset.num_classes, seed=recipe.seed) for _ in range(2)]
+    first = script.ScriptLoop(models[0], train.images, train.labels, batch_size=batch, device=runtime.device)
+    second = peer.PeerLoop(models[1], train.images, train.labels, batch_size=batch)
+    return [_Contender("script", first, script.PREFETCHED), _Contender("peer", second, peer.PREFETCHED)]
 
-    def __call__(self) -> None:
-        self.forward().backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+
+def _compared(contenders: list[_Contender], rounds: list[tuple[float, ...]]) -> dict[str, float | None]:
+    """Give each loop's median rate, and ours over each of the others with its spread."""
+    rates = {each.name: [one[i] for one in rounds] for i, each in enumerate(contenders)}
+    result: dict[str, float | None] = {}
+    for name in ("bare_step", "loop", "script", "peer"):
+        result[f"{name}_images_per_second"] = statistics.median(rates[name]) if name in rates else None
+    for name in ("bare_step", "script", "peer"):
+        key = f"loop_over_{name.removesuffix('_step')}"
+        ratios = [ours / theirs for ours, theirs in zip(rates["loop"], rates.get(name, []), strict=False)]
+        result[key] = statistics.median(ratios) if ratios else None
+        result[f"{key}_min"], result[f"{key}_max"] = (min(ratios), max(ratios)) if ratios else (None, None)
+    return result
+
+
+def _bare_step(recipe: Recipe, runtime: Runtime, dataset: Dataset) -> BareStep:
+    """Build the floor; with several processes each does its share by itself and hears nothing of the others."""
+    batch = recipe.global_batch_size // runtime.world.size
+    device, layout = runtime.device, runtime.memory_format
+    model = build_resnet(recipe.stem, dataset.num_classes, seed=recipe.seed)
+    model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
+    images = torch.rand(batch, 3, recipe.image_size, recipe.image_size).to(device, memory_format=layout)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}[runtime.precision]
+    labels = dataset.train.labels[:batch].to(device)
+    return BareStep(model, build_optimizer(model, recipe.optimizer), images, labels, dtype)
 
 
 class _Loop:
@@ -133,15 +149,25 @@ class _Loop:
 
 
 def _alternate(
-    steps: list[Callable[[], None]], batch_size: int, seconds: float, runtime: Runtime
+    contenders: list[_Contender], batch_size: int, seconds: float, runtime: Runtime
 ) -> list[tuple[float, ...]]:
-    """Run the steps in turns; give each round's images a second, in the order of `steps`."""
+    """Run the loops in turns; give each round's images a second, in the order of `contenders`."""
+    for contender in contenders:  # caches, allocators and kernels that are chosen at the first call
+        _time(contender.step, 3 + contender.prefetched, runtime)
     # All processes must do the same number of steps: rank 0's clock counts.
-    times = runtime.ranks.exchange([_time(step, 2, runtime) / 2 for step in steps])[0]
+    times = runtime.ranks.exchange([_time(each.step, 2, runtime) / 2 for each in contenders])[0]
     rounds = max(3, min(_ROUNDS, int(seconds / max(times))))
     counts = [max(1, round(seconds / rounds / step_seconds)) for step_seconds in times]
+
+    def rate(contender: _Contender, count: int) -> float:
+        _time(contender.step, contender.prefetched, runtime)
+        taken = _time(contender.step, count, runtime)
+        if contender.prefetched:  # its workers shall not take the next one's time
+            time.sleep(contender.prefetched * batch_size / _SLOWEST_WORKERS)
+        return count * batch_size / taken
+
     return [
-        tuple(count * batch_size / _time(step, count, runtime) for step, count in zip(steps, counts, strict=True))
+        tuple(rate(contender, count) for contender, count in zip(contenders, counts, strict=True))
         for _ in range(rounds)
     ]
 
@@ -156,7 +182,7 @@ def _time(action: Callable[[], object], count: int, runtime: Runtime) -> float:
     return time.perf_counter() - started
 
 
-def _seconds_by_part(bare: _BareStep, trainer: Trainer, runtime: Runtime, *, count: int = 5) -> dict[str, float]:
+def _seconds_by_part(bare: BareStep, trainer: Trainer, runtime: Runtime, *, count: int = 5) -> dict[str, float]:
     """Time the parts of a step one by one: seconds a step, the device waited for after each part."""
     batches, batch = trainer.batches, trainer.recipe.global_batch_size
     table, samples = batches.augmentation.draw_table(1, len(batches.data)), torch.arange(batch)

@@ -68,16 +68,22 @@ def format_outcome(summary: Summary, *, total_epochs: int) -> str:
 
 
 def format_bench(result: Mapping[str, Any]) -> list[str]:
-    """Give what `bench` measured: rates, their ratio with its spread, and the parts of a step."""
-    low, middle, high = (result[f"loop_over_bare{end}"] for end in ("_min", "", "_max"))
+    """Give what `bench` measured: rates, our loop over each of the others with its spread, and the parts of a step."""
+    names = {"bare_step": "bare step", "loop": "our loop", "script": "original script", "peer": "common peer"}
+    rows = [["", "images/s", "our loop is", "in rounds"]]
+    for key, name in names.items():
+        rate, ratio = result[f"{key}_images_per_second"], f"loop_over_{key.removesuffix('_step')}"
+        if rate is not None and key == "loop":
+            rows.append([name, f"{rate:,.0f}", "", ""])
+        elif rate is not None:
+            spread = f"{result[f'{ratio}_min']:.3f} to {result[f'{ratio}_max']:.3f}"
+            rows.append([name, f"{rate:,.0f}", f"x {result[ratio]:.3f}", spread])
     parts: Mapping[str, float] = result["seconds_by_part"]
     total = sum(parts.values())
     return [
-        f"bare step  {result['bare_step_images_per_second']:>10,.0f} images/s",
-        f"our loop   {result['loop_images_per_second']:>10,.0f} images/s",
-        f"loop over bare step {middle:.3f} ({low:.3f} to {high:.3f} in {result['rounds']} rounds)",
+        *format_table(rows),
         "",
-        "milliseconds a step, by part, each waited for:",
+        f"medians of {result['rounds']} rounds; milliseconds a step, by part, each waited for:",
         *(f"{name:<14}{1000 * each:>9.2f}  {each / total:>6.1%}" for name, each in parts.items()),
     ]
 

@@ -293,8 +293,7 @@ def test_rank_0_that_fails_takes_the_others_with_it_and_says_why(images, tmp_pat
     assert time.monotonic() - started < 90
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_is_restarted_by_torchrun_and_the_run_goes_on(images, tmp_path, victim):
+def test_a_killed_rank_is_restarted_by_torchrun_and_the_run_goes_on(images, tmp_path):
     """With c10d, which starts all ranks again; the same command, with --resume, starts and goes on."""
     process = begin(
         *torchrun("--nproc-per-node=2", "--max-restarts=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"),
@@ -303,7 +302,7 @@ def test_a_killed_rank_is_restarted_by_torchrun_and_the_run_goes_on(images, tmp_
     )  # fmt: skip
     metrics = tmp_path / "run" / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2, process)
-    (rank,) = [one for one in family(process) if one.environ().get("RANK") == str(victim)]
+    (rank,) = [one for one in family(process) if one.environ().get("RANK") == "0"]  # it has the lock
     rank.kill()
     ((code, out, err),) = finish(process)
     assert code == 0, err

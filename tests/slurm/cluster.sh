@@ -236,5 +236,11 @@ case $1 in
   down) down ;;
   env) echo "export SLURM_CONF=$SLURM_CONF" ;;
   crash) within 10 kill_all "slurmd-$NODE.log" "$NODE" ;;
-  return) start_node "$NODE" -b ;; # -b: as after a boot, so that the steps it had are not waited for
+  return)
+    before=$(started "$NODE")
+    start_node "$NODE" -b # as after a boot, so that the steps it had are not waited for
+    # A second registration within the same second looks like a second boot, which takes it down again.
+    within 3 later_than "$(date +%FT%T -d '1 second')"
+    within $START_SECONDS ready "$NODE" "$before"
+    ;;
 esac

@@ -97,11 +97,11 @@ def test_one_task_and_two_nodes_of_two_tasks_give_what_one_process_gives(cluster
 
 def test_a_warned_job_saves_is_requeued_and_ends_with_the_same_bits(cluster, submit, project):
     """And one whose time is over without a warning (but a SIGCONT) is saved and not requeued."""
-    arguments = ("--nodes=2", "--", *QUICK, "--epochs", "60")
+    arguments = ("--nodes=2", "--", *QUICK, "--epochs", "16")
     late = submit("--time=1", "--signal=CONT@1", "--", *QUICK, *FOREVER)
     whole = submit(*arguments)
     parts = submit(*arguments)
-    cluster.wait_for_log(parts, "epoch  3/60", timeout=120)
+    cluster.wait_for_log(parts, "epoch  3/16", timeout=120)
     assert cluster.run("scancel", "--signal=USR2", parts).returncode == 0
     cluster.wait(whole, "COMPLETED", timeout=240)
     (job,) = cluster.wait(parts, "COMPLETED", timeout=240)
@@ -110,7 +110,7 @@ def test_a_warned_job_saves_is_requeued_and_ends_with_the_same_bits(cluster, sub
     assert log.count("interrupted in epoch") == 1
     assert "requeued: interrupted, after" in log
     assert log.count("going on after step") == 1
-    assert_same_run(str(run_of(project, whole)), str(run_of(project, parts)), epochs=60)
+    assert_same_run(str(run_of(project, whole)), str(run_of(project, parts)), epochs=16)
 
     (job,) = cluster.wait(late, "TIMEOUT", timeout=150)
     assert job["Restarts"] == "0"
@@ -129,11 +129,10 @@ def test_a_cancelled_job_is_saved_and_stays_cancelled(cluster, submit, project):
 
 
 def test_a_preempted_job_is_requeued(cluster, submit, project):
-    low = submit("--nodes=2", "--exclusive", "--", *QUICK, *FOREVER)
+    whole = ("--nodes=2", "--cpus-per-task=64")
+    low = submit(*whole, "--", *QUICK, *FOREVER)
     cluster.wait_for_log(low, "epoch      2/100000", timeout=120)
-    high = cluster.submit(
-        "--nodes=2", "--exclusive", "--partition=high", "--output=/dev/null", "--wrap", "true", cwd=project
-    )
+    high = cluster.submit(*whole, "--partition=high", "--output=/dev/null", "--wrap", "true", cwd=project)
     cluster.wait(high, "COMPLETED", timeout=120)
     (job,) = cluster.wait_for_log(low, "going on after step", timeout=120)
     assert job["Restarts"] == "1"

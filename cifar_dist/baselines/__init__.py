@@ -1,0 +1,1 @@
+"""What others do, written again to be measured beside us."""

@@ -1,0 +1,66 @@
+"""A common pattern: tensor transforms in loader workers, and everything prepared by Accelerate."""
+
+from collections.abc import Iterator
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+NUM_WORKERS = 2
+PREFETCHED = 2 * NUM_WORKERS
+
+
+class TensorImages(Dataset[tuple[Tensor, int]]):
+    """Images as tensors, with the same transforms as the script's."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        """Take `images` (N, 3, H, W) uint8 and `labels` (N,)."""
+        self.images = images
+        self.labels = labels.tolist()
+        self.transform = v2.Compose(
+            [
+                v2.RandomCrop(images.shape[-1], padding=4),
+                v2.RandomHorizontalFlip(),
+                v2.RandomRotation(10),
+                v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.2),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(self.images[index]), self.labels[index]
+
+
+class PeerLoop:
+    """The training step of such a program, called again and again; where and how precisely, Accelerate knows."""
+
+    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, *, batch_size: int) -> None:
+        self.accelerator = Accelerator()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+        loader = DataLoader(
+            TensorImages(images, labels),
+            batch_size=batch_size,
+            shuffle=True,
+            num_workers=NUM_WORKERS,
+            pin_memory=self.accelerator.device.type == "cuda",
+            drop_last=True,
+        )
+        self.model, self.optimizer, self.loader = self.accelerator.prepare(model.train(), optimizer, loader)
+        self._batches: Iterator[list[Tensor]] = iter(())
+
+    def __call__(self) -> None:
+        """Do one step."""
+        data = next(self._batches, None)
+        if data is None:
+            self._batches = iter(self.loader)
+            data = next(self._batches)
+        self.optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(self.model(data[0]), data[1])
+        self.accelerator.backward(loss)
+        self.optimizer.step()

@@ -1,0 +1,73 @@
+"""The loop of the original script: PIL transforms a sample, two loader workers, the loss read in every step."""
+
+from collections.abc import Iterator
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+NUM_WORKERS = 2
+PREFETCHED = 2 * NUM_WORKERS
+"""Batches that the workers prepare ahead, torch's default."""
+
+
+class PilImages(Dataset[tuple[Tensor, int]]):
+    """Images as torchvision's CIFAR10 gives them, with the script's training transforms."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        """Take `images` (N, 3, H, W) uint8 and `labels` (N,)."""
+        self.images = images.permute(0, 2, 3, 1).contiguous().numpy()
+        self.labels = labels.tolist()
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomCrop(images.shape[-1], padding=4),
+                transforms.RandomHorizontalFlip(),
+                transforms.RandomRotation(10),
+                transforms.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.2),
+                transforms.ToTensor(),
+                transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
+
+
+class ScriptLoop:
+    """The script's training step, called again and again; in float32 and contiguous, on one process."""
+
+    def __init__(
+        self, model: nn.Module, images: Tensor, labels: Tensor, *, batch_size: int, device: torch.device
+    ) -> None:
+        self.device = device
+        self.model = model.to(device).train()
+        self.criterion = nn.CrossEntropyLoss()
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+        self.loader = DataLoader(
+            PilImages(images, labels),
+            batch_size=batch_size,
+            shuffle=True,
+            num_workers=NUM_WORKERS,
+            pin_memory=device.type == "cuda",
+            drop_last=True,  # so that every step is as long as any other
+        )
+        self.epoch_loss = 0.0
+        self._batches: Iterator[list[Tensor]] = iter(())
+
+    def __call__(self) -> None:
+        """Do one step."""
+        data = next(self._batches, None)
+        if data is None:
+            self._batches = iter(self.loader)
+            data = next(self._batches)
+        inputs, labels = data[0].to(self.device), data[1].to(self.device)
+        self.optimizer.zero_grad()
+        loss = self.criterion(self.model(inputs), labels)
+        loss.backward()
+        self.optimizer.step()
+        self.epoch_loss += loss.item()
