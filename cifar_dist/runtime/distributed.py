@@ -225,13 +225,19 @@ def _tell_accelerate(world: World, *, cpu: bool) -> None:
             os.environ.pop(name, None)
         return
     visible = torch.cuda.device_count() if torch.cuda.is_available() else world.local_size
+    threads = device_module.choose_num_threads(
+        os.environ,
+        cores=device_module.usable_cores(),
+        local_processes=world.local_size,
+        default=torch.get_num_threads(),
+    )
     os.environ |= {
         "RANK": str(world.rank),
         "WORLD_SIZE": str(world.size),
         # Also the number of the GPU, of which a task may see fewer than there are tasks.
         "LOCAL_RANK": str(world.local_rank % visible),
         "LOCAL_WORLD_SIZE": str(world.local_size),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),  # else Accelerate chooses, with a warning
+        "OMP_NUM_THREADS": str(threads),  # else Accelerate chooses, with a warning
     }
     if world.main_address is not None:
         os.environ["MASTER_ADDR"] = world.main_address

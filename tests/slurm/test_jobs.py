@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from cifar_dist.cli import main
+from cifar_dist.runtime.device import usable_cores
 from tests.commands.test_train import assert_same_run
 from tests.conftest import ROOT, make_images
 from tests.slurm.conftest import Cluster, read_log
@@ -189,13 +190,15 @@ def test_an_array_of_seeds_and_its_report(cluster, submit, project, monkeypatch,
 
 
 def test_uneven_tasks(cluster, submit, project):
-    """Three on two nodes, as Slurm lays them out."""
+    """Three on two nodes, as Slurm lays them out, each with a thread for each of its cores, if there are so many."""
+    (project / "plain.sh").write_text(f'export PATH="{Path(sys.executable).parent}:$PATH"; unset OMP_NUM_THREADS\n')
     job_id = submit(
-        "--nodes=2", "--ntasks=3", "--cpus-per-task=1",
-        "--", *QUICK, "--set", "global_batch_size=6", "--epochs", "1",
+        "--nodes=2", "--ntasks=3", "--cpus-per-task=2",
+        "--", *QUICK, "--set", "global_batch_size=6", "--epochs", "1", CIFAR_DIST_ACTIVATE="plain.sh",
     )  # fmt: skip
     cluster.wait(job_id, "COMPLETED", timeout=120)
-    assert summary_of(run_of(project, job_id))["world_size"] == 3
+    summary = summary_of(run_of(project, job_id))
+    assert (summary["world_size"], summary["num_threads"]) == (3, min(2, usable_cores()))
 
 
 def test_a_shell_in_an_allocation_is_not_requeued_and_does_not_hang(cluster, project):

@@ -160,6 +160,15 @@ def test_which_gpu_a_task_takes(monkeypatch, visible, device):
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("gpu07", "12071")
 
 
+def test_accelerate_is_told_the_threads_that_slurm_gave(monkeypatch):
+    """What is chosen afterwards reads them there: a 1 would be taken for the user's word."""
+    monkeypatch.setattr("cifar_dist.runtime.device.usable_cores", lambda: 16)
+    monkeypatch.setattr(os, "environ", {"SLURM_STEP_ID": "0", "SLURM_CPUS_PER_TASK": "8"})
+    _tell_accelerate(World(rank=1, size=2, local_rank=1, local_size=2, launcher="slurm"), cpu=True)
+    assert os.environ["OMP_NUM_THREADS"] == "8"
+    assert choose_num_threads(os.environ, cores=16, local_processes=2, default=3) == 8
+
+
 def test_ranks_that_would_each_be_alone_are_refused(monkeypatch):
     """As Accelerate does it where there is no GPU and nobody said so."""
     monkeypatch.setattr("cifar_dist.runtime.distributed.PartialState", lambda **_: SimpleNamespace(num_processes=1))
