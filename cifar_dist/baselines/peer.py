@@ -1,15 +1,12 @@
 """A common pattern: tensor transforms in loader workers, and everything prepared by Accelerate."""
 
-from collections.abc import Iterator
-
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-NUM_WORKERS = 2
-PREFETCHED = 2 * NUM_WORKERS
+from cifar_dist.baselines.script import NUM_WORKERS, endless
 
 
 class TensorImages(Dataset[tuple[Tensor, int]]):
@@ -52,14 +49,11 @@ class PeerLoop:
             drop_last=True,
         )
         self.model, self.optimizer, self.loader = self.accelerator.prepare(model.train(), optimizer, loader)
-        self._batches: Iterator[list[Tensor]] = iter(())
+        self._batches = endless(self.loader)
 
     def __call__(self) -> None:
         """Do one step."""
-        data = next(self._batches, None)
-        if data is None:
-            self._batches = iter(self.loader)
-            data = next(self._batches)
+        data = next(self._batches)
         self.optimizer.zero_grad()
         loss = nn.functional.cross_entropy(self.model(data[0]), data[1])
         self.accelerator.backward(loss)

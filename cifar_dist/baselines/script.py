@@ -1,6 +1,6 @@
 """The loop of the original script: PIL transforms a sample, two loader workers, the loss read in every step."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from PIL import Image
@@ -11,6 +11,12 @@ from torchvision import transforms
 NUM_WORKERS = 2
 PREFETCHED = 2 * NUM_WORKERS
 """Batches that the workers prepare ahead, torch's default."""
+
+
+def endless(loader: Iterable[list[Tensor]]) -> Iterator[list[Tensor]]:
+    """Go through a loader again and again."""
+    while True:
+        yield from loader
 
 
 class PilImages(Dataset[tuple[Tensor, int]]):
@@ -57,14 +63,11 @@ class ScriptLoop:
             drop_last=True,  # so that every step is as long as any other
         )
         self.epoch_loss = 0.0
-        self._batches: Iterator[list[Tensor]] = iter(())
+        self._batches = endless(self.loader)
 
     def __call__(self) -> None:
         """Do one step."""
-        data = next(self._batches, None)
-        if data is None:
-            self._batches = iter(self.loader)
-            data = next(self._batches)
+        data = next(self._batches)
         inputs, labels = data[0].to(self.device), data[1].to(self.device)
         self.optimizer.zero_grad()
         loss = self.criterion(self.model(inputs), labels)

@@ -100,7 +100,7 @@ def _others(recipe: Recipe, runtime: Runtime, dataset: Dataset) -> list[_Contend
     models = [build_resnet(recipe.stem, dataset.num_classes, seed=recipe.seed) for _ in range(2)]
     first = script.ScriptLoop(models[0], train.images, train.labels, batch_size=batch, device=runtime.device)
     second = peer.PeerLoop(models[1], train.images, train.labels, batch_size=batch)
-    return [_Contender("script", first, script.PREFETCHED), _Contender("peer", second, peer.PREFETCHED)]
+    return [_Contender("script", first, script.PREFETCHED), _Contender("peer", second, script.PREFETCHED)]
 
 
 def _compared(contenders: list[_Contender], rounds: list[tuple[float, ...]]) -> dict[str, float | None]:
@@ -160,6 +160,7 @@ def _alternate(
     counts = [max(1, round(seconds / rounds / step_seconds)) for step_seconds in times]
 
     def rate(contender: _Contender, count: int) -> float:
+        """Give one loop's images a second in one round."""
         _time(contender.step, contender.prefetched, runtime)
         taken = _time(contender.step, count, runtime)
         if contender.prefetched:  # its workers shall not take the next one's time

@@ -25,6 +25,7 @@ class _Run:
 
     @property
     def cells(self) -> list[str]:
+        """Give its line of the table."""
         test, recipe = self.summary.test, self.config["recipe"]
         return [
             str(self.path),

@@ -15,6 +15,7 @@ from cifar_dist.training.engine import Trainer
 from cifar_dist.training.run_directory import RunDirectory
 from tests.commands.test_train import VALIDATION, assert_same_run, error_of, small_world, train
 from tests.unit.test_checkpoint import Payload
+from tests.unit.test_faults import Disk
 
 __all__ = ["small_world"]  # a fixture that every test here uses
 
@@ -155,6 +156,42 @@ def test_a_disk_that_fails_during_training_is_one_line_and_code_1(capsys, monkey
     assert not [path for path in Path("x").rglob("*") if path.name.endswith(".tmp")]
     assert load_checkpoint(Path("x/checkpoints/last.pt"))["step"] >= 3
     assert main(["--resume", "x"]) == 0
+
+
+CALLS = pytest.mark.parametrize("call", ["creat", "write", "flush", "fsync", "close", "replace"])
+ERRORS = pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS], ids=["ENOSPC", "EROFS"])
+
+
+@CALLS
+@ERRORS
+def test_each_call_that_fails_before_training_is_one_line_and_code_2(capsys, monkeypatch, call, error):
+    with monkeypatch.context() as patch:
+        disk = Disk(patch, 0, error, stays=True, only=call)
+        train("--epochs", "1", "--run-dir", "x", code=2)
+    assert disk.calls
+    assert error_of(capsys) == f"cannot write in the run directory x: {os.strerror(error)}"
+    assert not Path("x/metrics.jsonl").exists()
+    train("--epochs", "1", "--run-dir", "x", "--resume")
+
+
+@CALLS
+@ERRORS
+def test_each_call_that_fails_during_training_is_one_line_and_code_1(capsys, monkeypatch, call, error):
+    save, disks = RunDirectory.write_checkpoint, []
+    with monkeypatch.context() as patch:
+
+        def save_and_break(self, path, content, **named):
+            save(self, path, content, **named)
+            if not disks:
+                disks.append(Disk(patch, 0, error, stays=True, only=call))
+
+        patch.setattr(RunDirectory, "write_checkpoint", save_and_break)
+        train("--epochs", "1", "--run-dir", "x", "--checkpoint-every-steps", "1", code=1)
+    assert disks[0].calls
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert f"{os.strerror(error)}; the last good checkpoint stays: x/checkpoints/last.pt; go on with: python" in line
+    assert load_checkpoint(Path("x/checkpoints/last.pt"))["step"] >= 1
 
 
 def test_a_run_directory_that_vanishes_is_one_line_and_code_1(capsys, monkeypatch):

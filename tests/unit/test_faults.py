@@ -19,9 +19,18 @@ from tests.unit.test_run_directory import state_at
 class Disk:
     """Counts the calls by which something is written, and has the one of a number fail: with an error, or by dying."""
 
-    def __init__(self, monkeypatch, fail_at: int | None = None, error: int | None = None, *, stays: bool = False):
+    def __init__(
+        self,
+        monkeypatch,
+        fail_at: int | None = None,
+        error: int | None = None,
+        *,
+        stays: bool = False,
+        only: str | None = None,
+    ):
+        """`only` counts the calls of one name alone."""
         self.calls: list[str] = []
-        self.fail_at, self.error, self.stays = fail_at, error, stays
+        self.fail_at, self.error, self.stays, self.only = fail_at, error, stays, only
         for target, name in ((os, "fsync"), (os, "link"), (os, "open"), (Path, "replace"), (Path, "unlink")):
             original = getattr(target, name)
             monkeypatch.setattr(target, name, self.counted(name, original))
@@ -43,6 +52,8 @@ class Disk:
         return File(self, opened(path, mode, *arguments, **named))
 
     def count(self, name: str) -> None:
+        if self.only not in (None, name):
+            return
         number = len(self.calls)
         self.calls.append(name)
         if self.fail_at is None or number < self.fail_at or (number > self.fail_at and not self.stays):
@@ -66,8 +77,8 @@ class File:
         self.disk.count("flush")
         self.file.flush()
 
-    def fileno(self):
-        return self.file.fileno()
+    def __getattr__(self, name):
+        return getattr(self.file, name)
 
     def __enter__(self):
         return self
