@@ -1,12 +1,15 @@
 """A common pattern: tensor transforms in loader workers, and everything prepared by Accelerate."""
 
+import itertools
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from cifar_dist.baselines.script import NUM_WORKERS, endless
+NUM_WORKERS = 2
+PREFETCHED = 2 * NUM_WORKERS
 
 
 class TensorImages(Dataset[tuple[Tensor, int]]):
@@ -49,7 +52,7 @@ class PeerLoop:
             drop_last=True,
         )
         self.model, self.optimizer, self.loader = self.accelerator.prepare(model.train(), optimizer, loader)
-        self._batches = endless(self.loader)
+        self._batches = (batch for _ in itertools.count() for batch in self.loader)  # again and again
 
     def __call__(self) -> None:
         """Do one step."""

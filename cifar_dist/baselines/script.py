@@ -1,6 +1,6 @@
 """The loop of the original script: PIL transforms a sample, two loader workers, the loss read in every step."""
 
-from collections.abc import Iterable, Iterator
+import itertools
 
 import torch
 from PIL import Image
@@ -11,12 +11,6 @@ from torchvision import transforms
 NUM_WORKERS = 2
 PREFETCHED = 2 * NUM_WORKERS
 """Batches that the workers prepare ahead, torch's default."""
-
-
-def endless(loader: Iterable[list[Tensor]]) -> Iterator[list[Tensor]]:
-    """Go through a loader again and again."""
-    while True:
-        yield from loader
 
 
 class PilImages(Dataset[tuple[Tensor, int]]):
@@ -63,7 +57,7 @@ class ScriptLoop:
             drop_last=True,  # so that every step is as long as any other
         )
         self.epoch_loss = 0.0
-        self._batches = endless(self.loader)
+        self._batches = (batch for _ in itertools.count() for batch in self.loader)  # again and again
 
     def __call__(self) -> None:
         """Do one step."""

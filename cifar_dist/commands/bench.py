@@ -100,7 +100,7 @@ def _others(recipe: Recipe, runtime: Runtime, dataset: Dataset) -> list[_Contend
     models = [build_resnet(recipe.stem, dataset.num_classes, seed=recipe.seed) for _ in range(2)]
     first = script.ScriptLoop(models[0], train.images, train.labels, batch_size=batch, device=runtime.device)
     second = peer.PeerLoop(models[1], train.images, train.labels, batch_size=batch)
-    return [_Contender("script", first, script.PREFETCHED), _Contender("peer", second, script.PREFETCHED)]
+    return [_Contender("script", first, script.PREFETCHED), _Contender("peer", second, peer.PREFETCHED)]
 
 
 def _compared(contenders: list[_Contender], rounds: list[tuple[float, ...]]) -> dict[str, float | None]:

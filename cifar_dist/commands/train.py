@@ -105,21 +105,23 @@ def run(options: TrainOptions, world: World, config: AccelerateConfig) -> int:
         directory = RunDirectory(job.directory, lock) if ranks.is_main else UnwrittenRun(job.directory)
         session = Session(directory, trainer, dataset, about, _rhythm(options))
         with ranks.together():
-            if then := job.checkpoint or stored:
-                with understanding(directory.last):
-                    refuse_other_data(about, then)
-            if job.checkpoint:
-                with understanding(directory.last):
-                    session.restore(job.checkpoint)
-            if job.damage is not None and directory.last.exists():
-                directory.set_aside(directory.last)
-            session.begin(
-                about
-                | {"plan": to_mapping(plan), "versions": package_versions(), "git_commit": git_commit()}
-                | ({} if slurm_job is None else {"slurm_job": slurm_job.name}),
-                is_new=job.run.existing is None,
-            )
+            _begin(session, job, plan, slurm_job)
         return _train_and_test(console, display, session, _how_to_go_on(options, job.directory))
+
+
+def _begin(session: Session, job: _Job, plan: RunPlan, slurm_job: SlurmJob | None) -> None:
+    """Go on from the checkpoint, where there is one, and write what is known. Raises UserError where that cannot be."""
+    directory, about = session.directory, session.checkpoints.header
+    with understanding(directory.last):
+        if then := job.checkpoint or job.run.stored:
+            refuse_other_data(about, then)
+        if job.checkpoint:
+            session.restore(job.checkpoint)
+    if job.damage is not None and directory.last.exists():
+        directory.set_aside(directory.last)
+    marks = {"plan": to_mapping(plan), "versions": package_versions(), "git_commit": git_commit()}
+    marks |= {} if slurm_job is None else {"slurm_job": slurm_job.name}
+    session.begin(about | marks, is_new=job.run.existing is None)
 
 
 def _rhythm(options: TrainOptions) -> Rhythm:
