@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cifar_dist.config.recipe import AugmentationConfig
 from cifar_dist.data.color import jitter
+from cifar_dist.data.dataset import to_device
 from cifar_dist.data.geometry import Turn, move_pixels
 from cifar_dist.data.mixing import cutout, mix
 from cifar_dist.data.order import derive_seed
@@ -74,13 +75,13 @@ class Augmentation:
             "saturation": draw.factor("saturation", config.saturation),
             "hue": draw.uniform("hue", -config.hue, config.hue),
             "jitter_order": draw.integers("jitter_order", len(JITTER_ORDERS)),
-            "cutout_y": draw.integers("cutout_y", size),
-            "cutout_x": draw.integers("cutout_x", size),
-            "partner": draw.integers("partner", num_partners),
+            "cutout_y": draw.integers("cutout_y", size if config.cutout else 1),
+            "cutout_x": draw.integers("cutout_x", size if config.cutout else 1),
+            "partner": draw.integers("partner", num_partners if self.mixes else 1),
             "share": share,
             "is_box": is_box,
-            "box_y": draw.integers("box_y", size),
-            "box_x": draw.integers("box_x", size),
+            "box_y": draw.integers("box_y", size if config.cutmix else 1),
+            "box_x": draw.integers("box_x", size if config.cutmix else 1),
         }
         return torch.stack([columns[name] for name in COLUMNS], dim=1)
 
@@ -116,8 +117,9 @@ class Augmentation:
         if self.moves_pixels:
             images = move_pixels(
                 images,
-                crop_y=column["crop_y"] - config.crop_padding,
-                crop_x=column["crop_x"] - config.crop_padding,
+                padding=config.crop_padding,
+                crop_y=column["crop_y"],
+                crop_x=column["crop_x"],
                 reflect=config.crop_mode == "reflect",
                 flip=column["flip"],
                 turns=self._turns(column),
@@ -127,9 +129,9 @@ class Augmentation:
             # The order stays on the CPU: it decides which images go together, and asking a device would make it wait.
             orders = JITTER_ORDERS[rows[:, COLUMNS.index("jitter_order")].long()]
             factors = torch.stack([column["brightness"], column["contrast"], column["saturation"]], dim=1)
-            jitter(pixels, factors, column["hue"] if config.hue else None, orders)
+            pixels = jitter(pixels, factors, column["hue"] if config.hue else None, orders)
         if config.cutout:
-            cutout(pixels, column["cutout_y"], column["cutout_x"], config.cutout, self.fill.to(pixels.device))
+            cutout(pixels, column["cutout_y"], column["cutout_x"], config.cutout, to_device(self.fill, pixels.device))
         return pixels
 
     def mix(self, pixels: Tensor, partners: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,7 +151,7 @@ class Augmentation:
 
     @staticmethod
     def _columns(rows: Tensor, device: torch.device) -> dict[str, Tensor]:
-        return dict(zip(COLUMNS, rows.to(device).unbind(1), strict=True))
+        return dict(zip(COLUMNS, to_device(rows, device).unbind(1), strict=True))
 
 
 class _Draw:
@@ -162,12 +164,19 @@ class _Draw:
         return torch.Generator().manual_seed(derive_seed("augmentation", self.seed, self.epoch, name))
 
     def uniform(self, name: str, low: float, high: float) -> Tensor:
+        """Floats of [low, high)."""
+        if low == high:
+            return torch.full((self.num_samples,), low)
         return low + (high - low) * torch.rand(self.num_samples, generator=self._generator(name))
 
     def integers(self, name: str, count: int) -> Tensor:
+        """Whole numbers from 0 to count - 1, as floats."""
+        if count == 1:
+            return torch.zeros(self.num_samples)
         return torch.randint(count, (self.num_samples,), generator=self._generator(name)).float()
 
     def factor(self, name: str, spread: float) -> Tensor:
+        """Factors about 1, none below 0."""
         return self.uniform(name, max(0.0, 1 - spread), 1 + spread)
 
     def beta(self, name: str, alpha: float) -> Tensor:

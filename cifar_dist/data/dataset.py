@@ -9,6 +9,16 @@ from torch import Tensor
 from cifar_dist.config.plan import DatasetSizes
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Move a small tensor from the CPU to a device, on CUDA without waiting for what it is doing.
+
+    That takes pinned memory. MPS has none, and its non-blocking copies can corrupt (pytorch#139550).
+    """
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class LabelledImages:
     """Images that live in memory as one tensor, so that a batch is an index and not a worker process."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -20,14 +21,14 @@ class Turn:
 
 
 def move_pixels(
-    images: Tensor, *, crop_y: Tensor, crop_x: Tensor, reflect: bool, flip: Tensor, turns: list[Turn]
+    images: Tensor, *, padding: int, crop_y: Tensor, crop_x: Tensor, reflect: bool, flip: Tensor, turns: list[Turn]
 ) -> Tensor:
-    """Crop, then flip, then turn (once or more) a batch (N, 3, H, W) uint8; what lies outside becomes 0.
+    """Pad, crop, flip, then turn (once or more) a batch (N, 3, H, W) uint8; what lies outside becomes 0.
 
     A pixel of the result is followed back through the turns (each to the nearest pixel, ties to even, as `grid_sample`
     does), the flip and the crop. All are moves of whole pixels, so one gather equals the operations one after the
-    other. `crop_y` and `crop_x` (N,) are the window's corner relative to the unpadded image, beyond which there are
-    zeros, or with `reflect` the image's reflection about its border pixels; `flip` (N,) is 0 or 1.
+    other. `crop_y` and `crop_x` (N,), from 0 to 2 `padding`, are the window's corner in the padded image, whose border
+    is 0, or with `reflect` the image's reflection about its border pixels; `flip` (N,) is 0 or 1.
     """
     num_images, channels, height, width = images.shape
     y = torch.arange(height, device=images.device, dtype=torch.float32).view(1, height, 1)
@@ -35,20 +36,19 @@ def move_pixels(
     inside: Tensor | None = None
     for turn in reversed(turns):
         y, x = _source_of(turn, y, x, height, width)
-        within = _within(y, height) & _within(x, width)
+        within = _within(y, x, height, width)
         inside = within if inside is None else inside & within
-    x = x + flip.view(-1, 1, 1) * ((width - 1) - 2 * x)
-    y, x = y + crop_y.view(-1, 1, 1), x + crop_x.view(-1, 1, 1)
+    if turns:
+        y, x = y.clamp_(0, height - 1), x.clamp_(0, width - 1)
+    x = (x * (1 - 2 * flip).view(-1, 1, 1)).add_(((width - 1) * flip + crop_x).view(-1, 1, 1))
+    y = y + crop_y.view(-1, 1, 1)
     if reflect:
-        y, x = _reflected(y, height), _reflected(x, width)
-    else:
-        within = _within(y, height) & _within(x, width)
-        inside = within if inside is None else inside & within
-    source = (y.clamp(0, height - 1) * width + x.clamp(0, width - 1)).to(torch.int64).flatten(1).unsqueeze(1)
-    moved = images.flatten(2).gather(2, source.expand(-1, channels, -1))
-    if inside is not None:
-        moved.mul_(inside.expand(num_images, height, width).flatten(1).unsqueeze(1))
-    return moved.view_as(images)
+        y, x = _reflected(y - padding, height), _reflected(x - padding, width)
+    elif padding:
+        images = functional.pad(images, (padding, padding, padding, padding))
+    source = torch.add(x, y, alpha=images.shape[3]).to(torch.int64).flatten(1).unsqueeze(1)
+    moved = images.flatten(2).gather(2, source.expand(-1, channels, -1)).view(num_images, channels, height, width)
+    return moved if inside is None else moved.mul_(inside.unsqueeze(1))
 
 
 def _source_of(turn: Turn, y: Tensor, x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -64,8 +64,12 @@ def _source_of(turn: Turn, y: Tensor, x: Tensor, height: int, width: int) -> tup
     return source_y, source_x
 
 
-def _within(coordinate: Tensor, size: int) -> Tensor:
-    return (coordinate >= 0) & (coordinate <= size - 1)
+def _within(y: Tensor, x: Tensor, height: int, width: int) -> Tensor:
+    """Tell which pixels lie in the image: bool."""
+    # Compared as floats, in place, which is several times faster on a CPU than a comparison that gives bools.
+    within_y = (y - (height - 1) / 2).abs_().le_((height - 1) / 2)
+    within_x = (x - (width - 1) / 2).abs_().le_((width - 1) / 2)
+    return within_y.mul_(within_x).to(torch.bool)
 
 
 def _reflected(coordinate: Tensor, size: int) -> Tensor:
