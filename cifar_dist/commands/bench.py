@@ -1,11 +1,10 @@
-"""`bench`: the training loop against the bare training step, in alternation, in one run."""
+"""`bench`: the training loop against the bare training step and against what others do, in turns, in one run."""
 
 import io
 import json
 import statistics
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -21,20 +20,26 @@ from cifar_dist.config.recipe import Recipe
 from cifar_dist.config.world import AccelerateConfig, World
 from cifar_dist.data.dataset import Dataset, LabelledImages
 from cifar_dist.display.progress import training_display
-from cifar_dist.display.tables import format_bench, print_lines
+from cifar_dist.display.tables import format_bench, format_sweep, print_lines
 from cifar_dist.model.optimizer import build_optimizer
 from cifar_dist.model.resnet import build_resnet
 from cifar_dist.runtime.distributed import Runtime, connect, start
+from cifar_dist.runtime.timing import Contender, alternate, seconds_of
+from cifar_dist.training.anatomy import flops_per_image, memory_by_part, peak_flops, seconds_by_part
 from cifar_dist.training.checkpoint import write_atomically
 from cifar_dist.training.engine import Trainer
-from cifar_dist.training.metrics import RunningSums
 from cifar_dist.training.setup import build_trainer
 
 _NUM_IMAGES = 20_000
-_ROUNDS = 8
-_SLOWEST_WORKERS = 1_000
-"""Images a second that the workers of the other loops prepare at least."""
-_NOT_FOR_SPEED = {"validation_size": 0, "early_stopping": {"enabled": False}, "epochs": 1_000_000}
+_NUM_CLASSES = 10
+_NOT_FOR_SPEED = {
+    "validation_size": 0,
+    "early_stopping": {"enabled": False},
+    "epochs": 1_000_000,
+    "image_size_schedule": None,  # all loops see images of one size
+}
+_HOPELESS = 3.0
+"""A choice so many times slower than the best so far is measured by one step alone."""
 
 
 def run(options: BenchOptions, world: World, config: AccelerateConfig) -> int:
@@ -42,6 +47,8 @@ def run(options: BenchOptions, world: World, config: AccelerateConfig) -> int:
     console = Console(quiet=world.rank > 0)
     if options.json is not None and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):
         raise UserError(f"--json {options.json} cannot be written: name a file in a folder that exists")
+    if options.sweep and world.size > 1:
+        raise UserError(f"--sweep compares what one process can do, and there are {world.size}: start one")
     recipe = resolve_recipe(read_recipe(options.recipe), _NOT_FOR_SPEED, options.assignments)
     with connect(world, config) as ranks:
         runtime = start(ranks, config, typed_precision=options.precision, doing="measuring")
@@ -49,8 +56,8 @@ def run(options: BenchOptions, world: World, config: AccelerateConfig) -> int:
         processes = f"{world.size} process{'es' if world.size > 1 else ''}"
         for line in (*runtime.outlook.notes, f"{what}, {processes}, {runtime.outlook.line}"):
             console.print(line, highlight=False, soft_wrap=True, markup=False)
-        result = _measure(recipe, runtime, options.seconds)
-    print_lines(console, format_bench(result), title="bench")
+        result = (_sweep if options.sweep else _measure)(recipe, runtime, options.seconds)
+    print_lines(console, (format_sweep if options.sweep else format_bench)(result), title="bench")
     if world.rank == 0 and options.json is not None:
         text = json.dumps(result, allow_nan=False) + "\n"
         write_atomically(options.json, lambda file: file.write(text.encode()))
@@ -65,16 +72,34 @@ def _measure(recipe: Recipe, runtime: Runtime, seconds: float) -> dict[str, Any]
     display = training_display(Console(file=io.StringIO(), force_terminal=True), plan, "bench", quiet=False)
     with display:
         loop = _Loop(build_trainer(recipe, plan, dataset, runtime, display))
-        bare = _bare_step(recipe, runtime, dataset)
-        contenders = [_Contender("bare_step", bare), _Contender("loop", loop)]
+        bare = _bare_step(
+            recipe,
+            runtime,
+            precision=runtime.precision,
+            layout=runtime.memory_format,
+            compiler=runtime.outlook.compiler,
+        )
+        contenders = [Contender("bare_step", bare), Contender("loop", loop)]
         if runtime.world.size == 1:  # neither of the others has a share for a process
             contenders += _others(recipe, runtime, dataset)
-        rounds = _alternate(contenders, recipe.global_batch_size, seconds, runtime)
-        parts = _seconds_by_part(bare, loop.trainer, runtime)
+        rounds = alternate(contenders, recipe.global_batch_size, seconds, runtime)
+        parts, memory = seconds_by_part(loop.trainer), memory_by_part(loop.trainer)
+    compared, flops = _compared(contenders, rounds), flops_per_image(recipe, _NUM_CLASSES)
+    peak = peak_flops(runtime)
+    utilisation = None if peak is None else compared["loop_images_per_second"] * flops / (peak * runtime.world.size)
     return {
-        **_compared(contenders, rounds),
+        **compared,
         "seconds_by_part": parts,
+        "memory_mib_by_part": memory,
+        "flops_per_image": flops,
+        "model_flop_utilisation": utilisation,
         "rounds": len(rounds),
+        **_about(recipe, runtime),
+    }
+
+
+def _about(recipe: Recipe, runtime: Runtime) -> dict[str, Any]:
+    return {
         "device": runtime.device.type,
         "precision": runtime.precision,
         "num_threads": runtime.num_threads,
@@ -84,26 +109,16 @@ def _measure(recipe: Recipe, runtime: Runtime, seconds: float) -> dict[str, Any]
     }
 
 
-@dataclass(frozen=True, slots=True)
-class _Contender:
-    """A loop, a step at a time."""
-
-    name: str
-    step: Callable[[], None]
-    prefetched: int = 0
-    """Batches that its workers prepare while another loop is measured: done before the clock starts."""
-
-
-def _others(recipe: Recipe, runtime: Runtime, dataset: Dataset) -> list[_Contender]:
+def _others(recipe: Recipe, runtime: Runtime, dataset: Dataset) -> list[Contender]:
     """Give what others do, with the same model, batch and images."""
     train, batch = dataset.train, recipe.global_batch_size
-    models = [build_resnet(recipe.stem, dataset.num_classes, seed=recipe.seed) for _ in range(2)]
+    models = [build_resnet(recipe.stem, _NUM_CLASSES, seed=recipe.seed) for _ in range(2)]
     first = script.ScriptLoop(models[0], train.images, train.labels, batch_size=batch, device=runtime.device)
     second = peer.PeerLoop(models[1], train.images, train.labels, batch_size=batch)
-    return [_Contender("script", first, script.PREFETCHED), _Contender("peer", second, peer.PREFETCHED)]
+    return [Contender("script", first, script.PREFETCHED), Contender("peer", second, peer.PREFETCHED)]
 
 
-def _compared(contenders: list[_Contender], rounds: list[tuple[float, ...]]) -> dict[str, float | None]:
+def _compared(contenders: list[Contender], rounds: list[tuple[float, ...]]) -> dict[str, Any]:
     """Give each loop's median rate, and ours over each of the others with its spread."""
     rates = {each.name: [one[i] for one in rounds] for i, each in enumerate(contenders)}
     result: dict[str, float | None] = {}
@@ -117,16 +132,80 @@ def _compared(contenders: list[_Contender], rounds: list[tuple[float, ...]]) -> 
     return result
 
 
-def _bare_step(recipe: Recipe, runtime: Runtime, dataset: Dataset) -> BareStep:
+def _bare_step(
+    recipe: Recipe,
+    runtime: Runtime,
+    *,
+    precision: str,
+    layout: torch.memory_format,
+    fused: bool | None = None,
+    compiler: str | None = None,
+) -> BareStep:
     """Build the floor; with several processes each does its share by itself and hears nothing of the others."""
-    batch = recipe.global_batch_size // runtime.world.size
-    device, layout = runtime.device, runtime.memory_format
-    model = build_resnet(recipe.stem, dataset.num_classes, seed=recipe.seed)
+    batch, device, side = recipe.global_batch_size // runtime.world.size, runtime.device, recipe.image_size
+    model = build_resnet(recipe.stem, _NUM_CLASSES, seed=recipe.seed)
     model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
-    images = torch.rand(batch, 3, recipe.image_size, recipe.image_size).to(device, memory_format=layout)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}[runtime.precision]
-    labels = dataset.train.labels[:batch].to(device)
-    return BareStep(model, build_optimizer(model, recipe.optimizer), images, labels, dtype)
+    optimizer = build_optimizer(model, recipe.optimizer, fused=fused)
+    if compiler is not None:
+        model = torch.compile(model, backend=compiler.lower(), dynamic=False)  # type: ignore[assignment]
+    images = torch.rand(batch, 3, side, side).to(device, memory_format=layout)
+    labels = (torch.arange(batch) % _NUM_CLASSES).to(device)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}[precision]
+    return BareStep(model, optimizer, images, labels, dtype)
+
+
+def _sweep(recipe: Recipe, runtime: Runtime, seconds: float) -> dict[str, Any]:
+    """Measure the bare step with every choice of precision, memory layout, compiler and optimiser kernel."""
+    rows: list[dict[str, Any]] = []
+    steps: list[tuple[dict[str, Any], Contender]] = []
+    best = float("inf")
+    for choice in _choices(runtime):
+        layout = _LAYOUTS[choice["memory_format"]]
+        step = _bare_step(
+            recipe,
+            runtime,
+            precision=choice["precision"],
+            layout=layout,
+            fused=choice["fused"],
+            compiler=choice["compiler"],
+        )
+        row = {**choice, "images_per_second": None}
+        rows.append(row)
+        try:
+            seconds_of(step, 2, runtime)
+            taken = seconds_of(step, 1, runtime)
+        except Exception as error:  # a compiler that is missing or fails, in any of its many ways
+            row["failed"] = (str(error).strip() or type(error).__name__).splitlines()[0]
+            continue
+        best, row["images_per_second"] = min(best, taken), recipe.global_batch_size / taken
+        if taken < _HOPELESS * best or choice["is_chosen"]:
+            steps.append((row, Contender("", step)))
+    rounds = alternate([each for _, each in steps], recipe.global_batch_size, seconds, runtime)
+    for (row, _), rates in zip(steps, zip(*rounds, strict=True), strict=True):
+        row |= {"images_per_second": statistics.median(rates), "min": min(rates), "max": max(rates)}
+    rows.sort(key=lambda row: -(row["images_per_second"] or 0))
+    chosen = next(row["images_per_second"] for row in rows if row["is_chosen"])
+    over_fastest = chosen / rows[0]["images_per_second"]
+    return {"sweep": rows, "chosen_over_fastest": over_fastest, "rounds": len(rounds), **_about(recipe, runtime)}
+
+
+_LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def _choices(runtime: Runtime) -> Iterator[dict[str, Any]]:
+    """Give all that could be chosen on this device, and which of it the training loop has."""
+    kind = runtime.device.type
+    precisions = {"cpu": ("no", "bf16"), "mps": ("no", "fp16"), "cuda": ("no", "bf16", "fp16")}[kind]
+    compilers = (None,) if kind == "mps" else (None, "INDUCTOR")
+    for precision, layout, compiler, fused in product(precisions, _LAYOUTS, compilers, (True, False)):
+        ours = (runtime.precision, runtime.memory_format, runtime.outlook.compiler, kind != "mps")
+        yield {
+            "precision": precision,
+            "memory_format": layout,
+            "compiler": compiler,
+            "fused": fused,
+            "is_chosen": (precision, _LAYOUTS[layout], compiler, fused) == ours,
+        }
 
 
 class _Loop:
@@ -148,69 +227,10 @@ class _Loop:
             next(self._steps)
 
 
-def _alternate(
-    contenders: list[_Contender], batch_size: int, seconds: float, runtime: Runtime
-) -> list[tuple[float, ...]]:
-    """Run the loops in turns; give each round's images a second, in the order of `contenders`."""
-    for contender in contenders:  # caches, allocators and kernels that are chosen at the first call
-        _time(contender.step, 3 + contender.prefetched, runtime)
-    # All processes must do the same number of steps: rank 0's clock counts.
-    times = runtime.ranks.exchange([_time(each.step, 2, runtime) / 2 for each in contenders])[0]
-    rounds = max(3, min(_ROUNDS, int(seconds / max(times))))
-    counts = [max(1, round(seconds / rounds / step_seconds)) for step_seconds in times]
-
-    def rate(contender: _Contender, count: int) -> float:
-        """Give one loop's images a second in one round."""
-        _time(contender.step, contender.prefetched, runtime)
-        taken = _time(contender.step, count, runtime)
-        if contender.prefetched:  # its workers shall not take the next one's time
-            time.sleep(contender.prefetched * batch_size / _SLOWEST_WORKERS)
-        return count * batch_size / taken
-
-    return [
-        tuple(rate(contender, count) for contender, count in zip(contenders, counts, strict=True))
-        for _ in range(rounds)
-    ]
-
-
-def _time(action: Callable[[], object], count: int, runtime: Runtime) -> float:
-    """Give the seconds that `count` calls take, the device's work included."""
-    runtime.synchronize()
-    started = time.perf_counter()
-    for _ in range(count):
-        action()
-    runtime.synchronize()
-    return time.perf_counter() - started
-
-
-def _seconds_by_part(bare: BareStep, trainer: Trainer, runtime: Runtime, *, count: int = 5) -> dict[str, float]:
-    """Time the parts of a step one by one: seconds a step, the device waited for after each part."""
-    batches, batch = trainer.batches, trainer.recipe.global_batch_size
-    table, samples = batches.augmentation.draw_table(1, len(batches.data)), torch.arange(batch)
-    images, labels = batches.data.images[:batch], batches.data.labels[:batch]
-    pixels = batches.augmentation.apply(images, table[:batch])
-    sums, logits = RunningSums(runtime.device), torch.zeros(batch, 10, device=runtime.device)
-    loss = torch.zeros((), device=runtime.device)
-    parts: dict[str, Callable[[], object]] = {
-        "gather": lambda: (table[samples], batches.data.images[samples.to(images.device)]),
-        "augmentation": lambda: batches.augmentation.apply(images, table[:batch]),
-        "normalization": lambda: batches.normalize(pixels),
-        "metrics": lambda: sums.add(loss, logits, labels),
-        "progress": lambda: trainer.observer.on_step(1, None),
-        "optimizer": bare.optimizer.step,
-    }
-    seconds = {"forward": 0.0, "backward": 0.0}
-    for _ in range(count):
-        results: list[torch.Tensor] = []
-        seconds["forward"] += _time(lambda: results.append(bare.forward()), 1, runtime) / count  # noqa: B023
-        seconds["backward"] += _time(lambda: results[0].backward(), 1, runtime) / count  # type: ignore[no-untyped-call]  # noqa: B023
-    return {name: _time(action, count, runtime) / count for name, action in parts.items()} | seconds
-
-
 def _random_dataset(size: int) -> Dataset:
     """Make images that nobody will learn from: how long a step takes does not depend on what they show."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (_NUM_IMAGES, 3, size, size), generator=generator, dtype=torch.uint8)
-    labels = torch.randint(10, (_NUM_IMAGES,), generator=generator)
+    labels = torch.randint(_NUM_CLASSES, (_NUM_IMAGES,), generator=generator)
     part = LabelledImages(images=images, labels=labels)
     return Dataset(name="random", class_names=tuple("0123456789"), train=part, test=part)

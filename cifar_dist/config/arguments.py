@@ -168,6 +168,7 @@ def _bench_parser() -> _Parser:
     _add_recipe(parser, default="standard")
     _add_set(parser)
     parser.add_argument("--seconds", type=float, default=10.0, metavar="S", help="for each loop measured (default 10)")
+    parser.add_argument("--sweep", action="store_true", help="measure precisions, layouts, compilers; which is fastest")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     return parser
 

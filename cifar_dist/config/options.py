@@ -82,4 +82,5 @@ class BenchOptions:
     precision: str | None = None
     assignments: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 10.0
+    sweep: bool = False
     json: Path | None = None

@@ -22,6 +22,9 @@ _ACCELERATE_KEYS = frozenset(
     """.split()
 )
 
+_COMPILERS = ("EAGER", "AOT_EAGER", "INDUCTOR", "CUDAGRAPHS")
+"""Backends of torch.compile that Accelerate names and that train; two of them only test the tracing."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class World:
@@ -155,6 +158,10 @@ class AccelerateConfig:
     """The GPUs to use, as CUDA_VISIBLE_DEVICES names them; None: all that are visible."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """None where the file does not say."""
+    dynamo_backend: str = "NO"
+    """What compiles the model (`dynamo_config`): NO for nothing."""
+    dynamo_mode: str | None = None
+    """torch.compile's `mode`."""
 
 
 def load_accelerate_config(path: str | None) -> AccelerateConfig:
@@ -184,6 +191,7 @@ def load_accelerate_config(path: str | None) -> AccelerateConfig:
         use_cpu=_flag(values, "use_cpu", path),
         gpu_ids=None if values.get("gpu_ids") in (None, "all") else str(values["gpu_ids"]),
         mixed_precision=_mixed_precision(values.get("mixed_precision"), path),
+        **_dynamo(values.get("dynamo_config"), path),
     )
     _check_machines(config)
     return config
@@ -235,6 +243,29 @@ def _mixed_precision(value: Any, path: str) -> Literal["no", "fp16", "bf16"] | N
         return value  # type: ignore[no-any-return]
     quoted = " (quote it: unquoted no is a YAML boolean)" if value is False else ""
     raise UserError(f"Accelerate config {path}: mixed_precision must be 'no', 'fp16' or 'bf16', not {value!r}{quoted}")
+
+
+def _dynamo(values: Any, path: str) -> dict[str, str]:
+    """Read how the model is to be compiled. Raises UserError for what is not served."""
+    choices = {"dynamo_backend": ("NO", *_COMPILERS), "dynamo_mode": ("default", "reduce-overhead", "max-autotune")}
+    if not isinstance(values or {}, dict):
+        raise UserError(f"Accelerate config {path}: dynamo_config must be a mapping, not {values!r}")
+    chosen = {}
+    for key, value in (values or {}).items():
+        name = key if key.startswith("dynamo_") else f"dynamo_{key}"
+        text = str(value).upper() if name == "dynamo_backend" else str(value)
+        if text not in choices.get(name, (text,)) or name not in choices:
+            what = f"must be one of {', '.join(choices[name])}, not {value!r}" if name in choices else "is not served"
+            raise UserError(f"Accelerate config {path}: dynamo_config.{key} {what}")
+        chosen[name] = text
+    return chosen
+
+
+def wished_compiler(config: AccelerateConfig, environ: Mapping[str, str]) -> str | None:
+    """Give the backend that is to compile the model: the config's, else that of an outer `accelerate launch`."""
+    outer = environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper()
+    wish = config.dynamo_backend if config.path is not None else outer
+    return wish if wish in _COMPILERS else None
 
 
 def has_outer_launcher(environ: Mapping[str, str]) -> bool:

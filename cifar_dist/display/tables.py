@@ -80,12 +80,34 @@ def format_bench(result: Mapping[str, Any]) -> list[str]:
             rows.append([name, f"{rate:,.0f}", f"x {result[ratio]:.3f}", spread])
     parts: Mapping[str, float] = result["seconds_by_part"]
     total = sum(parts.values())
+    memory: Mapping[str, float] = result["memory_mib_by_part"]
+    work = f"{result['flops_per_image'] * result['loop_images_per_second'] / 1e12:.3g} TFLOP/s of the model"
+    if result["model_flop_utilisation"] is not None:
+        work += f", {result['model_flop_utilisation']:.1%} of the device's peak"
     return [
         *format_table(rows),
         "",
-        f"medians of {result['rounds']} rounds; milliseconds a step, by part, each waited for:",
+        f"medians of {result['rounds']} rounds; {work}",
+        "",
+        "milliseconds a step, by part, each waited for:",
         *(f"{name:<14}{1000 * each:>9.2f}  {each / total:>6.1%}" for name, each in parts.items()),
+        "",
+        "MiB by part: " + ", ".join(f"{name} {each:,.0f}" for name, each in memory.items() if each),
     ]
+
+
+def format_sweep(result: Mapping[str, Any]) -> list[str]:
+    """Give what `bench --sweep` measured, the fastest first; what was too slow or failed has no spread."""
+    rows = [["precision", "layout", "compiler", "optimizer", "images/s", "in rounds", ""]]
+    for row in result["sweep"]:
+        rate = "-" if row["images_per_second"] is None else f"{row['images_per_second']:,.0f}"
+        spread = f"{row['min']:,.0f} to {row['max']:,.0f}" if "min" in row else "1 step"
+        compiler = (row["compiler"] or "none").lower()
+        kernel = "fused" if row["fused"] else "unfused"
+        note = row.get("failed", "chosen" if row["is_chosen"] else "")
+        rows.append([row["precision"], row["memory_format"], compiler, kernel, rate, spread, note])
+    share = f"what the loop has is {result['chosen_over_fastest']:.2f} of the fastest"
+    return [*format_table(rows), "", f"medians of {result['rounds']} rounds; {share}"]
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> list[str]:

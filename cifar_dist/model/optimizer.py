@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from cifar_dist.config.recipe import OptimizerConfig
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: OptimizerConfig, *, fused: bool | None = None) -> torch.optim.Optimizer:
     """Build SGD, AdamW (`momentum` is its first beta) or Muon over the model's parameters.
+
+    `fused` is one kernel over all parameters instead of several passes; None: where the device has it.
 
     Without `decay_norm_and_bias` only matrices and filters decay: BatchNorm's scales and the biases have one
     dimension and go in a group of their own.
@@ -24,8 +26,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     groups: list[dict[str, Any]] = [
         {"params": each, "weight_decay": config.weight_decay if decays else 0.0} for decays, each in members.items()
     ]
-    # One kernel over all parameters instead of several passes; MPS keeps torch's own choice.
-    fused = True if next(model.parameters()).device.type in ("cpu", "cuda") else None
+    if fused is None and next(model.parameters()).device.type in ("cpu", "cuda"):  # MPS keeps torch's own choice
+        fused = True
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.momentum, 0.999), fused=fused)
     options: dict[str, Any] = {"lr": config.learning_rate, "momentum": config.momentum, "nesterov": config.nesterov}

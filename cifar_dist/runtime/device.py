@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,14 @@ import psutil
 import torch
 
 from cifar_dist.config.errors import UserError
-from cifar_dist.config.world import AccelerateConfig, World, has_outer_launcher, wants_cpu, wished_precision
+from cifar_dist.config.world import (
+    AccelerateConfig,
+    World,
+    has_outer_launcher,
+    wants_cpu,
+    wished_compiler,
+    wished_precision,
+)
 from cifar_dist.runtime.launch import NUM_THREADS
 
 DeviceType = Literal["cpu", "mps", "cuda"]
@@ -52,6 +60,8 @@ class Outlook:
     precision: Literal["no", "fp16", "bf16"]
     precision_reason: str
     num_threads: int
+    compiler: str | None
+    """torch.compile's backend; None: the model is not compiled."""
     notes: tuple[str, ...]
     """Lines that a person should read: what was asked for and cannot be had."""
 
@@ -59,7 +69,8 @@ class Outlook:
     def line(self) -> str:
         """Device, precision and threads in words."""
         threads = f"{self.num_threads} thread{'s' if self.num_threads > 1 else ''}"
-        return f"{self.device_type}, precision {self.precision} ({self.precision_reason}), {threads}"
+        compiled = f", compiled by {self.compiler.lower()}" if self.compiler else ""
+        return f"{self.device_type}, precision {self.precision} ({self.precision_reason}), {threads}{compiled}"
 
 
 def look_ahead(
@@ -79,6 +90,10 @@ def look_ahead(
     choice = resolve_precision(wished_precision(typed_precision, config, environ), facts)
     if choice.differs:
         notes.append(f"{choice.reason}: using {choice.precision}")
+    compiler = wished_compiler(config, environ)
+    if compiler and (reason := _cannot_compile(facts.type, compiler)):
+        compiler = None
+        notes.append(f"{reason}: not compiled")
     return Outlook(
         device_type=facts.type,
         precision=choice.precision,
@@ -87,8 +102,21 @@ def look_ahead(
         or choose_num_threads(
             environ, cores=usable_cores(), local_processes=local_processes, default=torch.get_num_threads()
         ),
+        compiler=compiler,
         notes=tuple(notes),
     )
+
+
+def _cannot_compile(device_type: str, compiler: str) -> str | None:
+    """Say why a model cannot be compiled here."""
+    if device_type == "mps":
+        return "compiled training is slower on MPS (pytorch#192551)"
+    if compiler == "CUDAGRAPHS" and device_type != "cuda":
+        return "CUDAGRAPHS needs a CUDA device"
+    names = [os.environ.get("CXX", "g++"), "g++", "clang++", "cl"]
+    if compiler == "INDUCTOR" and not any(map(shutil.which, names)):
+        return "INDUCTOR needs a C++ compiler (g++), and there is none"
+    return None
 
 
 def resolve_precision(wish: str, facts: DeviceFacts) -> PrecisionChoice:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, TorchDynamoPlugin
 from torch import Tensor, nn
 
 from cifar_dist.config.errors import SharedError, UserError
@@ -194,6 +194,9 @@ def start(
     accelerator = Accelerator(
         cpu=outlook.device_type == "cpu",
         mixed_precision=outlook.precision,
+        dynamo_plugin=TorchDynamoPlugin(
+            backend=outlook.compiler or "NO", mode=config.dynamo_mode or "default", dynamic=False
+        ),
         kwargs_handlers=[wrapping] if world.size > 1 else [],
     )
     if accelerator.device.type != outlook.device_type:
