@@ -26,6 +26,7 @@ from cifar_dist.data.order import derive_seed
 
 _SUFFIXES = tuple(".png .jpg .jpeg .bmp .gif .webp .ppm .pgm .tif .tiff".split())
 _OTHER_SUFFIXES = (".heic", ".heif", ".avif")  # images, but not for every build of Pillow
+_LISTED = _SUFFIXES + _OTHER_SUFFIXES
 _PARTS = ("train", "test", "val")
 _PART_LIKE = frozenset((*_PARTS, "training", "testing", "valid", "validation"))
 _TEST_SHARE = 5  # one in so many
@@ -184,7 +185,7 @@ def _files_below(folder: str, prefix: str, above: tuple[Path, ...] = ()) -> Iter
         name = prefix + _portable(entry.name)
         if entry.is_dir():
             yield from _files_below(entry.path, f"{name}/", (*above, here))
-        elif name.lower().endswith(_SUFFIXES + _OTHER_SUFFIXES):
+        elif name.lower().endswith(_LISTED):
             try:
                 status = entry.stat()
             except OSError:  # a broken link, to be named with the other files that cannot be read
@@ -204,4 +205,6 @@ def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
 
 def _portable(name: str) -> str:
     """Give a name as valid, composed Unicode: macOS may decompose it, and Linux allows any bytes."""
+    if name.isascii():  # nearly always, and a folder may have very many
+        return name
     return unicodedata.normalize("NFC", os.fsencode(name).decode(errors="backslashreplace"))

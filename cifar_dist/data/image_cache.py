@@ -6,16 +6,21 @@ images are decoded.
 """
 
 import os
+import signal
 import struct
 import sys
 import tempfile
+import threading
 import warnings
+import zlib
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,17 +33,17 @@ Size = tuple[int, int]  # width and height in pixels
 Range = tuple[Size, Size]  # of the images with the smallest and the largest area
 Progress = Callable[[int, int | None], None]  # is told the files decoded so far and in all
 
-_FORMAT = 1  # to be counted up when the layout of the file changes, or the way an image becomes pixels
+_FORMAT = 2  # to be counted up when the layout of the file changes, or the way an image becomes pixels
 _HEADER = struct.Struct("<4I")  # width and height of the smallest and the largest original
 _BLOCK_BYTES = 1 << 22
-_CHUNK = 16  # images that a thread decodes before it reports: few, as they may be photographs
-_MAX_THREADS = 8  # which Pillow keeps busy with photographs; with small images they wait for the interpreter's lock
+_CHUNK = 16  # images that a worker decodes before it reports: few, as they may be photographs
+_MANY = 5_000  # images for which it pays to start processes
+_MAX_WORKERS = 8
 # Told by the content, whatever the suffix says: Pillow's other formats are rare, and one of them starts Ghostscript.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
-@dataclass(frozen=True, slots=True)
-class ImageFile:
+class ImageFile(NamedTuple):
     """A file as it was listed."""
 
     path: str
@@ -79,8 +84,9 @@ def read_images(
     # copied to and from in blocks, as a whole would have all pixels in memory twice.
     order = np.array(sorted(range(len(files)), key=lambda index: (files[index].name, files[index].path)), dtype=np.intp)
     digest = blake2b(f"{_FORMAT}\0{images.shape[-1]}".encode(), digest_size=16)
-    for index in order:
-        digest.update(f"\0{files[index].name}\0{files[index].size}\0{files[index].mtime_ns}".encode())
+    digest.update(
+        "".join(f"\0{file.name}\0{file.size}\0{file.mtime_ns}" for file in map(files.__getitem__, order)).encode()
+    )
     key, cache_dir = digest.digest(), cache_dir or default_cache_dir()
     if cache_dir is None:
         return _decode_all(files, images, progress), False
@@ -103,12 +109,12 @@ def _load(cache_file: Path, key: bytes, images: Pixels, blocks: list[NDArray[np.
     try:
         with cache_file.open("rb") as file:
             numbers = _HEADER.unpack(header := file.read(_HEADER.size))
-            digest = blake2b(header, key=key)
+            checksum = zlib.crc32(header, zlib.crc32(key))
             for rows in blocks:
                 block = file.read(len(rows) * images[0].nbytes)
-                digest.update(block)
+                checksum = zlib.crc32(block, checksum)
                 images[rows] = np.frombuffer(block, dtype=np.uint8).reshape(len(rows), *images.shape[1:])
-            if file.read(digest.digest_size + 1) != digest.digest():
+            if file.read(5) != checksum.to_bytes(4):
                 return None
     except (OSError, struct.error, ValueError):  # the last two: it is too short
         return None
@@ -122,11 +128,11 @@ def _save(cache_file: Path, key: bytes, images: Pixels, blocks: list[NDArray[np.
     try:
         with open(descriptor, "wb") as file:  # noqa: PTH123 - a descriptor is no path
             file.write(header := _HEADER.pack(*sizes[0], *sizes[1]))
-            digest = blake2b(header, key=key)
+            checksum = zlib.crc32(header, zlib.crc32(key))
             for rows in blocks:
                 file.write(block := images[rows].tobytes())
-                digest.update(block)
-            file.write(digest.digest())
+                checksum = zlib.crc32(block, checksum)
+            file.write(checksum.to_bytes(4))
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).replace(cache_file)
@@ -135,26 +141,19 @@ def _save(cache_file: Path, key: bytes, images: Pixels, blocks: list[NDArray[np.
 
 
 def _decode_all(files: Sequence[ImageFile], images: Pixels, progress: Progress | None) -> Range:
-    sizes: list[Size | None] = [None] * len(files)  # which stays where a file cannot be read
-
-    def decode_chunk(start: int) -> int:
-        end = min(start + _CHUNK, len(files))
-        for index in range(start, end):
-            with suppress(Exception):  # Pillow raises nearly anything for a damaged file
-                pixels, sizes[index] = decode(files[index].path, images.shape[-1])
-                images[index] = pixels.transpose(2, 0, 1)
-        return end
-
-    pool = ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # most are about metadata
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            for done in pool.map(decode_chunk, range(0, len(files), _CHUNK)):
-                if progress:
-                    progress(done, len(files))
-        finally:
-            pool.shutdown(cancel_futures=True)  # so that Ctrl-C does not wait for all the rest
+    sizes: list[Size | None] = []
+    starts, side = range(0, len(files), _CHUNK), images.shape[-1]
+    paths = ([file.path for file in files[start : start + _CHUNK]] for start in starts)
+    pool = _pool(len(files))
+    try:
+        chunks = pool.map(partial(_decode_chunk, size=side), paths, chunksize=8)
+        for start, (pixels, found) in zip(starts, chunks, strict=True):
+            images[start : start + len(found)] = pixels
+            sizes += found
+            if progress:
+                progress(len(sizes), len(files))
+    finally:
+        pool.shutdown(cancel_futures=True)  # so that Ctrl-C does not wait for all the rest
     if unreadable := [file.name for file, size in zip(files, sizes, strict=True) if not size]:
         raise UserError(
             f"{len(unreadable):,} of {len(files):,} image files cannot be read (empty, damaged, too large or no"
@@ -162,6 +161,42 @@ def _decode_all(files: Sequence[ImageFile], images: Pixels, progress: Progress |
         )
     by_area = sorted({size for size in sizes if size}, key=lambda size: (size[0] * size[1], size))
     return by_area[0], by_area[-1]
+
+
+def _pool(num_files: int) -> Executor:
+    """Give threads, or, where there are many images, processes: small ones wait for each other's interpreter lock."""
+    workers = min(_MAX_WORKERS, os.cpu_count() or 1)
+    if num_files < _MANY or workers == 1:
+        return ThreadPoolExecutor(workers)
+    # Not forked: torch's threads may run already.
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_leave_with_parent)
+
+
+def _leave_with_parent() -> None:
+    """Let a worker hear of Ctrl-C from its parent alone, and never outlive it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _decode_chunk(paths: Sequence[str], size: int) -> tuple[Pixels, list[Size | None]]:
+    """Read images as (N, 3, size, size), and their own sizes: None for one that cannot be read."""
+    images: Pixels = np.zeros((len(paths), 3, size, size), dtype=np.uint8)
+    sizes: list[Size | None] = [None] * len(paths)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # most are about metadata
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        for index, path in enumerate(paths):
+            with suppress(Exception):  # Pillow raises nearly anything for a damaged file
+                pixels, sizes[index] = decode(path, size)
+                images[index] = pixels.transpose(2, 0, 1)
+    return images, sizes
 
 
 def decode(path: str, size: int) -> tuple[Pixels, Size]:

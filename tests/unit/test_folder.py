@@ -482,6 +482,22 @@ def test_progress_is_told_up_to_the_last_file(tmp_path: Path) -> None:
     assert told == [(16, 40), (32, 40), (40, 40)]
 
 
+def test_processes_decode_what_threads_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "images"
+    put_flat(folder, a=30, b=10)
+    put(folder, "a/wide.png", width=40, height=20)
+    by_threads = load(folder, cache_dir=tmp_path / "one")
+    monkeypatch.setattr(image_cache, "_MANY", 1)
+    monkeypatch.setattr(image_cache, "ThreadPoolExecutor", None)
+    told: list[int] = []
+    by_processes = load(folder, cache_dir=tmp_path / "other", progress=lambda done, _: told.append(done))
+    assert same(by_processes, by_threads)
+    assert told == [16, 32, 41]
+    (folder / "a" / "bad.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"1 of 42 image files cannot be read .*: a/bad\.png"):
+        load(folder, cache_dir=tmp_path / "third")
+
+
 def test_interruption_does_not_wait_for_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     put_flat(tmp_path, a=200, b=200)
     count = Counter[str]()
@@ -494,7 +510,7 @@ def test_interruption_does_not_wait_for_the_rest(tmp_path: Path, monkeypatch: py
         raise KeyboardInterrupt
 
     monkeypatch.setattr(image_cache, "decode", counting)
-    monkeypatch.setattr(image_cache, "_MAX_THREADS", 1)
+    monkeypatch.setattr(image_cache, "_MAX_WORKERS", 1)
     with pytest.raises(KeyboardInterrupt):
         load(tmp_path, progress=interrupt)
     assert count["decoded"] < 300
