@@ -1,7 +1,6 @@
 """Training and evaluation as a user asks for them, through the command line, on a small dataset."""
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -289,24 +288,6 @@ def test_another_classes_dataset_is_refused(capsys, monkeypatch):
     monkeypatch.setattr("cifar_dist.commands.evaluate.load_dataset", lambda *_, **__: other)
     assert main(["eval", "--ckpt", "x"]) == 2
     assert "was trained on other classes than shapes has" in error_of(capsys)
-
-
-def test_bench_measures_and_writes_its_figures(capsys):
-    argv = ["bench", "--recipe", "original", "--precision", "no", "--seconds", "0.2", "--set", "global_batch_size=8"]
-    assert main([*argv, "--json", "bench.json"]) == 0
-    result = json.loads(Path("bench.json").read_text())
-    assert all(result[f"{name}_images_per_second"] > 1 for name in ("bare_step", "loop", "script", "peer"))
-    for name in ("bare", "script", "peer"):
-        low, middle, high = (result[f"loop_over_{name}{end}"] for end in ("_min", "", "_max"))
-        assert low <= middle <= high
-        assert 0.05 < middle < 20
-    assert set(result["seconds_by_part"]) == {
-        "gather", "augmentation", "normalization", "metrics", "progress", "optimizer", "forward", "backward",
-    }  # fmt: skip
-    assert all(seconds > 0 for seconds in result["seconds_by_part"].values())
-    shown = capsys.readouterr().out
-    for name in ("bare step", "our loop", "original script", "common peer"):
-        assert re.search(rf"^{name} +[\d,]+", shown, re.MULTILINE), shown
 
 
 @pytest.mark.parametrize("stem", ["imagenet", "cifar"])

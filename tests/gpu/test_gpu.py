@@ -4,6 +4,7 @@ import functools
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -71,6 +72,31 @@ def test_reduced_precision_learns_and_is_what_it_says(precision):
     assert seen == {{"bf16": torch.bfloat16, "fp16": torch.float16}[precision]}
     assert (scaler is not None) == (precision == "fp16")
     assert records[-1].train_loss < records[0].train_loss
+
+
+@pytest.mark.parametrize("recipe", ["original", "standard", "long"])
+def test_no_step_makes_the_host_wait_for_the_device(recipe):
+    """torch raises where anything synchronises; only the reports, once in many steps, may."""
+    dataset, settings = make_dataset(num_train=2048), make_recipe("validation_size=0", "ema_decay=0.9", base=recipe)
+    with connect(World(), GPU) as ranks:
+        runtime = start(ranks, GPU)
+        plan = make_plan(settings, world_size=1, sizes=dataset.sizes, device_type="cuda")
+        plan = replace(plan, report_every_steps=1_000_000)
+        steps = build_trainer(settings, plan, dataset, runtime, Observer()).steps(1)
+        next(steps)  # kernels are chosen, and the first pinned memory is taken
+        torch.cuda.synchronize()
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            assert len(list(steps)) == plan.steps_per_epoch - 1
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_compiled_model_trains_as_an_eager_one(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    compiled = AccelerateConfig(path="x.yaml", dynamo_backend="INDUCTOR")
+    (first, *_), (second, *_) = (on_one(config, "no", "epochs=1") for config in (GPU, compiled))
+    assert first[0].train_loss == pytest.approx(second[0].train_loss, rel=0.01)
 
 
 def ranks_on_one_gpu(runtime, *, assignments, precision):

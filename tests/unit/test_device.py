@@ -15,11 +15,32 @@ from cifar_dist.runtime.device import (
     check_world,
     choose_num_threads,
     describe_devices,
+    look_ahead,
     memory_format,
     probe,
     resolve_precision,
 )
 from cifar_dist.runtime.distributed import _tell_accelerate, connect, start
+
+
+@pytest.mark.parametrize(
+    ("device", "backend", "found", "reason"),
+    [
+        ("cpu", "INDUCTOR", True, None),
+        ("cpu", "INDUCTOR", False, "INDUCTOR needs a C++ compiler"),
+        ("cpu", "EAGER", False, None),
+        ("cpu", "CUDAGRAPHS", True, "CUDAGRAPHS needs a CUDA device"),
+        ("mps", "INDUCTOR", True, "compiled training is slower on MPS"),
+    ],
+)
+def test_what_cannot_be_compiled_is_not_and_is_said(monkeypatch, device, backend, found, reason):
+    monkeypatch.setattr("cifar_dist.runtime.device.probe", lambda **_: {"cpu": CPU, "mps": MPS}[device])
+    monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/c++" if found else None)
+    outlook = look_ahead(AccelerateConfig(path="x.yaml", dynamo_backend=backend), {}, local_processes=1)
+    assert outlook.compiler == (backend if reason is None else None)
+    assert ("compiled by" in outlook.line) == (reason is None)
+    assert any((reason or "?") in note and note.endswith(": not compiled") for note in outlook.notes) == bool(reason)
+
 
 ON_CPU = AccelerateConfig(use_cpu=True)
 

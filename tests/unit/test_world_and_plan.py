@@ -16,6 +16,7 @@ from cifar_dist.config.world import (
     processes_to_start,
     started_line,
     wants_cpu,
+    wished_compiler,
     wished_precision,
     world_to_come,
 )
@@ -165,6 +166,12 @@ def test_each_config_is_a_genuine_accelerate_config(path):
         ("mixed_precision: no", "quote it"),
         ("distributed_type: NO", "quote it"),
         ("distributed_type: FSDP", "must be 'NO', 'MULTI_GPU' or 'MULTI_CPU', not 'FSDP'"),
+        (
+            "dynamo_config: {dynamo_backend: FX2TRT}",
+            "dynamo_config.dynamo_backend must be one of NO, EAGER, AOT_EAGER,",
+        ),
+        ("dynamo_config: {dynamo_use_fullgraph: true}", "dynamo_config.dynamo_use_fullgraph is not served"),
+        ("dynamo_config: INDUCTOR", "dynamo_config must be a mapping, not 'INDUCTOR'"),
         ("mixed_precision: fp8", "must be 'no', 'fp16' or 'bf16'"),
         ("num_processes: -1", "num_processes must be a whole number, 1 or more"),
         ("use_cpu: 1", "use_cpu must be true or false"),
@@ -194,6 +201,18 @@ def test_the_flag_wins_over_the_config_over_the_environment():
     assert wished_precision(None, none, outer) == "bf16"
     assert wished_precision(None, none, {"ACCELERATE_MIXED_PRECISION": "no"}) == "auto"
     assert wished_precision(None, none, {}) == "auto"
+
+
+def test_the_config_says_what_compiles_else_the_environment(tmp_path):
+    file, outer = tmp_path / "config.yaml", {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}
+    file.write_text("dynamo_config: {dynamo_backend: inductor, dynamo_mode: max-autotune}")
+    config = load_accelerate_config(str(file))
+    assert (wished_compiler(config, {}), config.dynamo_mode) == ("INDUCTOR", "max-autotune")
+    file.write_text("use_cpu: true")
+    assert wished_compiler(load_accelerate_config(str(file)), outer) is None
+    assert wished_compiler(AccelerateConfig(), outer) == "INDUCTOR"
+    assert wished_compiler(AccelerateConfig(), {"ACCELERATE_DYNAMO_BACKEND": "no"}) is None
+    assert wished_compiler(AccelerateConfig(), {}) is None
 
 
 def test_the_plan_of_the_original():

@@ -1,0 +1,148 @@
+"""What `bench` measures, and that its floor is one."""
+
+import json
+import re
+import runpy
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cifar_dist.cli import main
+from cifar_dist.commands import bench
+from cifar_dist.config.errors import UserError
+from cifar_dist.config.options import BenchOptions
+from cifar_dist.config.world import AccelerateConfig, World
+from cifar_dist.records import Observer
+from cifar_dist.runtime.timing import Contender, alternate
+from cifar_dist.training.anatomy import flops_per_image, memory_by_part, peak_flops
+from cifar_dist.training.setup import build_trainer
+from tests.commands.test_train import small_world
+from tests.conftest import ROOT, make_dataset, make_recipe
+
+__all__ = ["small_world"]  # a fixture that every test here uses
+
+BENCH = ["bench", "--recipe", "original", "--precision", "no", "--seconds", "0.2", "--set", "global_batch_size=8"]
+
+
+def test_it_measures_and_writes_its_figures(capsys):
+    assert main([*BENCH, "ema_decay=0.9", "--json", "bench.json"]) == 0
+    result = json.loads(Path("bench.json").read_text())
+    assert all(result[f"{name}_images_per_second"] > 1 for name in ("bare_step", "loop", "script", "peer"))
+    for name in ("bare", "script", "peer"):
+        low, middle, high = (result[f"loop_over_{name}{end}"] for end in ("_min", "", "_max"))
+        assert low <= middle <= high
+        assert 0.05 < middle < 20
+    assert list(result["seconds_by_part"]) == [
+        "data", "augmentation", "normalization", "forward", "backward", "optimizer", "metrics", "progress", "average",
+    ]  # fmt: skip
+    assert all(seconds > 0 for seconds in result["seconds_by_part"].values())
+    assert result["model_flop_utilisation"] is None, "nobody knows a processor's peak"
+    shown = capsys.readouterr().out
+    for name in ("bare step", "our loop", "original script", "common peer"):
+        assert re.search(rf"^{name} +[\d,]+", shown, re.MULTILINE), shown
+    assert "TFLOP/s of the model" in shown
+    assert "MiB by part: images 59, model 43, gradients 43, optimizer 43, average 43" in shown
+
+
+def test_a_sweep_measures_every_choice_and_goes_on_where_a_compiler_fails(capsys, monkeypatch):
+    def no_compiler(*_, **__):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", lambda model, **_: SimpleNamespace(train=lambda: no_compiler))
+    assert main([*BENCH[:-1], "global_batch_size=2", "--sweep", "--json", "sweep.json"]) == 0
+    result = json.loads(Path("sweep.json").read_text())
+    rows = result["sweep"]
+    choices = {(row["precision"], row["memory_format"], row["compiler"], row["fused"]) for row in rows}
+    assert len(rows) == len(choices) == 16
+    (chosen,) = (row for row in rows if row["is_chosen"])
+    assert (chosen["precision"], chosen["memory_format"], chosen["compiler"]) == ("no", "channels_last", None)
+    rates = [row["images_per_second"] or 0 for row in rows]
+    assert rates == sorted(rates, reverse=True)
+    assert result["chosen_over_fastest"] == chosen["images_per_second"] / rates[0]
+    assert {row.get("failed") for row in rows if row["compiler"]} == {"no compiler here"}
+    shown = capsys.readouterr().out
+    assert shown.count("no compiler here") == 8
+    assert shown.count("chosen") == 1
+
+
+def test_a_sweep_of_several_processes_is_refused():
+    with pytest.raises(UserError, match="--sweep compares what one process can do, and there are 2: start one"):
+        bench.run(BenchOptions(sweep=True), World(size=2), AccelerateConfig())
+
+
+def test_an_image_size_schedule_does_not_make_our_loop_look_fast():
+    recipe = bench.resolve_recipe(bench.read_recipe("quick"), bench._NOT_FOR_SPEED, {})
+    assert recipe.image_size_schedule is None
+
+
+class Count(TorchDispatchMode):
+    """Counts the operations that reach the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operations[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def operations(step) -> Counter:
+    step()
+    step()
+    with Count() as count:
+        step()
+    return count.operations
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_floor_does_what_twenty_lines_do_and_nothing_else(precision):
+    floor = runpy.run_path(str(ROOT / "benchmarks" / "floor.py"))
+    theirs, ours = (operations(floor[name]("imagenet", 8, precision)) for name in ("twenty_lines", "bare_step"))
+    assert sum(theirs.values()) > 200
+    assert ours == theirs
+
+
+def test_loops_take_turns(runtime):
+    calls = []
+    contenders = [Contender(name, lambda name=name: calls.append(name)) for name in ("a", "b")]
+    rounds = alternate(contenders, 8, 0.01, runtime)
+    assert len(rounds) == 16
+    assert all(len(rates) == 2 for rates in rounds)
+    order = re.sub(r"(.)\1+", r"\1", "".join(calls))  # runs of one loop, as one
+    assert order == "ab" * 18, "warm-up, a look, 16 rounds"
+
+
+def test_what_a_step_holds_and_computes(runtime):
+    dataset, recipe = make_dataset(num_train=256), make_recipe("stem=cifar", "global_batch_size=16", "ema_decay=0.9")
+    plan = bench.make_plan(recipe, world_size=1, sizes=dataset.sizes, device_type="cpu")
+    parts = memory_by_part(build_trainer(recipe, plan, dataset, runtime, Observer()))
+    weights = 11_173_962 * 4 / 2**20
+    assert parts["gradients"] == parts["average"] == pytest.approx(weights)
+    assert parts["optimizer"] == pytest.approx(weights, abs=0.01)
+    assert parts["model"] == pytest.approx(weights, abs=0.1)
+    assert (parts["images"], parts["batch"]) == (0.75, 0.1875)
+    # Kept for the backward pass, 16 images: the inputs of 20 convolutions, and of the BatchNorm and ReLU after them.
+    assert 16 * 2.5 < parts["activations"] < 16 * 6
+    # 0.5559 G multiply-adds forward (arXiv 1512.03385's shapes at 32 pixels), twice that backward, two operations each.
+    assert flops_per_image(recipe, 10) == pytest.approx(6 * 0.5559e9, rel=0.01)
+    assert peak_flops(runtime) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989.4e12),
+        ("NVIDIA H100 PCIe", "bf16", 756e12),
+        ("NVIDIA A100-SXM4-40GB", "no", 156e12),
+        ("NVIDIA L40S", "fp16", 362e12),
+        ("Some New Card", "bf16", None),
+    ],
+)
+def test_peaks_of_cards(monkeypatch, name, precision, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert peak_flops(SimpleNamespace(device=torch.device("cuda"), precision=precision)) == peak
