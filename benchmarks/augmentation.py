@@ -37,7 +37,7 @@ def main() -> None:
     rates = sorted(rates[5:])
     quarter = len(rates) // 4
     print(
-        f"{typed.recipe}, {typed.images} images at once, {typed.threads} threads: {statistics.median(rates):,.0f} images/s"
+        f"{typed.recipe}, {typed.images} at once, {typed.threads} threads: {statistics.median(rates):,.0f} images/s"
         f" (quartiles {rates[quarter]:,.0f} to {rates[-1 - quarter]:,.0f}, n = {len(rates)})"
     )
 
