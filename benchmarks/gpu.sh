@@ -1,27 +1,77 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command, on a machine with one (or more) and a checkout of this project:
 #
-#   benchmarks/gpu.sh [OUT]          # figures and logs go to OUT (default: runs/gpu-<time>), which must be new
+#   benchmarks/gpu.sh [OUT]          # figures and logs go to OUT (default: runs/gpu)
 #
+# What is done stays done: called again with the same OUT, it goes on with the rest. MINUTES (default: 600) says after how
+# long no further step is begun; it then ends with 75, as there is something left. A step that failed is tried again.
 # Nothing is downloaded. CIFAR_DIST_TEST_DATA names the folder of the official CIFAR-10 files, where they are there.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
-out=${1:-runs/gpu-$(date +%Y%m%d-%H%M%S)}
-mkdir -p "$(dirname "$out")" && mkdir "$out" || exit 2
+out=${1:-runs/gpu}
+mkdir -p "$out" || exit 2
 export PYTHONPATH=$PWD
-failed=0
+data=${CIFAR_DIST_TEST_DATA:-}
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+failed=0 left=0
 
-python launch.py doctor ${CIFAR_DIST_TEST_DATA:+--data-dir "$CIFAR_DIST_TEST_DATA"} | tee "$out/doctor.txt"
-python -m pytest -m gpu -p no:cacheprovider 2>&1 | tee "$out/tests.txt" || failed=1
+# step NAME COMMAND...: run it once, its output in OUT/NAME.txt
+step() {
+  local name=$1
+  shift
+  [[ -e $out/$name.done ]] && return
+  if ((SECONDS > 60 * ${MINUTES:-600})); then
+    left=1
+    return
+  fi
+  echo "== $name: $*"
+  if "$@" > >(tee "$out/$name.txt") 2>&1; then touch "$out/$name.done"; else failed=1; fi
+}
+
+printf "distributed_type: 'NO'\nnum_processes: 1\nuse_cpu: false\ndynamo_config: {dynamo_backend: INDUCTOR}\n" >"$out/compiled.yaml"
+
+step doctor python launch.py doctor ${data:+--data-dir "$data"}
+step tests python -m pytest -m gpu -p no:cacheprovider
 for precision in no bf16 fp16; do
   for stem in imagenet cifar; do
-    python launch.py bench --recipe original --set stem=$stem global_batch_size=512 --precision $precision \
-      --seconds 5 --json "$out/bench-$stem-$precision.json" 2>&1 | tee "$out/bench-$stem-$precision.txt" || failed=1
+    step "bench-$stem-$precision" python launch.py bench --recipe original --set stem=$stem global_batch_size=512 \
+      --precision $precision --seconds 5 --json "$out/bench-$stem-$precision.json"
   done
 done
-if [[ -n ${CIFAR_DIST_TEST_DATA:-} ]]; then
-  python launch.py --data-dir "$CIFAR_DIST_TEST_DATA" --recipe original --epochs 5 --precision no \
-    --run-dir "$out/fidelity" 2>&1 | tee "$out/fidelity.txt" || failed=1
-  python benchmarks/fidelity.py "$out/fidelity" | tee "$out/fidelity.md" || failed=1
-fi
-exit $failed
+for recipe in standard original; do
+  step "bench-$recipe" python launch.py bench --recipe $recipe --seconds 10 --json "$out/bench-$recipe.json"
+  step "bench-$recipe-compiled" python launch.py bench --recipe $recipe --seconds 10 --config "$out/compiled.yaml" \
+    --json "$out/bench-$recipe-compiled.json"
+  step "sweep-$recipe" python launch.py bench --recipe $recipe --sweep --seconds 3 --json "$out/sweep-$recipe.json"
+  step "limit-$recipe" python benchmarks/limit.py --recipe $recipe --precision bf16 --compile
+done
+step startup python benchmarks/startup.py --rounds 5
+step scaling python benchmarks/scaling.py "$out/scaling"
+
+# train NAME ARGUMENTS...: a run on the official files; what became of it is in its metrics.jsonl and summary.json
+train() {
+  local name=$1
+  shift
+  [[ -n $data ]] && step "$name" python launch.py --data-dir "$data" --run-dir "$out/$name" --resume "$@"
+}
+train fidelity --recipe original --epochs 5 --precision no
+[[ -n $data ]] && step fidelity-table python benchmarks/fidelity.py "$out/fidelity"
+train epochs --recipe standard --epochs 4 --set validation_size=0 augmentation.flip=random
+train epochs-compiled --config "$out/compiled.yaml" --recipe standard --epochs 4 --set validation_size=0
+
+# shellcheck disable=SC2329  # called by step
+seeds() {
+  local pids=() code=0 seed
+  for ((seed = 0; seed < gpus; seed++)); do
+    CUDA_VISIBLE_DEVICES=$seed python launch.py --data-dir "$data" --recipe standard --seed "$seed" --quiet \
+      --run-dir "$out/seed$seed" --resume &
+    pids+=($!)
+  done
+  for pid in "${pids[@]}"; do wait "$pid" || code=1; done
+  python launch.py report "$out"/seed* && return "$code"
+}
+[[ -n $data ]] && ((gpus > 1)) && step seeds seeds
+
+((failed)) && exit 1
+((left)) && exit 75
+exit 0

@@ -80,11 +80,19 @@ class TrainingBatches:
         self.augmentation = augmentation
         self.normalize = normalize
         self.image_size = image_size
+        self._drawn: tuple[int, Tensor] = (0, torch.empty(0))
+
+    def _table(self, epoch: int) -> Tensor:
+        """Give the random parameters of an epoch; only the last one asked for is kept."""
+        if self._drawn[0] != epoch:
+            table = self.augmentation.draw_table(epoch, len(self.data), num_partners=len(self.indices))
+            self._drawn = (epoch, table)
+        return self._drawn[1]
 
     def epoch(self, epoch: int, *, steps_done: int = 0) -> Iterator[Batch]:
         """Go through an epoch's batches, but for those of its first steps that are done already."""
         self.sampler.set_epoch(epoch)
-        table = self.augmentation.draw_table(epoch, len(self.data), num_partners=len(self.indices))
+        table = self._table(epoch)
         enough = _PIXELS_TOGETHER[self.data.images.device.type] // self.data.images[0, 0].numel()
         step, window, num_images = 1, [], 0
         for micro_batch in self.sampler.micro_batches():
@@ -97,6 +105,7 @@ class TrainingBatches:
                 window, num_images = [], 0
         if window:
             yield from self._batches(window, table)
+        self._table(epoch + 1)  # while an accelerator is still busy with the last steps
 
     def _batches(self, window: list[tuple[MicroBatch, int]], table: Tensor) -> Iterator[Batch]:
         """Augment the images of several micro-batches at once, then give these, each with its size of images."""

@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import subprocess
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -146,3 +147,31 @@ def test_what_a_step_holds_and_computes(runtime):
 def test_peaks_of_cards(monkeypatch, name, precision, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
     assert peak_flops(SimpleNamespace(device=torch.device("cuda"), precision=precision)) == peak
+
+
+def test_the_gpu_script_does_each_step_once_and_a_failed_one_again(tmp_path):
+    """With a `python` that only notes what it was asked for."""
+    (tmp_path / "python").write_text(
+        '#!/bin/sh\ncase "$1" in -c) echo 2; exit;; esac\necho "$@" >>"$CALLS"\n'
+        'case "$*" in *--sweep*"$FAILING"*) exit 3;; esac\n'
+    )
+    (tmp_path / "python").chmod(0o755)
+    calls, out = tmp_path / "calls", tmp_path / "out"
+
+    def gpu_script(**environ: str) -> tuple[int, list[str]]:
+        calls.write_text("")
+        paths = {"PATH": f"{tmp_path}:/usr/bin:/bin", "CALLS": str(calls), "CIFAR_DIST_TEST_DATA": "data"}
+        command = [str(ROOT / "benchmarks" / "gpu.sh"), str(out)]
+        result = subprocess.run(command, env={**paths, **environ}, stdout=subprocess.DEVNULL, timeout=60, check=False)
+        return result.returncode, calls.read_text().splitlines()
+
+    assert gpu_script(MINUTES="-1") == (75, [])
+    code, first = gpu_script(FAILING="standard")
+    assert code == 1
+    for word in ("-m gpu", "bench --recipe original", "--sweep", "limit.py", "scaling.py", "startup.py", "--seed 1"):
+        assert any(word in call for call in first), word
+    code, second = gpu_script(FAILING="nothing")
+    assert code == 0
+    assert [call.split()[:4] for call in second] == [["launch.py", "bench", "--recipe", "standard"]]
+    assert "--sweep" in second[0]
+    assert gpu_script(FAILING="nothing") == (0, [])
