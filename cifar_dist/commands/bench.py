@@ -158,8 +158,11 @@ def _sweep(recipe: Recipe, runtime: Runtime, seconds: float) -> dict[str, Any]:
     """Measure the bare step with every choice of precision, memory layout, compiler and optimiser kernel."""
     rows: list[dict[str, Any]] = []
     steps: list[tuple[dict[str, Any], Contender]] = []
-    best = float("inf")
+    best, hopeless = float("inf"), set()
     for choice in _choices(runtime):
+        network = (choice["precision"], choice["memory_format"], choice["compiler"])
+        if network in hopeless and not choice["is_chosen"]:  # whatever the optimiser's kernel
+            continue
         layout = _LAYOUTS[choice["memory_format"]]
         step = _bare_step(
             recipe,
@@ -172,14 +175,17 @@ def _sweep(recipe: Recipe, runtime: Runtime, seconds: float) -> dict[str, Any]:
         row = {**choice, "images_per_second": None}
         rows.append(row)
         try:
-            seconds_of(step, 2, runtime)
+            seconds_of(step, 1, runtime)  # kernels are chosen, or compiled
             taken = seconds_of(step, 1, runtime)
         except Exception as error:  # a compiler that is missing or fails, in any of its many ways
             row["failed"] = (str(error).strip() or type(error).__name__).splitlines()[0]
+            hopeless.add(network)
             continue
         best, row["images_per_second"] = min(best, taken), recipe.global_batch_size / taken
         if taken < _HOPELESS * best or choice["is_chosen"]:
             steps.append((row, Contender("", step)))
+        else:
+            hopeless.add(network)
     rounds = alternate([each for _, each in steps], recipe.global_batch_size, seconds, runtime)
     for (row, _), rates in zip(steps, zip(*rounds, strict=True), strict=True):
         row |= {"images_per_second": statistics.median(rates), "min": min(rates), "max": max(rates)}

@@ -2,14 +2,15 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+
+import psutil
 
 from cifar_dist.runtime.distributed import Runtime
 
 _ROUNDS = 16
 _STEPS_A_ROUND = 2
-_SLOWEST_WORKERS = 1_000
-"""Images a second that a loop's workers prepare at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +38,37 @@ def alternate(
         """Give one loop's images a second in one round."""
         seconds_of(contender.step, contender.prefetched, runtime)
         taken = seconds_of(contender.step, count, runtime)
-        if contender.prefetched:  # its workers shall not take the next one's time
-            time.sleep(contender.prefetched * batch_size / _SLOWEST_WORKERS)
+        if contender.prefetched:
+            _wait_for_workers()
         return count * batch_size / taken
 
-    return [
-        tuple(rate(contender, count) for contender, count in zip(contenders, counts, strict=True))
-        for _ in range(rounds)
-    ]
+    result = []
+    for number in range(rounds):
+        pairs = list(enumerate(zip(contenders, counts, strict=True)))
+        if number % 2:  # so that none always comes after the same one
+            pairs.reverse()
+        rates = {place: rate(contender, count) for place, (contender, count) in pairs}
+        result.append(tuple(rates[place] for place in range(len(contenders))))
+    return result
+
+
+def _wait_for_workers() -> None:
+    """Wait until this process's children have nothing left to prepare, which would take the next loop's time."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        before = _seconds_worked()
+        time.sleep(0.1)
+        if _seconds_worked() - before <= 0.01:  # what a clock tick is
+            return
+
+
+def _seconds_worked() -> float:
+    total = 0.0
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has ended
+            times = child.cpu_times()
+            total += times.user + times.system
+    return total
 
 
 def seconds_of(action: Callable[[], object], count: int, runtime: Runtime) -> float:

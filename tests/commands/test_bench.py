@@ -5,6 +5,7 @@ import re
 import runpy
 import subprocess
 from collections import Counter
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,7 +59,12 @@ def test_a_sweep_measures_every_choice_and_goes_on_where_a_compiler_fails(capsys
     result = json.loads(Path("sweep.json").read_text())
     rows = result["sweep"]
     choices = {(row["precision"], row["memory_format"], row["compiler"], row["fused"]) for row in rows}
-    assert len(rows) == len(choices) == 16
+    # Where a network fails or is hopelessly slow, the second kernel of the optimiser is not tried.
+    assert len(rows) == len(choices)
+    assert {choice[:3] for choice in choices} == set(
+        product(("no", "bf16"), ("contiguous", "channels_last"), (None, "INDUCTOR"))
+    )
+    assert {True, False} == {fused for *network, fused in choices if network == ["no", "channels_last", None]}
     (chosen,) = (row for row in rows if row["is_chosen"])
     assert (chosen["precision"], chosen["memory_format"], chosen["compiler"]) == ("no", "channels_last", None)
     rates = [row["images_per_second"] or 0 for row in rows]
@@ -66,7 +72,7 @@ def test_a_sweep_measures_every_choice_and_goes_on_where_a_compiler_fails(capsys
     assert result["chosen_over_fastest"] == chosen["images_per_second"] / rates[0]
     assert {row.get("failed") for row in rows if row["compiler"]} == {"no compiler here"}
     shown = capsys.readouterr().out
-    assert shown.count("no compiler here") == 8
+    assert shown.count("no compiler here") == 4
     assert shown.count("chosen") == 1
 
 
@@ -114,8 +120,8 @@ def test_loops_take_turns(runtime):
     rounds = alternate(contenders, 8, 0.01, runtime)
     assert len(rounds) == 16
     assert all(len(rates) == 2 for rates in rounds)
-    order = re.sub(r"(.)\1+", r"\1", "".join(calls))  # runs of one loop, as one
-    assert order == "ab" * 18, "warm-up, a look, 16 rounds"
+    # Warm-up, a look, and 16 rounds in an order that is turned round each time; runs of one loop count as one.
+    assert re.sub(r"(.)\1+", r"\1", "".join(calls)) == re.sub(r"(.)\1+", r"\1", "abab" + 8 * "abba")
 
 
 def test_what_a_step_holds_and_computes(runtime):

@@ -27,16 +27,14 @@ def test_resuming_gives_the_same_bits_as_never_stopping():
     assert RunDirectory(Path("parts")).previous.exists()
 
 
-def test_a_compiled_run_resumes_with_the_same_bits_and_is_evaluated(capsys):
+def test_a_compiled_run_resumes_and_ends_with_the_bits_of_its_compiler(capsys):
+    """The one that only traces: what it runs are the operations that are run without it."""
     Path("compiled.yaml").write_text("use_cpu: true\ndynamo_config: {dynamo_backend: EAGER}\n")
-    compiled = ("--config", "compiled.yaml", *VALIDATION)
-    train("--epochs", "2", "--run-dir", "whole", *compiled)
+    train("--epochs", "2", "--run-dir", "whole", *VALIDATION)
+    train("--epochs", "1", "--run-dir", "parts", "--config", "compiled.yaml", *VALIDATION)
     assert "compiled by eager" in capsys.readouterr().out
-    train("--epochs", "1", "--run-dir", "parts", *compiled)
     assert main(["--config", "compiled.yaml", "--resume", "parts", "--epochs", "2"]) == 0
     assert_same_run("whole", "parts", epochs=2)
-    keys = load_checkpoint(Path("parts/checkpoints/last.pt"))["model"]
-    assert "conv1.weight" in keys, "the compiler's prefix is in the keys"
     assert main(["eval", "--ckpt", "parts"]) == 0
 
 
