@@ -111,9 +111,14 @@ def _load(cache_file: Path, key: bytes, images: Pixels, blocks: list[NDArray[np.
             numbers = _HEADER.unpack(header := file.read(_HEADER.size))
             checksum = zlib.crc32(header, zlib.crc32(key))
             for rows in blocks:
-                block = file.read(len(rows) * images[0].nbytes)
-                checksum = zlib.crc32(block, checksum)
-                images[rows] = np.frombuffer(block, dtype=np.uint8).reshape(len(rows), *images.shape[1:])
+                there = slice(rows[0], rows[0] + len(rows))
+                in_place = np.array_equal(rows, np.arange(there.start, there.stop))  # as it nearly always is
+                block = images[there] if in_place else np.empty((len(rows), *images.shape[1:]), dtype=np.uint8)
+                if file.readinto(block.data) < block.nbytes:
+                    return None
+                checksum = zlib.crc32(block.data, checksum)
+                if not in_place:
+                    images[rows] = block
             if file.read(5) != checksum.to_bytes(4):
                 return None
     except (OSError, struct.error, ValueError):  # the last two: it is too short

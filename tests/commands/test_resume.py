@@ -27,14 +27,22 @@ def test_resuming_gives_the_same_bits_as_never_stopping():
     assert RunDirectory(Path("parts")).previous.exists()
 
 
-def test_a_compiled_run_resumes_and_ends_with_the_bits_of_its_compiler(capsys):
+def test_a_compiled_run_resumes_and_ends_with_the_bits_of_its_compiler(capsys, monkeypatch):
     """The one that only traces: what it runs are the operations that are run without it."""
+    compiled, compile_model = [], torch.compile
+
+    def noted(model, **how):
+        compiled.append((how["backend"], how["dynamic"]))
+        return compile_model(model, **how)
+
+    monkeypatch.setattr(torch, "compile", noted)
     Path("compiled.yaml").write_text("use_cpu: true\ndynamo_config: {dynamo_backend: EAGER}\n")
     train("--epochs", "2", "--run-dir", "whole", *VALIDATION)
     train("--epochs", "1", "--run-dir", "parts", "--config", "compiled.yaml", *VALIDATION)
     assert "compiled by eager" in capsys.readouterr().out
     assert main(["--config", "compiled.yaml", "--resume", "parts", "--epochs", "2"]) == 0
     assert_same_run("whole", "parts", epochs=2)
+    assert compiled == [("eager", False)] * 2
     assert main(["eval", "--ckpt", "parts"]) == 0
 
 

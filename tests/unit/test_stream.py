@@ -55,6 +55,15 @@ def test_every_world_sees_the_same_bytes(num_images, world_size):
     assert stream(num_images, world_size) == alone
 
 
+def test_batches_that_are_augmented_together_have_sizes_of_their_own():
+    batches = batches_of(480, 0, 1)
+    batches.image_size = lambda epoch, step: 8 * (step + epoch)
+    for epoch in (1, 2):
+        assert [len(batch.images[0, 0]) for batch in batches.epoch(epoch)] == [
+            8 * (step + epoch) for step in range(1, 5)
+        ]
+
+
 @pytest.mark.parametrize("accumulation_steps", [1, 2])
 @pytest.mark.parametrize("steps_done", [0, 1, 3, 4])
 def test_an_epoch_goes_on_from_any_step(steps_done, accumulation_steps):
