@@ -31,6 +31,7 @@ def twenty_lines(stem: str, batch: int, precision: str) -> Callable[[], None]:
     labels = torch.arange(batch) % 10
 
     def step() -> None:
+        """Do one step."""
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             logits = model(images)
         nn.functional.cross_entropy(logits.float(), labels).backward()

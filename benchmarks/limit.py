@@ -102,6 +102,7 @@ def main() -> None:
     optimizer = build_optimizer(model, recipe.optimizer)
 
     def bare(network: nn.Module) -> BareStep:
+        """Give the training step of a network."""
         return BareStep(network, optimizer, images, labels, None if typed.precision == "no" else dtype)
 
     step = bare(model)

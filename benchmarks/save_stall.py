@@ -31,6 +31,7 @@ class Clock:
         save, step = Session.save_within_epoch, Trainer._optimizer_step
 
         def timed_save(session: Session) -> None:
+            """Save as the largest checkpoint is saved, and end the run when there are enough."""
             session.state.best = Best(epoch=len(self.saves), value=0, weights=copy_weights(session.state.model))
             begun = time.perf_counter()
             save(session)
@@ -39,6 +40,7 @@ class Clock:
                 session.trainer.interrupt.requested = "SIGTERM"
 
         def timed_step(trainer: Trainer, epoch: int) -> None:
+            """Note when a step is done."""
             step(trainer, epoch)
             self.trainer = trainer
             self.steps.append(time.perf_counter())

@@ -105,14 +105,17 @@ def boundary(recipe: str, epochs: int = 6) -> None:
     ends, begins, step = [], [], Trainer._optimizer_step
 
     def forward(trainer: Trainer, batch: Batch, epoch: int) -> None:
+        """Note when a batch arrives; compute nothing."""
         begins.append((epoch, time.perf_counter()))
         trainer.state.sums.add(torch.ones(()), torch.zeros(len(batch.labels), 10), batch.labels)
 
     def timed_step(trainer: Trainer, epoch: int) -> None:
+        """Note when a step is done."""
         step(trainer, epoch)
         ends.append((epoch, time.perf_counter()))
 
     def random_images(*_: Any, **__: Any) -> Dataset:
+        """Stand in for CIFAR-10."""
         images = torch.randint(256, (50_000, 3, 32, 32), dtype=torch.uint8)
         part = LabelledImages(images=images, labels=torch.arange(50_000) % 10)
         few = LabelledImages(images=images[:100], labels=part.labels[:100])

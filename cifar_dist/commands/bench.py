@@ -147,7 +147,7 @@ def _bare_step(
     model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
     optimizer = build_optimizer(model, recipe.optimizer, fused=fused)
     if compiler is not None:
-        model = torch.compile(model, backend=compiler.lower(), dynamic=False)  # type: ignore[assignment]
+        model = runtime.compile(model, compiler)
     images = torch.rand(batch, 3, side, side).to(device, memory_format=layout)
     labels = (torch.arange(batch) % _NUM_CLASSES).to(device)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}[precision]
@@ -190,8 +190,8 @@ def _sweep(recipe: Recipe, runtime: Runtime, seconds: float) -> dict[str, Any]:
     for (row, _), rates in zip(steps, zip(*rounds, strict=True), strict=True):
         row |= {"images_per_second": statistics.median(rates), "min": min(rates), "max": max(rates)}
     rows.sort(key=lambda row: -(row["images_per_second"] or 0))
-    chosen = next(row["images_per_second"] for row in rows if row["is_chosen"])
-    over_fastest = chosen / rows[0]["images_per_second"]
+    chosen = next(row["images_per_second"] or 0 for row in rows if row["is_chosen"])
+    over_fastest = chosen / (rows[0]["images_per_second"] or 1)
     return {"sweep": rows, "chosen_over_fastest": over_fastest, "rounds": len(rounds), **_about(recipe, runtime)}
 
 
@@ -203,6 +203,9 @@ def _choices(runtime: Runtime) -> Iterator[dict[str, Any]]:
     kind = runtime.device.type
     precisions = {"cpu": ("no", "bf16"), "mps": ("no", "fp16"), "cuda": ("no", "bf16", "fp16")}[kind]
     compilers = (None,) if kind == "mps" else (None, "INDUCTOR")
+    # What was asked for is among the choices, whatever it is.
+    precisions = tuple(dict.fromkeys((*precisions, runtime.precision)))
+    compilers = tuple(dict.fromkeys((*compilers, runtime.outlook.compiler)))
     for precision, layout, compiler, fused in product(precisions, _LAYOUTS, compilers, (True, False)):
         ours = (runtime.precision, runtime.memory_format, runtime.outlook.compiler, kind != "mps")
         yield {

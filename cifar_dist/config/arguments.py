@@ -19,6 +19,7 @@ class _Parser(argparse.ArgumentParser):
     """An argument parser whose refusals are UserErrors: one line, like every other."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise UserError with what argparse has to say."""
         raise UserError(f"{message} (see {self.prog} --help)")
 
 

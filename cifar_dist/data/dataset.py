@@ -81,6 +81,7 @@ class Dataset:
         places = torch.tensor([class_names.index(name) for name in self.class_names])
 
         def relabelled(part: LabelledImages) -> LabelledImages:
+            """Give the same images with the labels of the other classes."""
             return LabelledImages(images=part.images, labels=places[part.labels])
 
         validation = None if self.validation is None else relabelled(self.validation)

@@ -40,12 +40,16 @@ def move_pixels(
         inside = within if inside is None else inside & within
     if turns:
         y, x = y.clamp_(0, height - 1), x.clamp_(0, width - 1)
-    x = (x * (1 - 2 * flip).view(-1, 1, 1)).add_(((width - 1) * flip + crop_x).view(-1, 1, 1))
-    y = y + crop_y.view(-1, 1, 1)
+    border = 0 if reflect else min(padding, max(height, width))  # farther out there are zeros, too
+    excess = padding - border
+    x = (x * (1 - 2 * flip).view(-1, 1, 1)).add_(((width - 1) * flip + crop_x - excess).view(-1, 1, 1))
+    y = y + (crop_y - excess).view(-1, 1, 1)
     if reflect:
-        y, x = _reflected(y - padding, height), _reflected(x - padding, width)
-    elif padding:
-        images = functional.pad(images, (padding, padding, padding, padding))
+        y, x = _reflected(y, height), _reflected(x, width)
+    elif border:
+        images = functional.pad(images, (border, border, border, border))
+    if excess:
+        y, x = y.clamp(0, images.shape[2] - 1), x.clamp(0, images.shape[3] - 1)
     source = torch.add(x, y, alpha=images.shape[3]).to(torch.int64).flatten(1).unsqueeze(1)
     moved = images.flatten(2).gather(2, source.expand(-1, channels, -1)).view(num_images, channels, height, width)
     return moved if inside is None else moved.mul_(inside.unsqueeze(1))

@@ -14,7 +14,7 @@ import threading
 import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from hashlib import blake2b
@@ -146,19 +146,10 @@ def _save(cache_file: Path, key: bytes, images: Pixels, blocks: list[NDArray[np.
 
 
 def _decode_all(files: Sequence[ImageFile], images: Pixels, progress: Progress | None) -> Range:
-    sizes: list[Size | None] = []
-    starts, side = range(0, len(files), _CHUNK), images.shape[-1]
-    paths = ([file.path for file in files[start : start + _CHUNK]] for start in starts)
-    pool = _pool(len(files))
     try:
-        chunks = pool.map(partial(_decode_chunk, size=side), paths, chunksize=8)
-        for start, (pixels, found) in zip(starts, chunks, strict=True):
-            images[start : start + len(found)] = pixels
-            sizes += found
-            if progress:
-                progress(len(sizes), len(files))
-    finally:
-        pool.shutdown(cancel_futures=True)  # so that Ctrl-C does not wait for all the rest
+        sizes = _decode_by(_pool(len(files)), files, images, progress)
+    except BrokenExecutor:  # a worker was killed, or cannot import the script that is running
+        sizes = _decode_by(ThreadPoolExecutor(1), files, images, progress)
     if unreadable := [file.name for file, size in zip(files, sizes, strict=True) if not size]:
         raise UserError(
             f"{len(unreadable):,} of {len(files):,} image files cannot be read (empty, damaged, too large or no"
@@ -168,22 +159,50 @@ def _decode_all(files: Sequence[ImageFile], images: Pixels, progress: Progress |
     return by_area[0], by_area[-1]
 
 
+def _decode_by(
+    pool: Executor, files: Sequence[ImageFile], images: Pixels, progress: Progress | None
+) -> list[Size | None]:
+    """Fill `images` by the workers of a pool; give each image's own size, None for one that cannot be read."""
+    sizes: list[Size | None] = []
+    starts, side = range(0, len(files), _CHUNK), images.shape[-1]
+    paths = ([file.path for file in files[start : start + _CHUNK]] for start in starts)
+    with warnings.catch_warnings():  # here, for all threads at once: it is not theirs to change
+        _choose_warnings()
+        try:
+            chunks = pool.map(partial(_decode_chunk, size=side), paths, chunksize=8)
+            for start, (pixels, found) in zip(starts, chunks, strict=True):
+                images[start : start + len(found)] = pixels
+                sizes += found
+                if progress:
+                    progress(len(sizes), len(files))
+        finally:
+            pool.shutdown(cancel_futures=True)  # so that Ctrl-C does not wait for all the rest
+    return sizes
+
+
 def _pool(num_files: int) -> Executor:
     """Give threads, or, where there are many images, processes: small ones wait for each other's interpreter lock."""
     workers = min(_MAX_WORKERS, os.cpu_count() or 1)
     if num_files < _MANY or workers == 1:
         return ThreadPoolExecutor(workers)
     # Not forked: torch's threads may run already.
-    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_leave_with_parent)
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin_worker)
 
 
-def _leave_with_parent() -> None:
-    """Let a worker hear of Ctrl-C from its parent alone, and never outlive it."""
+def _choose_warnings() -> None:
+    warnings.simplefilter("ignore")  # most are about metadata
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
+
+
+def _begin_worker() -> None:
+    """Let a worker process hear of Ctrl-C from its parent alone, and never outlive it."""
+    _choose_warnings()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
     assert parent is not None
 
     def wait() -> None:
+        """End with the parent."""
         parent.join()
         os._exit(1)
 
@@ -194,13 +213,10 @@ def _decode_chunk(paths: Sequence[str], size: int) -> tuple[Pixels, list[Size | 
     """Read images as (N, 3, size, size), and their own sizes: None for one that cannot be read."""
     images: Pixels = np.zeros((len(paths), 3, size, size), dtype=np.uint8)
     sizes: list[Size | None] = [None] * len(paths)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # most are about metadata
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        for index, path in enumerate(paths):
-            with suppress(Exception):  # Pillow raises nearly anything for a damaged file
-                pixels, sizes[index] = decode(path, size)
-                images[index] = pixels.transpose(2, 0, 1)
+    for index, path in enumerate(paths):
+        with suppress(Exception):  # Pillow raises nearly anything for a damaged file
+            pixels, sizes[index] = decode(path, size)
+            images[index] = pixels.transpose(2, 0, 1)
     return images, sizes
 
 

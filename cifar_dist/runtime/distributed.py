@@ -72,6 +72,12 @@ class Runtime:
         context: AbstractContextManager[Any] = self.accelerator.autocast()
         return context
 
+    def compile(self, model: nn.Module, backend: str) -> nn.Module:
+        """Compile a model by a backend as `prepare` does where one is asked for."""
+        options = self.accelerator.state.dynamo_plugin.to_kwargs() | {"backend": backend.lower()}
+        compiled: nn.Module = torch.compile(model, **options)  # type: ignore[assignment]
+        return compiled
+
     def backward(self, loss: Tensor) -> None:
         """Backpropagate, scaled where fp16 needs it."""
         self.accelerator.backward(loss)

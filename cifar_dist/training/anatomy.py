@@ -39,6 +39,7 @@ def seconds_by_part(trainer: Trainer, *, count: int = 5) -> dict[str, float]:
     sums, made = RunningSums(runtime.device), dict[str, Tensor]()
 
     def forward() -> None:
+        """Keep what the parts after it need."""
         made["logits"] = trainer.model(batch.images)
         made["loss"] = batch_loss(made["logits"], batch, trainer.recipe.label_smoothing)
 
@@ -68,7 +69,6 @@ def memory_by_part(trainer: Trainer) -> dict[str, float]:
     """Count what a step holds in memory, in MiB: all of it on the device that computes."""
     state, batch = trainer.state, next(iter(trainer.batches.epoch(1)))
     parameters, images = list(state.model.parameters()), trainer.batches.data.images
-    # The batch is augmented with its neighbours, as float32 pixels.
     parts = {
         "images": _mebibytes([images]),
         "model": _mebibytes([*parameters, *state.model.buffers()]),
@@ -81,6 +81,7 @@ def memory_by_part(trainer: Trainer) -> dict[str, float]:
     own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
 
     def count(tensor: Tensor) -> Tensor:
+        """Note a tensor that is kept for the backward pass, each memory once."""
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             saved[storage.data_ptr()] = storage.nbytes()

@@ -76,6 +76,16 @@ def test_a_sweep_measures_every_choice_and_goes_on_where_a_compiler_fails(capsys
     assert shown.count("chosen") == 1
 
 
+def test_what_was_asked_for_is_among_the_choices_of_a_sweep():
+    for precision, compiler in (("fp16", None), ("no", "EAGER"), ("bf16", "INDUCTOR")):
+        runtime = SimpleNamespace(
+            device=torch.device("cpu"), precision=precision, memory_format=torch.channels_last,
+            outlook=SimpleNamespace(compiler=compiler),
+        )  # fmt: skip
+        (chosen,) = (choice for choice in bench._choices(runtime) if choice["is_chosen"])
+        assert (chosen["precision"], chosen["compiler"]) == (precision, compiler)
+
+
 def test_a_sweep_of_several_processes_is_refused():
     with pytest.raises(UserError, match="--sweep compares what one process can do, and there are 2: start one"):
         bench.run(BenchOptions(sweep=True), World(size=2), AccelerateConfig())

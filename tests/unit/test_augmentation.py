@@ -69,6 +69,16 @@ def moved_by(images: Tensor, **how) -> Tensor:
     return move_pixels(images, **{**still, **how})
 
 
+@pytest.mark.parametrize("corner", [(0, 0), (120, 120), (60, 70), (95, 20)])
+def test_padding_wider_than_the_image_leaves_zeros_or_a_border_pixel(images, corner):
+    corners = torch.tensor(corner, dtype=torch.float32).expand(len(images), 2)
+    moved = moved_by(images, padding=60, crop_y=corners[:, 0], crop_x=corners[:, 1])
+    assert torch.equal(moved, vision.crop(vision.pad(images, 60), *corner, 32, 32))
+    moved = moved_by(images, padding=90, crop_y=1.5 * corners[:, 0] // 1, crop_x=corners[:, 1], reflect=True)
+    assert moved.shape == images.shape
+    assert images.amin((2, 3)).le(moved.amin((2, 3))).all()
+
+
 @pytest.mark.parametrize("corner", [(0, 0), (8, 8), (0, 8), (3, 5)])
 def test_crop_equals_torchvisions(images, corner):
     corners = torch.tensor(corner, dtype=torch.float32).expand(len(images), 2)

@@ -498,6 +498,29 @@ def test_processes_decode_what_threads_do(tmp_path: Path, monkeypatch: pytest.Mo
         load(folder, cache_dir=tmp_path / "third")
 
 
+def test_threads_decode_where_processes_cannot_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_flat(tmp_path / "images", a=30, b=10)
+    by_threads = load(tmp_path / "images", cache_dir=tmp_path / "one")
+    monkeypatch.setattr(image_cache, "_MANY", 1)
+    monkeypatch.setattr(image_cache, "_begin_worker", os.abort)
+    assert same(load(tmp_path / "images", cache_dir=tmp_path / "other"), by_threads)
+
+
+@pytest.mark.parametrize("many", [1, 10_000])
+def test_decoding_leaves_the_filters_of_warnings_alone_and_refuses_bombs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, many: int
+) -> None:
+    put_flat(tmp_path, a=40, b=40)
+    # Beyond Pillow's limit, which is not lowered, as a process would not hear of it.
+    Image.new("L", (9_500, 9_500)).save(tmp_path / "a" / "bomb.png", compress_level=1)
+    monkeypatch.setattr(image_cache, "_MANY", many)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")  # as for a user, and not the errors that warnings are in tests
+        before = list(warnings.filters)
+        assert "a/bomb.png" in refused(tmp_path)
+        assert warnings.filters == before
+
+
 def test_interruption_does_not_wait_for_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     put_flat(tmp_path, a=200, b=200)
     count = Counter[str]()
