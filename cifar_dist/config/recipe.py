@@ -34,12 +34,19 @@ class OptimizerConfig:
     weight_decay: float
     decay_norm_and_bias: bool
     """Whether weight decay also pulls BatchNorm's parameters and the biases, as torch does when not told otherwise."""
+    sgd_learning_rate: float | None
+    """For `muon`: the peak for all that is no filter, which SGD steps; null: as for the filters."""
+    normalize_filters: bool
+    """For `muon`: each filter bank is brought to the norm sqrt(its outputs) before a step (airbench94_muon)."""
 
     def __post_init__(self) -> None:
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
         _require_fractions(self, "momentum", below_one=True)
         _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or above")
         _require(not self.nesterov or self.momentum > 0, "nesterov", True, "false where momentum is 0")
+        other, is_muon = self.sgd_learning_rate, self.name == "muon"
+        _require(other is None or (is_muon and other > 0), "sgd_learning_rate", other, "above 0 for muon, else null")
+        _require(not self.normalize_filters or is_muon, "normalize_filters", True, "false without muon")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,6 +142,8 @@ class Recipe:
     model: Literal["resnet18"]
     stem: Literal["cifar", "small", "imagenet"]
     """cifar: 3x3, stride 1, no max-pool; small: 3x3, stride 2, no max-pool; imagenet: torchvision's own."""
+    whitened_stem: bool
+    """Whether the first filters start as the principal components of the training set's patches."""
     pretrained: str | None
     """`imagenet`, or the path of a state dict."""
     freeze_epochs: int
@@ -155,6 +164,8 @@ class Recipe:
     """In [0, 1)."""
     ema_decay: float
     """Of the averaged weights, in [0, 1); 0: none."""
+    lookahead_steps: int
+    """Every so many steps the average takes in the weights, and they go on from it (arXiv 1907.08610); 0: never."""
     gradient_clipping: float | None
     """Largest norm of the whole gradient."""
     seed: int
@@ -171,11 +182,12 @@ class Recipe:
     def __post_init__(self) -> None:
         for field in ("epochs", "global_batch_size", "gradient_accumulation_steps", "image_size"):
             _require(getattr(self, field) >= 1, field, getattr(self, field), "1 or more")
-        for field in ("freeze_epochs", "validation_size"):
+        for field in ("freeze_epochs", "validation_size", "lookahead_steps"):
             _require(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
         _require_fractions(self, "dropout", "label_smoothing", "ema_decay", below_one=True)
         _require(0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2^32)")
-        clipping, group = self.gradient_clipping, self.batch_norm_group_size
+        clipping, group, lookahead = self.gradient_clipping, self.batch_norm_group_size, self.lookahead_steps
+        _require(not lookahead or self.ema_decay > 0, "lookahead_steps", lookahead, "0 without ema_decay")
         _require(clipping is None or clipping > 0, "gradient_clipping", clipping, "above 0, or null")
         _require(
             not self.freeze_epochs or self.pretrained is not None,
@@ -185,6 +197,7 @@ class Recipe:
         )
         _require(group is None or group >= 2, "batch_norm_group_size", group, "2 or more, or null")
         _require(self.global_batch_size >= 2, "global_batch_size", self.global_batch_size, "2 or more (BatchNorm)")
+        _require(not (self.whitened_stem and self.pretrained), "whitened_stem", True, "false with pretrained")
         self._check_early_stopping()
         self._check_image_sizes()
 

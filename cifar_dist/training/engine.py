@@ -182,8 +182,15 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.state.step += 1
-        if self.state.ema is not None:
-            self.state.ema.update(self.state.model, self.state.step)
+        self._average()
+
+    def _average(self) -> None:
+        state, every = self.state, self.recipe.lookahead_steps
+        if state.ema is None or (every and state.step % every):
+            return
+        state.ema.update(state.model, state.step)
+        if every:
+            state.ema.give_to(state.model)
 
     def _agree(self, epoch: int) -> tuple[float, float, float]:
         """Hear from all ranks what happened, and give the epoch's loss, hits and images so far, summed over them.

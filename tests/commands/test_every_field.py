@@ -22,6 +22,7 @@ HELD_OUT = ("validation_size=8",)
 # field -> (what else must be set for it to matter, another value)
 CHANGES = {
     "stem": ((), "small"),
+    "whitened_stem": ((), "true"),
     "pretrained": ((), "weights.pth"),
     "freeze_epochs": (("pretrained=weights.pth",), "1"),
     "dropout": ((), "0.5"),
@@ -32,6 +33,7 @@ CHANGES = {
     "image_size_schedule": ((), "[[16, 0.5], [32, 1.0]]"),
     "label_smoothing": ((), "0.2"),
     "ema_decay": (HELD_OUT, "0.9"),
+    "lookahead_steps": ((*HELD_OUT, "ema_decay=0.5"), "2"),
     "gradient_clipping": ((), "0.1"),
     "seed": ((), "1"),
     "validation_size": ((), "8"),
@@ -41,6 +43,8 @@ CHANGES = {
     "optimizer.nesterov": ((), "true"),
     "optimizer.weight_decay": ((), "0.1"),
     "optimizer.decay_norm_and_bias": (("optimizer.weight_decay=0.1",), "false"),
+    "optimizer.sgd_learning_rate": (("optimizer.name=muon",), "0.05"),
+    "optimizer.normalize_filters": (("optimizer.name=muon",), "true"),
     "schedule.name": ((), "cosine"),
     "schedule.warmup_fraction": ((), "0.5"),
     "schedule.step_epochs": (("schedule={name: step, step_epochs: 1, gamma: 0.1}",), "2"),

@@ -332,6 +332,16 @@ def test_the_average_is_what_is_validated_kept_and_resumed(runtime):
         assert torch.equal(value, average[name]), name
 
 
+def test_the_weights_go_on_from_the_average_every_so_many_steps(runtime):
+    trainer = trainer_for(runtime, "ema_decay=0.5", "lookahead_steps=3", "epochs=1", "global_batch_size=16")
+    state, together, averages = trainer.state, [], []
+    for _ in trainer.steps(1):
+        together.append(torch.equal(state.model.fc.weight, state.ema.model.fc.weight))
+        averages.append(state.ema.model.fc.weight.clone())
+    assert together == [(step + 1) % 3 == 0 for step in range(len(together))] and len(together) >= 6
+    assert torch.equal(averages[3], averages[4]) and not torch.equal(averages[4], averages[5])
+
+
 def test_dropout_arrives_and_two_runs_agree(runtime):
     first, again = (weights_after(runtime, "dropout=0.5") for _ in range(2))
     assert torch.equal(first["fc.weight"], again["fc.weight"])

@@ -14,9 +14,9 @@ from cifar_dist.config.plan import DatasetSizes, make_plan
 from cifar_dist.data.order import derive_seed
 from cifar_dist.model.dropout import HeadDropout, uniform_hash
 from cifar_dist.model.ema import ExponentialMovingAverage
-from cifar_dist.model.optimizer import MuonWithSGD, build_optimizer, set_learning_rate
+from cifar_dist.model.optimizer import MuonWithSGD, build_optimizer, orthogonalized, set_learning_rate
 from cifar_dist.model.pretrained import imagenet_weights, parts_to_freeze, start_from
-from cifar_dist.model.resnet import build_resnet, infer_architecture, load_weights
+from cifar_dist.model.resnet import build_resnet, infer_architecture, load_weights, whiten_stem
 from cifar_dist.model.schedule import learning_rate, learning_rate_line
 from tests.conftest import make_recipe
 
@@ -202,40 +202,89 @@ def test_nesterov_arrives():
     assert build_optimizer(build_resnet("imagenet", 10, seed=0), config).param_groups[0]["nesterov"] is True
 
 
-def without_large_filters() -> nn.Module:
-    """A ResNet-18's first half: where a processor has no bf16, Muon takes a minute for the filters of the second."""
-    model = build_resnet("imagenet", 10, seed=0)
-    model.layer3, model.layer4 = nn.Identity(), nn.Identity()
-    return model
+def plain_newton_schulz(matrix: torch.Tensor) -> torch.Tensor:
+    """As https://kellerjordan.github.io/posts/muon/ has it, in float64."""
+    wide = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT).double()
+    wide = wide / (wide.norm() + 1e-7)
+    for _ in range(5):
+        gram = wide @ wide.mT
+        wide = 3.4445 * wide + (-4.7750 * gram + 2.0315 * gram @ gram) @ wide
+    return wide if matrix.shape[0] <= matrix.shape[1] else wide.mT
 
 
+@pytest.mark.parametrize("shape", [(64, 27), (128, 64), (64, 576), (256, 2304)])
+def test_matrices_are_orthogonalized_as_muon_does_it(shape):
+    matrices = torch.randn(3, *shape)
+    left, _, right = torch.linalg.svd(matrices[2], full_matrices=False)
+    matrices[2] = left * torch.logspace(0, -5, min(shape)) @ right  # singular values over five orders of magnitude
+    expected = torch.stack([plain_newton_schulz(each) for each in matrices])
+    torch.testing.assert_close(orthogonalized(matrices).double(), expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(orthogonalized(matrices)[:2].double(), expected[:2], rtol=0, atol=1e-5)
+    assert torch.linalg.svdvals(expected[0]).min() > 0.6
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_muon_steps_the_filters_as_matrices_and_sgd_the_rest(layout):
-    config = make_recipe("optimizer.name=muon", "optimizer.learning_rate=0.1").optimizer
-    model = without_large_filters().to(memory_format=layout)
-    optimizer = build_optimizer(model, config)
+def test_muon_steps_the_filters_as_matrices_and_sgd_the_rest(layout, nesterov):
+    config = make_recipe("optimizer.name=muon", "optimizer.learning_rate=0.1", f"optimizer.nesterov={nesterov}")
+    model = build_resnet("imagenet", 10, seed=0).to(memory_format=layout)
+    optimizer = build_optimizer(model, config.optimizer)
     assert isinstance(optimizer, MuonWithSGD)
-    for parameter in model.parameters():
-        parameter.grad = torch.randn(parameter.shape).to(
-            memory_format=layout if parameter.ndim == 4 else torch.contiguous_format
-        )
-    filters = model.layer1[0].conv1.weight
-    before, head, head_grad = filters.detach().clone(), model.fc.weight.detach().clone(), model.fc.weight.grad.clone()
-    matrix = nn.Parameter(before.flatten(1).clone())
-    matrix.grad = filters.grad.flatten(1).clone()
-    reference = torch.optim.Muon([matrix], lr=0.05, weight_decay=5e-4, momentum=0.9, nesterov=False)
-    reference.step()
+    filters = [model.layer1[0].conv1.weight, model.layer2[0].downsample[0].weight]
+    matrices = [nn.Parameter(each.detach().flatten(1).clone()) for each in filters]
+    head = nn.Parameter(model.fc.weight.detach().clone())
+    muon = torch.optim.Muon(matrices, lr=0.05, weight_decay=5e-4, momentum=0.9, nesterov=nesterov)
+    sgd = torch.optim.SGD([head], lr=0.05, weight_decay=5e-4, momentum=0.9, nesterov=nesterov)
+    before = filters[0].detach().clone()
     set_learning_rate(optimizer, 0.05)
+    for _ in range(3):
+        for parameter in model.parameters():
+            gradient = torch.randn(parameter.shape)
+            parameter.grad = gradient.to(memory_format=layout) if parameter.ndim == 4 else gradient
+        for matrix, each in zip(matrices, filters, strict=True):
+            matrix.grad = each.grad.flatten(1).clone()
+        head.grad = model.fc.weight.grad.clone()
+        for each in (optimizer, muon, sgd):
+            each.step()
+    # torch's Muon works in bfloat16.
+    for matrix, each in zip(matrices, filters, strict=True):
+        torch.testing.assert_close(each.detach().flatten(1), matrix.detach(), atol=3e-3, rtol=0.02)
+    assert (filters[0] - before).abs().max() > 0.01
+    torch.testing.assert_close(model.fc.weight.detach(), head.detach())
+
+
+def test_muon_leaves_alone_what_has_no_gradient():
+    model = build_resnet("small", 10, seed=0)
+    optimizer = build_optimizer(model, make_recipe("optimizer.name=muon").optimizer)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    model.layer1[0].conv1.weight.grad = torch.randn_like(model.layer1[0].conv1.weight)
     optimizer.step()
-    # Newton-Schulz works in bfloat16, and its sums depend on the order of the columns.
-    torch.testing.assert_close(filters.detach().flatten(1), matrix.detach(), atol=2e-3, rtol=0.05)
-    assert not torch.equal(filters, before)
-    torch.testing.assert_close(model.fc.weight.detach(), head - 0.05 * (head_grad + 5e-4 * head))
+    changed = [name for name, value in model.named_parameters() if not torch.equal(value, before[name])]
+    assert changed == ["layer1.0.conv1.weight"]
+
+
+def test_what_is_no_filter_has_a_rate_of_its_own_under_muon():
+    names = ("optimizer.name=muon", "optimizer.learning_rate=0.2", "optimizer.sgd_learning_rate=0.05")
+    optimizer = build_optimizer(build_resnet("small", 10, seed=0), make_recipe(*names).optimizer)
+    set_learning_rate(optimizer, 0.1)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.025])
+
+
+def test_filters_are_brought_to_their_norm_before_a_step():
+    names = ("optimizer.name=muon", "optimizer.learning_rate=0.1", "optimizer.normalize_filters=true")
+    model = build_resnet("small", 10, seed=0)
+    optimizer = build_optimizer(model, make_recipe(*names, "optimizer.weight_decay=0").optimizer)
+    filters = model.layer3[0].conv1.weight
+    filters.grad = torch.randn_like(filters)
+    step = 0.1 * orthogonalized(filters.grad.flatten(1)[None])[0].view_as(filters)
+    unit = filters.detach() / filters.detach().norm() * 256**0.5
+    optimizer.step()
+    torch.testing.assert_close(filters.detach(), unit - step)
 
 
 def test_muon_goes_on_where_it_was():
     config = make_recipe("optimizer.name=muon").optimizer
-    models = [without_large_filters() for _ in range(2)]
+    models = [build_resnet("imagenet", 10, seed=0) for _ in range(2)]
     optimizers = [build_optimizer(model, config) for model in models]
     gradients = [torch.randn(parameter.shape) for parameter in models[0].parameters()]
 
@@ -251,6 +300,37 @@ def test_muon_goes_on_where_it_was():
     step(1)
     for mine, yours in zip(*(model.parameters() for model in models), strict=True):
         assert torch.equal(mine, yours)
+
+
+@pytest.mark.parametrize(("stem", "count"), [("cifar", 27), ("small", 27), ("imagenet", 32)])
+def test_a_whitened_stem_sees_uncorrelated_directions_the_strongest_first(stem, count):
+    model, other = (build_resnet(stem, 10, seed=0) for _ in range(2))
+    images = torch.nn.functional.avg_pool2d(torch.randn(64, 3, 40, 40), 3, 1)  # neighbours that are alike
+    whiten_stem(model, images)
+    filters = model.conv1.weight.detach()
+    assert torch.equal(filters[2 * count :], other.conv1.weight[2 * count :])
+    torch.testing.assert_close(filters.flatten(1).norm(dim=1), other.conv1.weight.detach().flatten(1).norm(dim=1))
+    directions = torch.nn.functional.normalize(filters[: 2 * count].flatten(1))
+    torch.testing.assert_close(directions[:count], -directions[count:])
+    seen = torch.nn.functional.conv2d(images, directions[:count].view(count, *filters.shape[1:]))
+    covariance = seen.transpose(0, 1).flatten(1).cov()
+    variances = covariance.diagonal()
+    assert (covariance - variances.diag()).abs().max() < 1e-3 * variances.max()
+    assert torch.equal(variances.sort(descending=True).values, variances)
+    assert variances[0] > 5 * variances[-1]
+
+
+def test_the_trained_weights_go_on_from_the_average():
+    model = build_resnet("small", 10, seed=0).to(memory_format=torch.channels_last)
+    average = ExponentialMovingAverage(model, decay=0.5)
+    with torch.no_grad():
+        model.fc.weight.add_(1)
+        model.bn1.running_mean.add_(1)
+    average.update(model, 100)
+    average.give_to(model)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, average.model.state_dict()[name]), name
+    assert not torch.equal(model.fc.weight, build_resnet("small", 10, seed=0).fc.weight)
 
 
 def test_the_average_follows_the_weights():

@@ -1,0 +1,314 @@
+"""Trains a programme of recipes, run by run, and keeps what came of each in a table that can be committed.
+
+    python benchmarks/accuracy.py run PROGRAMME --data-dir DIR [--minutes M] [--only ROW ...]
+    python benchmarks/accuracy.py time PROGRAMME [--only ROW ...] [--seconds S]
+    python benchmarks/accuracy.py table PROGRAMME
+
+A programme (benchmarks/programmes/*.yaml) is a list of rows: a name, a recipe, what is `set` otherwise, and how many
+`seeds` (0, 1, ...). Its rows are for tuning (`test: false`: the validation split decides, and what the test images say
+is not kept) or for the table (`test: true`: trained on all images, the last weights, the test images used once).
+
+`run` appends a line to benchmarks/results/PROGRAMME.jsonl as soon as a run ends, and does no run again that has a line
+there with the same recipe: stopped at any moment, it goes on, on this machine or on another. With `--minutes` it stops
+(and saves the run in progress) after so long, and ends with 75 where something is left.
+
+`time` measures each row's loop against the original script's, in turns, on a machine that does nothing else, and gives
+the whole recipe's time in epochs of the script (`script_epochs`): so it can be compared between machines.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from cifar_dist.config.errors import EXIT_INTERRUPTED
+from cifar_dist.config.loading import read_recipe, recipe_to_mapping, resolve_recipe
+from cifar_dist.config.provenance import git_commit, package_versions
+from cifar_dist.config.recipe import Recipe
+
+ROOT = Path(__file__).parent.parent
+SCRIPT_BATCH = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A recipe to be trained with several seeds."""
+
+    name: str
+    recipe: str
+    settings: dict[str, Any]
+    seeds: int
+    test: bool
+
+    def resolved(self, seed: int) -> Recipe:
+        """Give the whole recipe of a run."""
+        protocol = {"validation_size": 0, "selection": "last"} if self.test else {"selection": "last"}
+        base = self.recipe if not self.recipe.endswith(".yaml") else str(ROOT / self.recipe)
+        return resolve_recipe(read_recipe(base), protocol, {**self.settings, "seed": seed})
+
+
+def digest(recipe: Recipe) -> str:
+    """Give a few letters that tell this recipe from any other, and stay when a field is added that is off in it."""
+    text = json.dumps(switched_on(recipe_to_mapping(recipe)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def switched_on(values: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what is null, zero, false or none."""
+    inner = {key: switched_on(value) if isinstance(value, dict) else value for key, value in values.items()}
+    return {key: value for key, value in inner.items() if value and value != "none"}
+
+
+def read_programme(path: Path) -> list[Row]:
+    """Read a programme's rows."""
+    rows = yaml.safe_load(path.read_text())
+    return [
+        Row(
+            name=row["name"],
+            recipe=row["recipe"],
+            settings=nested(row.get("set", {})),
+            seeds=row.get("seeds", 1),
+            test=row.get("test", True),
+        )
+        for row in rows
+    ]
+
+
+def nested(settings: dict[str, Any]) -> dict[str, Any]:
+    """Turn names with dots into mappings in mappings."""
+    result: dict[str, Any] = {}
+    for name, value in settings.items():
+        *parents, last = name.split(".")
+        place = result
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    return result
+
+
+def hardware() -> str:
+    """Name what computes."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    names = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    bf16 = [name for name, there in torch.cpu.get_capabilities().items() if "bf16" in name and there]
+    return (
+        f"{len(names)} cores of {names[0]}, {', '.join(bf16) or 'no bf16 instructions'}"
+        if names
+        else platform.machine()
+    )
+
+
+def where_from() -> dict[str, Any]:
+    """Say what a line of results must say of its machine and versions."""
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "hardware": hardware(),
+        "torch": package_versions()["torch"],
+        "commit": git_commit(),
+    }
+
+
+def read_lines(results: Path) -> list[dict[str, Any]]:
+    """Read the results so far."""
+    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+
+
+def append_line(results: Path, line: dict[str, Any]) -> None:
+    """Add a line to the results."""
+    results.parent.mkdir(exist_ok=True)
+    with results.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def runs_left(rows: list[Row], results: Path) -> Iterator[tuple[Row, int]]:
+    """Give the runs that have no line yet, first all first seeds."""
+    done = {(line["name"], line["seed"], line["digest"]) for line in read_lines(results) if "seed" in line}
+    for seed in range(max(row.seeds for row in rows)):
+        for row in rows:
+            if seed < row.seeds and (row.name, seed, digest(row.resolved(seed))) not in done:
+                yield row, seed
+
+
+def run(rows: list[Row], results: Path, typed: argparse.Namespace) -> int:
+    """Do what is left of the runs; give the exit code."""
+    until = time.monotonic() + 60 * typed.minutes
+    for row, seed in list(runs_left(rows, results)):
+        recipe = row.resolved(seed)
+        folder = typed.work / f"{row.name}-seed{seed}-{digest(recipe)}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_to_mapping(recipe)))
+        minutes = (until - time.monotonic()) / 60
+        if minutes < 0.5:
+            return EXIT_INTERRUPTED
+        print(f"== {row.name}, seed {seed}", flush=True)
+        command = ["--recipe", str(folder / "recipe.yaml"), "--run-dir", str(folder / "run"), "--resume"]
+        command += ["--data-dir", str(typed.data_dir), "--max-minutes", f"{minutes:.2f}", *typed.launcher]
+        code = launch(*command)
+        if code:
+            return code
+        append_line(results, outcome(row, seed, folder, typed))
+    return 0
+
+
+def launch(*arguments: str) -> int:
+    """Start the launcher; give its exit code."""
+    return subprocess.run([sys.executable, str(ROOT / "launch.py"), *arguments]).returncode
+
+
+def outcome(row: Row, seed: int, folder: Path, typed: argparse.Namespace) -> dict[str, Any]:
+    """Give the line of a run that has ended."""
+    summary = json.loads((folder / "run" / "summary.json").read_text())
+    records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    line = {
+        "name": row.name,
+        "seed": seed,
+        "digest": digest(row.resolved(seed)),
+        "test": row.test,
+        **{
+            key: summary[key] for key in ("status", "epochs", "train_seconds", "device", "precision", "peak_memory_mib")
+        },
+        "val_acc": records[-1]["val_acc"],
+        "train_loss": records[-1]["train_loss"],
+        **where_from(),
+    }
+    if row.test:
+        mirrored = folder / "mirror.json"
+        if launch("eval", "--ckpt", str(folder / "run"), "--tta", "mirror", "--json", str(mirrored)):
+            raise SystemExit(f"error: {folder / 'run'} could not be evaluated")
+        line |= {
+            "plain": summary["test"]["top1"],
+            "mirror": json.loads(mirrored.read_text())["top1"],
+            "per_class": summary["test"]["per_class_accuracy"],
+        }
+    return line
+
+
+def measure(rows: list[Row], results: Path, typed: argparse.Namespace) -> int:
+    """Time each row's loop at each of its image sizes against the script's epoch, in turns."""
+    from cifar_dist.baselines import script
+    from cifar_dist.commands.bench import _Loop, _random_dataset
+    from cifar_dist.config.plan import make_plan
+    from cifar_dist.config.world import AccelerateConfig, World
+    from cifar_dist.model.resnet import build_resnet
+    from cifar_dist.records import Observer
+    from cifar_dist.runtime.distributed import connect, start
+    from cifar_dist.runtime.timing import Contender, alternate
+    from cifar_dist.training.setup import build_trainer
+
+    config = AccelerateConfig()
+    with connect(World(), config) as ranks:
+        runtime = start(ranks, config, typed_precision=typed.precision, doing="measuring")
+        dataset = _random_dataset(32)
+        for row in rows:
+            recipe = row.resolved(0)
+            images = dataset.train
+            model = build_resnet("imagenet", 10, seed=0)
+            other = script.ScriptLoop(
+                model, images.images, images.labels, batch_size=SCRIPT_BATCH, device=runtime.device
+            )
+            total, parts, begun = 0.0, [], 0.0
+            for side, end in recipe.image_size_schedule or ((recipe.image_size, 1.0),):
+                endless = {"epochs": 1_000_000, "validation_size": 0, "image_size_schedule": [[side, 1.0]]}
+                one = resolve_recipe(recipe_to_mapping(recipe), {}, endless)
+                plan = make_plan(one, world_size=1, sizes=dataset.sizes, device_type=runtime.device.type)
+                loop = _Loop(build_trainer(one, plan, dataset, runtime, Observer()))
+                contenders = [Contender("loop", loop), Contender("script", other, script.PREFETCHED)]
+                rounds = alternate(contenders, 1, typed.seconds, runtime)
+                # Seconds an image of ours over those of the script, in each round.
+                ratios = [theirs * SCRIPT_BATCH / (ours * recipe.global_batch_size) for ours, theirs in rounds]
+                rate = recipe.global_batch_size * statistics.median(ours for ours, _ in rounds)
+                parts.append({"side": side, "images_per_second": rate, "ratios": ratios})
+                total += recipe.epochs * (end - begun) * statistics.median(ratios)
+                begun = end
+            line = {
+                "name": row.name,
+                "timed": digest(recipe),
+                "script_epochs": total,
+                "parts": parts,
+                "precision": runtime.precision,
+                **where_from(),
+            }
+            append_line(results, line)
+            print(f"{row.name}: {total:.2f} script epochs", flush=True)
+    return 0
+
+
+def table(rows: list[Row], results: Path) -> int:
+    """Print the results in Markdown: means, and the standard error where there are several seeds."""
+    lines = read_lines(results)
+    tested = any(row.test for row in rows)
+    heads = ["row", "n", "plain", "mirror"] if tested else ["row", "n", "validation"]
+    print("| " + " | ".join([*heads, "script epochs", "train seconds", "machine"]) + " |")
+    print("|" + "---|" * (len(heads) + 3))
+    for row in rows:
+        digests = {digest(row.resolved(seed)) for seed in range(row.seeds)}
+        done = [line for line in lines if line["name"] == row.name and line.get("digest") in digests]
+        times = [line for line in lines if line.get("timed") == digest(row.resolved(0))]
+        keys = ("plain", "mirror") if tested else ("val_acc",)
+        cells = [row.name, str(len(done)), *(mean([line[key] for line in done]) for key in keys)]
+        cells += [", ".join(f"{line['script_epochs']:.1f} ({line['precision']})" for line in times)]
+        cells += [f"{statistics.mean(line['train_seconds'] for line in done):.0f}" if done else ""]
+        cells += ["; ".join(sorted({line["hardware"] for line in done}))]
+        print("| " + " | ".join(cells) + " |")
+    return 0
+
+
+def mean(values: list[float]) -> str:
+    """Give the mean in percent, with its standard error."""
+    if not values:
+        return ""
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.2%}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2%}{error}"
+
+
+def main() -> int:
+    """Do what is asked; give the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("run", "time", "table"))
+    parser.add_argument("programme", type=Path)
+    parser.add_argument("--only", nargs="+", metavar="ROW")
+    parser.add_argument("--data-dir", type=Path, default=Path(os.environ.get("CIFAR_DIST_TEST_DATA", "data")))
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/accuracy"), help="where the runs are (default: %(default)s)"
+    )
+    parser.add_argument("--results", type=Path, help="default: benchmarks/results/PROGRAMME.jsonl")
+    parser.add_argument("--minutes", type=float, default=1e6, help="stop and save after so long")
+    parser.add_argument("--seconds", type=float, default=20, help="for each loop that is timed")
+    parser.add_argument("--precision", default="auto", help="of the loops that are timed (default: %(default)s)")
+    typed, typed.launcher = parser.parse_known_args()
+    rows = read_programme(typed.programme)
+    names = [row.name for row in rows]
+    if unknown := set(typed.only or ()) - set(names):
+        parser.error(f"{typed.programme} has no row {', '.join(sorted(unknown))} (rows: {', '.join(names)})")
+    if typed.launcher and typed.action != "run":
+        parser.error(f"unknown arguments: {' '.join(typed.launcher)}")
+    rows = [row for row in rows if not typed.only or row.name in typed.only]
+    results = typed.results or ROOT / "benchmarks" / "results" / f"{typed.programme.stem}.jsonl"
+    if typed.action == "run":
+        return run(rows, results, typed)
+    return measure(rows, results, typed) if typed.action == "time" else table(rows, results)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
