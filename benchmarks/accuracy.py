@@ -155,7 +155,7 @@ def run(rows: list[Row], results: Path, typed: argparse.Namespace) -> int:
     until = time.monotonic() + 60 * typed.minutes
     for row, seed in list(runs_left(rows, results)):
         recipe = row.resolved(seed)
-        folder = typed.work / f"{row.name}-seed{seed}-{digest(recipe)}"
+        folder = typed.work / f"{typed.programme.stem}-seed{seed}-{digest(recipe)}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_to_mapping(recipe)))
         minutes = (until - time.monotonic()) / 60

@@ -25,7 +25,7 @@ from cifar_dist.config.options import TrainOptions
 from cifar_dist.config.request import TrainRequest, check_before_launch
 from cifar_dist.config.world import World, load_accelerate_config, processes_to_start
 
-_MODULES = {"train": "train", "eval": "evaluate", "report": "report", "bench": "bench", "doctor": "doctor"}
+_COMMANDS = {"eval": "evaluate"}  # whose module has another name
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,7 +75,9 @@ def _run(argv: list[str], world: World) -> int:
         end_with_parent(signal.SIGTERM)  # torch's agent, killed, would leave its processes behind
     # Read by torch when it is imported, so it must stand before that; it only matters on a Mac.
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
-    code: int = importlib.import_module(f"cifar_dist.commands.{_MODULES[command]}").run(options, world, config)
+    code: int = importlib.import_module(f"cifar_dist.commands.{_COMMANDS.get(command, command)}").run(
+        options, world, config
+    )
     return code
 
 

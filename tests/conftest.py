@@ -64,7 +64,14 @@ def runtime():
         yield start(ranks, config, typed_precision="no", num_threads=1)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Fast tests first: those of one module, then of several processes, then of whole commands."""
+    """Fast tests first: those of one module, then of several processes, then of whole commands.
+
+    With `-n 2 --dist loadgroup` a file's tests stay on one worker, for they share worlds and runs; there is one cluster.
+    """
     order = {"unit": 0, "worlds": 1, "commands": 2, "launching": 3, "slurm": 4, "gpu": 5}
     items.sort(key=lambda item: order.get(item.path.parent.name, 0))
+    for item in items:
+        folder = item.path.parent.name
+        item.add_marker(pytest.mark.xdist_group("slurm" if folder == "slurm" else f"{folder}-{item.path.stem}"))

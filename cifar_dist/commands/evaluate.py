@@ -1,19 +1,14 @@
 """`eval`: how well saved weights do on a dataset, each image counted once."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from cifar_dist.config.errors import EXIT_DONE, UserError
-from cifar_dist.config.loading import read_recipe, resolve_recipe
 from cifar_dist.config.options import EvalOptions
-from cifar_dist.config.recipe import Recipe
 from cifar_dist.config.request import DEFAULT_DATA_DIR, DEFAULT_DATASET, check_dataset_name
 from cifar_dist.config.world import AccelerateConfig, World, other_count_note
 from cifar_dist.data.batches import Normalizer
@@ -22,35 +17,19 @@ from cifar_dist.data.datasets import load_dataset
 from cifar_dist.data.split import stratified_split
 from cifar_dist.display.progress import evaluation_display, loading_progress
 from cifar_dist.display.tables import format_class_bars, format_evaluation_totals, print_lines
-from cifar_dist.model.resnet import build_resnet, infer_architecture, load_weights
 from cifar_dist.records import Evaluation
 from cifar_dist.runtime.distributed import Runtime, connect, start
-from cifar_dist.training.checkpoint import is_bare_weights, load_checkpoint, understanding, write_atomically
+from cifar_dist.training.checkpoint import write_atomically
 from cifar_dist.training.evaluation import Predictions, predict_logits
 from cifar_dist.training.metrics import summarize
-from cifar_dist.training.run_directory import RunDirectory
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Weights:
-    """What is evaluated, and what it says of how it wants to be."""
-
-    path: Path
-    tensors: dict[str, Tensor]
-    recipe: Recipe
-    num_classes: int
-    class_names: tuple[str, ...] | None
-    """None for bare weights, which do not know."""
-    about: Mapping[str, Any]
-    """The checkpoint's own words on dataset, precision and threads; empty for bare weights."""
-    notes: tuple[str, ...]
+from cifar_dist.training.weights import SavedWeights, read_weights
 
 
 def run(options: EvalOptions, world: World, config: AccelerateConfig) -> int:
     """Evaluate as asked; give the exit code."""
     console = Console(quiet=world.rank > 0)
     with connect(world, config) as ranks:
-        weights = ranks.from_main(lambda: _read_weights(options))
+        weights = ranks.from_main(lambda: _read(options))
         dataset = ranks.in_turn(lambda: _load_data(console, options, weights))
         about = weights.about
         precision = options.precision or about.get("precision", "no")
@@ -81,68 +60,15 @@ def _check_outputs(options: EvalOptions) -> None:
         raise UserError(f"--figures {options.figures} is a file: name a folder")
 
 
-def _read_weights(options: EvalOptions) -> _Weights:
-    """Read a checkpoint of ours (in a run directory: the one behind its test result) or bare weights."""
+def _read(options: EvalOptions) -> SavedWeights:
     _check_outputs(options)
-    path = _checkpoint_file(options.checkpoint)
-    content = load_checkpoint(path)
-    if is_bare_weights(content):
-        return _bare_weights(path, content, options)
-    if "recipe" not in content or "model" not in content:
-        raise UserError(f"checkpoint {path} is neither a checkpoint of this program nor a bare state dict")
-    with understanding(path):
-        return _own_weights(path, content, options)
-
-
-def _own_weights(path: Path, content: dict[str, Any], options: EvalOptions) -> _Weights:
-    recipe = resolve_recipe(content["recipe"], {}, {})
-    if options.recipe is not None:
-        typed = resolve_recipe(read_recipe(options.recipe), {}, {})
-        if typed.stem != recipe.stem:
-            raise UserError(f"--recipe {options.recipe} has the stem {typed.stem}, and {path} has {recipe.stem}")
-        recipe = typed
-    names = tuple(content["class_names"])
-    return _Weights(
-        path=path,
-        tensors=content.get("model_ema", content["model"]),
-        recipe=recipe,
-        num_classes=len(names),
-        class_names=names,
-        about=content,
-        notes=(),
-    )
-
-
-def _checkpoint_file(path: Path) -> Path:
-    if not path.exists():
-        raise UserError(f"there is no checkpoint {path}")
-    if not path.is_dir():
-        return path
-    run = RunDirectory(path)
-    if not run.last.exists():
-        raise UserError(f"there is no checkpoint in {path}: {run.last} does not exist")
-    summary = run.read_summary()
-    selected_best = run.read_config()["recipe"].get("selection") == "best" and run.best.exists()
-    return run.best if selected_best and summary is not None and summary.test is not None else run.last
-
-
-def _bare_weights(path: Path, tensors: dict[str, Tensor], options: EvalOptions) -> _Weights:
-    """Infer from the tensors what they can tell, and take the rest from the recipe, typed or likely."""
-    stem, num_classes = infer_architecture(tensors)
-    name = options.recipe or ("original" if stem == "imagenet" else "standard")
-    recipe = resolve_recipe(read_recipe(name), {}, {} if options.recipe else {"stem": stem})
-    if (recipe.stem == "imagenet") != (stem == "imagenet"):
-        raise UserError(f"--recipe {name} has the stem {recipe.stem}, and {path} has {stem}")
-    if options.split == "validation" and options.recipe is None:
+    weights = read_weights(options.checkpoint, options.recipe)
+    if weights.class_names is None and options.split == "validation" and options.recipe is None:
         raise UserError("bare weights have no validation split: add --recipe to say which images were held out")
-    mean, std = list(recipe.normalization.mean), list(recipe.normalization.std)
-    note = f"bare weights: stem {recipe.stem}, {num_classes} classes; normalisation of {name} (mean {mean}, std {std})"
-    return _Weights(
-        path=path, tensors=tensors, recipe=recipe, num_classes=num_classes, class_names=None, about={}, notes=(note,)
-    )
+    return weights
 
 
-def _load_data(console: Console, options: EvalOptions, weights: _Weights) -> Dataset:
+def _load_data(console: Console, options: EvalOptions, weights: SavedWeights) -> Dataset:
     """Load the dataset that was typed, else the one that the weights were trained on."""
     about = weights.about.get("dataset", {})
     name = options.dataset or about.get("name", DEFAULT_DATASET)
@@ -166,7 +92,7 @@ def _load_data(console: Console, options: EvalOptions, weights: _Weights) -> Dat
     return dataset
 
 
-def _choose_split(options: EvalOptions, weights: _Weights, dataset: Dataset) -> tuple[LabelledImages, Tensor]:
+def _choose_split(options: EvalOptions, weights: SavedWeights, dataset: Dataset) -> tuple[LabelledImages, Tensor]:
     """Give the images, and which of them to evaluate."""
     if options.split == "test":
         return dataset.test, torch.arange(len(dataset.test))
@@ -180,11 +106,14 @@ def _choose_split(options: EvalOptions, weights: _Weights, dataset: Dataset) -> 
 
 
 def _predict(
-    console: Console, options: EvalOptions, weights: _Weights, data: LabelledImages, indices: Tensor, runtime: Runtime
+    console: Console,
+    options: EvalOptions,
+    weights: SavedWeights,
+    data: LabelledImages,
+    indices: Tensor,
+    runtime: Runtime,
 ) -> Predictions:
-    model = build_resnet(weights.recipe.stem, weights.num_classes, seed=0)
-    load_weights(model, weights.tensors)
-    model = model.to(runtime.device, memory_format=runtime.memory_format)  # type: ignore[call-overload]
+    model = weights.build(runtime.device, runtime.memory_format)
     with evaluation_display(console) as observer:
         return predict_logits(
             model,
@@ -200,7 +129,7 @@ def _predict(
 
 
 def _write_json(
-    path: Path, evaluation: Evaluation, options: EvalOptions, weights: _Weights, dataset: Dataset, runtime: Runtime
+    path: Path, evaluation: Evaluation, options: EvalOptions, weights: SavedWeights, dataset: Dataset, runtime: Runtime
 ) -> None:
     content = {
         **evaluation.to_mapping(),

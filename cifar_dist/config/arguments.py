@@ -8,10 +8,18 @@ from typing import Any, NoReturn
 from cifar_dist import __version__
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.loading import parse_assignments, recipe_names
-from cifar_dist.config.options import BenchOptions, DoctorOptions, EvalOptions, ReportOptions, TrainOptions
+from cifar_dist.config.options import (
+    BenchOptions,
+    DoctorOptions,
+    EvalOptions,
+    ExportOptions,
+    PredictOptions,
+    ReportOptions,
+    TrainOptions,
+)
 from cifar_dist.config.parsing import nearest
 
-Options = TrainOptions | EvalOptions | ReportOptions | BenchOptions | DoctorOptions
+Options = TrainOptions | EvalOptions | PredictOptions | ReportOptions | ExportOptions | BenchOptions | DoctorOptions
 _PRECISIONS = ("auto", "no", "fp16", "bf16")
 
 
@@ -31,7 +39,9 @@ def parse_arguments(argv: list[str]) -> tuple[str, Options]:
     table: dict[str, tuple[Callable[[], _Parser], Callable[[dict[str, Any]], Options]]] = {
         "train": (_train_parser, _train_options),
         "eval": (_eval_parser, lambda typed: EvalOptions(**typed)),
+        "predict": (_predict_parser, _predict_options),
         "report": (_report_parser, lambda typed: ReportOptions(**typed)),
+        "export": (_export_parser, lambda typed: ExportOptions(**typed)),
         "bench": (_bench_parser, _bench_options),
         "doctor": (_doctor_parser, lambda typed: DoctorOptions(**typed)),
     }
@@ -54,13 +64,15 @@ def parse_arguments(argv: list[str]) -> tuple[str, Options]:
 def _top_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="launch.py",
-        usage="launch.py [train|eval|report|bench|doctor] [options]",
+        usage="launch.py [train|eval|predict|report|export|bench|doctor] [options]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train one ResNet-18 recipe for CIFAR on the device that is there.",
         epilog="""commands (each has its own --help):
   train    train a recipe; what runs when no command is named
   eval     evaluate a checkpoint, or a bare state dict
-  report   runs side by side, with mean and standard deviation
+  predict  the classes of images of your own
+  report   figures and a page of a run; several runs side by side
+  export   weights for other programs: .pth, .safetensors, .onnx
   bench    measure the training loop against the bare training step
   doctor   what this machine offers, and what would run here
 
@@ -84,6 +96,15 @@ def _command_parser(command: str, description: str) -> _Parser:
 def _add_recipe(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
     names = ", ".join(recipe_names())
     parser.add_argument("--recipe", default=default, metavar="NAME|FILE", help=f"{names} (default standard), or YAML")
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--ckpt", dest="checkpoint", type=Path, required=True, metavar="FILE|RUN_DIR", help=text)
+
+
+def _add_recipe_of_weights(parser: argparse.ArgumentParser) -> None:
+    text = "for bare weights: whose stem and normalisation they have"
+    parser.add_argument("--recipe", metavar="NAME|FILE", help=text)
 
 
 def _add_set(parser: argparse.ArgumentParser) -> None:
@@ -125,6 +146,14 @@ def _train_parser() -> _Parser:
     parser.add_argument("--checkpoint-every-steps", type=int, metavar="N", help="save also within an epoch")
     parser.add_argument("--checkpoint-every-minutes", type=float, metavar="M", help="default: 1, at the ends of epochs")
     parser.add_argument("--max-minutes", type=float, metavar="M", help="stop and save after so long (exit code 75)")
+    parser.add_argument(
+        "--tracker",
+        dest="trackers",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="log to tensorboard, wandb, mlflow or another of Accelerate's trackers; may be repeated",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress, only the result")
     return parser
 
@@ -144,14 +173,10 @@ def _train_options(typed: dict[str, Any]) -> TrainOptions:
 
 def _eval_parser() -> _Parser:
     parser = _command_parser("eval", "Evaluate a checkpoint or a bare state dict; each image is counted once.")
-    parser.add_argument(
-        "--ckpt", dest="checkpoint", type=Path, required=True, metavar="FILE|RUN_DIR", help="what to evaluate"
-    )
+    _add_checkpoint(parser, "what to evaluate")
     _add_data(parser)
     parser.add_argument("--split", choices=("test", "validation"), default="test", help="default: test")
-    parser.add_argument(
-        "--recipe", metavar="NAME|FILE", help="for bare weights: whose stem and normalisation they have"
-    )
+    _add_recipe_of_weights(parser)
     parser.add_argument("--tta", choices=("none", "mirror"), default="none", help="average over the mirror image too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
     parser.add_argument("--figures", type=Path, metavar="DIR", help="draw confusion.png and predictions.png there")
@@ -159,8 +184,37 @@ def _eval_parser() -> _Parser:
 
 
 def _report_parser() -> _Parser:
-    parser = _Parser(prog="launch.py report", description="Put runs side by side, with mean and standard deviation.")
+    description = "Draw a run's figures and write its page; put several side by side, with mean and standard deviation."
+    parser = _Parser(prog="launch.py report", description=description, allow_abbrev=False)
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="folders that runs have left")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the files go (default: DIR/figures of one run)")
+    return parser
+
+
+def _predict_parser() -> _Parser:
+    parser = _command_parser("predict", "Name the classes of images; each is predicted once.")
+    _add_checkpoint(parser, "with which weights")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE|DIR", help="files, or folders of files")
+    _add_recipe_of_weights(parser)
+    parser.add_argument("--top", type=int, default=5, metavar="K", help="so many classes an image (default: 5)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there; - for the standard output")
+    return parser
+
+
+def _predict_options(typed: dict[str, Any]) -> PredictOptions:
+    if typed["top"] < 1:
+        raise UserError(f"--top must be 1 or more, not {typed['top']}")
+    return PredictOptions(**typed)
+
+
+def _export_parser() -> _Parser:
+    description = "Write weights for other programs, in the format that the suffix of --out names."
+    parser = _Parser(prog="launch.py export", description=description, allow_abbrev=False)
+    _add_checkpoint(parser, "which weights")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="FILE.pth, FILE.safetensors or FILE.onnx"
+    )
+    _add_recipe_of_weights(parser)
     return parser
 
 

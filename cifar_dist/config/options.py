@@ -26,6 +26,7 @@ class TrainOptions:
     precision: str | None = None
     dry_run: bool = False
     quiet: bool = False
+    trackers: Sequence[str] = ()
     checkpoint_every_steps: int | None = None
     checkpoint_every_minutes: float | None = None
     max_minutes: float | None = None
@@ -70,6 +71,32 @@ class ReportOptions:
     """`launch.py report`."""
 
     run_dirs: Sequence[Path]
+    out: Path | None = None
+    config: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PredictOptions:
+    """`launch.py predict`."""
+
+    checkpoint: Path
+    images: Sequence[Path]
+    """Files and folders."""
+    config: str | None = None
+    precision: str | None = None
+    recipe: str | None = None
+    top: int = 5
+    json: Path | None = None
+    """`-` for the standard output."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportOptions:
+    """`launch.py export`."""
+
+    checkpoint: Path
+    out: Path
+    recipe: str | None = None
     config: str | None = None
 
 

@@ -1,0 +1,99 @@
+"""Saved weights: a checkpoint of ours, or the one behind a run's test result, or a bare state dict."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cifar_dist.config.errors import UserError
+from cifar_dist.config.loading import read_recipe, resolve_recipe
+from cifar_dist.config.recipe import Recipe
+from cifar_dist.model.resnet import build_resnet, infer_architecture, load_weights
+from cifar_dist.training.checkpoint import is_bare_weights, load_checkpoint, understanding
+from cifar_dist.training.run_directory import RunDirectory
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class SavedWeights:
+    """What a file holds, and what it says of how it wants to be used."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    recipe: Recipe
+    num_classes: int
+    class_names: tuple[str, ...] | None
+    """None for bare weights, which do not know."""
+    about: Mapping[str, Any]
+    """The checkpoint's own words on dataset, precision and threads; empty for bare weights."""
+    notes: tuple[str, ...]
+
+    def build(self, device: torch.device, memory_format: torch.memory_format) -> nn.Module:
+        """Give the network with these weights, in evaluation mode. Raises UserError where they do not fit it."""
+        model = build_resnet(self.recipe.stem, self.num_classes, seed=0)
+        load_weights(model, self.tensors)
+        return model.to(device, memory_format=memory_format).eval()  # type: ignore[call-overload,no-any-return]
+
+
+def read_weights(path: Path, recipe_name: str | None = None) -> SavedWeights:
+    """Read a checkpoint of ours (in a run directory: the one behind its test result) or bare weights.
+
+    `recipe_name` (or a file) says whose normalisation and image size they have; without it a checkpoint knows, and
+    bare weights get `original` where they have torchvision's stem, else `standard`. Raises UserError.
+    """
+    file = _checkpoint_file(path)
+    content = load_checkpoint(file)
+    if is_bare_weights(content):
+        return _bare_weights(file, content, recipe_name)
+    if "recipe" not in content or "model" not in content:
+        raise UserError(f"checkpoint {file} is neither a checkpoint of this program nor a bare state dict")
+    with understanding(file):
+        return _own_weights(file, content, recipe_name)
+
+
+def _checkpoint_file(path: Path) -> Path:
+    if not path.exists():
+        raise UserError(f"there is no checkpoint {path}")
+    if not path.is_dir():
+        return path
+    run = RunDirectory(path)
+    if not run.last.exists():
+        raise UserError(f"there is no checkpoint in {path}: {run.last} does not exist")
+    summary = run.read_summary()
+    selected_best = run.read_config()["recipe"].get("selection") == "best" and run.best.exists()
+    return run.best if selected_best and summary is not None and summary.test is not None else run.last
+
+
+def _own_weights(path: Path, content: dict[str, Any], recipe_name: str | None) -> SavedWeights:
+    recipe = resolve_recipe(content["recipe"], {}, {})
+    if recipe_name is not None:
+        typed = resolve_recipe(read_recipe(recipe_name), {}, {})
+        if typed.stem != recipe.stem:
+            raise UserError(f"--recipe {recipe_name} has the stem {typed.stem}, and {path} has {recipe.stem}")
+        recipe = typed
+    names = tuple(content["class_names"])
+    return SavedWeights(
+        path=path,
+        tensors=content.get("model_ema", content["model"]),
+        recipe=recipe,
+        num_classes=len(names),
+        class_names=names,
+        about=content,
+        notes=(),
+    )
+
+
+def _bare_weights(path: Path, tensors: dict[str, Tensor], recipe_name: str | None) -> SavedWeights:
+    """Infer from the tensors what they can tell, and take the rest from the recipe, typed or likely."""
+    stem, num_classes = infer_architecture(tensors)
+    name = recipe_name or ("original" if stem == "imagenet" else "standard")
+    recipe = resolve_recipe(read_recipe(name), {}, {} if recipe_name else {"stem": stem})
+    if (recipe.stem == "imagenet") != (stem == "imagenet"):
+        raise UserError(f"--recipe {name} has the stem {recipe.stem}, and {path} has {stem}")
+    mean, std = list(recipe.normalization.mean), list(recipe.normalization.std)
+    note = f"bare weights: stem {recipe.stem}, {num_classes} classes; normalisation of {name} (mean {mean}, std {std})"
+    return SavedWeights(
+        path=path, tensors=tensors, recipe=recipe, num_classes=num_classes, class_names=None, about={}, notes=(note,)
+    )
