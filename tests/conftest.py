@@ -68,7 +68,7 @@ def runtime():
 def pytest_collection_modifyitems(items):
     """Fast tests first: those of one module, then of several processes, then of whole commands.
 
-    With `-n 2 --dist loadgroup` a file's tests stay on one worker, for they share worlds and runs; there is one cluster.
+    With `-n 2 --dist loadgroup` a file's tests, which share worlds and runs, stay on one worker; so do Slurm's.
     """
     order = {"unit": 0, "worlds": 1, "commands": 2, "launching": 3, "slurm": 4, "gpu": 5}
     items.sort(key=lambda item: order.get(item.path.parent.name, 0))
