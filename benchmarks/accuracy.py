@@ -293,7 +293,7 @@ def main() -> int:
         "--work", type=Path, default=Path("runs/accuracy"), help="where the runs are (default: %(default)s)"
     )
     parser.add_argument("--results", type=Path, help="default: benchmarks/results/PROGRAMME.jsonl")
-    parser.add_argument("--minutes", type=float, default=1e6, help="stop and save after so long")
+    parser.add_argument("--minutes", type=float, default=1e5, help="stop and save after so long")
     parser.add_argument("--seconds", type=float, default=20, help="for each loop that is timed")
     parser.add_argument("--precision", default="auto", help="of the loops that are timed (default: %(default)s)")
     typed, typed.launcher = parser.parse_known_args()
