@@ -19,7 +19,7 @@ pytestmark = pytest.mark.command
 @pytest.mark.parametrize("recipe", sorted(set(recipe_names()) - {"standard", "finetune"}))
 def test_a_recipe_runs(recipe, tmp_path):
     command = [sys.executable, str(ROOT / "launch.py"), "--recipe", recipe, "--dataset", "shapes", "--epochs", "1"]
-    command += ["--set", "stem=imagenet"] if recipe in ("strong", "long") else []
+    command += ["--set", "stem=imagenet"] if recipe in ("quick", "strong", "long") else []
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     summary = json.loads((tmp_path / "runs" / f"{recipe}-shapes-seed0" / "summary.json").read_text())

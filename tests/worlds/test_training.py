@@ -29,8 +29,8 @@ EVERYTHING = (
 )  # fmt: skip
 VARIANTS = {
     "global": (),
-    "accumulated": ("gradient_accumulation_steps=2", "gradient_clipping=0.5"),
-    "groups": ("batch_norm_group_size=4", "epochs=3"),
+    "accumulated": ("gradient_accumulation_steps=2", "gradient_clipping=0.5", "epochs=3"),
+    "groups": ("batch_norm_group_size=4", "epochs=2"),
     "groups accumulated": ("batch_norm_group_size=2", "gradient_accumulation_steps=2", "epochs=2"),
 }
 
@@ -112,7 +112,7 @@ def test_each_image_is_trained_on_once_an_epoch_in_an_order_of_its_own(worlds, s
     epochs = {}
     for epoch, _, samples in seen:
         epochs.setdefault(epoch, []).extend(samples)
-    assert len(epochs) == 7
+    assert len(epochs) == 3
     assert all(sorted(samples) == sorted(set(samples)) and len(samples) == 35 for samples in epochs.values())
     if size > 1:
         by_step = [{step: samples for epoch, step, samples in ranks[0]} for ranks in worlds[size][1]["accumulated"]]
