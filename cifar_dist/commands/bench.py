@@ -19,7 +19,7 @@ from cifar_dist.config.plan import make_plan
 from cifar_dist.config.recipe import Recipe
 from cifar_dist.config.world import AccelerateConfig, World
 from cifar_dist.data.dataset import Dataset, LabelledImages
-from cifar_dist.display.progress import training_display
+from cifar_dist.display.live import training_display
 from cifar_dist.display.tables import format_bench, format_sweep, print_lines
 from cifar_dist.model.optimizer import build_optimizer
 from cifar_dist.model.resnet import build_resnet
@@ -69,7 +69,14 @@ def _measure(recipe: Recipe, runtime: Runtime, seconds: float) -> dict[str, Any]
     dataset = _random_dataset(recipe.image_size)
     plan = make_plan(recipe, world_size=runtime.world.size, sizes=dataset.sizes, device_type=runtime.device.type)
     # Drawn as for a user, on a terminal that nobody sees: the bars cost what they cost.
-    display = training_display(Console(file=io.StringIO(), force_terminal=True), plan, "bench", quiet=False)
+    display = training_display(
+        Console(file=io.StringIO(), force_terminal=True),
+        plan,
+        "bench",
+        quiet=False,
+        facts=runtime.outlook.line,
+        memory=runtime.peak_memory_mib,
+    )
     with display:
         loop = _Loop(build_trainer(recipe, plan, dataset, runtime, display))
         bare = _bare_step(

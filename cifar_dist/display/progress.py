@@ -157,48 +157,13 @@ class PlainTraining(PlainDisplay):
         self.on_note(format_epoch(record, self.plan.epochs, is_best=is_best))
 
 
-class RichTraining(RichDisplay):
-    """Bars for the run, the epoch and evaluations below the lines of the epochs."""
-
-    def __init__(self, console: Console, plan: RunPlan, recipe_name: str) -> None:
-        super().__init__(console)
-        self.plan = plan
-        self.end = ExpectedEnd(plan, recipe_name)
-        self.run = self.progress.add_task("run", total=plan.total_steps, shown="steps")
-        self.steps = self.progress.add_task("epoch", total=plan.steps_per_epoch, shown="steps")
-        self.epoch = 0
-        self._lr = 0.0
-        self._started = 0.0
-
-    def on_epoch_start(self, epoch: int, lr: float) -> None:
-        """Begin a new bar."""
-        self.epoch, self._lr, self._started = epoch, lr, time.monotonic()
-        self.progress.reset(self.steps, description=f"epoch {epoch}/{self.plan.epochs}", shown="steps")
-        self.progress.update(self.run, completed=(epoch - 1) * self.plan.steps_per_epoch)
-
-    def on_step(self, step_in_epoch: int, loss: float | None) -> None:
-        """Move the bars; the numbers change when a loss came."""
-        self.progress.advance(self.steps)
-        self.progress.advance(self.run)
-        if line := self.end.after_step(self.epoch, step_in_epoch):
-            self.on_note(line)
-        if loss is not None:
-            rate = step_in_epoch * self.plan.global_batch_size / max(time.monotonic() - self._started, 1e-9)
-            self.progress.update(self.steps, shown=f"loss {loss:.3f}  lr {self._lr:.4g}  {rate:,.0f} images/s")
-
-    def on_epoch_end(self, record: EpochRecord, is_best: bool) -> None:
-        """Print the epoch above the bars."""
-        line = escape(format_epoch(record, self.plan.epochs, is_best=is_best))
-        self.console.print(f"[bold green]{line}[/]" if is_best else line, highlight=not is_best, soft_wrap=True)
-
-
 class CountProgress:
     """A bar, or plain lines, for what is counted before training; it is a callback taking (done, total)."""
 
     def __init__(self, console: Console, what: str, *, unit: str, scale: int = 1) -> None:
         """Show counts divided by `scale`, in `unit`."""
         self.what, self.unit, self.scale = what, unit, scale
-        self._display = RichDisplay(console) if _can_draw(console) else PlainDisplay(console)
+        self._display = RichDisplay(console) if can_draw(console) else PlainDisplay(console)
         self._task: TaskID | None = None
 
     def __call__(self, done: int, total: int | None) -> None:
@@ -225,18 +190,11 @@ def loading_progress(console: Console, dataset: str) -> CountProgress:
     return CountProgress(console, f"decoding {dataset}", unit="files")
 
 
-def training_display(console: Console, plan: RunPlan, recipe_name: str, *, quiet: bool) -> Display:
-    """Choose the view: none, bars on a terminal that can move its cursor, plain lines elsewhere."""
-    if quiet:
-        return Display(console)
-    view = RichTraining if _can_draw(console) else PlainTraining
-    return view(console, plan, recipe_name)
-
-
 def evaluation_display(console: Console) -> Display:
-    """Choose the view of an evaluation, likewise."""
-    return RichDisplay(console) if _can_draw(console) else PlainDisplay(console)
+    """Choose the view of an evaluation: a bar on a terminal that can move its cursor, plain lines elsewhere."""
+    return RichDisplay(console) if can_draw(console) else PlainDisplay(console)
 
 
-def _can_draw(console: Console) -> bool:
+def can_draw(console: Console) -> bool:
+    """Whether this is a terminal that can move its cursor."""
     return console.is_terminal and not console.is_dumb_terminal

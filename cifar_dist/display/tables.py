@@ -37,20 +37,37 @@ def format_epoch(record: EpochRecord, epochs: int, *, is_best: bool) -> str:
 
 
 def format_evaluation_totals(evaluation: Evaluation) -> str:
-    """Give an evaluation's totals as one line."""
-    top5 = "" if evaluation.top5 is None else f", top-5 {format_percent(evaluation.top5)}"
+    """Give an evaluation's totals as one line; with top-5 where there are more than ten classes."""
+    easy = evaluation.top5 is None or len(evaluation.per_class_accuracy) <= 10
+    top5 = "" if easy else f", top-5 {format_percent(evaluation.top5)}"
     accuracy = format_percent(evaluation.top1)
     return f"accuracy {accuracy}{top5}, loss {evaluation.loss:.4f} on {evaluation.num_samples:,} images"
 
 
 def format_class_bars(evaluation: Evaluation, *, bar_width: int = 30) -> list[str]:
-    """Give each class's accuracy with a bar."""
-    width = max(map(len, evaluation.per_class_accuracy))
-    lines = []
-    for name, accuracy in evaluation.per_class_accuracy.items():
+    """Give each class's accuracy with a bar; of many classes only the ten that are known least."""
+    shown, lines = dict(evaluation.per_class_accuracy), []
+    if len(shown) > 20:
+        lines.append(f"the ten worst of {len(shown)} classes:")
+        worst = sorted(shown, key=lambda name: (shown[name] is None, shown[name] or 0.0))[:10]
+        shown = {name: shown[name] for name in worst}
+    width = max(map(len, shown))
+    for name, accuracy in shown.items():
         bar = "" if accuracy is None else "█" * round(accuracy * bar_width)
         lines.append(f"{name:<{width}}  {format_percent(accuracy):>8}  {bar}".rstrip())
     return lines
+
+
+def format_confusions(evaluation: Evaluation, *, count: int = 3) -> list[str]:
+    """Give the classes that are most often taken for another, by the share of their images."""
+    names = list(evaluation.per_class_accuracy)
+    found = []
+    for i, row in enumerate(evaluation.confusion_matrix):
+        found += [(n / sum(row), n, sum(row), names[i], names[j]) for j, n in enumerate(row) if n and i != j]
+    found.sort(key=lambda each: -each[0])
+    return [
+        f"{share:6.1%} of {name} taken for {other} ({n:,} of {of:,})" for share, n, of, name, other in found[:count]
+    ]
 
 
 def format_outcome(summary: Summary, *, total_epochs: int) -> str:
@@ -135,8 +152,10 @@ def print_result(console: Console, summary: Summary, total_epochs: int, director
         f"test {format_evaluation_totals(summary.test)}",
         "",
         *format_class_bars(summary.test),
+        *(["", "what is mistaken most:", *confusions] if (confusions := format_confusions(summary.test)) else []),
         "",
-        f"files in {directory}; next: python launch.py eval --ckpt {directory}",
+        f"in {directory}: config.yaml, metrics.jsonl, summary.json, checkpoints, figures",
+        f"next: python launch.py report {directory}",
     ]
     print_lines(console, lines, title="result")
 

@@ -1,5 +1,6 @@
 """What a person sees: text that is right, at the right moments, and pictures that are pictures."""
 
+import dataclasses
 import io
 from datetime import datetime
 
@@ -10,19 +11,19 @@ from rich.console import Console
 
 from cifar_dist.config.plan import KNOWN_SIZES, make_plan
 from cifar_dist.display.figures import draw_confusion, draw_curves, draw_evaluation, draw_predictions
+from cifar_dist.display.live import LiveTraining, training_display
 from cifar_dist.display.progress import (
     CountProgress,
     Display,
     PlainDisplay,
     PlainTraining,
     RichDisplay,
-    RichTraining,
     evaluation_display,
     format_expected_end,
-    training_display,
 )
 from cifar_dist.display.tables import (
     format_class_bars,
+    format_confusions,
     format_duration,
     format_epoch,
     format_evaluation_totals,
@@ -80,13 +81,31 @@ def test_an_epoch_is_one_line():
 
 
 def test_the_result_in_words():
-    assert format_evaluation_totals(TEST) == "accuracy 75.00 %, top-5 95.00 %, loss 0.5000 on 20 images"
+    assert format_evaluation_totals(TEST) == "accuracy 75.00 %, loss 0.5000 on 20 images"
+    eleven = dataclasses.replace(TEST, per_class_accuracy=dict.fromkeys("abcdefghijk", 0.5))
+    assert format_evaluation_totals(eleven) == "accuracy 75.00 %, top-5 95.00 %, loss 0.5000 on 20 images"
     cat, dog, ship = format_class_bars(TEST, bar_width=10)
     assert cat.split() == ["cat", "60.40", "%", "██████"]
     assert dog.split() == ["dog", "-"]
     assert ship.endswith("100.00 %  ██████████")
     outcome = "Early stopping triggered: training ended after 8 of 20 epochs in 79.91 minutes, best epoch 5"
     assert format_outcome(SUMMARY, total_epochs=20) == outcome
+
+
+def test_what_is_mistaken_most_comes_first():
+    cat, ship = format_confusions(TEST, count=2)
+    assert cat == " 25.0% of cat taken for [red]ship (5 of 20)"
+    assert ship == " 15.0% of cat taken for dog (3 of 20)"
+    perfect = dataclasses.replace(TEST, confusion_matrix=[[20, 0, 0], [0, 0, 0], [0, 0, 9]])
+    assert format_confusions(perfect) == []
+
+
+def test_of_many_classes_the_worst_are_shown():
+    many = dataclasses.replace(TEST, per_class_accuracy={f"class{i}": (i * 7 % 100) / 100 for i in range(100)})
+    heading, first, *others = format_class_bars(many)
+    assert heading == "the ten worst of 100 classes:"
+    assert first.split()[:2] == ["class0", "0.00"] and len(others) == 9
+    assert others[-1].split()[1] == "9.00"
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -96,6 +115,8 @@ def test_the_result_is_a_panel_on_a_terminal_and_plain_lines_elsewhere(terminal,
     text = text_of(shown)
     assert ("╭" in text) == terminal
     assert "79.91 minutes" in text
+    assert "25.0% of cat taken for [red]ship" in text
+    assert f"next: python launch.py report {tmp_path}" in text
     assert "[red]ship" in text, "a class name was taken for markup"
     assert "\x1b" not in text
 
@@ -107,7 +128,7 @@ def test_the_header_is_aligned():
 
 
 def test_the_view_fits_the_console():
-    assert isinstance(training_display(console(True), PLAN, "original", quiet=False), RichTraining)
+    assert isinstance(training_display(console(True), PLAN, "original", quiet=False), LiveTraining)
     assert isinstance(training_display(console(False), PLAN, "original", quiet=False), PlainTraining)
     assert type(training_display(console(True), PLAN, "original", quiet=True)) is Display
     assert type(evaluation_display(console(True))) is RichDisplay
@@ -165,32 +186,6 @@ def test_a_long_run_is_told_what_would_be_shorter():
     assert format_expected_end(PLAN, "quick", PLAN.total_steps, 1.0, now).endswith(
         "(--epochs 4 would take half an hour)"
     )
-
-
-def test_rich_training_shows_bars_and_prints_epochs():
-    shown = console(True, width=140)
-    view = training_display(shown, PLAN, "original", quiet=False)
-    with view:
-        view.on_epoch_start(2, 0.1)
-        for step in range(1, 11):
-            view.on_step(step, 1.5 if step == 10 else None)
-        view.progress.refresh()
-        view.on_evaluation(10, 20)
-        view.progress.refresh()
-        view.on_epoch_end(record(2), False)
-    text = text_of(shown)
-    for expected in ("epoch 2/20", "10/391", "401/7820", "loss 1.500", "lr 0.1", "images/s", "10/20", "epoch  2/20"):
-        assert expected in text, expected
-
-
-@pytest.mark.parametrize("width", [20, 40, 80])
-def test_rich_training_survives_a_narrow_terminal(width):
-    shown = console(True, width=width)
-    with training_display(shown, PLAN, "original", quiet=False) as view:
-        view.on_epoch_start(1, 0.1)
-        view.on_step(1, 1.0)
-        view.on_note("a line that is longer than the terminal is wide, and has [brackets] in it")
-    assert "[brackets]" in text_of(shown).replace("\n", "")
 
 
 @pytest.mark.parametrize("terminal", [True, False])

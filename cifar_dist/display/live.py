@@ -1,0 +1,161 @@
+"""What a person sees on a terminal while a run trains: where it is, the last epochs, and how long it will take."""
+
+import time
+from collections.abc import Callable
+from typing import Self
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from cifar_dist.config.plan import RunPlan
+from cifar_dist.display.progress import Display, ExpectedEnd, PlainTraining, can_draw
+from cifar_dist.display.tables import format_duration
+from cifar_dist.records import EpochRecord
+
+_NUM_EPOCHS = 6
+_WIDE = 80  # columns of a terminal, from which on numbers have room beside the bars
+
+# Heading, how an epoch is shown, and the width of the terminal from which on there is room for it.
+_COLUMNS: tuple[tuple[str, Callable[[EpochRecord], str], int], ...] = (
+    ("epoch", lambda record: str(record.epoch), 0),
+    ("loss", lambda record: f"{record.train_loss:.3f}", 0),
+    ("accuracy", lambda record: f"{record.train_acc:.2%}", 46),
+    ("val loss", lambda record: "-" if record.val_loss is None else f"{record.val_loss:.3f}", 58),
+    ("val accuracy", lambda record: "-" if record.val_acc is None else f"{record.val_acc:.2%}", 0),
+    ("lr", lambda record: f"{record.lr:.4g}", 80),
+    ("images/s", lambda record: f"{record.images_per_second:,.0f}", 72),
+    ("time", lambda record: format_duration(record.epoch_seconds), 90),
+)
+
+
+class _WhereWide(TextColumn):
+    """Text beside a bar, where the terminal has room for both."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__("{task.fields[shown]}")
+        self.console = console
+
+    def render(self, task: Task) -> Text:
+        """Give the text, or nothing."""
+        return super().render(task) if self.console.width >= _WIDE else Text("")
+
+
+class LiveTraining(Display):
+    """The last epochs and bars, redrawn in place; what is printed meanwhile goes above."""
+
+    def __init__(
+        self, console: Console, plan: RunPlan, recipe_name: str, facts: str, memory: Callable[[], int | None]
+    ) -> None:
+        super().__init__(console)
+        self.plan, self.facts, self.memory = plan, facts, memory
+        self.end = ExpectedEnd(plan, recipe_name)
+        self.epochs: list[EpochRecord] = []
+        self.best: EpochRecord | None = None
+        self.epoch, self.rate, self.used = 0, 0.0, memory()
+        self._lr, self._started = 0.0, 0.0
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            _WhereWide(console),
+            TimeRemainingColumn(compact=True),
+        )
+        self.progress = Progress(*columns, console=console, expand=True)
+        self.run = self.progress.add_task("run", total=plan.total_steps, shown="steps")
+        self.steps = self.progress.add_task("epoch", total=None, shown="the first step is on its way")
+        self.evaluation = self.progress.add_task("evaluation", total=1, shown="images", visible=False)
+        # Redrawn twice a second: a person sees no difference, and it costs Python's time.
+        self.live = Live(self, console=console, refresh_per_second=2, transient=True)
+
+    def __enter__(self) -> Self:
+        self.live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.live.stop()
+        if self.epochs:
+            self.console.print(self._table(self.console.width, len(self.epochs)))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Draw what fits: rows and columns of the table go first."""
+        height = (options.height or console.height) - 6
+        yield self._facts()
+        if self.epochs:
+            yield self._table(options.max_width, max(1, height))
+        yield self.progress
+
+    def _facts(self) -> Text:
+        parts = [self.facts, *([f"{self.rate:,.0f} images/s"] if self.rate else [])]
+        parts += [f"{self.used:,} MiB"] if self.used is not None else []
+        return Text(" · ".join(filter(None, parts)), style="dim", overflow="ellipsis", no_wrap=True)
+
+    def _table(self, width: int, rows: int) -> Table:
+        """Show the last epochs, and the best one, which may lie further back."""
+        shown = self.epochs[-min(rows, _NUM_EPOCHS) :]
+        if self.best is not None and self.best not in shown:
+            shown = [self.best, *shown[1:]]
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        columns = [column for column in _COLUMNS if width >= column[2]]
+        for name, _, _ in columns:
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("", no_wrap=True)
+        for record in shown:
+            is_best = record is self.best
+            cells = [show(record) for _, show, _ in columns]
+            table.add_row(*cells, "best" if is_best else "", style="bold green" if is_best else None)
+        return table
+
+    def on_epoch_start(self, epoch: int, lr: float) -> None:
+        """Begin a new bar."""
+        self.epoch, self._lr, self._started = epoch, lr, time.monotonic()
+        total = self.plan.steps_per_epoch if self.epochs else None  # None: a bar that only says that it is alive
+        self.progress.reset(self.steps, total=total, description=f"epoch {epoch}/{self.plan.epochs}")
+        self.progress.update(self.run, completed=(epoch - 1) * self.plan.steps_per_epoch)
+
+    def on_step(self, step_in_epoch: int, loss: float | None) -> None:
+        """Move the bars; the numbers change when a loss came."""
+        before = (self.epoch - 1) * self.plan.steps_per_epoch
+        self.progress.update(self.steps, completed=step_in_epoch, total=self.plan.steps_per_epoch)
+        self.progress.update(self.run, completed=before + step_in_epoch)
+        if line := self.end.after_step(self.epoch, step_in_epoch):
+            self.on_note(line)
+        if loss is not None:
+            self.rate = step_in_epoch * self.plan.global_batch_size / max(time.monotonic() - self._started, 1e-9)
+            self.used = self.memory()
+            self.progress.update(self.steps, shown=f"loss {loss:.3f}  lr {self._lr:.4g}")
+
+    def on_evaluation(self, done: int, total: int) -> None:
+        """Show a bar while an evaluation runs."""
+        self.progress.update(self.evaluation, completed=done, total=total, visible=done < total)
+
+    def on_epoch_end(self, record: EpochRecord, is_best: bool) -> None:
+        """Add a line to the table."""
+        self.epochs.append(record)
+        if is_best:
+            self.best = record
+        self.rate = record.images_per_second
+
+
+def training_display(
+    console: Console,
+    plan: RunPlan,
+    recipe_name: str,
+    *,
+    quiet: bool,
+    facts: str = "",
+    memory: Callable[[], int | None] = lambda: None,
+) -> Display:
+    """Choose the view: none, a live one on a terminal that can move its cursor, plain lines elsewhere.
+
+    `facts` says on what it runs; `memory` gives the MiB used so far, None where unknown.
+    """
+    if quiet:
+        return Display(console)
+    return (
+        LiveTraining(console, plan, recipe_name, facts, memory)
+        if can_draw(console)
+        else PlainTraining(console, plan, recipe_name)
+    )

@@ -1,0 +1,116 @@
+"""The live view of a training on a terminal."""
+
+import io
+import sys
+
+import pytest
+from rich.console import Console
+
+from cifar_dist.config.plan import KNOWN_SIZES, make_plan
+from cifar_dist.display.live import training_display
+from tests.conftest import make_recipe
+from tests.unit.test_metrics import record
+
+PLAN = make_plan(make_recipe("epochs=20"), world_size=1, sizes=KNOWN_SIZES["cifar10"], device_type="cpu")
+
+
+def terminal(width: int = 100, height: int = 30, **named) -> Console:
+    return Console(file=io.StringIO(), force_terminal=True, width=width, height=height, _environ={}, **named)
+
+
+def view_on(console: Console, memory=lambda: 1210):
+    return training_display(console, PLAN, "original", quiet=False, facts="cpu, bf16 · 2 processes", memory=memory)
+
+
+def drawn(view, width: int = 100, height: int = 30) -> list[str]:
+    """What is drawn in place at this moment, a line each."""
+    paper = Console(file=io.StringIO(), force_terminal=True, width=width, height=height, color_system=None)
+    view.console.width = width
+    paper.print(view)
+    return paper.file.getvalue().splitlines()
+
+
+def train(view, epochs: int, best: int = 2) -> None:
+    for epoch in range(1, epochs + 1):
+        view.on_epoch_start(epoch, 0.1)
+        for step in range(1, 41):
+            view.on_step(step, 1.5 if step == 40 else None)
+        for done in (1000, 5000):
+            view.on_evaluation(done, 5000)
+        view.on_epoch_end(record(epoch, val_loss=0.5, val_acc=epoch / 100), epoch <= best)
+
+
+def test_it_shows_where_the_run_is_and_what_it_runs_on():
+    view = view_on(terminal())
+    view.on_epoch_start(1, 0.1)
+    assert "the first step is on its way" in "".join(drawn(view))
+    train(view, 2)
+    view.on_epoch_start(3, 0.05)
+    view.on_step(10, 1.25)
+    facts, heading, first, second, run, steps = drawn(view)
+    assert facts.startswith("cpu, bf16 · 2 processes · ") and facts.endswith(" images/s · 1,210 MiB")
+    assert heading.split() == ["epoch", "loss", "accuracy", "val", "loss", "val", "accuracy", "lr", "images/s", "time"]
+    assert first.split() == ["1", "1.000", "50.00%", "0.500", "1.00%", "0.1", "100", "2.0", "s"]
+    assert second.split()[-1] == "best" and "best" not in first
+    assert run.split()[0] == "run" and "792/7820" in run
+    assert steps.startswith("epoch 3/20") and "10/391" in steps and "loss 1.250  lr 0.05" in steps
+
+
+def test_an_evaluation_has_a_bar_while_it_runs():
+    view = view_on(terminal())
+    view.on_evaluation(1000, 5000)
+    assert "1000/5000" in "".join(drawn(view))
+    view.on_evaluation(5000, 5000)
+    assert "evaluation" not in "".join(drawn(view))
+
+
+def test_the_best_epoch_stays_in_sight_and_a_low_terminal_shows_less():
+    view = view_on(terminal())
+    train(view, 12)
+    epochs = [line.split()[0] for line in drawn(view) if line.strip()[0].isdigit()]
+    assert epochs == ["2", "8", "9", "10", "11", "12"]
+    assert len(drawn(view, height=9)) == 7
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 120])
+def test_nothing_is_wider_than_the_terminal(width):
+    view = view_on(terminal(width))
+    train(view, 3)
+    lines = drawn(view, width)
+    assert max(map(len, lines)) <= width
+    assert len(lines) == 7, "a line was broken"
+    assert any("best" in line for line in lines) == (width >= 40)
+
+
+def test_notes_prints_and_logs_go_above_and_the_table_stays_at_the_end(capsys):
+    console = terminal(60, color_system=None)
+    with view_on(console) as view:
+        train(view, 1)
+        view.on_note("a line that is longer than the terminal is wide, and has [brackets] in it, whole")
+        print("printed by a library")
+        print("logged by a library", file=sys.stderr)
+        train(view, 4)
+    text = console.file.getvalue()
+    for expected in ("has [brackets] in it, whole", "printed by a library", "logged by a library"):
+        assert expected in text, expected
+    end = [line.split()[0] for line in text.splitlines()[-4:]]
+    assert end == ["1", "2", "3", "4"]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_without_color_nothing_is_coloured(monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, height=30)
+    with view_on(console) as view:
+        train(view, 3)
+    assert "\x1b[32m" not in console.file.getvalue() and "\x1b[1;32m" not in console.file.getvalue()
+    assert "best" in console.file.getvalue()
+
+
+def test_it_ends_where_training_ends_by_an_exception():
+    console = terminal()
+    with pytest.raises(KeyboardInterrupt), view_on(console) as view:
+        train(view, 1)
+        raise KeyboardInterrupt
+    assert not view.live.is_started
+    assert console.file.getvalue().rindex("\x1b[?25h") > console.file.getvalue().rindex("\x1b[?25l"), "no cursor"
