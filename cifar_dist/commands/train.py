@@ -34,7 +34,8 @@ from cifar_dist.config.run_files import names_in_turn
 from cifar_dist.config.world import AccelerateConfig, SlurmJob, World, other_count_note, started_line, world_to_come
 from cifar_dist.data.dataset import Dataset
 from cifar_dist.data.datasets import known_sizes, load_dataset
-from cifar_dist.display.progress import Display, loading_progress, training_display
+from cifar_dist.display.live import training_display
+from cifar_dist.display.progress import Display, loading_progress
 from cifar_dist.display.tables import print_header, print_result
 from cifar_dist.model.schedule import learning_rate_line
 from cifar_dist.records import Summary
@@ -99,7 +100,14 @@ def run(options: TrainOptions, world: World, config: AccelerateConfig) -> int:
             where = f"{job.directory}" + (f", going on after step {step:,}" if step else "")
             lines = _header(where, request, runtime.outlook, plan, recipe, note, job.damage)
             print_header(console, lines | _data_lines(dataset, recipe))
-        display = training_display(console, plan, request.recipe_name, quiet=options.quiet or not ranks.is_main)
+        display = training_display(
+            console,
+            plan,
+            request.recipe_name,
+            quiet=options.quiet or not ranks.is_main,
+            facts=f"{runtime.outlook.line} · {world.size} process{'es' if world.size > 1 else ''}",
+            memory=runtime.peak_memory_mib,
+        )
         trainer = build_trainer(recipe, plan, dataset, runtime, display, interrupt=interrupt, pretrained=job.pretrained)
         about = _describe(request, recipe, dataset.class_names, fingerprint, runtime)
         directory = RunDirectory(job.directory, lock) if ranks.is_main else UnwrittenRun(job.directory)
