@@ -25,7 +25,12 @@ step() {
     return
   fi
   echo "== $name: $*"
-  if "$@" > >(tee "$out/$name.txt") 2>&1; then touch "$out/$name.done"; else failed=1; fi
+  "$@" > >(tee -a "$out/$name.txt") 2>&1
+  case $? in
+    0) touch "$out/$name.done" ;;
+    75) left=1 ;; # stopped and saved: the next call goes on with it
+    *) failed=1 ;;
+  esac
 }
 
 printf "distributed_type: 'NO'\nnum_processes: 1\nuse_cpu: false\ndynamo_config: {dynamo_backend: INDUCTOR}\n" >"$out/compiled.yaml"
@@ -71,6 +76,19 @@ seeds() {
   python launch.py report "$out"/seed* && return "$code"
 }
 [[ -n $data ]] && ((gpus > 1)) && step seeds seeds
+
+# The table of accuracies (docs/accuracy.md): run by run into benchmarks/results/gpu.jsonl, which is to be committed.
+accuracy() {
+  [[ -n $data ]] || return
+  local minutes=$((${MINUTES:-600} - SECONDS / 60))
+  step "accuracy-$1" python benchmarks/accuracy.py run benchmarks/programmes/gpu.yaml --only "$@" --data-dir "$data" \
+    --work "$out/accuracy" --minutes "$((minutes > 1 ? minutes : 1))" --quiet
+}
+accuracy standard zoo-26
+accuracy strong zoo-80
+accuracy plain original
+accuracy long
+if [[ -n $data ]]; then python benchmarks/accuracy.py table benchmarks/programmes/gpu.yaml | tee "$out/accuracy.txt"; fi
 
 ((failed)) && exit 1
 ((left)) && exit 75
