@@ -88,7 +88,7 @@ accuracy standard zoo-26
 accuracy strong zoo-80
 accuracy plain original
 accuracy long
-if [[ -n $data ]]; then python benchmarks/accuracy.py table benchmarks/programmes/gpu.yaml | tee "$out/accuracy.txt"; fi
+((left || failed)) || step accuracy-table python benchmarks/accuracy.py table benchmarks/programmes/gpu.yaml
 
 ((failed)) && exit 1
 ((left)) && exit 75

@@ -169,7 +169,7 @@ def test_the_gpu_script_does_each_step_once_and_a_failed_one_again(tmp_path):
     """With a `python` that only notes what it was asked for."""
     (tmp_path / "python").write_text(
         '#!/bin/sh\ncase "$1" in -c) echo 2; exit;; esac\necho "$@" >>"$CALLS"\n'
-        'case "$*" in *--sweep*"$FAILING"*) exit 3;; esac\n'
+        'case "$*" in *--sweep*"$FAILING"*) exit 3;; *accuracy.py*run*--only*long*) exit ${LONG:-0};; esac\n'
     )
     (tmp_path / "python").chmod(0o755)
     calls, out = tmp_path / "calls", tmp_path / "out"
@@ -186,8 +186,14 @@ def test_the_gpu_script_does_each_step_once_and_a_failed_one_again(tmp_path):
     assert code == 1
     for word in ("-m gpu", "bench --recipe original", "--sweep", "limit.py", "scaling.py", "startup.py", "--seed 1"):
         assert any(word in call for call in first), word
+    assert not any("table" in call for call in first), "a table of what is not there"
     code, second = gpu_script(FAILING="nothing")
     assert code == 0
-    assert [call.split()[:4] for call in second] == [["launch.py", "bench", "--recipe", "standard"]]
-    assert "--sweep" in second[0]
+    assert [call.split()[:4] for call in second[:-1]] == [["launch.py", "bench", "--recipe", "standard"]]
+    assert "--sweep" in second[0] and "accuracy.py table" in second[-1]
     assert gpu_script(FAILING="nothing") == (0, [])
+    out = tmp_path / "again"
+    code, calls_made = gpu_script(FAILING="nothing", LONG="75")
+    assert code == 75, "a run that was stopped and saved is not a failure"
+    code, calls_made = gpu_script(FAILING="nothing")
+    assert code == 0 and len(calls_made) == 2 and "--only long" in calls_made[0]
