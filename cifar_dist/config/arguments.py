@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cifar_dist import __version__
+from cifar_dist.config.completion import completion_script
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.loading import parse_assignments, recipe_names
 from cifar_dist.config.options import (
@@ -36,20 +37,14 @@ def parse_arguments(argv: list[str]) -> tuple[str, Options]:
     top = _top_parser()
     if argv[:1] in (["-h"], ["--help"], ["--version"]):
         top.parse_args(argv[:1])
-    table: dict[str, tuple[Callable[[], _Parser], Callable[[dict[str, Any]], Options]]] = {
-        "train": (_train_parser, _train_options),
-        "eval": (_eval_parser, lambda typed: EvalOptions(**typed)),
-        "predict": (_predict_parser, _predict_options),
-        "report": (_report_parser, lambda typed: ReportOptions(**typed)),
-        "export": (_export_parser, lambda typed: ExportOptions(**typed)),
-        "bench": (_bench_parser, _bench_options),
-        "doctor": (_doctor_parser, lambda typed: DoctorOptions(**typed)),
-    }
+    if argv[:1] == ["--completion"]:
+        print(completion_script({name: make_parser() for name, (make_parser, _) in _COMMANDS.items()}))
+        raise SystemExit(0)
     named = bool(argv) and not argv[0].startswith("-")
     command = argv[0] if named else "train"
-    if command not in table:
-        raise UserError(f"unknown command '{command}'{nearest(command, table)} (commands: {', '.join(table)})")
-    make_parser, make_options = table[command]
+    if command not in _COMMANDS:
+        raise UserError(f"unknown command '{command}'{nearest(command, _COMMANDS)} (commands: {', '.join(_COMMANDS)})")
+    make_parser, make_options = _COMMANDS[command]
     parser = make_parser()
     namespace, unknown = parser.parse_known_args(argv[named:])
     if unknown:
@@ -83,6 +78,7 @@ first steps:
 """,
     )
     parser.add_argument("--version", action="version", version=f"cifar-dist {__version__}")
+    parser.add_argument("--completion", action="store_true", help="print a script that completes words in bash and zsh")
     return parser
 
 
@@ -168,6 +164,7 @@ def _train_options(typed: dict[str, Any]) -> TrainOptions:
     resume_dir = Path(resume) if resume else None
     if resume_dir and run_dir and resume_dir != run_dir:
         raise UserError(f"--resume {resume_dir} and --run-dir {run_dir} name two runs: type one of them")
+    typed["trackers"] = tuple(typed["trackers"])
     return TrainOptions(**typed, resume=resume is not None, resume_dir=resume_dir)
 
 
@@ -240,3 +237,14 @@ def _bench_options(typed: dict[str, Any]) -> BenchOptions:
     if not 0 < typed["seconds"] < 86_400:
         raise UserError(f"--seconds must be above 0 and below a day, not {typed['seconds']:g}")
     return BenchOptions(**typed)
+
+
+_COMMANDS: dict[str, tuple[Callable[[], _Parser], Callable[[dict[str, Any]], Options]]] = {
+    "train": (_train_parser, _train_options),
+    "eval": (_eval_parser, lambda typed: EvalOptions(**typed)),
+    "predict": (_predict_parser, _predict_options),
+    "report": (_report_parser, lambda typed: ReportOptions(**typed)),
+    "export": (_export_parser, lambda typed: ExportOptions(**typed)),
+    "bench": (_bench_parser, _bench_options),
+    "doctor": (_doctor_parser, lambda typed: DoctorOptions(**typed)),
+}

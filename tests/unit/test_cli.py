@@ -125,3 +125,28 @@ def test_the_package_can_be_run_as_a_module():
     command = [sys.executable, "-m", "cifar_dist", "--version"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout == "cifar-dist 0.1.0\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        (("",), {"train", "eval", "predict", "export", "doctor", "--recipe"}),
+        (("ev",), {"eval"}),
+        (("eval", "--t"), {"--tta"}),
+        (("--rec",), {"--recipe"}),
+        (("train", "--recipe", "s"), {"standard", "strong"}),
+        (("--set", "optimizer.m"), {"optimizer.momentum="}),
+        (("eval", "--tta", ""), {"none", "mirror"}),
+        (("export", "--ckpt", ""), set()),
+    ],
+)
+def test_a_shell_completes_commands_flags_and_what_they_take(typed, offered):
+    script = subprocess.run(
+        [sys.executable, str(ROOT / "launch.py"), "--completion"], capture_output=True, text=True, check=True
+    ).stdout
+    script += '\nCOMP_WORDS=("$@"); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _cifar_dist; echo "${COMPREPLY[*]}"'
+    command = ["bash", "-c", script, "bash", "cifar-dist", *typed]
+    words = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert offered <= set(words)
+    assert all(word.startswith(typed[-1]) for word in words)
+    assert offered or not words
