@@ -29,17 +29,17 @@ complete -o default -F _cifar_dist cifar-dist"""
 
 def completion_script(parsers: Mapping[str, argparse.ArgumentParser]) -> str:
     """Give a bash script that completes `cifar-dist`; zsh reads it after `autoload -U bashcompinit; bashcompinit`."""
-    values = {
+    values: dict[str, list[str]] = {
         "--recipe": recipe_names(),
-        "--dataset": _DATASETS,
+        "--dataset": list(_DATASETS),
         "--set": [f"{field}=" for field in flatten(read_recipe("standard"))],
     }
     flags = {}
     for command, parser in parsers.items():
         flags[command] = [name for name in parser._option_string_actions if name.startswith("--")]
         for action in parser._actions:
-            if action.choices:
-                values[action.option_strings[-1]] = [str(choice) for choice in action.choices]
+            if action.option_strings and action.nargs != 0:  # it takes a value; where no word is known, a file's name
+                values.setdefault(action.option_strings[-1], [str(choice) for choice in action.choices or ()])
     return _SCRIPT % {
         "commands": " ".join(parsers),
         "values": "\n".join(f'    {flag}) words="{" ".join(words)}" ;;' for flag, words in values.items()),

@@ -70,7 +70,7 @@ def test_the_flags_of_eval_and_bench_arrive():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["evla"], "error: unknown command 'evla', did you mean 'eval'? (commands: train, eval, report,"),
+        (["evla"], "error: unknown command 'evla', did you mean 'eval'? (commands: train, eval, predict, report,"),
         (["--epoch", "3"], "error: unknown argument '--epoch', did you mean '--epochs'?"),
         (["--epochs", "three"], "error: argument --epochs: invalid int value: 'three' (see launch.py train --help)"),
         (["--precision", "fp8"], "error: argument --precision: invalid choice: 'fp8'"),
