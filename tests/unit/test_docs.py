@@ -1,0 +1,86 @@
+"""The documents say what is there: links, commands, fields. README's own commands are run in tests/commands."""
+
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from cifar_dist.config.arguments import parse_arguments
+from cifar_dist.config.loading import read_recipe
+from cifar_dist.config.parsing import flatten
+from cifar_dist.records import EpochRecord, Evaluation, Summary
+from tests.conftest import ROOT
+
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub gives to the headings of a document."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
+def test_every_link_leads_somewhere(document):
+    links = re.findall(r"\]\(([^)\s]+)\)", document.read_text())
+    for link in links:
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (document.parent / path).resolve() if path else document
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text()), link
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
+def test_every_file_that_is_named_is_there(document):
+    """`folder/file.py` in a document, from the root or from the package."""
+    named = set(re.findall(r"`([\w./-]+/[\w.-]+\.(?:py|sh|md|yaml|jsonl))`", document.read_text()))
+    missing = [name for name in named if not any((ROOT / where / name).exists() for where in ("", "cifar_dist"))]
+    assert [name for name in missing if not name.startswith(("runs/", "DIR/"))] == []
+
+
+def commands(document: Path) -> list[str]:
+    """The command lines in a document's code blocks, continued ones joined and comments left out."""
+    blocks = re.findall(r"```\w*\n(.*?)```", document.read_text(), re.DOTALL)
+    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if re.search(r"launch\.py|cifar-dist |slurm/\w+\.sh|benchmarks/\w+\.", line)]
+
+
+@pytest.mark.parametrize("line", [line for each in DOCUMENTS for line in commands(each)])
+def test_every_command_can_be_typed(line):
+    words = shlex.split(line.split(" && ")[-1], comments=True)
+    script = next(i for i, word in enumerate(words) if re.search(r"\.(py|sh)$|^cifar-dist$", word))
+    assert words[script] == "cifar-dist" or (ROOT / words[script]).exists(), words[script]
+    rest = [word for word in words[script + 1 :] if word != "..."]
+    if words[script] == "launch.py" or words[script] == "cifar-dist":
+        parse_arguments(rest)
+    elif "slurm/" in words[script] and "setup" not in words[script]:
+        parse_arguments((["eval"] if "eval" in words[script] else []) + rest)
+
+
+def first_column(text: str) -> list[str]:
+    """The names in backquotes in the first column of a document's tables."""
+    rows = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| `")]
+    return [name for row in rows for name in re.findall(r"`([\w.]+)`", row)]
+
+
+def test_the_fields_of_what_is_written_are_documented():
+    documented = first_column((ROOT / "docs" / "outputs.md").read_text())
+    written = [field.name for each in (EpochRecord, Summary, Evaluation) for field in dataclasses.fields(each)]
+    assert set(written) <= set(documented)
+    tables = [name for name in documented if name in written]
+    assert len(tables) == len(written), "one is missing where another record has the same name"
+
+
+def test_the_fields_of_a_recipe_are_documented():
+    documented = first_column((ROOT / "docs" / "recipes.md").read_text())
+    full, prefix = set(), ""
+    for name in documented:
+        prefix = name.rpartition(".")[0] if "." in name else prefix
+        full |= {name, f"{prefix}.{name}"}
+    missing = set(flatten(read_recipe("standard"))) - full - {"model"}
+    assert missing == set()
