@@ -47,6 +47,7 @@ def commands(document: Path) -> list[str]:
     """The command lines in a document's code blocks, continued ones joined and comments left out."""
     blocks = re.findall(r"```\w*\n(.*?)```", document.read_text(), re.DOTALL)
     lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = [line for line in lines if not line.startswith("eval ")]  # the shell's own
     return [line for line in lines if re.search(r"launch\.py|cifar-dist |slurm/\w+\.sh|benchmarks/\w+\.", line)]
 
 
@@ -60,6 +61,19 @@ def test_every_command_can_be_typed(line):
         parse_arguments(rest)
     elif "slurm/" in words[script] and "setup" not in words[script]:
         parse_arguments((["eval"] if "eval" in words[script] else []) + rest)
+
+
+def test_the_two_readmes_agree_command_for_command_and_link_for_link():
+    english, chinese = ((ROOT / name).read_text() for name in ("README.md", "README.zh-CN.md"))
+    blocks = [re.findall(r"```\w*\n.*?```", text, re.DOTALL) for text in (english, chinese)]
+    assert blocks[0] == blocks[1] and len(blocks[0]) > 5
+    links = [
+        sorted(set(re.findall(r"\]\(([^)\s]+)\)", text)) - {"README.md", "README.zh-CN.md"})
+        for text in (english, chinese)
+    ]
+    assert links[0] == links[1]
+    headings = [len(re.findall(r"^## ", text, re.MULTILINE)) for text in (english, chinese)]
+    assert headings[0] == headings[1]
 
 
 def first_column(text: str) -> list[str]:
