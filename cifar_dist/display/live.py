@@ -67,8 +67,8 @@ class LiveTraining(Display):
         self.run = self.progress.add_task("run", total=plan.total_steps, shown="steps")
         self.steps = self.progress.add_task("epoch", total=None, shown="the first step is on its way")
         self.evaluation = self.progress.add_task("evaluation", total=1, shown="images", visible=False)
-        # Redrawn twice a second: a person sees no difference, and it costs Python's time.
-        self.live = Live(self, console=console, refresh_per_second=2, transient=True)
+        # Redrawn once a second: drawing takes some milliseconds of Python's time.
+        self.live = Live(self, console=console, refresh_per_second=1, transient=True)
 
     def __enter__(self) -> Self:
         self.live.start()
