@@ -36,7 +36,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from cifar_dist.config.errors import EXIT_INTERRUPTED
-from cifar_dist.config.loading import read_recipe, recipe_to_mapping, resolve_recipe
+from cifar_dist.config.loading import nested, read_recipe, recipe_to_mapping, resolve_recipe
 from cifar_dist.config.provenance import git_commit, package_versions
 from cifar_dist.config.recipe import Recipe
 
@@ -86,18 +86,6 @@ def read_programme(path: Path) -> list[Row]:
         )
         for row in rows
     ]
-
-
-def nested(settings: dict[str, Any]) -> dict[str, Any]:
-    """Turn names with dots into mappings in mappings."""
-    result: dict[str, Any] = {}
-    for name, value in settings.items():
-        *parents, last = name.split(".")
-        place = result
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = value
-    return result
 
 
 def hardware() -> str:

@@ -1,3 +1,19 @@
 """One ResNet-18 recipe for CIFAR that trains the same on every device and world size."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cifar_dist.api import evaluate, load_model, train
+    from cifar_dist.config.recipe import Recipe
+
+__all__ = ["Recipe", "evaluate", "load_model", "train"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is asked for: the command line's --help needs no torch."""
+    if name not in __all__:
+        raise AttributeError(f"module 'cifar_dist' has no attribute '{name}'")
+    module = "cifar_dist.config.recipe" if name == "Recipe" else "cifar_dist.api"
+    return getattr(importlib.import_module(module), name)

@@ -27,7 +27,12 @@ from cifar_dist.training.weights import SavedWeights, read_weights
 
 def run(options: EvalOptions, world: World, config: AccelerateConfig) -> int:
     """Evaluate as asked; give the exit code."""
-    console = Console(quiet=world.rank > 0)
+    evaluate(options, world, config, Console(quiet=world.rank > 0))
+    return EXIT_DONE
+
+
+def evaluate(options: EvalOptions, world: World, config: AccelerateConfig, console: Console) -> Evaluation:
+    """Evaluate as asked, tell the console, and give the result on all ranks. Raises UserError."""
     with connect(world, config) as ranks:
         weights = ranks.from_main(lambda: _read(options))
         dataset = ranks.in_turn(lambda: _load_data(console, options, weights))
@@ -49,7 +54,7 @@ def run(options: EvalOptions, world: World, config: AccelerateConfig) -> int:
             _write_json(options.json, evaluation, options, weights, dataset, runtime)
         if ranks.is_main and options.figures is not None:
             _draw(options.figures, title, evaluation, predictions, data, dataset.class_names)
-    return EXIT_DONE
+    return evaluation
 
 
 def _check_outputs(options: EvalOptions) -> None:

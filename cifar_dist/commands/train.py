@@ -69,16 +69,21 @@ class _Job:
 
 def run(options: TrainOptions, world: World, config: AccelerateConfig) -> int:
     """Train as asked; give the exit code."""
-    console = Console(quiet=world.rank > 0)
     if options.dry_run:
-        return _show_plan(console, options, world, config)
+        return _show_plan(Console(quiet=world.rank > 0), options, world, config)
+    return train(options, world, config)[0]
+
+
+def train(options: TrainOptions, world: World, config: AccelerateConfig) -> tuple[int, Summary | None]:
+    """Train as asked; give the exit code, and on all ranks what became of the run where it came to its end."""
+    console = Console(quiet=world.rank > 0)
     interrupt = Interrupt(seconds=seconds_allowed(options.max_minutes, os.environ, time.time()))
     slurm_job = SlurmJob.from_environment(os.environ)
     with connect(world, config) as ranks, RunLock(slurm_job) as lock:
         job = ranks.from_main(lambda: _resolve(options, world, slurm_job, lock))
         if job.nothing_left is not None:
             console.print(job.nothing_left, highlight=False, soft_wrap=True, markup=False)
-            return EXIT_DONE
+            return EXIT_DONE, ranks.from_main(RunDirectory(job.directory).read_summary)
         request, stored = job.run.request, job.run.stored
         dataset = ranks.in_turn(lambda: _load(console, request))
         fingerprint = dataset.fingerprint()
@@ -263,7 +268,9 @@ def _describe(
     }
 
 
-def _train_and_test(console: Console, display: Display, session: Session, how_to_go_on: str) -> int:
+def _train_and_test(
+    console: Console, display: Display, session: Session, how_to_go_on: str
+) -> tuple[int, Summary | None]:
     try:
         with session.trainer.interrupt, display:
             status = session.train()
@@ -284,10 +291,10 @@ def _train_and_test(console: Console, display: Display, session: Session, how_to
         session.runtime.ranks.abandoned = True
     else:
         print_result(console, summary, session.trainer.plan.epochs, session.directory.path)
-        return EXIT_DONE
+        return EXIT_DONE, summary
     if session.runtime.is_main:
         print(text, file=sys.stderr)
-    return code
+    return code, None
 
 
 def _what_is_lost(error: OSError, directory: RunDirectory, how_to_go_on: str) -> str:

@@ -62,7 +62,15 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
             value = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError):
             raise UserError(f"--set {name.strip()}: '{text}' is not a YAML value") from None
-        for part in reversed(name.strip().split(".")):
+        result = merge(result, nested({name.strip(): value}))
+    return result
+
+
+def nested(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn names with dots into mappings in mappings."""
+    result: dict[str, Any] = {}
+    for name, value in fields.items():
+        for part in reversed(name.split(".")):
             value = {part: value}
         result = merge(result, value)
     return result

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cifar_dist.config.recipe import Recipe
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainOptions:
@@ -12,7 +14,8 @@ class TrainOptions:
 
     config: str | None = None
     num_processes: int | None = None
-    recipe: str | None = None
+    recipe: str | Recipe | None = None
+    """A name or a file; a whole recipe where Python asks."""
     dataset: str | None = None
     data_dir: Path | None = None
     run_dir: Path | None = None

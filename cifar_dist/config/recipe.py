@@ -179,6 +179,16 @@ class Recipe:
     augmentation: AugmentationConfig
     normalization: NormalizationConfig
 
+    @classmethod
+    def load(cls, name_or_file: str = "standard", **changes: Any) -> "Recipe":
+        """Give a recipe of the package or a file's, with changes: `Recipe.load("quick", epochs=2)`.
+
+        A field of a field is changed by its dotted name: `**{"optimizer.learning_rate": 0.1}`. Raises UserError.
+        """
+        from cifar_dist.config import loading  # which builds recipes
+
+        return loading.resolve_recipe(loading.read_recipe(name_or_file), {}, loading.nested(changes))
+
     def __post_init__(self) -> None:
         for field in ("epochs", "global_batch_size", "gradient_accumulation_steps", "image_size"):
             _require(getattr(self, field) >= 1, field, getattr(self, field), "1 or more")

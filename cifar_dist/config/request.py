@@ -145,7 +145,9 @@ def resolve_request(options: TrainOptions, stored: Mapping[str, Any]) -> TrainRe
     Raises UserError, also where a resumed run is asked to become another one: each field that differs is named.
     """
     data = stored.get("dataset", {})
-    if options.recipe is not None or not stored:
+    if isinstance(options.recipe, Recipe):
+        name, base = "recipe", recipe_to_mapping(options.recipe)
+    elif options.recipe is not None or not stored:
         name = recipe_label(options.recipe or DEFAULT_RECIPE)
         base = read_recipe(options.recipe or DEFAULT_RECIPE)
     else:

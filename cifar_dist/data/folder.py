@@ -25,8 +25,8 @@ from cifar_dist.data.image_cache import ImageFile, Progress, Size, name_some, re
 from cifar_dist.data.order import derive_seed
 
 _SUFFIXES = tuple(".png .jpg .jpeg .bmp .gif .webp .ppm .pgm .tif .tiff".split())
-_OTHER_SUFFIXES = (".heic", ".heif", ".avif")  # images, but not for every build of Pillow
-_LISTED = _SUFFIXES + _OTHER_SUFFIXES
+OTHER_SUFFIXES = (".heic", ".heif", ".avif")  # images, but not for every build of Pillow
+_LISTED = _SUFFIXES + OTHER_SUFFIXES
 _PARTS = ("train", "test", "val")
 _PART_LIKE = frozenset((*_PARTS, "training", "testing", "valid", "validation"))
 _TEST_SHARE = 5  # one in so many
@@ -142,7 +142,7 @@ def _check_parts(path: Path, parts: Mapping[str, Classes]) -> None:
     if len(train) < 2:
         raise UserError(f"{where} holds {len(train)} class folders for training: a dataset needs two or more")
     files = [file.name for classes in parts.values() for members in classes.values() for file in members]
-    if other := [name for name in files if name.lower().endswith(_OTHER_SUFFIXES)]:
+    if other := [name for name in files if name.lower().endswith(OTHER_SUFFIXES)]:
         raise UserError(f"HEIC and AVIF images cannot be read, convert them (to PNG or JPEG): {name_some(other)}")
     if empty := [name for name, members in train.items() if not members]:
         raise UserError(f"there are no training images in {where} of {name_some(empty)}: add some, or remove the class")
@@ -167,7 +167,7 @@ def _check_memory(num_files: int, image_size: int) -> int:
 
 def _list_classes(folder: Path, prefix: str) -> Classes:
     return {
-        name: sorted(_files_below(entry.path, f"{prefix}{name}/"), key=lambda file: file.name)
+        name: sorted(files_below(entry.path, f"{prefix}{name}/"), key=lambda file: file.name)
         for name, entry in sorted(_subfolders(folder).items())
     }
 
@@ -176,7 +176,7 @@ def _subfolders(folder: Path | str) -> dict[str, os.DirEntry[str]]:
     return {_portable(entry.name): entry for entry in _entries(folder) if entry.is_dir()}
 
 
-def _files_below(folder: str, prefix: str, above: tuple[Path, ...] = ()) -> Iterator[ImageFile]:
+def files_below(folder: str, prefix: str, above: tuple[Path, ...] = ()) -> Iterator[ImageFile]:
     """Give all image files at any depth; `prefix` is what their names begin with, `above` the folders come through."""
     here = Path(folder).resolve()
     if here in above:  # a link to where we come from
@@ -184,7 +184,7 @@ def _files_below(folder: str, prefix: str, above: tuple[Path, ...] = ()) -> Iter
     for entry in _entries(folder):
         name = prefix + _portable(entry.name)
         if entry.is_dir():
-            yield from _files_below(entry.path, f"{name}/", (*above, here))
+            yield from files_below(entry.path, f"{name}/", (*above, here))
         elif name.lower().endswith(_LISTED):
             try:
                 status = entry.stat()

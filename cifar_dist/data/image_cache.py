@@ -147,9 +147,9 @@ def _save(cache_file: Path, key: bytes, images: Pixels, blocks: list[NDArray[np.
 
 def _decode_all(files: Sequence[ImageFile], images: Pixels, progress: Progress | None) -> Range:
     try:
-        sizes = _decode_by(_pool(len(files)), files, images, progress)
+        sizes = decode_by(_pool(len(files)), files, images, progress)
     except BrokenExecutor:  # a worker was killed, or cannot import the script that is running
-        sizes = _decode_by(ThreadPoolExecutor(1), files, images, progress)
+        sizes = decode_by(ThreadPoolExecutor(1), files, images, progress)
     if unreadable := [file.name for file, size in zip(files, sizes, strict=True) if not size]:
         raise UserError(
             f"{len(unreadable):,} of {len(files):,} image files cannot be read (empty, damaged, too large or no"
@@ -159,7 +159,7 @@ def _decode_all(files: Sequence[ImageFile], images: Pixels, progress: Progress |
     return by_area[0], by_area[-1]
 
 
-def _decode_by(
+def decode_by(
     pool: Executor, files: Sequence[ImageFile], images: Pixels, progress: Progress | None
 ) -> list[Size | None]:
     """Fill `images` by the workers of a pool; give each image's own size, None for one that cannot be read."""

@@ -1,0 +1,99 @@
+"""The launcher from Python: what the commands do, as functions. See docs/api.md."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from cifar_dist.commands import evaluate as evaluate_command
+from cifar_dist.commands import train as train_command
+from cifar_dist.config.errors import EXIT_DONE
+from cifar_dist.config.options import EvalOptions, TrainOptions
+from cifar_dist.config.recipe import Recipe
+from cifar_dist.config.world import World, load_accelerate_config
+from cifar_dist.records import Evaluation, Summary
+from cifar_dist.training.weights import read_weights
+
+PathLike = str | os.PathLike[str]
+
+
+def train(
+    recipe: str | Recipe = "standard",
+    *,
+    dataset: str = "cifar10",
+    data_dir: PathLike = "data",
+    run_dir: PathLike | None = None,
+    resume: bool = False,
+    precision: Literal["auto", "no", "fp16", "bf16"] | None = None,
+    config: str | None = None,
+    trackers: Sequence[str] = (),
+    quiet: bool = False,
+) -> Summary:
+    """Train a recipe (a name, a file, or a `Recipe`), test it once, and give what became of it.
+
+    `run_dir` is where the run is written (default: a new folder in `runs/`); with `resume` it goes on where it was.
+    In a process group's process (under `accelerate.notebook_launcher` or torchrun) it is one of the ranks.
+    Raises UserError for a mistake, and RuntimeError where training was interrupted or failed: stderr and `summary.json`
+    say how.
+    """
+    options = TrainOptions(
+        recipe=recipe,
+        dataset=dataset,
+        data_dir=Path(data_dir),
+        run_dir=None if run_dir is None else Path(run_dir),
+        resume=resume,
+        precision=precision,
+        config=config,
+        trackers=tuple(trackers),
+        quiet=quiet,
+    )
+    world = World.from_environment(os.environ)
+    code, summary = train_command.train(options, world, load_accelerate_config(config))
+    if code != EXIT_DONE or summary is None:
+        raise RuntimeError(f"training did not come to its end (exit code {code})")
+    return summary
+
+
+def evaluate(
+    checkpoint: PathLike,
+    *,
+    dataset: str | None = None,
+    data_dir: PathLike | None = None,
+    split: Literal["test", "validation"] = "test",
+    recipe: str | None = None,
+    tta: Literal["none", "mirror"] = "none",
+    precision: Literal["auto", "no", "fp16", "bf16"] | None = None,
+    config: str | None = None,
+    quiet: bool = False,
+) -> Evaluation:
+    """Evaluate a run directory, a checkpoint or a bare state dict; each image is counted once.
+
+    What is not given comes from the checkpoint. Raises UserError.
+    """
+    options = EvalOptions(
+        checkpoint=Path(checkpoint),
+        dataset=dataset,
+        data_dir=None if data_dir is None else Path(data_dir),
+        split=split,
+        recipe=recipe,
+        tta=tta,
+        precision=precision,
+        config=config,
+    )
+    world = World.from_environment(os.environ)
+    console = Console(quiet=quiet or world.rank > 0)
+    return evaluate_command.evaluate(options, world, load_accelerate_config(config), console)
+
+
+def load_model(checkpoint: PathLike, *, recipe: str | None = None) -> nn.Module:
+    """Give the network of a run directory, a checkpoint or a bare state dict: torchvision's ResNet-18, on the CPU.
+
+    It is in evaluation mode and takes normalised images (N, 3, S, S) (`Recipe.normalization`). Raises UserError.
+    """
+    return read_weights(Path(checkpoint), recipe).build(torch.device("cpu"), torch.contiguous_format)

@@ -1,0 +1,135 @@
+"""`export`: weights for other programs, in the format that the suffix names."""
+
+import importlib.util
+import io
+import json
+import warnings
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from cifar_dist.config.errors import EXIT_DONE, UserError
+from cifar_dist.config.options import ExportOptions
+from cifar_dist.config.provenance import package_versions
+from cifar_dist.config.world import AccelerateConfig, World
+from cifar_dist.data.batches import Normalizer
+from cifar_dist.training.checkpoint import write_atomically
+from cifar_dist.training.weights import SavedWeights, read_weights
+
+_NEEDED = {".pth": (), ".safetensors": ("safetensors",), ".onnx": ("onnx", "onnxscript", "onnxruntime")}
+_TOLERANCE = 1e-4
+"""Of the logits that onnxruntime gives, against torch's."""
+
+
+def run(options: ExportOptions, world: World, config: AccelerateConfig) -> int:
+    """Export as asked; give the exit code."""
+    if world.size > 1:
+        raise UserError(f"export is the work of one process, and there are {world.size}: start one")
+    out, kind = options.out, options.out.suffix
+    if kind not in _NEEDED:
+        raise UserError(f"--out {out} must end in {', '.join(_NEEDED)}, not in '{kind}'")
+    if out.exists() or not out.absolute().parent.is_dir():
+        what = "exists already" if out.exists() else "cannot be written"
+        raise UserError(f"--out {out} {what}: name a new file in a folder that exists")
+    for package in _NEEDED[kind]:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"{kind} needs the package {package}: pip install {' '.join(_NEEDED[kind])}")
+    weights = read_weights(options.checkpoint, options.recipe)
+    write: dict[str, Callable[[SavedWeights], bytes]] = {".pth": _pth, ".safetensors": _safetensors, ".onnx": _onnx}
+    content = write[kind](weights)
+    write_atomically(out, lambda file: file.write(content))
+    recipe = weights.recipe
+    mean, std = list(recipe.normalization.mean), list(recipe.normalization.std)
+    images = f"RGB images (N, 3, {recipe.image_size}, {recipe.image_size}) in [0, 1]"
+    images += "" if kind == ".onnx" else f", normalised by mean {mean} and std {std}"
+    for line in (*weights.notes, f"{out}: stem {recipe.stem}, {weights.num_classes} classes; takes {images}"):
+        Console().print(line, highlight=False, soft_wrap=True, markup=False)
+    return EXIT_DONE
+
+
+def _plain(weights: SavedWeights) -> dict[str, Tensor]:
+    """Give the state dict as torchvision's own network has it: in the order and layout of its tensors."""
+    model = weights.build(torch.device("cpu"), torch.contiguous_format)
+    return {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+
+
+def _pth(weights: SavedWeights) -> bytes:
+    file = io.BytesIO()
+    torch.save(_plain(weights), file)
+    return file.getvalue()
+
+
+def _about(weights: SavedWeights) -> dict[str, str]:
+    """Say what somebody needs who has nothing but the file."""
+    recipe = weights.recipe
+    about = {
+        "model": recipe.model,
+        "stem": recipe.stem,
+        "classes": list(weights.class_names or map(str, range(weights.num_classes))),
+        "image_size": recipe.image_size,
+        "mean": list(recipe.normalization.mean),
+        "std": list(recipe.normalization.std),
+        "versions": package_versions(),
+    }
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in about.items()}
+
+
+def _safetensors(weights: SavedWeights) -> bytes:
+    from safetensors.torch import save
+
+    content: bytes = save(_plain(weights), metadata=_about(weights))
+    return content
+
+
+class _Normalized(nn.Module):
+    """The network behind its normalisation: it takes pixels in [0, 1]."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, weights: SavedWeights) -> None:
+        super().__init__()
+        self.model = weights.build(torch.device("cpu"), torch.contiguous_format)
+        normalize = Normalizer(weights.recipe.normalization, torch.device("cpu"), torch.contiguous_format)
+        self.register_buffer("scale", normalize.scale)
+        self.register_buffer("shift", normalize.shift)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Give logits (N, classes) for images (N, 3, S, S) in [0, 1]."""
+        logits: Tensor = self.model(images * self.scale + self.shift)
+        return logits
+
+
+def _onnx(weights: SavedWeights) -> bytes:
+    """Write the graph, and check it: onnxruntime must give what torch gives. Raises RuntimeError where it does not."""
+    import onnx
+    import onnxruntime
+
+    model, size = _Normalized(weights).eval(), weights.recipe.image_size
+    images = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with warnings.catch_warnings():  # of the exporter's own inner life
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            model,
+            (images,),
+            dynamo=True,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+            verbose=False,
+        )
+    assert program is not None
+    proto = program.model_proto
+    for name, value in _about(weights).items():
+        proto.metadata_props.append(onnx.StringStringEntryProto(key=name, value=value))
+    content: bytes = proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    for batch in (images, images[:1]):
+        (logits,) = session.run(None, {"images": batch.numpy()})
+        with torch.no_grad():
+            difference = float((torch.from_numpy(logits) - model(batch)).abs().max())
+        if not difference <= _TOLERANCE:
+            raise RuntimeError(f"onnxruntime's logits differ from torch's by {difference:.2g}: nothing was written")
+    return content

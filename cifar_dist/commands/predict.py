@@ -1,0 +1,115 @@
+"""`predict`: the most likely classes of images that belong to no dataset."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from cifar_dist.config.errors import EXIT_DONE, EXIT_USER_ERROR, UserError
+from cifar_dist.config.options import PredictOptions
+from cifar_dist.config.world import AccelerateConfig, World, other_count_note
+from cifar_dist.data.batches import Normalizer
+from cifar_dist.data.image_cache import ImageFile
+from cifar_dist.data.loose import UNREADABLE, decode_images, find_images
+from cifar_dist.display.progress import evaluation_display
+from cifar_dist.display.tables import format_table
+from cifar_dist.records import Observer
+from cifar_dist.runtime.distributed import Runtime, connect, start
+from cifar_dist.training.checkpoint import write_atomically
+from cifar_dist.training.evaluation import batch_size_for
+from cifar_dist.training.weights import SavedWeights, read_weights
+
+
+def run(options: PredictOptions, world: World, config: AccelerateConfig) -> int:
+    """Predict as asked; give the exit code: 2 where an image could not be read."""
+    to_stdout = options.json is not None and str(options.json) == "-"
+    console = Console(quiet=world.rank > 0, stderr=to_stdout)
+    with connect(world, config) as ranks:
+        weights = ranks.from_main(lambda: _read_weights(options, to_stdout))
+        files, unreadable = ranks.from_main(lambda: find_images(options.images))
+        precision = options.precision or weights.about.get("precision", "no")
+        runtime = start(ranks, config, typed_precision=precision, doing="predicting")
+        for line in (*weights.notes, *runtime.outlook.notes, other_count_note(world, config, None)):
+            if line:
+                console.print(line, highlight=False, soft_wrap=True, markup=False)
+        model = weights.build(runtime.device, runtime.memory_format)
+        with evaluation_display(console) as observer:
+            probabilities, was_read = _predict(model, weights, files, runtime, observer)
+    if world.rank == 0:
+        unreadable |= {file.name: UNREADABLE for file, ok in zip(files, was_read.tolist(), strict=True) if not ok}
+        names = weights.class_names or tuple(map(str, range(weights.num_classes)))
+        top = _most_likely(files, probabilities, was_read, names, options.top)
+        if options.json is None:
+            _print_table(console, top)
+        else:
+            about = {"checkpoint": str(weights.path), "precision": runtime.precision, "world_size": world.size}
+            _write_json(options, to_stdout, {**about, "predictions": top, "unreadable": _listed(unreadable)})
+        for name, reason in unreadable.items():
+            print(f"error: {name} {reason}", file=sys.stderr)
+    return EXIT_USER_ERROR if ranks.from_main(lambda: bool(unreadable)) else EXIT_DONE
+
+
+def _read_weights(options: PredictOptions, to_stdout: bool) -> SavedWeights:
+    place = options.json
+    if place is not None and not to_stdout and (place.is_dir() or not place.absolute().parent.is_dir()):
+        raise UserError(f"--json {place} cannot be written: name a file in a folder that exists")
+    return read_weights(options.checkpoint, options.recipe)
+
+
+def _predict(
+    model: nn.Module, weights: SavedWeights, files: Sequence[ImageFile], runtime: Runtime, observer: Observer
+) -> tuple[Tensor, Tensor]:
+    """Give each file's probabilities (N, classes), and which were read (N,); each process does its own files."""
+    rank, count, size = runtime.world.rank, runtime.world.size, weights.recipe.image_size
+    own, batch_size = list(range(len(files)))[rank::count], batch_size_for(size)
+    normalize = Normalizer(weights.recipe.normalization, runtime.device, runtime.memory_format)
+    result = torch.zeros(len(files), weights.num_classes + 1, device=runtime.device)
+    for start_at in range(0, len(own), batch_size):
+        rows = own[start_at : start_at + batch_size]
+        pixels, was_read = decode_images([files[row] for row in rows], size)
+        images = torch.from_numpy(pixels).to(runtime.device).float() / 255
+        with torch.no_grad(), runtime.autocast():
+            logits = model(normalize(images)).float()
+        result[rows, :-1] = logits.softmax(1)
+        result[rows, -1] = torch.tensor(was_read, device=runtime.device).float()
+        observer.on_evaluation(min(len(files), (start_at + len(rows)) * count), len(files))
+    result = runtime.sum_over_ranks(result).cpu()
+    return result[:, :-1], result[:, -1] > 0
+
+
+def _most_likely(
+    files: Sequence[ImageFile], probabilities: Tensor, was_read: Tensor, names: Sequence[str], top: int
+) -> list[dict[str, Any]]:
+    values, classes = probabilities.topk(min(top, len(names)), dim=1)
+    return [
+        {
+            "file": file.name,
+            "classes": [{"name": names[c], "probability": p} for c, p in zip(places, shares, strict=True)],
+        }
+        for file, shares, places, ok in zip(files, values.tolist(), classes.tolist(), was_read.tolist(), strict=True)
+        if ok
+    ]
+
+
+def _print_table(console: Console, predictions: Sequence[Mapping[str, Any]]) -> None:
+    rows = [
+        [each["file"], *(f"{one['name']} {one['probability']:.1%}" for one in each["classes"])] for each in predictions
+    ]
+    for line in format_table(rows) if rows else ():
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _listed(unreadable: Mapping[str, str]) -> list[dict[str, str]]:
+    return [{"file": name, "reason": reason} for name, reason in unreadable.items()]
+
+
+def _write_json(options: PredictOptions, to_stdout: bool, content: Mapping[str, Any]) -> None:
+    text = json.dumps(content, allow_nan=False) + "\n"
+    if to_stdout:
+        sys.stdout.write(text)
+    elif options.json is not None:
+        write_atomically(options.json, lambda file: file.write(text.encode()))

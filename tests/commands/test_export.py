@@ -1,0 +1,129 @@
+"""What is exported is loaded by the libraries that it is for, in the lines that the document has."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.models import resnet18
+
+from cifar_dist.cli import main
+from cifar_dist.training.weights import read_weights
+from tests.conftest import ROOT, make_dataset
+
+RUN = "runs/original-shapes-seed0"
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "interoperability.md").read_text(), re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder in which a small run, and what is exported from it, lie."""
+    folder = tmp_path_factory.mktemp("export")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for command in ("train", "evaluate"):
+            patch.setattr(f"cifar_dist.commands.{command}.load_dataset", lambda *_, **__: make_dataset())
+        patch.setattr("cifar_dist.display.figures._save", lambda figure, path: path.touch())
+        start = ["--recipe", "original", "--dataset", "shapes", "--epochs", "1", "--set", "global_batch_size=32"]
+        assert main(start) == 0
+        for suffix in ("pth", "safetensors", "onnx"):
+            assert main(["export", "--ckpt", RUN, "--out", f"resnet18.{suffix}"]) == 0
+        yield folder
+
+
+def weights_of_the_run(folder: Path) -> dict[str, torch.Tensor]:
+    return read_weights(folder / RUN).tensors
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_the_lines_of_the_document_load_it(folder, block):
+    names: dict[str, object] = {}
+    exec(block, names)
+    model = names.get("model")
+    if "load_state_dict" in block:
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, weights_of_the_run(folder)[name]), name
+            assert value.is_contiguous()
+    if "onnxruntime" in block:
+        assert names["logits"].shape == (2, 10)
+        assert json.loads(names["classes"]) == [f"class{i}" for i in range(10)]
+    if "torch.export" in block:
+        assert names["logits"].shape == (2, 10)
+
+
+def test_the_lines_for_a_3x3_stem_fit_it():
+    (block,) = [block for block in BLOCKS if "kernel_size=3" in block]
+    names: dict[str, object] = {}
+    exec(block, names)
+    from cifar_dist.model.resnet import build_resnet
+
+    names["model"].load_state_dict(build_resnet("cifar", 10, seed=0).state_dict())
+
+
+def test_eval_of_the_export_gives_the_accuracy_of_the_run(folder):
+    assert main(["eval", "--ckpt", "resnet18.pth", "--dataset", "shapes", "--json", "bare.json"]) == 0
+    tested = json.loads((folder / RUN / "summary.json").read_text())["test"]
+    bare = json.loads((folder / "bare.json").read_text())
+    assert bare["confusion_matrix"] == tested["confusion_matrix"]
+
+
+def test_the_onnx_graph_normalises(folder):
+    import onnxruntime
+
+    recipe, model = read_weights(folder / RUN).recipe, resnet18(num_classes=10).eval()
+    model.load_state_dict(torch.load(folder / "resnet18.pth", weights_only=True))
+    images = torch.rand(5, 3, 32, 32)
+    mean, std = (torch.tensor(each).view(1, 3, 1, 1) for each in (recipe.normalization.mean, recipe.normalization.std))
+    session = onnxruntime.InferenceSession(str(folder / "resnet18.onnx"))
+    (logits,) = session.run(None, {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), model((images - mean) / std).detach(), atol=1e-4, rtol=0)
+
+
+def test_the_metadata_says_how_to_use_it(folder):
+    from safetensors import safe_open
+
+    with safe_open(folder / "resnet18.safetensors", "pt") as file:
+        about = file.metadata()
+    assert json.loads(about["mean"]) == [0.5, 0.5, 0.5] and about["stem"] == "imagenet"
+    assert json.loads(about["classes"])[3] == "class3" and json.loads(about["image_size"]) == 32
+
+
+def test_a_graph_that_gives_other_logits_is_not_written(folder, monkeypatch):
+    import onnxruntime
+
+    run = onnxruntime.InferenceSession.run
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run", lambda self, *words: [run(self, *words)[0] + 0.001])
+    with pytest.raises(RuntimeError, match=r"differ from torch's by 0\.001"):
+        main(["export", "--ckpt", RUN, "--out", "other.onnx"])
+    assert not (folder / "other.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("model.h5", "--out model.h5 must end in .pth, .safetensors, .onnx, not in '.h5'"),
+        ("resnet18.pth", "--out resnet18.pth exists already: name a new file"),
+        ("no/such/folder.pth", "--out no/such/folder.pth cannot be written"),
+    ],
+)
+def test_a_place_that_will_not_do_is_refused(folder, capsys, out, message):
+    before = (folder / "resnet18.pth").read_bytes()
+    assert main(["export", "--ckpt", RUN, "--out", out]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert (folder / "resnet18.pth").read_bytes() == before
+
+
+def test_a_missing_package_is_named(folder, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    find_spec = __import__("importlib.util").util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *rest: None if name == "onnxscript" else find_spec(name, *rest)
+    )
+    assert main(["export", "--ckpt", RUN, "--out", "another.onnx"]) == 2
+    assert capsys.readouterr().err == (
+        "error: .onnx needs the package onnxscript: pip install onnx onnxscript onnxruntime\n"
+    )
+    assert not (folder / "another.onnx").exists()
