@@ -1,0 +1,89 @@
+"""The document's Python is run as it stands, and gives what the commands give."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from cifar_dist import Recipe, evaluate, load_model, train
+from cifar_dist.config.errors import UserError
+from tests.conftest import ROOT, make_dataset
+
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "api.md").read_text(), re.DOTALL)
+
+
+def test_the_package_itself_comes_without_torch():
+    code = "import sys, cifar_dist; cifar_dist.Recipe; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    with pytest.raises(AttributeError, match="no attribute 'tain'"):
+        __import__("cifar_dist").tain  # noqa: B018
+
+
+def test_a_recipe_is_loaded_with_changes():
+    recipe = Recipe.load("quick", epochs=2, **{"optimizer.learning_rate": 0.1})
+    assert (recipe.epochs, recipe.optimizer.learning_rate, recipe.stem) == (2, 0.1, "cifar")
+    with pytest.raises(UserError, match="did you mean 'epochs'"):
+        Recipe.load("quick", epoch=2)
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for command in ("train", "evaluate"):
+        monkeypatch.setattr(f"cifar_dist.commands.{command}.load_dataset", lambda *_, **__: make_dataset())
+    monkeypatch.setattr("cifar_dist.display.figures._save", lambda figure, path: path.touch())
+
+
+def test_the_first_blocks_train_evaluate_and_load(small, capsys):
+    names: dict[str, object] = {}
+    for block in BLOCKS[:2]:
+        exec(block, names)
+    summary, evaluation = names["summary"], names["evaluation"]
+    assert (summary.status, summary.epochs) == ("completed", 1)
+    plain = evaluate("runs/mine", quiet=True)
+    assert plain == summary.test != evaluation
+    assert not names["model"].training
+    again = train(names["recipe"], dataset="shapes", run_dir="runs/mine", resume=True, quiet=True)
+    assert again == summary, "there was nothing left to do"
+    assert capsys.readouterr().err == ""
+
+
+def test_mistakes_are_exceptions(small):
+    with pytest.raises(UserError, match="unknown recipe 'quik'"):
+        train("quik")
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        load_model("nowhere")
+    diverging = Recipe.load("original", epochs=1, **{"optimizer.learning_rate": 1e30})
+    with pytest.raises(RuntimeError, match="exit code 1"):
+        train(diverging, dataset="shapes", run_dir="diverged", quiet=True)
+
+
+@pytest.mark.command
+def test_a_notebook_launches_two_processes(tmp_path):
+    """The last block, in a script; on a small part of the images, for time."""
+    script = tmp_path / "notebook.py"
+    body = BLOCKS[-1].replace('"original",', 'Recipe.load("original", epochs=1, global_batch_size=500),')
+    body = body.replace("import train", "import Recipe, train").replace("notebook_launcher(", "notebook_launcher(", 1)
+    script.write_text(body)
+    environ = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "ACCELERATE_USE_CPU": "1",
+    }
+    ended = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=tmp_path,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    config = (tmp_path / "runs" / "notebook" / "config.yaml").read_text()
+    assert "world_size: 2" in config
+    assert "completed" in (tmp_path / "runs" / "notebook" / "summary.json").read_text()

@@ -1,0 +1,137 @@
+"""Images of one's own: any size and mode, each once, and what cannot be read is named."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cifar_dist.cli import main
+from cifar_dist.training.run_directory import RunDirectory
+from tests.conftest import ROOT, make_images
+
+SETTINGS = ["--set", "global_batch_size=13", "epochs=25", "schedule.name=cosine", "early_stopping.enabled=false"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run that tells dark images from light ones, and images to be told."""
+    folder = tmp_path_factory.mktemp("predict")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("CIFAR_DIST_CACHE", str(folder / "cache"))
+        patch.setattr("cifar_dist.display.figures._save", lambda figure, path: path.touch())
+        make_images(folder / "images")
+        assert main(["--recipe", "plain", "--dataset", "images", "--run-dir", "run", *SETTINGS]) == 0
+        make_others(folder / "others")
+        yield folder
+
+
+def make_others(folder: Path) -> None:
+    """The same two kinds of image in every mode, none of the size that the model has."""
+    (folder / "deep" / "er").mkdir(parents=True)
+    for name, value in (("dark", 20), ("light", 230)):
+        Image.new("L", (50, 20), value).save(folder / f"{name}-grey.png")
+        Image.new("RGB", (7, 90), (value,) * 3).convert("P").save(folder / f"{name}-palette.gif")
+        Image.new("RGBA", (40, 40), (value, value, value, 250)).save(folder / "deep" / f"{name}-alpha.webp")
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        Image.new("RGB", (64, 48), (value,) * 3).save(folder / "deep" / "er" / f"{name}-turned.jpg", exif=exif)
+        Image.new("I;16", (30, 30), value * 256).save(folder / f"{name}-sixteen.tiff")
+
+
+def predict(capsys, *words: str, code: int = 0) -> tuple[dict, str]:
+    assert main(["predict", "--ckpt", "run", "--json", "-", *words]) == code
+    out, err = capsys.readouterr()
+    return json.loads(out), err
+
+
+def test_images_of_every_mode_are_told_apart_whichever_folder_they_are_in(folder, capsys):
+    result, err = predict(capsys, "others")
+    assert [each["file"] for each in result["predictions"]] == sorted(
+        str(path.relative_to(folder)) for path in (folder / "others").rglob("*") if path.is_file()
+    )
+    for each in result["predictions"]:
+        first, second = each["classes"]
+        assert first["name"] == Path(each["file"]).name.split("-")[0]
+        assert first["probability"] + second["probability"] == pytest.approx(1, abs=1e-4)
+        assert first["probability"] > second["probability"]
+    assert result["unreadable"] == [] and (result["world_size"], result["precision"]) == (1, "no")
+    assert "error" not in err
+
+
+def test_it_gives_what_the_evaluation_gives(folder, capsys):
+    """The test images of the folder, as the run itself predicted them."""
+    saved = np.load(RunDirectory(folder / "run").path / "test_predictions.npz")
+    expected = torch.from_numpy(saved["logits"]).float().softmax(1)
+    result, _ = predict(capsys, "images/test")
+    names = list(saved["class_names"])
+    for each, row in zip(result["predictions"], expected, strict=True):
+        shares = {one["name"]: one["probability"] for one in each["classes"]}
+        assert [shares[name] for name in names] == pytest.approx(row.tolist(), abs=2e-3)  # float16 logits
+
+
+def test_a_file_named_twice_is_predicted_once_and_top_limits_the_classes(folder, capsys):
+    result, _ = predict(capsys, "others/dark-grey.png", "./others/../others/dark-grey.png", "--top", "1")
+    (only,) = result["predictions"]
+    assert only["file"] == "others/dark-grey.png" and len(only["classes"]) == 1
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_done(folder, capsys):
+    mixed = folder / "mixed"
+    mixed.mkdir()
+    (mixed / "photo.heic").write_bytes(b"x")
+    (mixed / "broken.png").write_bytes(b"no image")
+    (mixed / "notes.txt").write_text("not an image, and not said to be one")
+    Image.new("L", (9, 9), 240).save(mixed / "good.png")
+    (folder / "empty").mkdir()
+    result, err = predict(capsys, "mixed", "absent.png", "empty", code=2)
+    assert [each["file"] for each in result["predictions"]] == ["mixed/good.png"]
+    reasons = {each["file"]: each["reason"] for each in result["unreadable"]}
+    assert reasons.keys() == {"mixed/photo.heic", "mixed/broken.png", "absent.png", "empty"}
+    assert "HEIC" in reasons["mixed/photo.heic"] and reasons["absent.png"] == "does not exist"
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 4 and any("mixed/broken.png cannot be read" in line for line in lines)
+
+
+def test_the_table_and_a_file_of_json(folder, capsys):
+    assert main(["predict", "--ckpt", "run", "others/light-grey.png"]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("others/light-grey.png") and line.split()[1] == "light" and "%" in line
+    assert main(["predict", "--ckpt", "run", "others/light-grey.png", "--json", "out.json"]) == 0
+    assert json.loads((folder / "out.json").read_text())["predictions"][0]["classes"][0]["name"] == "light"
+
+
+def test_two_processes_predict_each_image_once(folder, tmp_path):
+    (tmp_path / "two.yaml").write_text("distributed_type: MULTI_CPU\nnum_processes: 2\nuse_cpu: true\n")
+    command = [sys.executable, str(ROOT / "launch.py"), "predict", "--ckpt", "run", "--json", "two.json"]
+    command += ["--config", str(tmp_path / "two.yaml"), "others", "absent.png"]
+    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=180, check=False)
+    assert ended.returncode == 2, ended.stdout + ended.stderr
+    assert ended.stderr.count("error: absent.png does not exist") == 1
+    assert main(["predict", "--ckpt", "run", "--json", "one.json", "others"]) == 0
+    one, two = (json.loads((folder / name).read_text()) for name in ("one.json", "two.json"))
+    assert two["world_size"] == 2
+    assert [each["file"] for each in two["predictions"]] == [each["file"] for each in one["predictions"]]
+    for mine, yours in zip(one["predictions"], two["predictions"], strict=True):
+        assert [each["name"] for each in mine["classes"]] == [each["name"] for each in yours["classes"]]
+        shares = [[each["probability"] for each in every["classes"]] for every in (mine, yours)]
+        assert shares[0] == pytest.approx(shares[1], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--top", "0", "x.png"], "--top must be 1 or more, not 0"),
+        (["--json", "no/such/place.json", "others"], "--json no/such/place.json cannot be written"),
+        ([], "the following arguments are required: IMAGE|DIR"),
+    ],
+)
+def test_a_mistake_is_one_line(folder, capsys, words, message):
+    assert main(["predict", "--ckpt", "run", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
