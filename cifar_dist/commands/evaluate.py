@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
@@ -21,7 +23,7 @@ from cifar_dist.records import Evaluation
 from cifar_dist.runtime.distributed import Runtime, connect, start
 from cifar_dist.training.checkpoint import write_atomically
 from cifar_dist.training.evaluation import Predictions, predict_logits
-from cifar_dist.training.metrics import summarize
+from cifar_dist.training.metrics import confident_mistakes, summarize
 from cifar_dist.training.weights import SavedWeights, read_weights
 
 
@@ -163,7 +165,13 @@ def _draw(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
-    images = data.images[predictions.indices[:64].to(data.images.device)].cpu().numpy()
-    draw_evaluation(
-        folder, evaluation, images, predictions.labels.numpy(), predictions.logits.numpy(), class_names, title=title
-    )
+
+    def images_at(places: Tensor) -> NDArray[np.uint8]:
+        """Give the images of some of the predictions."""
+        return data.images[predictions.indices[places].to(data.images.device)].cpu().numpy()
+
+    labels, logits = predictions.labels.numpy(), predictions.logits.numpy()
+    places = confident_mistakes(predictions.logits, predictions.labels)
+    mistakes = (places.numpy(), images_at(places))
+    images = images_at(torch.arange(min(64, len(labels))))
+    draw_evaluation(folder, evaluation, images, labels, logits, class_names, title=title, mistakes=mistakes)

@@ -46,6 +46,7 @@ from cifar_dist.training.checkpoint import load_checkpoint, understanding
 from cifar_dist.training.engine import DivergedError, InterruptedRun
 from cifar_dist.training.evaluation import Predictions
 from cifar_dist.training.lock import LockLostError, RunLock
+from cifar_dist.training.metrics import confident_mistakes
 from cifar_dist.training.run_directory import RunDirectory, UnwrittenRun, preparing
 from cifar_dist.training.saving import Rhythm
 from cifar_dist.training.session import Session
@@ -319,6 +320,10 @@ def _draw_figures(session: Session, summary: Summary, predictions: Predictions) 
     images = dataset.test.images[:64].numpy()
     title = f"{session.checkpoints.header['recipe_name']} on {dataset.name}, seed {session.trainer.recipe.seed}"
     curves = directory.figures / "curves.png"
-    draw_curves(directory.read_records(), curves, title=title, best_epoch=summary.best_epoch)
+    stopped = summary.status == "early_stopped"
+    draw_curves(directory.read_records(), curves, title=title, best_epoch=summary.best_epoch, stopped_early=stopped)
     labels, logits = predictions.labels.numpy(), predictions.logits.numpy()
-    draw_evaluation(directory.figures, summary.test, images, labels, logits, dataset.class_names, title=title)
+    places = confident_mistakes(predictions.logits, predictions.labels)
+    mistakes = (places.numpy(), dataset.test.images[places].numpy())
+    names = dataset.class_names
+    draw_evaluation(directory.figures, summary.test, images, labels, logits, names, title=title, mistakes=mistakes)

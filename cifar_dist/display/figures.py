@@ -1,6 +1,6 @@
 """Pictures of a run. They need no display, and are readable in print and by colour-blind people."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,14 @@ from cifar_dist.records import EpochRecord, Evaluation
 
 # Okabe and Ito's palette, told apart with any colour vision (https://jfly.uni-koeln.de/color/).
 _BLUE, _ORANGE, _GREEN, _RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+_COLORS = (_BLUE, _ORANGE, _GREEN, _RED, "#CC79A7", "#56B4E9", "#000000")
+_LINES = ("-", "--", ":", "-.")
 
 
-def draw_curves(records: Sequence[EpochRecord], path: Path, *, title: str, best_epoch: int | None) -> None:
-    """Draw loss, accuracy and learning rate by epoch; the best epoch, where there is one, is marked."""
+def draw_curves(
+    records: Sequence[EpochRecord], path: Path, *, title: str, best_epoch: int | None, stopped_early: bool = False
+) -> None:
+    """Draw loss, accuracy and learning rate by epoch; the best epoch and an early stop are marked."""
     epochs = [record.epoch for record in records]
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     loss, accuracy, rate = figure.subplots(1, 3)
@@ -42,6 +46,8 @@ def draw_curves(records: Sequence[EpochRecord], path: Path, *, title: str, best_
     for axes in (loss, accuracy):
         if best_epoch is not None:
             axes.axvline(best_epoch, color="0.4", linestyle=":", label=f"best epoch ({best_epoch})")
+        if stopped_early:
+            axes.axvline(epochs[-1], color=_RED, linestyle="-.", label=f"early stop ({epochs[-1]})")
         axes.legend(frameon=False)
     _save(figure, path)
 
@@ -51,20 +57,62 @@ def draw_confusion(evaluation: Evaluation, path: Path, *, title: str) -> None:
     names = list(evaluation.per_class_accuracy)
     counts = np.asarray(evaluation.confusion_matrix, dtype=np.float64)
     percent = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    figure = Figure(figsize=(7.5, 6.8), layout="constrained")
+    many = len(names) > 20
+    figure = Figure(figsize=(15, 13.6) if many else (7.5, 6.8), layout="constrained")
     axes = figure.subplots()
     shown = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(names)), names)
+    axes.tick_params(labelsize=6 if many else None)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     axes.set_title(title)
     for (row, column), value in np.ndenumerate(percent):
-        if value >= 0.05:
+        if value >= 0.05 and not many:
             text = f"{value:.1f}" if value < 99.95 else "100"
             color = "white" if value > 55 else "black"
             axes.text(column, row, text, ha="center", va="center", fontsize=8, color=color)
     figure.colorbar(shown, ax=axes, label="percent of the true class", shrink=0.85)
+    _save(figure, path)
+
+
+def draw_per_class(evaluation: Evaluation, path: Path, *, title: str) -> None:
+    """Draw each class's accuracy as a bar, the worst at the top; a line shows that of all images."""
+    known = {name: value for name, value in evaluation.per_class_accuracy.items() if value is not None}
+    names = sorted(known, key=known.__getitem__, reverse=True)
+    figure = Figure(figsize=(7.5, 1.6 + 0.28 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh(names, [100 * known[name] for name in names], color=_BLUE, height=0.7)
+    axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
+    axes.axvline(100 * evaluation.top1, color=_RED, linestyle="--", label=f"all images: {evaluation.top1:.2%}")
+    axes.set_xlim(0, 108)
+    axes.set_xlabel("percent of the class's images that are right")
+    axes.set_title(title)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(y=0.02)
+    figure.legend(loc="outside lower right", frameon=False)
+    _save(figure, path)
+
+
+def draw_overlay(runs: Mapping[str, Sequence[EpochRecord]], path: Path, *, title: str) -> None:
+    """Draw several runs' losses and accuracies over each other: on the validation split where they have one."""
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    panels = figure.subplots(1, 2)
+    figure.suptitle(title)
+    held_out = all(records[0].val_loss is not None for records in runs.values())
+    part = "val" if held_out else "train"
+    for axes, field, name in zip(panels, ("loss", "acc"), ("loss", "accuracy"), strict=True):
+        for place, (run, records) in enumerate(runs.items()):
+            color, line = _COLORS[place % len(_COLORS)], _LINES[place % len(_LINES)]
+            values = [getattr(record, f"{part}_{field}") for record in records]
+            _plot(axes, [record.epoch for record in records], values, run, color, line, "o")
+        axes.set_title(f"{'validation' if held_out else 'training'} {name}")
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[1].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     _save(figure, path)
 
 
@@ -112,11 +160,20 @@ def draw_evaluation(
     class_names: Sequence[str],
     *,
     title: str,
+    mistakes: tuple[NDArray[np.intp], NDArray[np.uint8]] | None,
 ) -> None:
-    """Draw confusion.png and predictions.png into a folder; arguments as for the two."""
+    """Draw what an evaluation gave into a folder; arguments as above.
+
+    `mistakes` are the places of the most confident ones among `labels`, and their images.
+    """
     heading = f"{title}: {evaluation.top1:.2%} of {evaluation.num_samples:,} images right"
     draw_confusion(evaluation, folder / "confusion.png", title=heading)
+    draw_per_class(evaluation, folder / "per_class.png", title=heading)
     draw_predictions(images, labels, logits, class_names, folder / "predictions.png", title=heading)
+    if mistakes is not None and len(mistakes[0]):
+        places, shown = mistakes
+        what = f"{title}: the surest mistakes"
+        draw_predictions(shown, labels[places], logits[places], class_names, folder / "mistakes.png", title=what)
 
 
 def _plot(axes: Axes, x: Sequence[int], y: Sequence[float], label: str, color: str, line: str, marker: str) -> None:

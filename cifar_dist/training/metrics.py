@@ -38,6 +38,14 @@ class RunningSums:
         self._sums.copy_(torch.tensor([loss, hits, images]))
 
 
+def confident_mistakes(logits: Tensor, labels: Tensor, *, count: int = 64) -> Tensor:
+    """Give the places, at most `count`, of samples that are taken for another class, the surest first."""
+    sure, guesses = logits.float().softmax(1).max(1)
+    sure = sure.masked_fill(guesses == labels, -1.0)
+    places = sure.argsort(descending=True, stable=True)[:count]
+    return places[sure[places] >= 0]
+
+
 def summarize(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> Evaluation:
     """Reduce logits (N, num_classes) and labels (N,), both on the CPU, to what an evaluation says.
 

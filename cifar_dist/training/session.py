@@ -12,7 +12,7 @@ from cifar_dist.data.dataset import Dataset
 from cifar_dist.records import Evaluation, Status, Summary
 from cifar_dist.training.engine import Checkpointing, DivergedError, InterruptedRun, Trainer
 from cifar_dist.training.evaluation import Predictions, predict_logits
-from cifar_dist.training.metrics import summarize
+from cifar_dist.training.metrics import confident_mistakes, summarize
 from cifar_dist.training.run_directory import RunDirectory, preparing
 from cifar_dist.training.saving import CheckpointWriter, Rhythm
 
@@ -122,12 +122,15 @@ class Session:
             runtime=self.runtime,
             observer=self.trainer.observer,
         )
+        mistakes = confident_mistakes(predictions.logits, predictions.labels)
         self.directory.write_predictions(
             indices=predictions.indices.numpy(),
             labels=predictions.labels.numpy(),
             # A model that hardly trained can have logits that float16 cannot hold.
             logits=predictions.logits.clamp(-65504, 65504).numpy().astype(np.float16),
             images=self.dataset.test.images[:64].numpy(),
+            mistakes=mistakes.numpy(),
+            mistaken_images=self.dataset.test.images[mistakes].numpy(),
             class_names=np.array(self.dataset.class_names),
         )
         evaluation = summarize(predictions.logits, predictions.labels, self.dataset.class_names)

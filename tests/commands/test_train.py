@@ -50,7 +50,8 @@ def test_a_run_leaves_what_it_should(capsys):
     left = sorted(str(path.relative_to(run.path)) for path in run.path.rglob("*") if path.is_file())
     assert left == [
         "checkpoints/best.pt", "checkpoints/last.pt", "config.yaml", "figures/confusion.png", "figures/curves.png",
-        "figures/predictions.png", "metrics.jsonl", "summary.json", "test_predictions.npz",
+        "figures/mistakes.png", "figures/per_class.png", "figures/predictions.png",
+        "metrics.jsonl", "summary.json", "test_predictions.npz",
     ]  # fmt: skip
     records = run.read_records()
     assert [(record.epoch, record.step) for record in records] == [(1, 3), (2, 6)]

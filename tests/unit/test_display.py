@@ -10,7 +10,7 @@ from matplotlib import image as matplotlib_image
 from rich.console import Console
 
 from cifar_dist.config.plan import KNOWN_SIZES, make_plan
-from cifar_dist.display.figures import draw_confusion, draw_curves, draw_evaluation, draw_predictions
+from cifar_dist.display.figures import draw_confusion, draw_curves, draw_evaluation, draw_overlay, draw_predictions
 from cifar_dist.display.live import LiveTraining, training_display
 from cifar_dist.display.progress import (
     CountProgress,
@@ -222,9 +222,13 @@ def test_figures_are_pictures(tmp_path):
     labels, logits = np.arange(64) % 3, np.eye(3)[(np.arange(64) // 2) % 3]
     names = ("cat", "dog", "ship")
     draw_predictions(images[:10], labels, logits, names, tmp_path / "ten.png", title="ten images")
-    draw_evaluation(tmp_path, TEST, images, labels, logits, names, title="all")
-    files = sorted(path.name for path in tmp_path.iterdir())
-    assert files == ["confusion.png", "curves.png", "matrix.png", "one.png", "predictions.png", "ten.png"]
+    wrong = np.flatnonzero(logits.argmax(1) != labels)[:9]
+    mistakes = (wrong, images[wrong])
+    draw_evaluation(tmp_path, TEST, images, labels, logits, names, title="all", mistakes=mistakes)
+    draw_overlay({"one": records, "two": records}, tmp_path / "two.png", title="two runs")
+    files = {path.name for path in tmp_path.iterdir()}
+    drawn = {"confusion.png", "per_class.png", "predictions.png", "mistakes.png"}
+    assert files == {*drawn, "curves.png", "matrix.png", "one.png", "ten.png", "two.png"}
     for path in tmp_path.iterdir():
         pixels = matplotlib_image.imread(path)
         assert min(pixels.shape[:2]) > 300, path

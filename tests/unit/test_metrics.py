@@ -10,7 +10,7 @@ from torch.nn import functional
 from cifar_dist.config.recipe import EarlyStoppingConfig
 from cifar_dist.records import EpochRecord, Evaluation, Observer, Summary
 from cifar_dist.training.early_stopping import EarlyStopping, monitored_value
-from cifar_dist.training.metrics import RunningSums, summarize
+from cifar_dist.training.metrics import RunningSums, confident_mistakes, summarize
 
 
 def record(epoch: int = 1, **changes) -> EpochRecord:
@@ -147,3 +147,11 @@ def test_an_observer_that_does_not_care_does_nothing():
     observer = Observer()
     calls = [observer.on_step(1, None), observer.on_epoch_start(1, 0.1), observer.on_evaluation(1, 2)]
     assert [*calls, observer.on_epoch_end(record(), False), observer.on_note("x")] == [None] * 5
+
+
+def test_the_surest_mistakes_come_first():
+    logits = torch.tensor([[5.0, 0, 0], [9.0, 0, 0], [0, 2.0, 0], [0, 0, 3.0], [0, 4.0, 0]])
+    labels = torch.tensor([0, 1, 0, 2, 2])
+    assert confident_mistakes(logits, labels).tolist() == [1, 4, 2]
+    assert confident_mistakes(logits, labels, count=2).tolist() == [1, 4]
+    assert confident_mistakes(logits, logits.argmax(1)).tolist() == []
