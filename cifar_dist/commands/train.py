@@ -15,7 +15,7 @@ from torch import Tensor
 from cifar_dist.config.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_KEYBOARD_INTERRUPT, UserError
 from cifar_dist.config.loading import recipe_to_mapping
 from cifar_dist.config.options import TrainOptions
-from cifar_dist.config.parsing import to_mapping
+from cifar_dist.config.parsing import flatten, to_mapping
 from cifar_dist.config.plan import DatasetSizes, RunPlan, fit_to_dataset, make_plan
 from cifar_dist.config.provenance import git_commit, package_versions
 from cifar_dist.config.recipe import Recipe
@@ -51,6 +51,7 @@ from cifar_dist.training.run_directory import RunDirectory, UnwrittenRun, prepar
 from cifar_dist.training.saving import Rhythm
 from cifar_dist.training.session import Session
 from cifar_dist.training.setup import build_trainer, pretrained_weights
+from cifar_dist.training.tracking import Trackers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -117,9 +118,14 @@ def train(options: TrainOptions, world: World, config: AccelerateConfig) -> tupl
         trainer = build_trainer(recipe, plan, dataset, runtime, display, interrupt=interrupt, pretrained=job.pretrained)
         about = _describe(request, recipe, dataset.class_names, fingerprint, runtime)
         directory = RunDirectory(job.directory, lock) if ranks.is_main else UnwrittenRun(job.directory)
-        session = Session(directory, trainer, dataset, about, _rhythm(options))
+        session = Session(directory, trainer, dataset, about, _rhythm(options), Trackers(display.on_note))
         with ranks.together():
             _begin(session, job, plan, slurm_job)
+        if ranks.is_main and request.trackers:
+            facts = {"world_size": world.size, "device": runtime.device.type, "precision": runtime.precision}
+            parameters = flatten(recipe_to_mapping(recipe)) | facts
+            folder, name = job.directory / "tracking", job.directory.name
+            session.trackers.start(request.trackers, folder, name, parameters, session.state.step)
         return _train_and_test(console, display, session, _how_to_go_on(options, job.directory))
 
 
@@ -133,7 +139,12 @@ def _begin(session: Session, job: _Job, plan: RunPlan, slurm_job: SlurmJob | Non
             session.restore(job.checkpoint)
     if job.damage is not None and directory.last.exists():
         directory.set_aside(directory.last)
-    marks = {"plan": to_mapping(plan), "versions": package_versions(), "git_commit": git_commit()}
+    marks = {
+        "trackers": list(job.run.request.trackers),
+        "plan": to_mapping(plan),
+        "versions": package_versions(),
+        "git_commit": git_commit(),
+    }
     marks |= {} if slurm_job is None else {"slurm_job": slurm_job.name}
     session.begin(about | marks, is_new=job.run.existing is None)
 
@@ -278,6 +289,7 @@ def _train_and_test(
             summary, predictions = session.test(status)
         if session.runtime.is_main:
             _draw_figures(session, summary, predictions)
+            session.trackers.log_test(summary, session.state.step, session.directory.figures)
             session.directory.write_summary(summary)  # last, for with it the run is done
     except DivergedError as error:
         text, code = f"diverged: {error}; the last good checkpoint stays: {session.directory.path}", EXIT_FAILED
@@ -291,8 +303,10 @@ def _train_and_test(
         text, code = f"interrupted; go on with: {how_to_go_on}", EXIT_KEYBOARD_INTERRUPT
         session.runtime.ranks.abandoned = True
     else:
+        session.trackers.finish()
         print_result(console, summary, session.trainer.plan.epochs, session.directory.path)
         return EXIT_DONE, summary
+    session.trackers.finish()
     if session.runtime.is_main:
         print(text, file=sys.stderr)
     return code, None

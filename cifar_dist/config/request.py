@@ -12,6 +12,7 @@ from cifar_dist.config.parsing import flatten, nearest
 from cifar_dist.config.plan import KNOWN_SIZES, fit_to_dataset, make_plan
 from cifar_dist.config.recipe import Recipe
 from cifar_dist.config.run_files import RunFiles, find_run, find_run_of_job, verify_checksums
+from cifar_dist.config.trackers import check_trackers
 from cifar_dist.config.world import SlurmJob
 
 T = TypeVar("T")
@@ -32,6 +33,7 @@ class TrainRequest:
     dataset: str
     data_dir: Path
     """Absolute."""
+    trackers: tuple[str, ...]
     validation_size_was_typed: bool
 
     @property
@@ -153,7 +155,10 @@ def resolve_request(options: TrainOptions, stored: Mapping[str, Any]) -> TrainRe
     else:
         name, base = str(stored.get("recipe_name", "recipe")), dict(stored["recipe"])
     data_dir = options.data_dir or Path(data.get("data_dir", DEFAULT_DATA_DIR))
+    trackers = tuple(dict.fromkeys(options.trackers or stored.get("trackers", ())))
+    check_trackers(trackers)
     request = TrainRequest(
+        trackers=trackers,
         recipe=resolve_recipe(base, options.recipe_flags, options.assignments),
         recipe_name=name,
         dataset=_absolute_folder(options.dataset or str(data.get("name", DEFAULT_DATASET))),

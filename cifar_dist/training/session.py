@@ -15,6 +15,7 @@ from cifar_dist.training.evaluation import Predictions, predict_logits
 from cifar_dist.training.metrics import confident_mistakes, summarize
 from cifar_dist.training.run_directory import RunDirectory, preparing
 from cifar_dist.training.saving import CheckpointWriter, Rhythm
+from cifar_dist.training.tracking import Trackers
 
 
 class Session:
@@ -27,6 +28,7 @@ class Session:
         dataset: Dataset,
         header: Mapping[str, Any],
         rhythm: Rhythm,
+        trackers: Trackers | None = None,
     ) -> None:
         """Take in `header` what each checkpoint says of its run besides the state itself."""
         self.directory = directory
@@ -35,6 +37,7 @@ class Session:
         self.runtime = trainer.runtime
         self.state = trainer.state
         self.checkpoints = CheckpointWriter(directory, header, rhythm)
+        self.trackers = trackers or Trackers(trainer.observer.on_note)
         trainer.checkpointing = _WithinEpochs(self)
 
     def restore(self, checkpoint: Mapping[str, Any]) -> None:
@@ -73,6 +76,7 @@ class Session:
         try:
             for record in self.trainer.epochs():
                 self.directory.append_record(record)
+                self.trackers.log(record)
                 self.checkpoints.save_if_due(self.state, self.runtime.state())
         except DivergedError:
             self._write_summary("diverged")

@@ -228,7 +228,9 @@ def test_mirror_averages_over_both_sides():
 def test_eval_draws_figures():
     train("--epochs", "1", "--run-dir", "x")
     evaluate("--ckpt", "x", "--figures", "new/figures")
-    assert sorted(path.name for path in Path("new/figures").iterdir()) == ["confusion.png", "predictions.png"]
+    assert sorted(path.name for path in Path("new/figures").iterdir()) == [
+        "confusion.png", "mistakes.png", "per_class.png", "predictions.png"
+    ]  # fmt: skip
 
 
 def test_the_original_scripts_file_is_evaluated(capsys):

@@ -148,7 +148,7 @@ def test_several_runs_have_a_table_in_three_forms(tmp_path, capsys):
     assert main(["report", *runs, "--out", str(out)]) == 0
     assert {path.name for path in out.iterdir()} == {"curves.png", "report.csv", "report.md", "report.html"}
     rows = list(csv.DictReader((out / "report.csv").read_text().splitlines()))
-    assert [float(row["top1"]) for row in rows] == [0.7, 0.8] and rows[0]["top5"] == ""
+    assert [float(row["top1"]) for row in rows] == pytest.approx([0.7, 0.8]) and rows[0]["top5"] == ""
     assert [float(row["images_per_second"]) for row in rows] == [100.0, 100.0]
     markdown = (out / "report.md").read_text().splitlines()
     assert markdown[1].count("---|") == markdown[0].count(" | ") + 1 and len(markdown) > 6

@@ -1,0 +1,29 @@
+"""The names of trackers, and whether their packages are there: asked before anything is started."""
+
+import importlib.util
+from collections.abc import Sequence
+
+from cifar_dist.config.errors import UserError
+from cifar_dist.config.parsing import nearest
+
+# Accelerate's names, and the package that each needs.
+_PACKAGES = {
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
+    "aim": "aim",
+    "clearml": "clearml",
+    "comet_ml": "comet_ml",
+    "dvclive": "dvclive",
+    "swanlab": "swanlab",
+    "trackio": "trackio",
+}
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise UserError for a tracker that nobody knows, or whose package is missing."""
+    for name in names:
+        if name not in _PACKAGES:
+            raise UserError(f"unknown tracker '{name}'{nearest(name, _PACKAGES)} (trackers: {', '.join(_PACKAGES)})")
+        if importlib.util.find_spec(_PACKAGES[name]) is None:
+            raise UserError(f"--tracker {name} needs the package {_PACKAGES[name]}: pip install {_PACKAGES[name]}")
