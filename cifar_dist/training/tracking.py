@@ -33,14 +33,20 @@ class Trackers:
         folder.mkdir(parents=True, exist_ok=True)
         known = folder / "run-id"
         identity = known.read_text() if known.exists() else ""
-        tracker = LOGGER_TYPE_TO_CLASS[name](**_arguments(name, folder, run, identity, step))
+        goes_on_after = step if identity else None
+        if not identity and name != "mlflow":  # which makes its own
+            known.write_text(identity := uuid.uuid4().hex[:12])
+        tracker = LOGGER_TYPE_TO_CLASS[name](**_arguments(name, folder, run, identity, goes_on_after))
         tracker.start()
         self._open[name] = tracker
-        if not identity:
-            known.write_text(tracker.tracker.info.run_id if name == "mlflow" else _identity(folder))
-            scalar = (bool, int, float, str)
+        if name == "mlflow":
+            known.write_text(tracker.tracker.info.run_id)
+        if goes_on_after is None:
             tracker.store_init_configuration(
-                {key: value if isinstance(value, scalar) else str(value) for key, value in parameters.items()}
+                {
+                    key: value if isinstance(value, bool | int | float | str) else str(value)
+                    for key, value in parameters.items()
+                }
             )
 
     def log(self, record: EpochRecord) -> None:
@@ -84,20 +90,13 @@ class Trackers:
             self.note(f"{name} failed, and is left out from here on: {text[0] if text else type(error).__name__}")
 
 
-def _identity(folder: Path) -> str:
-    """Give an id that no other run has."""
-    return uuid.uuid5(uuid.NAMESPACE_URL, f"{folder.absolute()} {os.urandom(8).hex()}").hex[:12]
-
-
-def _arguments(name: str, folder: Path, run: str, identity: str, step: int) -> dict[str, Any]:
+def _arguments(name: str, folder: Path, run: str, identity: str, after: int | None) -> dict[str, Any]:
     """Give what a tracker's class is made with, so that it goes on where the run with this id was."""
     if name == "tensorboard":  # what was logged after the checkpoint that the run goes on from is not shown twice
-        return {"run_name": "", "logging_dir": folder, "purge_step": step + 1 if identity else None}
+        return {"run_name": "", "logging_dir": folder, "purge_step": None if after is None else after + 1}
     if name == "wandb":
         import wandb
 
-        if not identity:
-            (folder / "run-id").write_text(identity := _identity(folder))
         quiet = wandb.Settings(silent=True, console="off")
         return {
             "run_name": "cifar-dist",
