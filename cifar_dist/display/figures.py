@@ -6,114 +6,100 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
+from cifar_dist.display.canvas import plain, save_figure, to_svg
+from cifar_dist.display.curves import BLUE, RED, Panel, draw_panel, overlaid_panels, run_panels
 from cifar_dist.records import EpochRecord, Evaluation
 
-# Okabe and Ito's palette, told apart with any colour vision (https://jfly.uni-koeln.de/color/).
-_BLUE, _ORANGE, _GREEN, _RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-_COLORS = (_BLUE, _ORANGE, _GREEN, _RED, "#CC79A7", "#56B4E9", "#000000")
-_LINES = ("-", "--", ":", "-.")
+# From nothing to blue, so that what is under it shows: white paper or a dark page.
+_BLUES = LinearSegmentedColormap.from_list("blues", [f"{BLUE}00", BLUE])
+MANY_CLASSES = 20  # from which on there is no room for a number in each cell
+_BARS, _COLUMNS = 34, 3  # of classes: in a column, and columns
 
 
 def draw_curves(
     records: Sequence[EpochRecord], path: Path, *, title: str, best_epoch: int | None, stopped_early: bool = False
 ) -> None:
     """Draw loss, accuracy and learning rate by epoch; the best epoch and an early stop are marked."""
-    epochs = [record.epoch for record in records]
     figure = Figure(figsize=(12, 3.8), layout="constrained")
-    loss, accuracy, rate = figure.subplots(1, 3)
-    figure.suptitle(title)
-    for axes, field, name in ((loss, "loss", "Cross-entropy loss"), (accuracy, "acc", "Accuracy")):
-        _plot(axes, epochs, [getattr(record, f"train_{field}") for record in records], "training", _BLUE, "-", "o")
-        if records[0].val_loss is not None:
-            values = [getattr(record, f"val_{field}") for record in records]
-            _plot(axes, epochs, values, "validation", _ORANGE, "--", "s")
-        axes.set_title(name)
-    accuracy.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    _plot(rate, epochs, [record.lr for record in records], "learning rate", _GREEN, "-", "o")
-    rate.set_title("Learning rate")
-    rate.set_ylim(bottom=0)
-    for axes in (loss, accuracy, rate):
-        axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    for axes in (loss, accuracy):
-        if best_epoch is not None:
-            axes.axvline(best_epoch, color="0.4", linestyle=":", label=f"best epoch ({best_epoch})")
-        if stopped_early:
-            axes.axvline(epochs[-1], color=_RED, linestyle="-.", label=f"early stop ({epochs[-1]})")
-        axes.legend(frameon=False)
-    _save(figure, path)
+    figure.suptitle(plain(title))
+    panels = run_panels(records, best_epoch=best_epoch, stopped_early=stopped_early)
+    for axes, panel in zip(figure.subplots(1, 3), panels, strict=True):
+        draw_panel(axes, panel, legend=True)
+    save_figure(figure, path)
+
+
+def draw_overlay(runs: Mapping[str, Sequence[EpochRecord]], path: Path, *, title: str) -> None:
+    """Draw the curves of runs, by their names, over each other."""
+    panels = overlaid_panels({plain(name): records for name, records in runs.items()})
+    figure = Figure(figsize=(12, 7.2 + 0.2 * (len(runs) // 3)), layout="constrained")
+    figure.suptitle(plain(title))
+    for axes, panel in zip(figure.subplots(2, len(panels) // 2).flat, panels, strict=True):
+        draw_panel(axes, panel, legend=False)
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False, handlelength=3.5)
+    save_figure(figure, path)
 
 
 def draw_confusion(evaluation: Evaluation, path: Path, *, title: str) -> None:
     """Draw the confusion matrix, each row in percent of its true class."""
-    names = list(evaluation.per_class_accuracy)
-    counts = np.asarray(evaluation.confusion_matrix, dtype=np.float64)
-    percent = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    many = len(names) > 20
+    many = len(evaluation.confusion_matrix) > MANY_CLASSES
     figure = Figure(figsize=(15, 13.6) if many else (7.5, 6.8), layout="constrained")
     axes = figure.subplots()
-    shown = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(names)), names)
-    axes.tick_params(labelsize=6 if many else None)
-    axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class")
-    axes.set_title(title)
-    for (row, column), value in np.ndenumerate(percent):
-        if value >= 0.05 and not many:
-            text = f"{value:.1f}" if value < 99.95 else "100"
-            color = "white" if value > 55 else "black"
-            axes.text(column, row, text, ha="center", va="center", fontsize=8, color=color)
-    figure.colorbar(shown, ax=axes, label="percent of the true class", shrink=0.85)
-    _save(figure, path)
+    shown = _confusion(axes, evaluation, number="{:.1f}", size=7 if many else 8)
+    axes.set_title(plain(title))
+    figure.colorbar(shown, ax=axes, label="percent of the true class", shrink=0.85, ticks=[0, 1, 5, 10, 25, 50, 100])
+    save_figure(figure, path)
+
+
+def confusion_svg(evaluation: Evaluation) -> str:
+    """Give the confusion matrix as a part of a page."""
+    many = len(evaluation.confusion_matrix) > MANY_CLASSES
+    figure = Figure(figsize=(12, 11.6) if many else (4.8, 4.6), layout="constrained")
+    _confusion(figure.subplots(), evaluation, number="{:.0f}", size=7 if many else 9)
+    return to_svg(figure)
+
+
+def panel_svg(panel: Panel, *, legend: bool) -> str:
+    """Give curves as a part of a page, wide enough for a phone."""
+    figure = Figure(figsize=(4.2, 3), layout="constrained")
+    draw_panel(figure.subplots(), panel, legend=legend)
+    return to_svg(figure)
 
 
 def draw_per_class(evaluation: Evaluation, path: Path, *, title: str) -> None:
-    """Draw each class's accuracy as a bar, the worst at the top; a line shows that of all images."""
+    """Draw each class's accuracy as a bar, the worst first; a line shows that of all images.
+
+    Of more classes than there is room for, the worst are shown.
+    """
     known = {name: value for name, value in evaluation.per_class_accuracy.items() if value is not None}
-    names = sorted(known, key=known.__getitem__, reverse=True)
-    figure = Figure(figsize=(7.5, 1.6 + 0.28 * len(names)), layout="constrained")
-    axes = figure.subplots()
-    bars = axes.barh(names, [100 * known[name] for name in names], color=_BLUE, height=0.7)
-    axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
-    axes.axvline(100 * evaluation.top1, color=_RED, linestyle="--", label=f"all images: {evaluation.top1:.2%}")
-    axes.set_xlim(0, 108)
-    axes.set_xlabel("percent of the class's images that are right")
-    axes.set_title(title)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(y=0.02)
-    figure.legend(loc="outside lower right", frameon=False)
-    _save(figure, path)
-
-
-def draw_overlay(runs: Mapping[str, Sequence[EpochRecord]], path: Path, *, title: str) -> None:
-    """Draw several runs' losses and accuracies over each other: on the validation split where they have one."""
-    figure = Figure(figsize=(12, 4.6), layout="constrained")
-    panels = figure.subplots(1, 2)
-    figure.suptitle(title)
-    held_out = all(records[0].val_loss is not None for records in runs.values())
-    part = "val" if held_out else "train"
-    for axes, field, name in zip(panels, ("loss", "acc"), ("loss", "accuracy"), strict=True):
-        for place, (run, records) in enumerate(runs.items()):
-            color, line = _COLORS[place % len(_COLORS)], _LINES[place % len(_LINES)]
-            values = [getattr(record, f"{part}_{field}") for record in records]
-            _plot(axes, [record.epoch for record in records], values, run, color, line, "o")
-        axes.set_title(f"{'validation' if held_out else 'training'} {name}")
-        axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.grid(alpha=0.3)
+    names = sorted(known, key=known.__getitem__)[: _BARS * _COLUMNS]
+    columns = -(-len(names) // _BARS)
+    rows = -(-len(names) // columns)
+    size = (7.5 if columns == 1 else 4.4 * columns, max(2.8, 1.6 + (0.32 if columns == 1 else 0.24) * rows))
+    figure = Figure(figsize=size, layout="constrained")
+    if len(names) < len(known):
+        title += f" (the {len(names)} worst of {len(known)} classes)"
+    figure.suptitle(plain(title), fontsize="medium")
+    for axes, start in zip(figure.subplots(1, columns, squeeze=False)[0], range(0, len(names), rows), strict=True):
+        part = names[start : start + rows]
+        bars = axes.barh(range(len(part)), [100 * known[name] for name in part], color=BLUE, height=0.7)
+        labels = axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
+        for label in labels:  # above the line
+            label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.8})
+        axes.set_yticks(range(len(part)), [plain(name, 24) for name in part])
+        axes.set_ylim(rows - 0.4, -0.6)
+        axes.axvline(100 * evaluation.top1, color=RED, linestyle="--")
+        axes.set_xlim(0, 112)
+        axes.set_xticks(range(0, 101, 20))
         axes.spines[["top", "right"]].set_visible(False)
-    panels[1].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    _save(figure, path)
+    figure.supxlabel("percent of the class's images that are right; dashed: of all images", fontsize="medium")
+    save_figure(figure, path)
 
 
 def draw_predictions(
@@ -125,30 +111,33 @@ def draw_predictions(
     *,
     title: str,
 ) -> None:
-    """Draw up to 64 images (N, 3, H, W) in an 8 x 8 grid with their true class, and the predicted one where it differs.
+    """Draw up to 64 images (N, 3, H, W) in rows of 8 with their true class, and the predicted one where it differs.
 
     `labels` is (N,), `logits` (N, num_classes).
     """
+    images = images[:64]
     # One pair of axes for all images: sixty-four pairs take matplotlib seconds to lay out.
-    figure = Figure(figsize=(12, 14.4))
-    axes = figure.add_axes((0.01, 0.0, 0.98, 0.955))
+    bottom = 1.36 * -(-len(images) // 8) - 0.33
+    height = 0.65 + 1.3364 * (bottom + 0.32)
+    figure = Figure(figsize=(12, height))
+    axes = figure.add_axes((0.01, 0.0, 0.98, 1 - 0.65 / height))
     axes.set_axis_off()
-    figure.suptitle(title, y=0.985)
-    predicted = logits.argmax(1)
-    for place, (image, label, guess) in enumerate(zip(images[:64], labels, predicted, strict=False)):
+    figure.suptitle(plain(title), y=1 - 0.22 / height)
+    names = [plain(name, 13) for name in class_names]
+    for place, (image, label, guess) in enumerate(zip(images, labels, logits.argmax(1), strict=False)):
         row, column = divmod(place, 8)
         left, top = column * 1.1, row * 1.36
         axes.imshow(image.transpose(1, 2, 0), extent=(left, left + 1, top + 1, top), interpolation="nearest")
         right = label == guess
-        text = class_names[label] if right else f"{class_names[label]}\n→ {class_names[guess]} ✗"
-        weight, color = ("normal", "black") if right else ("bold", _RED)
+        text = names[label] if right else f"✗ {names[label]}\n→ {names[guess]} {softmax_top(logits[place]):.0%}"
+        weight, color = ("normal", "black") if right else ("bold", RED)
         axes.text(left + 0.5, top - 0.02, text, fontsize=9, ha="center", va="bottom", color=color, fontweight=weight)
         if not right:
-            axes.add_patch(Rectangle((left, top), 1, 1, fill=False, edgecolor=_RED, linewidth=2.5))
+            axes.add_patch(Rectangle((left, top), 1, 1, fill=False, edgecolor=RED, linewidth=2.5))
     axes.set_xlim(-0.05, 8.75)
-    axes.set_ylim(10.55, -0.32)
+    axes.set_ylim(bottom, -0.32)
     axes.set_aspect("equal")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_evaluation(
@@ -161,29 +150,52 @@ def draw_evaluation(
     *,
     title: str,
     mistakes: tuple[NDArray[np.intp], NDArray[np.uint8]] | None,
-) -> None:
-    """Draw what an evaluation gave into a folder; arguments as above.
+) -> list[Path]:
+    """Draw what an evaluation gave into a folder, and give the files; arguments as above.
 
     `mistakes` are the places of the most confident ones among `labels`, and their images.
     """
     heading = f"{title}: {evaluation.top1:.2%} of {evaluation.num_samples:,} images right"
-    draw_confusion(evaluation, folder / "confusion.png", title=heading)
-    draw_per_class(evaluation, folder / "per_class.png", title=heading)
-    draw_predictions(images, labels, logits, class_names, folder / "predictions.png", title=heading)
+    files = [folder / f"{name}.png" for name in ("confusion", "per_class", "predictions")]
+    draw_confusion(evaluation, files[0], title=heading)
+    draw_per_class(evaluation, files[1], title=heading)
+    draw_predictions(images, labels, logits, class_names, files[2], title=heading)
     if mistakes is not None and len(mistakes[0]):
         places, shown = mistakes
-        what = f"{title}: the surest mistakes"
-        draw_predictions(shown, labels[places], logits[places], class_names, folder / "mistakes.png", title=what)
+        what = f"{title}: the most confident mistakes"
+        files.append(folder / "mistakes.png")
+        draw_predictions(shown, labels[places], logits[places], class_names, files[3], title=what)
+    return files
 
 
-def _plot(axes: Axes, x: Sequence[int], y: Sequence[float], label: str, color: str, line: str, marker: str) -> None:
-    shown = marker if len(x) <= 30 else None
-    axes.plot(x, y, label=label, color=color, linestyle=line, marker=shown, markersize=4)
+def _confusion(axes: Axes, evaluation: Evaluation, *, number: str, size: float) -> ScalarMappable:
+    """Draw the matrix, with a number in each cell where there is room; rare confusions are made visible."""
+    names = [plain(name, 18) for name in evaluation.per_class_accuracy]
+    counts = np.asarray(evaluation.confusion_matrix, dtype=np.float64)
+    percent = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    shown = axes.imshow(percent, cmap=_BLUES, norm=PowerNorm(0.5, 0, 100), interpolation="none")
+    if len(names) <= 150:
+        axes.set_xticks(
+            range(len(names)),
+            names,
+            rotation=45 if len(names) <= MANY_CLASSES else 90,
+            ha="right",
+            rotation_mode="anchor",
+        )
+        axes.set_yticks(range(len(names)), names)
+    axes.tick_params(labelsize=size)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    if len(names) <= MANY_CLASSES:
+        for (row, column), value in np.ndenumerate(percent):
+            if (text := number.format(value)) not in ("0", "0.0"):
+                text = text.removesuffix(".0") if value == 100 else text
+                color = "white" if value > 60 else "black"
+                axes.text(column, row, text, ha="center", va="center", fontsize=size, color=color)
+    return shown
 
 
-def _save(figure: Figure, path: Path) -> None:
-    """Write a PNG, in place in one step."""
-    FigureCanvasAgg(figure)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=110, format="png")
-    temporary.replace(path)
+def softmax_top(logits: NDArray[Any]) -> float:
+    """Give the share that the predicted class has."""
+    powers = np.exp(logits.astype(np.float64) - logits.max())
+    return float(powers.max() / powers.sum())

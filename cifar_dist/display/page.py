@@ -1,66 +1,146 @@
-"""A page of one run or of several: one HTML file with its pictures in it, which asks for nothing from anywhere."""
+"""What stands on the page of a run, and on that of several."""
 
-import base64
+import json
+import shlex
 from collections.abc import Mapping, Sequence
-from html import escape
-from pathlib import Path
+from typing import Any
 
-_STYLE = """
-:root { color-scheme: light dark; --line: #d0d7de; --soft: #f3f5f7; --text: #1c2128; --dim: #57606a; }
-@media (prefers-color-scheme: dark) { :root { --line: #444c56; --soft: #22272e; --text: #dde3ea; --dim: #9aa4af; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 62rem; padding: 1rem; color: var(--text); line-height: 1.5;
-       font-family: system-ui, sans-serif; }
-h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-.figures { display: flex; flex-wrap: wrap; gap: .75rem; padding: 0; }
-.figures div { background: var(--soft); border-radius: .5rem; padding: .5rem .9rem; }
-.figures b { display: block; font-size: 1.25rem; } .figures span { color: var(--dim); font-size: .85rem; }
-img { height: auto; background: #fff; border-radius: .4rem; }
-.wide { overflow-x: auto; }
-.wide img { width: max(100%, 36rem); }
-table { border-collapse: collapse; }
-td, th { border-bottom: 1px solid var(--line); padding: .25rem .7rem; text-align: right; }
-td:first-child, th:first-child { text-align: left; }
-pre { background: var(--soft); padding: .7rem; border-radius: .4rem; overflow-x: auto; white-space: pre-wrap;
-      overflow-wrap: anywhere; }
-"""
+import numpy as np
+from numpy.typing import NDArray
 
+from cifar_dist.config.parsing import flatten
+from cifar_dist.display.comparison import ReportedRun, comparison_notes, comparison_rows, short_names
+from cifar_dist.display.curves import overlaid_panels, run_panels, style_of
+from cifar_dist.display.figures import MANY_CLASSES, confusion_svg, panel_svg, softmax_top
+from cifar_dist.display.html import (
+    html_classes,
+    html_fields,
+    html_heading,
+    html_images,
+    html_line,
+    html_list,
+    html_matrix,
+    html_note,
+    html_page,
+    html_panels,
+    html_table,
+    html_text,
+    html_tiles,
+)
+from cifar_dist.display.tables import format_confusions, format_duration, format_outcome, format_percent
+from cifar_dist.records import Evaluation
 
-def html_page(title: str, parts: Sequence[str]) -> str:
-    """Put parts that are HTML already together to a page."""
-    head = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>"
-    )
-    return "\n".join([head, f"<body><h1>{escape(title)}</h1>", *parts, "</body></html>\n"])
+Arrays = Mapping[str, NDArray[Any]]
+_MISTAKES = 24  # on the page; mistakes.png has all that were kept
 
 
-def html_heading(text: str) -> str:
-    """Give a heading."""
-    return f"<h2>{escape(text)}</h2>"
+def page_of_run(run: ReportedRun, saved: Arrays) -> str:
+    """Give the page of a run; `saved` is its test_predictions.npz, empty where there is none."""
+    summary, test = run.summary, run.summary.test
+    outcome = format_outcome(summary, total_epochs=run.recipe["epochs"])
+    parts = [f"<p>{outcome}.</p>", html_tiles(_tiles(run))]
+    if run.records:
+        stopped = summary.status == "early_stopped"
+        panels = run_panels(run.records, best_epoch=summary.best_epoch, stopped_early=stopped)
+        parts += [html_heading("Training"), html_panels(panel_svg(panel, legend=True) for panel in panels)]
+    if test is not None:
+        parts += _test_parts(test, saved)
+    recipe = {
+        name: value if isinstance(value, str) else json.dumps(value) for name, value in flatten(run.recipe).items()
+    }
+    again = "python launch.py --recipe " + shlex.join(_arguments(run))
+    parts += [html_heading("To run it again"), html_text(again)]
+    parts += [html_heading("Where it comes from"), html_fields(_origin(run))]
+    return html_page(run.title, [*parts, html_heading("Recipe"), html_fields(recipe)])
 
 
-def html_numbers(numbers: Mapping[str, str]) -> str:
-    """Give the numbers that count, each with its name."""
-    cells = (f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>" for name, value in numbers.items())
-    return f'<div class="figures">{"".join(cells)}</div>'
+def page_of_runs(runs: Sequence[ReportedRun], title: str) -> str:
+    """Give the page of several runs."""
+    names = short_names(runs)
+    lines = [html_line(f"var(--c{place % 6})", style_of(place)[1]) for place in range(len(runs))]
+    parts = [html_table(comparison_rows(runs), marks=lines), *(html_note(note) for note in comparison_notes(runs))]
+    panels = overlaid_panels(dict(zip(names, (run.records for run in runs), strict=True)))
+    if panels:
+        parts += [html_heading("Training"), html_panels(panel_svg(panel, legend=False) for panel in panels)]
+    for name, run in zip(names, runs, strict=True):
+        parts += [html_heading(name), html_fields(_origin(run))]
+    return html_page(title, parts)
 
 
-def html_table(rows: Sequence[Sequence[str]]) -> str:
-    """Give a table, its first row the headings; where it is wider than the screen it scrolls by itself."""
-    first, *others = rows
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in first)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in others)
-    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+def _tiles(run: ReportedRun) -> dict[str, str]:
+    summary, test, rate = run.summary, run.summary.test, run.facts["images_per_second"]
+    tiles = {"test accuracy": format_percent(None if test is None else test.top1)}
+    if test is not None:
+        tiles |= {"test top-5": format_percent(test.top5)} if test.top5 is not None else {}
+        tiles |= {"test loss": f"{test.loss:.4f}", "test images": f"{test.num_samples:,}"}
+    tiles |= {"epochs": f"{summary.epochs} of {run.recipe['epochs']}"}
+    tiles |= {"best epoch": str(summary.best_epoch)} if summary.best_epoch is not None else {}
+    tiles |= {"training": format_duration(summary.train_seconds), "images/s": "-" if rate is None else f"{rate:,.0f}"}
+    return tiles
 
 
-def html_text(text: str) -> str:
-    """Give text as it is, in a box."""
-    return f"<pre>{escape(text)}</pre>"
+def _test_parts(test: Evaluation, saved: Arrays) -> list[str]:
+    """Give what the test has shown: confusions, classes, images."""
+    names, matrix = list(test.per_class_accuracy), np.asarray(test.confusion_matrix)
+    errors = matrix - np.diag(matrix.diagonal())
+    rows = []
+    for place, (name, accuracy) in enumerate(test.per_class_accuracy.items()):
+        other, count = errors[place].argmax(), errors[place].max()
+        rows.append((name, accuracy, int(matrix[place].sum()), f"{names[other]} ({count:,})" if count else ""))
+    rows.sort(key=lambda row: (row[1] is None, row[1]))
+    note = "Percent of each true class; rare confusions are tinted more than their share."
+    parts = [html_heading("Confusions that hurt most"), html_list(format_confusions(test, count=10) or ["none"])]
+    parts += [html_heading("Confusion matrix", note), html_matrix(confusion_svg(test), large=len(names) > MANY_CLASSES)]
+    parts += [html_heading("Classes", "The worst first."), html_classes(rows)]
+    for heading, note, images, places in _galleries(saved):
+        labels, logits = saved["labels"][places], saved["logits"][places].astype(np.float32)
+        guesses = logits.argmax(1)
+        captions = [
+            names[label] if label == guess else f"{names[label]} → {names[guess]} {softmax_top(row):.0%}"
+            for label, guess, row in zip(labels, guesses, logits, strict=True)
+        ]
+        parts += [html_heading(heading, note), html_images(images, captions, wrong=(labels != guesses).tolist())]
+    return parts
 
 
-def html_picture(path: Path, alternative: str) -> str:
-    """Give a PNG as part of the page."""
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<div class="wide"><img alt="{escape(alternative)}" src="data:image/png;base64,{data}"></div>'
+def _galleries(saved: Arrays) -> list[tuple[str, str, NDArray[Any], NDArray[Any]]]:
+    """Give headings, notes, images, and their places among the test images; an older run has no mistakes."""
+    galleries = []
+    what = "The true class → what it is taken for, and how surely."
+    if len(saved.get("mistakes", ())):
+        shown, places = saved["mistaken_images"][:_MISTAKES], saved["mistakes"][:_MISTAKES]
+        galleries.append(("The most confident mistakes", what, shown, places))
+    if "images" in saved:
+        galleries.append(("The first test images", what, saved["images"], np.arange(len(saved["images"]))))
+    return galleries
+
+
+def _origin(run: ReportedRun) -> dict[str, Any]:
+    """Say where a run comes from: the machine, the data, the versions."""
+    summary, config = run.summary, run.config
+    memory = summary.peak_memory_mib
+    origin = {
+        "run": run.path,
+        "recipe": config.get("recipe_name"),
+        "dataset": config["dataset"]["name"],
+        "fingerprint of the data": config["dataset"].get("fingerprint"),
+        "seed": run.recipe["seed"],
+        "device": summary.device,
+        "precision": summary.precision,
+        "processes": summary.world_size,
+        "threads of each": summary.num_threads,
+        "peak memory": None if memory is None else f"{memory:,} MiB",
+        **{f"plan: {name}": value for name, value in config.get("plan", {}).items()},
+        **config.get("versions", {}),
+        "commit": config.get("git_commit"),
+    }
+    return {name: value for name, value in origin.items() if value is not None}
+
+
+def _arguments(run: ReportedRun) -> list[str]:
+    """Give what is typed after `--recipe` to train the same once more."""
+    dataset, summary = run.config["dataset"], run.summary
+    arguments = [str(run.path / "config.yaml"), "--dataset", str(dataset["name"])]
+    arguments += ["--data-dir", str(dataset["data_dir"])] if "data_dir" in dataset else []
+    arguments += ["--num-processes", str(summary.world_size)] if summary.world_size > 1 else []
+    return [*arguments, "--precision", summary.precision]

@@ -1,6 +1,7 @@
 """What a run leaves on disk, in the one folder that it is given."""
 
 import os
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,6 @@ from numpy.typing import NDArray
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.run_files import RunFiles
 from cifar_dist.records import EpochRecord, Summary
-from cifar_dist.training.checkpoint import save_checkpoint, write_atomically
 from cifar_dist.training.lock import RunLock
 
 
@@ -95,6 +95,16 @@ class RunDirectory(RunFiles):
         """Write test_predictions.npz: what the figures need, without the data."""
         self.write(self.predictions, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
 
+    def read_predictions(self) -> dict[str, NDArray[Any]] | None:
+        """Read test_predictions.npz; None where there is none. Raises UserError where it is damaged."""
+        if not self.predictions.exists():
+            return None
+        try:
+            with np.load(self.predictions) as saved:
+                return dict(saved)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+            raise UserError(f"{self.predictions} is damaged: remove it to go on without it") from None
+
     def set_aside(self, damaged: Path) -> None:
         """Give a damaged checkpoint another name, so that it does not become the previous one."""
         number = 1
@@ -104,11 +114,15 @@ class RunDirectory(RunFiles):
 
     def write_checkpoint(self, path: Path, content: dict[str, Any], *, previous: Path | None = None) -> None:
         """Write a checkpoint; what was at `path` becomes `previous`."""
+        from cifar_dist.training.checkpoint import save_checkpoint  # torch: who only reads a run does without
+
         self._lock.check()
         save_checkpoint(path, content, previous=previous)
 
     def write(self, path: Path, write: Callable[[BinaryIO], Any]) -> None:
         """Write a file so that it is there whole or not at all."""
+        from cifar_dist.training.checkpoint import write_atomically
+
         self._lock.check()
         write_atomically(path, write)
 

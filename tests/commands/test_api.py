@@ -33,7 +33,7 @@ def small(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for command in ("train", "evaluate"):
         monkeypatch.setattr(f"cifar_dist.commands.{command}.load_dataset", lambda *_, **__: make_dataset())
-    monkeypatch.setattr("cifar_dist.display.figures._save", lambda figure, path: path.touch())
+    monkeypatch.setattr("cifar_dist.display.figures.save_figure", lambda figure, path: path.touch())
 
 
 def test_the_first_blocks_train_evaluate_and_load(small, capsys):

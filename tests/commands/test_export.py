@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
         patch.chdir(folder)
         for command in ("train", "evaluate"):
             patch.setattr(f"cifar_dist.commands.{command}.load_dataset", lambda *_, **__: make_dataset())
-        patch.setattr("cifar_dist.display.figures._save", lambda figure, path: path.touch())
+        patch.setattr("cifar_dist.display.figures.save_figure", lambda figure, path: path.touch())
         start = ["--recipe", "original", "--dataset", "shapes", "--epochs", "1", "--set", "global_batch_size=32"]
         assert main(start) == 0
         for suffix in ("pth", "safetensors", "onnx"):

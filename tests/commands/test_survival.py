@@ -231,7 +231,8 @@ def test_a_run_that_is_killed_while_its_figures_are_drawn_draws_them_when_it_goe
             train("--epochs", "1", "--run-dir", "x")
     assert RunDirectory(Path("x")).read_summary().test is None
     assert main(["--resume", "x"]) == 0
-    assert {path.name for path in Path("x/figures").iterdir()} == {"confusion.png", "curves.png", "predictions.png"}
+    drawn = {"confusion.png", "curves.png", "mistakes.png", "per_class.png", "predictions.png"}
+    assert {path.name for path in Path("x/figures").iterdir()} == drawn
     assert RunDirectory(Path("x")).read_summary().status == "completed"
 
 

@@ -27,7 +27,7 @@ def small_world(tmp_path, monkeypatch):
     for command in ("train", "evaluate"):
         monkeypatch.setattr(f"cifar_dist.commands.{command}.load_dataset", lambda *_, **__: make_dataset())
     # Drawing takes longer than training here; tests/unit/test_display.py looks at what is drawn.
-    monkeypatch.setattr("cifar_dist.display.figures._save", lambda figure, path: path.touch())
+    monkeypatch.setattr("cifar_dist.display.figures.save_figure", lambda figure, path: path.touch())
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

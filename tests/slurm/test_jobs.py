@@ -186,7 +186,7 @@ def test_an_array_of_seeds_and_its_report(cluster, submit, project, monkeypatch,
     assert [line.split()[:4] for line in shown.splitlines()[1:4]] == [
         [run, "completed", str(seed), "1/1"] for seed, run in enumerate(runs)
     ]
-    assert "mean and standard deviation of 3 runs:" in shown
+    assert "mean ± sd of 3 runs " in shown
 
 
 def test_uneven_tasks(cluster, submit, project):

@@ -1,86 +1,105 @@
 """The report of one run and of several, from folders that hold what runs leave."""
 
 import csv
-import dataclasses
+import html
 import html.parser
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from matplotlib import image as matplotlib_image
 
 from cifar_dist.cli import main
-from cifar_dist.config.loading import recipe_to_mapping
+from cifar_dist.config.arguments import parse_arguments
+from cifar_dist.config.loading import read_recipe, recipe_to_mapping
+from cifar_dist.display.curves import overlaid_panels, run_panels, style_of
+from cifar_dist.display.figures import panel_svg
 from cifar_dist.records import Evaluation, Summary
-from tests.conftest import make_recipe
+from tests.conftest import ROOT, make_recipe
 from tests.unit.test_metrics import record
 
-CLASSES = ["cat", "dog", "<b>&ship"]
+CLASSES = ["cat", r"$\dog$", "<b>&ship"]
+EVERY_FIGURE = {"curves.png", "confusion.png", "per_class.png", "predictions.png", "mistakes.png"}
+CHROMIUM = shutil.which("chromium")
 
 
-def evaluation(top1: float) -> Evaluation:
+def evaluation(top1: float, names: list[str] = CLASSES) -> Evaluation:
+    """Of twenty images of each class two fifths are taken for the next one."""
+    matrix = 12 * np.eye(len(names), dtype=int) + 8 * np.roll(np.eye(len(names), dtype=int), 1, axis=1)
     return Evaluation(
-        num_samples=60, loss=0.5, top1=top1, top5=None,
-        per_class_accuracy=dict(zip(CLASSES, (0.5, 1.0, 0.75), strict=True)),
-        confusion_matrix=[[10, 8, 2], [0, 20, 0], [5, 0, 15]],
+        num_samples=20 * len(names), loss=0.5, top1=top1, top5=0.9 if len(names) > 5 else None,
+        per_class_accuracy=dict.fromkeys(names, 0.6), confusion_matrix=matrix.tolist(),
     )  # fmt: skip
 
 
 def make_run(
-    path: Path, *, seed: int = 0, top1: float | None = 0.75, status: str = "completed", epochs: int = 3
-) -> Path:
+    path: Path, *changes: str, top1: float | None = 0.75, status: str = "completed", epochs: int = 3,
+    validation: bool = True, names: list[str] = CLASSES,
+) -> Path:  # fmt: skip
     """A run directory, as training leaves it; `top1` None: it was not tested."""
     path.mkdir(parents=True)
-    recipe = recipe_to_mapping(make_recipe(f"seed={seed}", "epochs=3"))
+    recipe = recipe_to_mapping(make_recipe("epochs=3", *changes))
     config = {
-        "recipe_name": "original", "recipe": recipe, "dataset": {"name": "shapes"}, "class_names": CLASSES,
-        "versions": {"torch": "2.14"}, "git_commit": "abc",
+        "recipe_name": "original", "recipe": recipe, "dataset": {"name": "shapes", "data_dir": "/data"},
+        "class_names": names, "versions": {"torch": "2.14"}, "git_commit": "abc",
     }  # fmt: skip
     (path / "config.yaml").write_text(yaml.safe_dump(config))
     summary = Summary(
-        status=status, epochs=epochs, best_epoch=2, train_seconds=100.0 + seed, world_size=1, device="cpu",
-        precision="no", num_threads=1, peak_memory_mib=1, test=None if top1 is None else evaluation(top1),
+        status=status, epochs=epochs, best_epoch=2 if validation else None, train_seconds=100.0 + recipe["seed"],
+        world_size=2, device="cpu", precision="bf16", num_threads=1, peak_memory_mib=1,
+        test=None if top1 is None else evaluation(top1, names),
     )  # fmt: skip
     (path / "summary.json").write_text(summary.to_json())
-    lines = [record(epoch, val_loss=1 / epoch, val_acc=epoch / 10).to_json() + "\n" for epoch in range(1, epochs + 1)]
+    held_out = [{"val_loss": 1 / epoch, "val_acc": epoch / 10} if validation else {} for epoch in range(1, epochs + 1)]
+    lines = [record(epoch, **values).to_json() + "\n" for epoch, values in enumerate(held_out, start=1)]
     (path / "metrics.jsonl").write_text("".join(lines))
     if top1 is not None:
-        random = np.random.default_rng(seed)
-        labels, logits = random.integers(3, size=60), random.normal(size=(60, 3)).astype(np.float16)
+        random, count = np.random.default_rng(0), 20 * len(names)
+        labels = np.arange(count) % len(names)
+        logits = random.normal(size=(count, len(names))).astype(np.float16)
         wrong = np.flatnonzero(logits.argmax(1) != labels)[:5]
-        images = random.integers(256, size=(60, 3, 8, 8), dtype=np.uint8)
+        images = random.integers(256, size=(count, 3, 8, 8), dtype=np.uint8)
         np.savez(
-            path / "test_predictions.npz", indices=np.arange(60), labels=labels, logits=logits, images=images,
-            class_names=np.array(CLASSES), mistakes=wrong, mistaken_images=images[wrong],
+            path / "test_predictions.npz", indices=np.arange(count), labels=labels, logits=logits, images=images[:64],
+            class_names=np.array(names), mistakes=wrong, mistaken_images=images[wrong],
         )  # fmt: skip
     return path
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    path = make_run(tmp_path_factory.mktemp("report") / "run")
+    path = make_run(tmp_path_factory.mktemp("report") / "run", status="early_stopped")
     assert main(["report", str(path)]) == 0
     return path
 
 
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
 def test_one_run_gets_its_figures_and_a_page(run):
-    names = {"curves.png", "confusion.png", "per_class.png", "predictions.png", "mistakes.png"}
-    assert {path.name for path in (run / "figures").iterdir()} == names
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (run / "figures").iterdir())
-    page = (run / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == len(names)
+    assert names_in(run / "figures") == EVERY_FIGURE
+    for path in (run / "figures").iterdir():
+        assert matplotlib_image.imread(path)[..., :3].std() > 0.02, f"{path} is empty"
+    page = html.unescape((run / "report.html").read_text())
     for expected in (
-        "original on shapes, seed 0",
-        "75.00 %",
-        "learning_rate",
-        "torch",
-        "abc",
-        "40.0% of cat taken for dog",
-    ):
+        "original on shapes, seed 0", "75.00 %", "Early stopping triggered", "early stop (3)", "best epoch (2)",
+        "optimizer.learning_rate", "0.01", "torch", "2.14", "abc", "bf16", r"40.0% of cat taken for $\dog$ (8 of 20)",
+    ):  # fmt: skip
         assert expected in page, expected
+    assert page.count("data:image/png;base64,") == 60 + 5 + 1, "the first images, the mistakes, the matrix"
+
+
+def test_the_command_to_run_it_again_can_be_typed(run):
+    words = re.search(r"<pre>python launch.py (.*?)</pre>", (run / "report.html").read_text())[1].split()
+    command, options = parse_arguments(words)
+    assert (command, options.dataset, options.precision, options.num_processes) == ("train", "shapes", "bf16", 2)
+    assert read_recipe(options.recipe) == yaml.safe_load((run / "config.yaml").read_text())["recipe"]
 
 
 class Addresses(html.parser.HTMLParser):
@@ -89,86 +108,183 @@ class Addresses(html.parser.HTMLParser):
     def __init__(self) -> None:
         super().__init__()
         self.asked: list[str] = []
+        self.tags: set[str] = set()
 
     def handle_starttag(self, tag, attributes):
-        self.asked += [value[:30] for name, value in attributes if name in ("src", "href", "srcset", "data", "action")]
-        assert tag not in ("script", "link", "iframe", "object")
+        names = ("src", "href", "xlink:href", "srcset", "data", "action")
+        self.asked += [value for name, value in attributes if name in names and not value.startswith("#")]
+        self.tags.add(tag)
 
 
 def test_the_page_asks_for_nothing_and_takes_no_name_for_markup(run):
     page, heard = (run / "report.html").read_text(), Addresses()
     heard.feed(page)
     assert heard.asked and all(address.startswith("data:image/png;base64,") for address in heard.asked)
-    assert "url(" not in page and "@import" not in page
+    assert not heard.tags & {"script", "link", "iframe", "object", "b "}
+    assert set(re.findall(r"url\((.)", page)) <= {"#"} and "@import" not in page and "://" not in page
+    assert "default-src 'none'" in page
     assert "<b>&ship" not in page and "&lt;b&gt;&amp;ship" in page
     assert "prefers-color-scheme: dark" in page and "width=device-width" in page
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
-@pytest.mark.parametrize("width", [500, 1200])
-def test_a_browser_shows_the_page_and_nothing_is_wider_than_its_window(run, tmp_path, width):
-    """With a script of the test's own that says how wide the page is."""
-    measured = "<script>document.title = document.documentElement.scrollWidth + ' of ' + innerWidth</script></body>"
-    page = tmp_path / "page.html"
-    page.write_text((run / "report.html").read_text().replace("</body>", measured))
+MEASURE = """<body><iframe style="width: {width}px; height: 800px; border: 0" srcdoc="{page}"></iframe><script>
+window.onload = () => {{ const inside = document.querySelector("iframe").contentDocument, root = inside.documentElement;
+  document.title = [root.scrollWidth, root.clientWidth, inside.querySelectorAll("svg").length].join(" "); }}
+</script></body>"""
+
+
+def open_in_chromium(page: str, width: int, folder: Path) -> list[int]:
+    """Give how wide the page and its window are, and how many drawings it has; a window alone is never so narrow."""
+    (folder / "measure.html").write_text(MEASURE.format(width=width, page=html.escape(page)))
     command = [
-        "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
-        "--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}",
-        f"--window-size={width},800", "--dump-dom", page.as_uri(),
+        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
+        "--disable-background-networking", "--disable-component-update", f"--user-data-dir={folder / 'profile'}",
+        "--hide-scrollbars", "--window-size=1300,900", "--dump-dom", (folder / "measure.html").as_uri(),
     ]  # fmt: skip
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    wide, window = map(int, re.search(r"<title>(\d+) of (\d+)</title>", shown).groups())
-    assert wide <= window and shown.count("<img") == 5
+    return [int(number) for number in re.search(r"<title>(.*?)</title>", shown)[1].split()]
 
 
-def test_a_run_that_was_not_tested_has_its_curves(tmp_path, capsys):
-    run = make_run(tmp_path / "run", top1=None, status="interrupted")
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, to open the page in")
+@pytest.mark.parametrize(("width", "classes"), [(360, 3), (360, 30), (1200, 3)])
+def test_a_browser_shows_the_page_and_nothing_is_wider_than_its_window(tmp_path, width, classes):
+    names = [f"<i>{'long' * 8}{number}" for number in range(classes)]
+    run = make_run(tmp_path / "run", names=names)
+    assert main(["report", str(run)]) == 0
+    wide, window, drawings = open_in_chromium((run / "report.html").read_text(), width, tmp_path)
+    assert (window, drawings) == (width, 4)
+    assert wide <= window
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, to open the page in")
+def test_a_browser_shows_the_page_of_several_runs(tmp_path):
+    runs = [str(make_run(tmp_path / "a-name-that-is-long" / f"seed{seed}", f"seed={seed}")) for seed in range(3)]
+    assert main(["report", *runs, "--out", str(tmp_path / "out")]) == 0
+    wide, window, drawings = open_in_chromium((tmp_path / "out" / "report.html").read_text(), 360, tmp_path)
+    assert wide <= window == 360
+    assert drawings == 6 + 3, "six panels, and a line that tells each run"
+
+
+def test_a_drawing_in_a_page_has_the_pages_colours_and_no_address():
+    panels = run_panels([record(1, val_loss=0.5, val_acc=0.5)], best_epoch=1, stopped_early=True)
+    svg = panel_svg(panels[0], legend=True)
+    assert svg.startswith("<svg") and svg.endswith("</svg>") and "://" not in svg and "<metadata" not in svg
+    assert "var(--c0)" in svg and "var(--c1)" in svg and "currentColor" in svg
+    assert "#0072b2" not in svg and "#000000" not in svg
+    assert ">validation</text>" in svg, "text is text"
+
+
+def test_the_best_epoch_and_an_early_stop_are_marked():
+    records = [record(epoch) for epoch in (1, 2, 3)]
+    for panel in run_panels(records, best_epoch=2, stopped_early=True):
+        assert panel.marks == {"best epoch": 2, "early stop": 3}
+    assert not any(panel.marks for panel in run_panels(records, best_epoch=None, stopped_early=False))
+    assert [len(panel.curves) for panel in run_panels(records, best_epoch=None, stopped_early=False)] == [1, 1, 1]
+
+
+def test_thirty_runs_look_different_and_what_none_has_is_no_panel():
+    assert len({style_of(place) for place in range(30)}) == 30
+    without, held_out = [record(1)], [record(1, val_loss=0.5, val_acc=0.5)]
+    assert len(overlaid_panels({"a": without, "b": []})) == 4
+    assert len(overlaid_panels({"a": without, "b": held_out})) == 6
+
+
+@pytest.mark.parametrize("epochs", [0, 2])
+def test_a_run_that_was_not_tested_has_its_curves(tmp_path, capsys, epochs):
+    run = make_run(tmp_path / "run", top1=None, status="interrupted", epochs=epochs)
     assert main(["report", str(run), "--out", str(tmp_path / "out")]) == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"curves.png", "report.html"}
-    assert not (run / "report.html").exists()
-    assert "not tested yet, and not counted: 1" in capsys.readouterr().out
+    assert names_in(tmp_path / "out") == {"report.html", *(["curves.png"] if epochs else [])}
+    assert names_in(run) == {"config.yaml", "metrics.jsonl", "summary.json"}
+    assert "not tested yet" in capsys.readouterr().out
 
 
-def test_a_run_without_images_of_its_mistakes_is_reported(tmp_path):
-    run = make_run(tmp_path / "run", epochs=1)
-    saved = dict(np.load(run / "test_predictions.npz"))
-    del saved["mistakes"], saved["mistaken_images"]
+def test_a_run_of_an_older_version_is_reported(tmp_path):
+    """It has no images of its mistakes."""
+    run = make_run(tmp_path / "run", epochs=1, validation=False)
+    with np.load(run / "test_predictions.npz") as file:
+        saved = {name: array for name, array in file.items() if not name.startswith("mista")}
     np.savez(run / "test_predictions.npz", **saved)
     assert main(["report", str(run)]) == 0
-    assert not (run / "figures" / "mistakes.png").exists() and (run / "figures" / "predictions.png").exists()
+    assert names_in(run / "figures") == EVERY_FIGURE - {"mistakes.png"}
+    (run / "test_predictions.npz").unlink()
+    assert main(["report", str(run), "--out", str(tmp_path / "out")]) == 0
+    assert names_in(tmp_path / "out") == {"report.html", "curves.png"}
+    assert "40.0% of cat" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("classes", [2, 100, 160])
+def test_any_number_of_classes_is_drawn(tmp_path, classes):
+    run = make_run(tmp_path / "run", names=[f"class{number}" for number in range(classes)])
+    assert main(["report", str(run)]) == 0
+    assert names_in(run / "figures") == EVERY_FIGURE
+    height, width = matplotlib_image.imread(run / "figures" / "per_class.png").shape[:2]
+    assert max(height, width) < 1600
+    assert ('class="matrix large"' in (run / "report.html").read_text()) == (classes > 20)
 
 
 def test_several_runs_have_a_table_in_three_forms(tmp_path, capsys):
-    runs = [str(make_run(tmp_path / f"seed{seed}", seed=seed, top1=0.7 + seed / 10)) for seed in range(2)]
-    assert main(["report", *runs]) == 0
+    runs = [str(make_run(tmp_path / f"seed{seed}", f"seed={seed}", top1=0.7 + seed / 10)) for seed in range(2)]
+    assert main(["report", *runs, runs[0]]) == 0
     text = capsys.readouterr().out
-    assert "accuracy 75.00 ± 7.07 %" in text and "training 100.5 ± 0.7 s" in text and "--out DIR" in text
+    assert re.search(r"mean ± sd of 2 runs +75.00 ± 7.07 +0.5000 ± 0.0000 +100.5 ± 0.7 +100 ± 0\n", text)
+    assert "--out DIR" in text
     assert not any(Path(run, "figures").exists() for run in runs)
     out = tmp_path / "out"
     assert main(["report", *runs, "--out", str(out)]) == 0
-    assert {path.name for path in out.iterdir()} == {"curves.png", "report.csv", "report.md", "report.html"}
-    rows = list(csv.DictReader((out / "report.csv").read_text().splitlines()))
+    assert names_in(out) == {"curves.png", "report.csv", "report.md", "report.html"}
+    *rows, mean, deviation = csv.DictReader((out / "report.csv").read_text().splitlines())
     assert [float(row["top1"]) for row in rows] == pytest.approx([0.7, 0.8]) and rows[0]["top5"] == ""
-    assert [float(row["images_per_second"]) for row in rows] == [100.0, 100.0]
+    assert [(row["seed"], row["epochs"], row["images_per_second"]) for row in rows] == [
+        ("0", "3", "100.0"), ("1", "3", "100.0")
+    ]  # fmt: skip
+    assert float(mean["top1"]) == pytest.approx(0.75) and float(deviation["top1"]) == pytest.approx(0.0707, abs=1e-4)
     markdown = (out / "report.md").read_text().splitlines()
-    assert markdown[1].count("---|") == markdown[0].count(" | ") + 1 and len(markdown) > 6
-    assert "accuracy 75.00 ± 7.07 %" in (out / "report.html").read_text()
+    assert len({line.count(" | ") for line in markdown[:5]}) == 1
+    assert "75.00 ± 7.07" in markdown[4] and "75.00 ± 7.07" in (out / "report.html").read_text()
 
 
-def test_a_hundred_classes_are_drawn(tmp_path):
+def test_means_are_over_the_seeds_of_one_experiment(tmp_path, capsys):
+    small = [str(make_run(tmp_path / f"a{seed}", f"seed={seed}", top1=0.5 + seed / 10)) for seed in range(3)]
+    large = [
+        str(make_run(tmp_path / f"b{seed}", f"seed={seed}", "global_batch_size=256", top1=0.8 + seed / 10))
+        for seed in range(2)
+    ]
+    untested = str(make_run(tmp_path / "c", "seed=9", top1=None, status="running"))
+    assert main(["report", *small, *large, untested]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"mean ± sd of 3 runs \(global_batch_size=128\) +60.00 ± 10.00", text)
+    assert re.search(r"mean ± sd of 2 runs \(global_batch_size=256\) +85.00 ± 7.07", text)
+    assert "not tested yet, and in no mean: 1" in text
+    assert "the runs differ in global_batch_size" in text
+
+
+MISTAKES = {
+    "nowhere": ("there is no run in", lambda run: shutil.rmtree(run)),
+    "no summary": ("has no summary.json", lambda run: (run / "summary.json").unlink()),
+    "damaged predictions": (
+        "test_predictions.npz is damaged",
+        lambda run: (run / "test_predictions.npz").write_text(""),
+    ),
+    "no seed": (
+        "is damaged: it lacks 'seed'",
+        lambda run: (run / "config.yaml").write_text("{recipe: {}, dataset: {}}"),
+    ),
+    "figures is a file": ("cannot write", lambda run: (run / "figures").write_text("here already")),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line(tmp_path, capsys, mistake):
     run = make_run(tmp_path / "run")
-    names = [f"class{i}" for i in range(100)]
-    many = dataclasses.replace(
-        evaluation(0.5), per_class_accuracy=dict.fromkeys(names, 0.5), confusion_matrix=np.eye(100, dtype=int).tolist()
-    )
-    summary = dataclasses.replace(Summary.from_json((run / "summary.json").read_text()), test=many)
-    (run / "summary.json").write_text(summary.to_json())
-    assert main(["report", str(run)]) == 0
-
-
-def test_a_place_that_cannot_be_written_is_one_line(run, tmp_path, capsys):
-    (tmp_path / "file").write_text("here already")
-    assert main(["report", str(run), "--out", str(tmp_path / "file")]) == 2
+    message, spoil = MISTAKES[mistake]
+    spoil(run)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert main(["report", str(run)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: cannot write ") and error.count("\n") == 1
-    assert (tmp_path / "file").read_text() == "here already"
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_report_needs_no_torch():
+    code = "import sys, cifar_dist.commands.report, cifar_dist.display.page; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
