@@ -23,7 +23,8 @@ h1 { font-size: 1.5rem; line-height: 1.25; margin: .5rem 0; } h2 { font-size: 1.
 p, figure, ol { margin: .4rem 0; } .dim, figcaption { color: var(--dim); }
 .tiles { display: grid; gap: .6rem; grid-template-columns: repeat(auto-fit, minmax(7.6rem, 1fr)); margin: 1rem 0; }
 .tiles div { background: var(--soft); border-radius: .5rem; padding: .5rem .6rem; }
-.tiles b { display: block; font-size: 1.1rem; white-space: nowrap; } .tiles span { color: var(--dim); font-size: .85rem; }
+.tiles b { display: block; font-size: 1.1rem; white-space: nowrap; }
+.tiles span { color: var(--dim); font-size: .85rem; }
 .panels { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); }
 svg { display: block; width: 100%; height: auto; fill: currentColor; } svg text { font-family: inherit !important; }
 svg * { stroke-linejoin: round; }
