@@ -176,7 +176,9 @@ def _eval_parser() -> _Parser:
     _add_recipe_of_weights(parser)
     parser.add_argument("--tta", choices=("none", "mirror"), default="none", help="average over the mirror image too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
-    parser.add_argument("--figures", type=Path, metavar="DIR", help="draw the confusion matrix, accuracy by class, predictions there")
+    parser.add_argument(
+        "--figures", type=Path, metavar="DIR", help="draw the confusion matrix, accuracy by class, predictions there"
+    )
     return parser
 
 

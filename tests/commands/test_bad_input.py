@@ -156,7 +156,8 @@ def test_any_content_of_a_checkpoint(document):
 
 RECIPES = ", ".join(recipe_names())
 CASES = {
-    "trian": "unknown command 'trian', did you mean 'train'? (commands: train, eval, predict, report, export, bench, doctor)",
+    "trian": "unknown command 'trian', did you mean 'train'?"
+    " (commands: train, eval, predict, report, export, bench, doctor)",
     "--epoch 3": "unknown argument '--epoch', did you mean '--epochs'?",
     "--epochs ten": "argument --epochs: invalid int value: 'ten' (see launch.py train --help)",
     "--epochs 0": "epochs must be 1 or more, not 0",
