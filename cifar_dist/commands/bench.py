@@ -26,7 +26,7 @@ from cifar_dist.model.resnet import build_resnet
 from cifar_dist.runtime.distributed import Runtime, connect, start
 from cifar_dist.runtime.timing import Contender, alternate, seconds_of
 from cifar_dist.training.anatomy import flops_per_image, memory_by_part, peak_flops, seconds_by_part
-from cifar_dist.training.checkpoint import write_atomically
+from cifar_dist.training.checkpoint import check_output, write_output
 from cifar_dist.training.engine import Trainer
 from cifar_dist.training.setup import build_trainer
 
@@ -45,8 +45,8 @@ _HOPELESS = 3.0
 def run(options: BenchOptions, world: World, config: AccelerateConfig) -> int:
     """Measure as asked; give the exit code."""
     console = Console(quiet=world.rank > 0)
-    if options.json is not None and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):
-        raise UserError(f"--json {options.json} cannot be written: name a file in a folder that exists")
+    if options.json is not None:
+        check_output("--json", options.json)
     if options.sweep and world.size > 1:
         raise UserError(f"--sweep compares what one process can do, and there are {world.size}: start one")
     recipe = resolve_recipe(read_recipe(options.recipe), _NOT_FOR_SPEED, options.assignments)
@@ -59,8 +59,7 @@ def run(options: BenchOptions, world: World, config: AccelerateConfig) -> int:
         result = (_sweep if options.sweep else _measure)(recipe, runtime, options.seconds)
     print_lines(console, (format_sweep if options.sweep else format_bench)(result), title="bench")
     if world.rank == 0 and options.json is not None:
-        text = json.dumps(result, allow_nan=False) + "\n"
-        write_atomically(options.json, lambda file: file.write(text.encode()))
+        write_output(options.json, json.dumps(result, allow_nan=False).encode() + b"\n")
     return EXIT_DONE
 
 

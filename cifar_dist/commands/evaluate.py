@@ -21,7 +21,7 @@ from cifar_dist.display.progress import evaluation_display, loading_progress
 from cifar_dist.display.tables import format_class_bars, format_evaluation_totals, print_lines
 from cifar_dist.records import Evaluation
 from cifar_dist.runtime.distributed import Runtime, connect, start
-from cifar_dist.training.checkpoint import write_atomically
+from cifar_dist.training.checkpoint import check_output, write_output
 from cifar_dist.training.evaluation import Predictions, predict_logits
 from cifar_dist.training.metrics import confident_mistakes, summarize
 from cifar_dist.training.weights import SavedWeights, read_weights
@@ -38,9 +38,8 @@ def evaluate(options: EvalOptions, world: World, config: AccelerateConfig, conso
     with connect(world, config) as ranks:
         weights = ranks.from_main(lambda: _read(options))
         dataset = ranks.in_turn(lambda: _load_data(console, options, weights))
-        about = weights.about
-        precision = options.precision or about.get("precision", "no")
-        threads = about.get("num_threads") if about.get("world_size") == world.size else None
+        precision, threads = weights.computed_with(world.size)
+        precision = options.precision or precision
         runtime = start(ranks, config, typed_precision=precision, num_threads=threads, doing="evaluating")
         note = other_count_note(world, config, None)
         for line in (*weights.notes, *runtime.outlook.notes, *filter(None, [note])):
@@ -61,8 +60,8 @@ def evaluate(options: EvalOptions, world: World, config: AccelerateConfig, conso
 
 def _check_outputs(options: EvalOptions) -> None:
     """Refuse places that cannot be written to before time is spent on what goes there."""
-    if options.json is not None and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):
-        raise UserError(f"--json {options.json} cannot be written: name a file in a folder that exists")
+    if options.json is not None:
+        check_output("--json", options.json)
     if options.figures is not None and options.figures.exists() and not options.figures.is_dir():
         raise UserError(f"--figures {options.figures} is a file: name a folder")
 
@@ -147,7 +146,7 @@ def _write_json(
         "precision": runtime.precision,
         "world_size": runtime.world.size,
     }
-    write_atomically(path, lambda file: file.write(json.dumps(content, allow_nan=False).encode() + b"\n"))
+    write_output(path, json.dumps(content, allow_nan=False).encode() + b"\n")
 
 
 def _draw(

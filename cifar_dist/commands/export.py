@@ -15,7 +15,7 @@ from cifar_dist.config.options import ExportOptions
 from cifar_dist.config.provenance import package_versions
 from cifar_dist.config.world import AccelerateConfig, World
 from cifar_dist.data.batches import Normalizer
-from cifar_dist.training.checkpoint import write_atomically
+from cifar_dist.training.checkpoint import check_output, write_output
 from cifar_dist.training.weights import SavedWeights, read_weights
 
 _NEEDED = {".pth": (), ".safetensors": ("safetensors",), ".onnx": ("onnx", "onnxscript", "onnxruntime")}
@@ -30,16 +30,16 @@ def run(options: ExportOptions, world: World, config: AccelerateConfig) -> int:
     out, kind = options.out, options.out.suffix
     if kind not in _NEEDED:
         raise UserError(f"--out {out} must end in {', '.join(_NEEDED)}, not in '{kind}'")
-    if out.exists() or not out.absolute().parent.is_dir():
-        what = "exists already" if out.exists() else "cannot be written"
-        raise UserError(f"--out {out} {what}: name a new file in a folder that exists")
+    if out.exists():
+        raise UserError(f"--out {out} exists already: name a new file")
+    check_output("--out", out)
     for package in _NEEDED[kind]:
         if importlib.util.find_spec(package) is None:
             raise UserError(f"{kind} needs the package {package}: pip install {' '.join(_NEEDED[kind])}")
     weights = read_weights(options.checkpoint, options.recipe)
     write: dict[str, Callable[[SavedWeights], bytes]] = {".pth": _pth, ".safetensors": _safetensors, ".onnx": _onnx}
     content = write[kind](weights)
-    write_atomically(out, lambda file: file.write(content))
+    write_output(out, content)
     recipe = weights.recipe
     mean, std = list(recipe.normalization.mean), list(recipe.normalization.std)
     images = f"RGB images (N, 3, {recipe.image_size}, {recipe.image_size}) in [0, 1]"

@@ -1,6 +1,7 @@
 """`predict`: the most likely classes of images that belong to no dataset."""
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from cifar_dist.config.errors import EXIT_DONE, EXIT_USER_ERROR, UserError
+from cifar_dist.config.errors import EXIT_DONE, EXIT_USER_ERROR
 from cifar_dist.config.options import PredictOptions
 from cifar_dist.config.world import AccelerateConfig, World, other_count_note
 from cifar_dist.data.batches import Normalizer
@@ -19,9 +20,12 @@ from cifar_dist.display.progress import evaluation_display
 from cifar_dist.display.tables import format_table
 from cifar_dist.records import Observer
 from cifar_dist.runtime.distributed import Runtime, connect, start
-from cifar_dist.training.checkpoint import write_atomically
+from cifar_dist.training.checkpoint import check_output, write_output
 from cifar_dist.training.evaluation import batch_size_for
 from cifar_dist.training.weights import SavedWeights, read_weights
+
+_DECODED_AT_ONCE = 256
+"""Images, or a few more: enough for all the threads that decode, and little memory."""
 
 
 def run(options: PredictOptions, world: World, config: AccelerateConfig) -> int:
@@ -31,11 +35,13 @@ def run(options: PredictOptions, world: World, config: AccelerateConfig) -> int:
     with connect(world, config) as ranks:
         weights = ranks.from_main(lambda: _read_weights(options, to_stdout))
         files, unreadable = ranks.from_main(lambda: find_images(options.images))
-        precision = options.precision or weights.about.get("precision", "no")
-        runtime = start(ranks, config, typed_precision=precision, doing="predicting")
-        for line in (*weights.notes, *runtime.outlook.notes, other_count_note(world, config, None)):
-            if line:
-                console.print(line, highlight=False, soft_wrap=True, markup=False)
+        precision, threads = weights.computed_with(world.size)
+        precision = options.precision or precision
+        runtime = start(ranks, config, typed_precision=precision, num_threads=threads, doing="predicting")
+        unnamed = "the weights do not name their classes: they are numbered" if weights.class_names is None else None
+        notes = (*weights.notes, unnamed, *runtime.outlook.notes, other_count_note(world, config, None))
+        for line in filter(None, notes):
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
         model = weights.build(runtime.device, runtime.memory_format)
         with evaluation_display(console) as observer:
             probabilities, was_read = _predict(model, weights, files, runtime, observer)
@@ -54,9 +60,8 @@ def run(options: PredictOptions, world: World, config: AccelerateConfig) -> int:
 
 
 def _read_weights(options: PredictOptions, to_stdout: bool) -> SavedWeights:
-    place = options.json
-    if place is not None and not to_stdout and (place.is_dir() or not place.absolute().parent.is_dir()):
-        raise UserError(f"--json {place} cannot be written: name a file in a folder that exists")
+    if options.json is not None and not to_stdout:
+        check_output("--json", options.json)
     return read_weights(options.checkpoint, options.recipe)
 
 
@@ -66,15 +71,16 @@ def _predict(
     """Give each file's probabilities (N, classes), and which were read (N,); each process does its own files."""
     rank, count, size = runtime.world.rank, runtime.world.size, weights.recipe.image_size
     own, batch_size = list(range(len(files)))[rank::count], batch_size_for(size)
+    block = batch_size * math.ceil(_DECODED_AT_ONCE / batch_size)
     normalize = Normalizer(weights.recipe.normalization, runtime.device, runtime.memory_format)
     result = torch.zeros(len(files), weights.num_classes + 1, device=runtime.device)
-    for start_at in range(0, len(own), batch_size):
-        rows = own[start_at : start_at + batch_size]
+    for start_at in range(0, len(own), block):
+        rows = own[start_at : start_at + block]
         pixels, was_read = decode_images([files[row] for row in rows], size)
-        images = torch.from_numpy(pixels).to(runtime.device).float() / 255
+        batches = torch.split(torch.from_numpy(pixels), batch_size)
         with torch.no_grad(), runtime.autocast():
-            logits = model(normalize(images)).float()
-        result[rows, :-1] = logits.softmax(1)
+            logits = [model(normalize(batch.to(runtime.device).float() / 255)).float() for batch in batches]
+        result[rows, :-1] = torch.cat(logits).softmax(1)
         result[rows, -1] = torch.tensor(was_read, device=runtime.device).float()
         observer.on_evaluation(min(len(files), (start_at + len(rows)) * count), len(files))
     result = runtime.sum_over_ranks(result).cpu()
@@ -112,4 +118,4 @@ def _write_json(options: PredictOptions, to_stdout: bool, content: Mapping[str, 
     if to_stdout:
         sys.stdout.write(text)
     elif options.json is not None:
-        write_atomically(options.json, lambda file: file.write(text.encode()))
+        write_output(options.json, text.encode())

@@ -147,7 +147,7 @@ def _save(cache_file: Path, key: bytes, images: Pixels, blocks: list[NDArray[np.
 
 def _decode_all(files: Sequence[ImageFile], images: Pixels, progress: Progress | None) -> Range:
     try:
-        sizes = decode_by(_pool(len(files)), files, images, progress)
+        sizes = decode_by(pool_for(len(files)), files, images, progress)
     except BrokenExecutor:  # a worker was killed, or cannot import the script that is running
         sizes = decode_by(ThreadPoolExecutor(1), files, images, progress)
     if unreadable := [file.name for file, size in zip(files, sizes, strict=True) if not size]:
@@ -180,7 +180,7 @@ def decode_by(
     return sizes
 
 
-def _pool(num_files: int) -> Executor:
+def pool_for(num_files: int) -> Executor:
     """Give threads, or, where there are many images, processes: small ones wait for each other's interpreter lock."""
     workers = min(_MAX_WORKERS, os.cpu_count() or 1)
     if num_files < _MANY or workers == 1:

@@ -2,14 +2,13 @@
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from cifar_dist.config.errors import UserError
 from cifar_dist.data.folder import OTHER_SUFFIXES, files_below
-from cifar_dist.data.image_cache import ImageFile, Pixels, decode_by
+from cifar_dist.data.image_cache import ImageFile, Pixels, decode_by, name_some, pool_for
 
 UNREADABLE = "cannot be read: empty, damaged, too large or no image"
 
@@ -17,30 +16,34 @@ UNREADABLE = "cannot be read: empty, damaged, too large or no image"
 def find_images(paths: Sequence[Path]) -> tuple[list[ImageFile], dict[str, str]]:
     """List the files that were named, and those below folders, each once; and why others are none.
 
-    In a folder only files with an image's suffix count. Raises UserError where there is no file at all.
+    In a folder only files with an image's suffix count. Raises UserError where nothing is left to be read.
     """
     found: dict[Path, ImageFile] = {}
     refused: dict[str, str] = {}
     for path in paths:
-        members = [ImageFile(str(path), str(path), -1, -1)]
+        shown = os.fsencode(path).decode(errors="backslashreplace")  # a name may be any bytes, and is to be printed
+        members = [ImageFile(str(path), shown, -1, -1)]
         if path.is_dir():
-            members = sorted(files_below(str(path), f"{path}/"), key=lambda file: file.name)
+            try:
+                members = sorted(files_below(str(path), f"{shown}/"), key=lambda file: file.name)
+            except UserError as error:  # a folder below it cannot be read
+                members, refused[shown] = [], f"is left out: {error}"
             if not members:
-                refused[str(path)] = "holds no images"
+                refused.setdefault(shown, "holds no images")
         for file in members:
             if file.name.lower().endswith(OTHER_SUFFIXES):
-                refused[file.name] = "HEIC and AVIF images cannot be read: convert it to PNG or JPEG"
+                refused[file.name] = "cannot be read, as no HEIC or AVIF image can: convert it to PNG or JPEG"
             elif not os.path.isfile(file.path):  # noqa: PTH113 - a name may hold bytes that no Path can show
                 refused[file.name] = "is no file" if Path(file.path).exists() else "does not exist"
             else:
                 found.setdefault(Path(file.path).resolve(), file)
-    if not found and not refused:
-        raise UserError("no images were named")
+    if not found:
+        raise UserError(f"no image is left: {name_some([f'{name} {reason}' for name, reason in refused.items()])}")
     return list(found.values()), refused
 
 
 def decode_images(files: Sequence[ImageFile], size: int) -> tuple[Pixels, list[bool]]:
     """Decode files as (N, 3, size, size), and say which of them could be read."""
     images: Pixels = np.zeros((len(files), 3, size, size), dtype=np.uint8)
-    sizes = decode_by(ThreadPoolExecutor(os.cpu_count()), files, images, None)
+    sizes = decode_by(pool_for(len(files)), files, images, None)
     return images, [each is not None for each in sizes]

@@ -36,6 +36,20 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     _sync_folder(path.parent)
 
 
+def check_output(option: str, path: Path) -> None:
+    """Refuse a place that cannot be written to before time is spent on what goes there. Raises UserError."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"{option} {path} cannot be written: name a file in a folder that exists")
+
+
+def write_output(path: Path, content: bytes) -> None:
+    """Write a file that was asked for, atomically. Raises UserError where that cannot be."""
+    try:
+        write_atomically(path, lambda file: file.write(content))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; name another place") from None
+
+
 def save_checkpoint(path: Path, content: dict[str, Any], *, previous: Path | None = None) -> None:
     """Write a checkpoint atomically; what was at `path` becomes `previous`, and `path` is never missing."""
     if previous is not None and path.exists():

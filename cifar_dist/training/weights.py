@@ -30,6 +30,11 @@ class SavedWeights:
     """The checkpoint's own words on dataset, precision and threads; empty for bare weights."""
     notes: tuple[str, ...]
 
+    def computed_with(self, world_size: int) -> tuple[str, int | None]:
+        """Give their run's precision, and its threads in a world of the same size: with both, its bits come again."""
+        threads = self.about.get("num_threads") if self.about.get("world_size") == world_size else None
+        return self.about.get("precision", "no"), threads
+
     def build(self, device: torch.device, memory_format: torch.memory_format) -> nn.Module:
         """Give the network with these weights, in evaluation mode. Raises UserError where they do not fit it."""
         model = build_resnet(self.recipe.stem, self.num_classes, seed=0)
@@ -45,12 +50,11 @@ def read_weights(path: Path, recipe_name: str | None = None) -> SavedWeights:
     """
     file = _checkpoint_file(path)
     content = load_checkpoint(file)
-    if is_bare_weights(content):
-        return _bare_weights(file, content, recipe_name)
-    if "recipe" not in content or "model" not in content:
-        raise UserError(f"checkpoint {file} is neither a checkpoint of this program nor a bare state dict")
     with understanding(file):
-        return _own_weights(file, content, recipe_name)
+        weights = (_bare_weights if is_bare_weights(content) else _own_weights)(file, content, recipe_name)
+        if bad := [name for name, tensor in weights.tensors.items() if not tensor.isfinite().all()]:
+            raise UserError(f"{file} holds numbers that are not finite ({bad[0]}): its training diverged, use another")
+    return weights
 
 
 def _checkpoint_file(path: Path) -> Path:
@@ -67,6 +71,8 @@ def _checkpoint_file(path: Path) -> Path:
 
 
 def _own_weights(path: Path, content: dict[str, Any], recipe_name: str | None) -> SavedWeights:
+    if "recipe" not in content or "model" not in content:
+        raise UserError(f"checkpoint {path} is neither a checkpoint of this program nor a bare state dict")
     recipe = resolve_recipe(content["recipe"], {}, {})
     if recipe_name is not None:
         typed = resolve_recipe(read_recipe(recipe_name), {}, {})

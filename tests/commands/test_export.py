@@ -116,6 +116,25 @@ def test_a_place_that_will_not_do_is_refused(folder, capsys, out, message):
     assert (folder / "resnet18.pth").read_bytes() == before
 
 
+def test_a_full_disk_is_one_line(folder, capsys, monkeypatch):
+    def full(path, write):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("cifar_dist.training.checkpoint.write_atomically", full)
+    assert main(["export", "--ckpt", RUN, "--out", "no-space.pth"]) == 2
+    error = capsys.readouterr().err
+    assert error == "error: cannot write no-space.pth: No space left on device; name another place\n"
+
+
+@pytest.mark.parametrize("command", [["eval", "--dataset", "shapes"], ["export", "--out", "bad.onnx"]])
+def test_weights_that_are_no_numbers_are_refused(folder, capsys, command):
+    weights = torch.load(folder / "resnet18.pth", weights_only=True)
+    weights["fc.weight"][3] = torch.nan
+    torch.save(weights, folder / "nan.pth")
+    assert main([*command, "--ckpt", "nan.pth"]) == 2
+    assert capsys.readouterr().err.startswith("error: nan.pth holds numbers that are not finite (fc.weight)")
+
+
 def test_a_missing_package_is_named(folder, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     find_spec = __import__("importlib.util").util.find_spec

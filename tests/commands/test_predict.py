@@ -1,17 +1,20 @@
 """Images of one's own: any size and mode, each once, and what cannot be read is named."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from cifar_dist.cli import main
-from cifar_dist.training.run_directory import RunDirectory
+from cifar_dist.commands import evaluate
+from cifar_dist.commands import predict as command
+from cifar_dist.config.errors import UserError
+from cifar_dist.data import loose
+from cifar_dist.training.metrics import summarize
 from tests.conftest import ROOT, make_images
 
 SETTINGS = ["--set", "global_batch_size=13", "epochs=25", "schedule.name=cosine", "early_stopping.enabled=false"]
@@ -64,15 +67,39 @@ def test_images_of_every_mode_are_told_apart_whichever_folder_they_are_in(folder
     assert "error" not in err
 
 
-def test_it_gives_what_the_evaluation_gives(folder, capsys):
-    """The test images of the folder, as the run itself predicted them."""
-    saved = np.load(RunDirectory(folder / "run").path / "test_predictions.npz")
-    expected = torch.from_numpy(saved["logits"]).float().softmax(1)
+def test_it_gives_what_the_evaluation_gives(folder, capsys, monkeypatch):
+    """To the bit: the test images of the folder, as `eval` predicts them."""
+    seen = []
+    monkeypatch.setattr(evaluate, "summarize", lambda *words: seen.append(words) or summarize(*words))
+    assert main(["eval", "--ckpt", "run"]) == 0
+    capsys.readouterr()
+    ((logits, _, names),) = seen
     result, _ = predict(capsys, "images/test")
-    names = list(saved["class_names"])
-    for each, row in zip(result["predictions"], expected, strict=True):
+    for each, row in zip(result["predictions"], logits.softmax(1).tolist(), strict=True):
         shares = {one["name"]: one["probability"] for one in each["classes"]}
-        assert [shares[name] for name in names] == pytest.approx(row.tolist(), abs=2e-3)  # float16 logits
+        assert [shares[name] for name in names] == row
+
+
+def test_many_images_are_decoded_part_by_part(folder, capsys, monkeypatch):
+    at_once, decode = [], command.decode_images
+    monkeypatch.setattr(command, "_DECODED_AT_ONCE", 3)
+    monkeypatch.setattr(command, "batch_size_for", lambda size: 2)
+    monkeypatch.setattr(command, "decode_images", lambda files, size: at_once.append(len(files)) or decode(files, size))
+    in_parts, _ = predict(capsys, "images/test")
+    assert at_once == [4, 3]
+    monkeypatch.undo()
+    whole, _ = predict(capsys, "images/test")
+    for mine, yours in zip(in_parts["predictions"], whole["predictions"], strict=True):
+        assert mine["file"] == yours["file"]
+        assert mine["classes"][0]["probability"] == pytest.approx(yours["classes"][0]["probability"], abs=1e-5)
+
+
+def test_bare_weights_number_their_classes(folder, capsys):
+    assert main(["export", "--ckpt", "run", "--out", "bare.pth"]) == 0
+    assert main(["predict", "--ckpt", "bare.pth", "others/light-grey.png"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "the weights do not name their classes: they are numbered" in lines
+    assert lines[-1].split()[:2] == ["others/light-grey.png", "1"]
 
 
 def test_a_file_named_twice_is_predicted_once_and_top_limits_the_classes(folder, capsys):
@@ -96,6 +123,36 @@ def test_what_cannot_be_read_is_named_and_the_rest_done(folder, capsys):
     assert "HEIC" in reasons["mixed/photo.heic"] and reasons["absent.png"] == "does not exist"
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 4 and any("mixed/broken.png cannot be read" in line for line in lines)
+
+
+def test_a_folder_that_cannot_be_listed_is_named_and_the_rest_done(folder, capsys, monkeypatch):
+    def files_below(path: str, prefix: str):
+        raise UserError(f"cannot read the folder {path}/secret: Permission denied")
+
+    monkeypatch.setattr(loose, "files_below", files_below)
+    result, err = predict(capsys, "images", "others/dark-grey.png", code=2)
+    assert [each["file"] for each in result["predictions"]] == ["others/dark-grey.png"]
+    assert "error: images is left out: cannot read the folder images/secret: Permission denied\n" in err
+
+
+def test_a_name_of_any_bytes_is_printed(folder, capsys):
+    name = os.fsdecode(b"caf\xe9.png")
+    try:
+        Image.new("L", (9, 9), 240).save(folder / name)
+    except OSError:
+        pytest.skip("this file system allows only Unicode")
+    result, _ = predict(capsys, name)
+    assert result["predictions"][0]["file"] == r"caf\xe9.png"
+
+
+def test_where_nothing_can_be_read_nothing_is_written(folder, capsys):
+    (folder / "hollow").mkdir()
+    assert main(["predict", "--ckpt", "run", "--json", "none.json", "hollow", "photo.heic"]) == 2
+    assert capsys.readouterr().err == (
+        "error: no image is left: hollow holds no images, photo.heic cannot be read, as no HEIC or AVIF image can:"
+        " convert it to PNG or JPEG\n"
+    )
+    assert not (folder / "none.json").exists()
 
 
 def test_the_table_and_a_file_of_json(folder, capsys):
