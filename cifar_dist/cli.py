@@ -73,8 +73,12 @@ def _run(argv: list[str], world: World) -> int:
         from cifar_dist.runtime.launch import end_with_parent
 
         end_with_parent(signal.SIGTERM)  # torch's agent, killed, would leave its processes behind
-    # Read by torch when it is imported, so it must stand before that; it only matters on a Mac.
+    # Both are read when torch is imported, so they must stand before that. The first matters on a Mac only. The second
+    # is GNU OpenMP's: threads wait for each other in a loop that keeps the core from whoever else needs it, and a
+    # shorter loop costs nothing alone (docs/benchmarks.md).
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     code: int = importlib.import_module(f"cifar_dist.commands.{_COMMANDS.get(command, command)}").run(
         options, world, config
     )

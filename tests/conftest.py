@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the launcher does, before torch is imported: tests share cores
+
 import pytest
 import torch
 from PIL import Image

@@ -1,8 +1,10 @@
 """What is typed becomes typed options, or one line; no help imports torch."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -121,6 +123,21 @@ def test_no_help_imports_torch(argv):
 
 
 @pytest.mark.command
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_waiting_threads_leave_the_cores_to_others_unless_told_otherwise(typed, expected, monkeypatch):
+    seen = []
+    command = SimpleNamespace(run=lambda *_: seen.append(os.environ.get("GOMP_SPINCOUNT")) or 0)
+    monkeypatch.setattr(cli.importlib, "import_module", lambda _: command)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    for name, value in typed.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["--dry-run"]) == 0
+    assert seen == [expected]
+
+
 def test_the_package_can_be_run_as_a_module():
     command = [sys.executable, "-m", "cifar_dist", "--version"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
