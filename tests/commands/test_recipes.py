@@ -1,7 +1,7 @@
 """Every recipe of the package trains an epoch as a user would start it.
 
-`standard` is left to the README's commands; recipes with a 3x3 stem get the stock one, for time. `finetune` without
-weights is among the bad input.
+`original` and `standard` are left to the README's commands; recipes with a 3x3 stem get the stock one, for
+time. `finetune` without weights is among the bad input.
 """
 
 import json
@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 pytestmark = pytest.mark.command
 
 
-@pytest.mark.parametrize("recipe", sorted(set(recipe_names()) - {"standard", "finetune"}))
+@pytest.mark.parametrize("recipe", sorted(set(recipe_names()) - {"original", "standard", "finetune"}))
 def test_a_recipe_runs(recipe, tmp_path):
     command = [sys.executable, str(ROOT / "launch.py"), "--recipe", recipe, "--dataset", "shapes", "--epochs", "1"]
     command += ["--set", "stem=imagenet"] if recipe in ("quick", "strong", "long") else []
