@@ -74,8 +74,8 @@ def _run(argv: list[str], world: World) -> int:
 
         end_with_parent(signal.SIGTERM)  # torch's agent, killed, would leave its processes behind
     # Both are read when torch is imported, so they must stand before that. The first matters on a Mac only. The second
-    # is GNU OpenMP's: threads wait for each other in a loop that keeps the core from whoever else needs it, and a
-    # shorter loop costs nothing alone (docs/benchmarks.md).
+    # is GNU OpenMP's: threads wait for each other in a loop that keeps the core from whoever else needs it; a short
+    # one costs nothing measurable alone (docs/benchmarks.md).
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -122,7 +122,6 @@ def test_no_help_imports_torch(argv):
     assert all(len(line) <= 120 for line in result.stdout.splitlines())
 
 
-@pytest.mark.command
 @pytest.mark.parametrize(
     ("typed", "expected"),
     [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
@@ -138,6 +137,7 @@ def test_waiting_threads_leave_the_cores_to_others_unless_told_otherwise(typed, 
     assert seen == [expected]
 
 
+@pytest.mark.command
 def test_the_package_can_be_run_as_a_module():
     command = [sys.executable, "-m", "cifar_dist", "--version"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
