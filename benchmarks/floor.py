@@ -46,12 +46,14 @@ def bare_step(stem: str, batch: int, precision: str) -> Callable[[], None]:
     sys.path.insert(0, str(Path(__file__).parent.parent))
     from cifar_dist.baselines.bare import BareStep
     from cifar_dist.config.loading import parse_assignments, read_recipe, resolve_recipe
+    from cifar_dist.model.convolution import use_dense_products
     from cifar_dist.model.optimizer import build_optimizer
     from cifar_dist.model.resnet import build_resnet
 
     assignments = parse_assignments(["optimizer.decay_norm_and_bias=false"])
     optimizer = resolve_recipe(read_recipe("original"), {}, assignments).optimizer
     model = build_resnet(stem, 10, seed=0).to(memory_format=torch.channels_last)
+    use_dense_products(model)
     images = torch.rand(batch, 3, 32, 32).to(memory_format=torch.channels_last)
     dtype = torch.bfloat16 if precision == "bf16" else None
     return BareStep(model, build_optimizer(model, optimizer), images, torch.arange(batch) % 10, dtype)

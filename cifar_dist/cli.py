@@ -4,6 +4,7 @@ import importlib
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ from cifar_dist.config.request import TrainRequest, check_before_launch
 from cifar_dist.config.world import World, load_accelerate_config, processes_to_start
 
 _COMMANDS = {"eval": "evaluate"}  # whose module has another name
+_SECONDS_TO_SPEAK = 15
+"""A rank that leaves a mistake to another to say waits so long: torchrun and Slurm end all when the first has ended."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # One line: a mistake that all have made, or were told of, is said by rank 0; another by the first of a machine.
         if world.rank == 0 or (world.local_rank == 0 and not isinstance(error, SharedError)):
             print(f"error: {error}", file=sys.stderr)
+        elif EXIT_CODE_FILE not in os.environ:
+            time.sleep(_SECONDS_TO_SPEAK)
         code = EXIT_USER_ERROR
     except (KeyboardInterrupt, EarlyEnd) as end:
         if world.rank == 0:

@@ -21,6 +21,7 @@ from cifar_dist.config.world import AccelerateConfig, World
 from cifar_dist.data.dataset import Dataset, LabelledImages
 from cifar_dist.display.live import training_display
 from cifar_dist.display.tables import format_bench, format_sweep, print_lines
+from cifar_dist.model.convolution import use_dense_products
 from cifar_dist.model.optimizer import build_optimizer
 from cifar_dist.model.resnet import build_resnet
 from cifar_dist.runtime.distributed import Runtime, connect, start
@@ -150,6 +151,7 @@ def _bare_step(
     """Build the floor; with several processes each does its share by itself and hears nothing of the others."""
     batch, device, side = recipe.global_batch_size // runtime.world.size, runtime.device, recipe.image_size
     model = build_resnet(recipe.stem, _NUM_CLASSES, seed=recipe.seed)
+    use_dense_products(model)
     model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
     optimizer = build_optimizer(model, recipe.optimizer, fused=fused)
     if compiler is not None:

@@ -14,6 +14,7 @@ from cifar_dist.data.dataset import Dataset
 from cifar_dist.data.order import GlobalBatchSampler, Shard
 from cifar_dist.data.split import stratified_split
 from cifar_dist.model.batch_norm import Groups, share_statistics, use_groups
+from cifar_dist.model.convolution import use_dense_products
 from cifar_dist.model.dropout import HeadDropout
 from cifar_dist.model.ema import ExponentialMovingAverage
 from cifar_dist.model.optimizer import build_optimizer
@@ -45,6 +46,7 @@ def build_trainer(
     """
     torch.manual_seed(recipe.seed)  # nothing below draws from it, but what somebody adds may
     model = build_resnet(recipe.stem, dataset.num_classes, seed=recipe.seed)
+    use_dense_products(model)
     if pretrained is not None:
         start_from(model, pretrained)
     if recipe.whitened_stem:

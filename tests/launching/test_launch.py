@@ -161,7 +161,16 @@ def test_a_mistake_has_one_line_and_code_2_and_one_found_by_rank_0_too(images, t
     before = begin(*command, "--set", "global_batch_size=9", "--dataset", "shapes", cwd=tmp_path)
     (tmp_path / "empty").mkdir()
     during = begin(*command, "--dataset", "empty", cwd=tmp_path)
-    nobody = begin(*torchrun("--standalone", "--nproc-per-node=2"), "--epoch", "3", cwd=tmp_path)
+    # torchrun ends all as soon as one has ended: rank 0 comes last, and is heard all the same.
+    late = tmp_path / "late.py"
+    late.write_text(
+        "import os, runpy, time\n"
+        "if os.environ['RANK'] == '0':\n"
+        "    time.sleep(3)\n"
+        f"runpy.run_path({LAUNCH!r}, run_name='__main__')\n"
+    )
+    agent = (str(BIN / "torchrun"), "--standalone", "--nproc-per-node=2", str(late))
+    nobody = begin(*agent, "--epoch", "3", cwd=tmp_path)
     (code, out, err), (code_during, out_during, err_during), (_, _, err_nobody) = finish(before, during, nobody)
     assert (code, out) == (2, "")
     assert err == "error: global_batch_size=9 does not divide by 2 processes x 1 accumulation: set it to 8 or 10\n"

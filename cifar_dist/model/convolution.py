@@ -1,0 +1,50 @@
+"""Convolutions over so few pixels that each output sees the whole image: dense layers, in float32 on a CPU."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+def use_dense_products(model: nn.Module) -> None:
+    """Make a ResNet's convolutions SmallImageConv2d, in place; weights, keys and hooks stay what they are."""
+    for module in model.modules():
+        if type(module) is nn.Conv2d:
+            module.__class__ = SmallImageConv2d
+
+
+class SmallImageConv2d(nn.Conv2d):
+    """A Conv2d, of one group and without bias, that is one matrix product where each output sees every pixel.
+
+    That is so in the last layers of a ResNet-18 on CIFAR's images: a 3x3 kernel over one pixel or over 2x2. There the
+    product leaves out the taps that lie on the padding, and oneDNN's own backward pass in float32 is slow: it takes
+    half of a training step of the stock network (docs/benchmarks.md). Only rounding differs.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Give (N, C_out, H', W') for `input` (N, C, H, W)."""
+        if self.training and input.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+            sizes = (self.kernel_size, self.stride, self.padding)
+            rows, columns = (_windows(input.shape[2 + axis], *(int(size[axis]) for size in sizes)) for axis in (0, 1))
+            if rows and columns:
+                return self._product(input, *rows, *columns)
+        return super().forward(input)
+
+    def _product(self, input: Tensor, height: int, rows: list[int], width: int, columns: list[int]) -> Tensor:
+        # Channels last, as the weights lie in memory: their gradient then needs no other order.
+        pixels, taps = input.permute(0, 2, 3, 1), self.weight.permute(0, 2, 3, 1)
+        windows = [
+            taps[:, row : row + height, column : column + width].flatten(1) for row in rows for column in columns
+        ]
+        outputs = functional.linear(pixels[:, :height, :width].flatten(1), torch.cat(windows))
+        return outputs.view(len(input), len(rows), len(columns), -1).permute(0, 3, 1, 2)
+
+
+def _windows(size: int, kernel: int, stride: int, padding: int) -> tuple[int, list[int]] | None:
+    """Give how many pixels along an axis the outputs see, and each output's first tap on them.
+
+    None where the outputs see different pixels.
+    """
+    count = (size + 2 * padding - kernel) // stride + 1
+    seen = size if count > 1 else min(size, kernel - padding)
+    taps = [padding - stride * output for output in range(count)]
+    return (seen, taps) if all(0 <= tap <= kernel - seen for tap in taps) else None

@@ -1,0 +1,111 @@
+"""A convolution over few pixels is a matrix product: the same outputs and gradients as torch's own."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from cifar_dist.config.plan import make_plan
+from cifar_dist.model.convolution import SmallImageConv2d, use_dense_products
+from cifar_dist.model.resnet import build_resnet
+from cifar_dist.records import Observer
+from cifar_dist.training.setup import build_trainer
+from tests.conftest import make_dataset, make_recipe
+
+DENSE = {
+    (3, 1, 1, 1): 1, (3, 2, 1, 1): 1, (3, 2, 1, 2): 1, (3, 1, 1, 2): 2, (1, 2, 0, 2): 1, (1, 2, 0, 1): 1,
+    (1, 1, 0, 1): 1,
+}  # fmt: skip
+"""(kernel, stride, padding, pixels a side) whose outputs see every pixel that is used -> outputs a side."""
+STRANGE = {(5, 3, 3, 4), (3, 2, 2, 2)}  # outputs that see some of the pixels, at a first glance all
+GEOMETRIES = sorted(
+    {*DENSE, *STRANGE, *((k, s, k // 2, n) for k in (1, 3, 7) for s in (1, 2) for n in (1, 2, 3, 4, 5))}
+)
+
+
+class Calls:
+    """Counts torch's convolutions and matrix products."""
+
+    def __init__(self, monkeypatch):
+        self.names = []
+        for name in ("conv2d", "linear"):
+            monkeypatch.setattr(functional, name, self.counted(name, getattr(functional, name)))
+
+    def counted(self, name, function):
+        def call(*arguments, **named):
+            self.names.append(name)
+            return function(*arguments, **named)
+
+        return call
+
+
+def both(geometry, width=None):
+    kernel, stride, padding, side = geometry
+    torch.manual_seed(0)
+    plain = nn.Conv2d(5, 7, kernel, stride=stride, padding=padding, bias=False).double()
+    plain = plain.to(memory_format=torch.channels_last)
+    fast = copy.deepcopy(plain)
+    use_dense_products(fast)
+    images = torch.randn(4, 5, side, width or side, dtype=torch.float64).to(memory_format=torch.channels_last)
+    return plain, fast, images
+
+
+def outcome(conv, images):
+    images = images.clone().requires_grad_()
+    outputs = conv(images)
+    (outputs * torch.arange(outputs.numel(), dtype=outputs.dtype).view_as(outputs)).sum().backward()
+    return outputs, images.grad, conv.weight.grad
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_outputs_and_gradients_are_those_of_a_convolution(geometry, monkeypatch):
+    for width in (None, 2):
+        plain, fast, images = both(geometry, width)
+        for ours, theirs in zip(outcome(fast, images), outcome(plain, images), strict=True):
+            assert ours.shape == theirs.shape
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-9)
+        assert fast.weight.grad.stride() == fast.weight.stride(), "the optimiser would have to reorder it"
+    if geometry[0] != 7:  # of 7x7 there is the stem alone
+        _, fast, images = both(geometry)
+        calls = Calls(monkeypatch)
+        outputs = fast(images)
+        assert calls.names == ["linear" if geometry in DENSE else "conv2d"]
+        assert outputs.shape[-1] == DENSE.get(geometry, outputs.shape[-1])
+
+
+def test_a_convolution_stays_one_in_evaluation_under_autocast_and_on_other_devices(monkeypatch):
+    _, fast, images = both((3, 1, 1, 1))
+    calls = Calls(monkeypatch)
+    fast.eval()(images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fast.float().train()(images.float())
+    fast.to("meta")(images.float().to("meta"))
+    assert calls.names == ["conv2d"] * 3
+
+
+@pytest.mark.parametrize(
+    ("stem", "side", "count"), [("imagenet", 32, 8), ("small", 32, 3), ("cifar", 16, 3), ("cifar", 32, 0)]
+)
+def test_the_networks_last_layers_are_products(stem, side, count, monkeypatch):
+    plain = build_resnet(stem, 10, seed=0).double()
+    fast = copy.deepcopy(plain)
+    use_dense_products(fast)
+    assert all(type(module) is not nn.Conv2d for module in fast.modules())
+    assert fast.state_dict().keys() == plain.state_dict().keys()
+    images, labels = torch.rand(6, 3, side, side, dtype=torch.float64), torch.arange(6)
+    functional.cross_entropy(plain(images), labels).backward()
+    calls = Calls(monkeypatch)
+    functional.cross_entropy(fast(images), labels).backward()
+    assert calls.names.count("linear") == count + 1  # the head is one as well
+    for ours, theirs in zip(fast.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-8, atol=1e-12)
+
+
+def test_the_trainer_uses_them(runtime):
+    dataset = make_dataset()
+    recipe = make_recipe("global_batch_size=16")
+    plan = make_plan(recipe, world_size=1, sizes=dataset.sizes, device_type="cpu")
+    model = build_trainer(recipe, plan, dataset, runtime, Observer()).model
+    assert sum(isinstance(module, SmallImageConv2d) for module in model.modules()) == 20
