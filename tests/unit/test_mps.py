@@ -25,6 +25,7 @@ from cifar_dist.data.batches import Normalizer
 from cifar_dist.records import Observer
 from cifar_dist.runtime import device, distributed
 from cifar_dist.runtime.device import look_ahead
+from cifar_dist.training import setup
 from cifar_dist.training.evaluation import predict_logits
 from cifar_dist.training.setup import build_trainer
 from tests.conftest import make_dataset, make_recipe
@@ -103,6 +104,7 @@ def listen(runtime, monkeypatch, *assignments, spoil=lambda trainer: None) -> Li
     recipe = make_recipe(*EVERYTHING, *assignments)
     plan = make_plan(recipe, world_size=1, sizes=dataset.sizes, device_type="mps")
     monkeypatch.setattr(device, "memory_format", lambda device_type: torch.contiguous_format)
+    monkeypatch.setattr(setup, "use_dense_products", lambda model: None)  # which are taken on a CPU alone
     trainer = build_trainer(recipe, plan, dataset, runtime, Observer())
     spoil(trainer)
     test, state = dataset.test, trainer.state
