@@ -36,7 +36,7 @@ class SmallImageConv2d(nn.Conv2d):
             taps[:, row : row + height, column : column + width].flatten(1) for row in rows for column in columns
         ]
         outputs = functional.linear(pixels[:, :height, :width].flatten(1), torch.cat(windows))
-        return outputs.view(len(input), len(rows), len(columns), -1).permute(0, 3, 1, 2)
+        return outputs.view(len(input), len(rows), len(columns), self.out_channels).permute(0, 3, 1, 2)
 
 
 def _windows(size: int, kernel: int, stride: int, padding: int) -> tuple[int, list[int]] | None:
