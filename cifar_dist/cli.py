@@ -27,8 +27,6 @@ from cifar_dist.config.request import TrainRequest, check_before_launch
 from cifar_dist.config.world import World, load_accelerate_config, processes_to_start
 
 _COMMANDS = {"eval": "evaluate"}  # whose module has another name
-_SECONDS_TO_SPEAK = 15
-"""A rank that leaves a mistake to another to say waits so long: torchrun and Slurm end all when the first has ended."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if world.rank == 0 or (world.local_rank == 0 and not isinstance(error, SharedError)):
             print(f"error: {error}", file=sys.stderr)
         elif EXIT_CODE_FILE not in os.environ:
-            time.sleep(_SECONDS_TO_SPEAK)
+            _let_the_other_speak()
         code = EXIT_USER_ERROR
     except (KeyboardInterrupt, EarlyEnd) as end:
         if world.rank == 0:
@@ -104,6 +102,12 @@ def _provide_data(request: TrainRequest) -> None:
             provide(ARCHIVES[request.dataset], request.data_dir, progress=progress)
         finally:
             progress.close()
+
+
+def _let_the_other_speak() -> None:
+    """Wait for the end that the rank brings that says the mistake: torchrun and Slurm end all with the first."""
+    signal.signal(signal.SIGTERM, lambda *_: _exit_now(EXIT_USER_ERROR))
+    time.sleep(15)
 
 
 def _leave(code: int, world: World) -> int:

@@ -20,18 +20,21 @@ COMMANDS = [
 ]
 
 # What a command needs to be run here: other arguments for those that would take long, or that need files.
+SMALL = ["--set", "image_size=16"]
 ADDED = {
+    "python launch.py --dataset shapes --recipe original --epochs 3": SMALL,
+    "python launch.py --config accelerate_configs/multi_cpu.yaml --dataset shapes --recipe original --epochs 1": SMALL,
     "python launch.py --recipe original --epochs 20": ["--dry-run"],
     "python launch.py --num-processes 2": ["--dry-run"],
     "accelerate launch launch.py --config accelerate_configs/mps.yaml --dataset shapes --epochs 1": [
-        "--set",
+        *SMALL,
         "stem=imagenet",
     ],
     "accelerate launch launch.py --config accelerate_configs/multi_gpu.yaml": ["--dry-run"],
     "accelerate launch --config_file accelerate_configs/multi_gpu.yaml launch.py": ["--dry-run"],
     "torchrun --standalone --nproc-per-node 2 launch.py": ["--dry-run"],
     "python launch.py eval --ckpt resnet18_cifar10_data_augument.pth --json result.json": ["--dataset", "shapes"],
-    "python launch.py bench --recipe original --seconds 10": ["--set", "global_batch_size=64", "--seconds", "3"],
+    "python launch.py bench --recipe original --seconds 10": [*SMALL, "global_batch_size=16", "--seconds", "1"],
 }
 TEST_COMMAND = "python3 -m venv .venv && . .venv/bin/activate && pip install -e '.[test]' && pytest"
 INSTALL = "python3 -m venv .venv && . .venv/bin/activate && pip install -e . && "

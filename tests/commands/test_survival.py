@@ -98,10 +98,19 @@ def spoil(path: Path, how: str) -> None:
         path.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "foreign": b"GIF89a"}[how])
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Where runs are that several tests begin with."""
+    return tmp_path_factory.mktemp("trained")
+
+
 @pytest.mark.parametrize("how", ["flipped", "empty", "cut", "foreign", "newer", "hostile", "missing"])
-def test_a_damaged_last_checkpoint_is_replaced_by_the_previous(capsys, how):
-    train("--epochs", "3", "--run-dir", "whole", *EVERYTHING)
-    train("--epochs", "2", "--run-dir", "parts", "--checkpoint-every-steps", "1", *EVERYTHING)
+def test_a_damaged_last_checkpoint_is_replaced_by_the_previous(capsys, trained, how):
+    if not list(trained.iterdir()):
+        train("--epochs", "3", "--run-dir", str(trained / "whole"), *EVERYTHING)
+        train("--epochs", "2", "--run-dir", str(trained / "parts"), "--checkpoint-every-steps", "1", *EVERYTHING)
+    for name in ("whole", "parts"):
+        shutil.copytree(trained / name, name)
     last = Path("parts/checkpoints/last.pt")
     if how == "missing":
         last.unlink()

@@ -1,6 +1,7 @@
 """Training and evaluation as a user asks for them, through the command line, on a small dataset."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,9 @@ VALIDATION = ["--set", "validation_size=16", "selection=best", "early_stopping.m
 
 @pytest.fixture(autouse=True)
 def small_world(tmp_path, monkeypatch):
-    """An empty folder, one thread, a dataset of 96 images where `shapes` is asked for, and figures without pixels."""
+    """An empty folder, a thread, 96 images where `shapes` is asked for, no wait for the disk, no pixels in figures."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # tests/unit/test_faults.py looks at when it is called
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for command in ("train", "evaluate"):
         monkeypatch.setattr(f"cifar_dist.commands.{command}.load_dataset", lambda *_, **__: make_dataset())
