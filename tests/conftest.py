@@ -67,9 +67,9 @@ def runtime():
 
 
 def pytest_collection_modifyitems(items):
-    """Fast tests first: those of one module, then of several processes, then of whole commands.
+    """Fast tests first: those of one module, then of several processes, then Slurm's, then of whole commands.
 
-    Slurm's, which are long, come before the last, so that two workers (pytest -n 2) end at about the same time.
+    The commands are many short files, so that two workers, which do a file as a whole, end at about the same time.
     """
-    order = {"unit": 0, "worlds": 1, "commands": 2, "slurm": 3, "launching": 4, "gpu": 5}
+    order = {"unit": 0, "worlds": 1, "launching": 2, "slurm": 3, "commands": 4, "gpu": 5}
     items.sort(key=lambda item: order.get(item.path.parent.name, 0))

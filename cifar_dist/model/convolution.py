@@ -6,14 +6,14 @@ from torch.nn import functional
 
 
 def use_dense_products(model: nn.Module) -> None:
-    """Make a ResNet's convolutions SmallImageConv2d, in place; weights, keys and hooks stay what they are."""
+    """Make the convolutions that are like a ResNet's SmallImageConv2d, in place; weights, keys and hooks stay."""
     for module in model.modules():
-        if type(module) is nn.Conv2d:
+        if type(module) is nn.Conv2d and module.bias is None and module.groups == 1 and module.dilation == (1, 1):
             module.__class__ = SmallImageConv2d
 
 
 class SmallImageConv2d(nn.Conv2d):
-    """A Conv2d, of one group and without bias, that is one matrix product where each output sees every pixel.
+    """A Conv2d, undilated, of one group and without bias: one matrix product where each output sees every pixel.
 
     That is so in the last layers of a ResNet-18 on CIFAR's images: a 3x3 kernel over one pixel or over 2x2. There the
     product leaves out the taps that lie on the padding, and oneDNN's own backward pass in float32 is slow: it takes

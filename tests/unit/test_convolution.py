@@ -104,6 +104,13 @@ def test_the_networks_last_layers_are_products(stem, side, count, monkeypatch):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.parametrize("other", [{"bias": True}, {"groups": 5}, {"dilation": 2}])
+def test_other_convolutions_are_left_alone(other):
+    conv = nn.Conv2d(5, 5, 3, padding=1, **({"bias": False} | other))
+    use_dense_products(conv)
+    assert type(conv) is nn.Conv2d
+
+
 def test_the_trainer_uses_them(runtime):
     dataset = make_dataset()
     recipe = make_recipe("global_batch_size=16")

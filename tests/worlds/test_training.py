@@ -36,13 +36,15 @@ VARIANTS = {
 
 
 def in_float64(runtime, assignments):
-    """A trainer whose weights and images are float64, so that rounding hides nothing."""
+    """A trainer in float64, so that rounding hides nothing, with half of a ResNet-18's blocks, so that it is fast."""
     dataset = make_dataset(num_train=39, num_test=10)
     recipe = fit_to_dataset(make_recipe(*EVERYTHING, *assignments), dataset.sizes, validation_size_was_typed=True)
     plan = make_plan(recipe, world_size=runtime.world.size, sizes=dataset.sizes, device_type="cpu")
 
-    def build(*arguments, **named):
-        model = original(*arguments, **named).double()
+    def build(stem, num_classes, *, seed):
+        model = original(stem, num_classes, seed=seed).double()
+        for layer in (model.layer1, model.layer2, model.layer3, model.layer4):
+            del layer[1]
         model.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(),))
         return model
 
