@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.panel import Panel
+from rich.table import Table
 from rich.text import Text
 
 from cifar_dist.records import EpochRecord, Evaluation, Summary
@@ -138,10 +139,18 @@ def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def print_header(console: Console, values: Mapping[str, str]) -> None:
-    """Print what stands above a run, a line each."""
+    """Print what stands above a run: a line each, and on a terminal that is too narrow between words, indented."""
     width = max(map(len, values)) + 2
+    if not _is_screen(console):
+        for name, value in values.items():
+            console.print(Text(f"{name:<{width}}{value}"), soft_wrap=True, highlight=False)
+        return
+    grid = Table.grid()
+    grid.add_column(style="bold", no_wrap=True, width=width)
+    grid.add_column(overflow="fold")
     for name, value in values.items():
-        console.print(Text.assemble((f"{name:<{width}}", "bold"), value), soft_wrap=True, highlight=False)
+        grid.add_row(Text(name), Text(value))
+    console.print(grid)
 
 
 def print_result(console: Console, summary: Summary, total_epochs: int, directory: Path) -> None:
@@ -162,8 +171,12 @@ def print_result(console: Console, summary: Summary, total_epochs: int, director
 
 def print_lines(console: Console, lines: Sequence[str], *, title: str) -> None:
     """Print lines: in a panel on a terminal, as they are elsewhere."""
-    if console.is_terminal and not console.is_dumb_terminal:
+    if _is_screen(console):
         console.print(Panel(Group(*map(Text, lines)), title=title, border_style="green", expand=False))
         return
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def _is_screen(console: Console) -> bool:
+    return console.is_terminal and not console.is_dumb_terminal

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo  # looks, when it is imported, at what is patched below
 
 from cifar_dist.cli import main
 from cifar_dist.data.archives import CIFAR10

@@ -127,6 +127,13 @@ def test_the_header_is_aligned():
     assert text_of(shown) == "run            runs/x\nlearning rate  0.1\n"
 
 
+def test_a_narrow_terminal_breaks_the_header_between_words():
+    shown = console(True, width=30)
+    print_header(shown, {"device": "cpu, precision no (no bf16 arithmetic here)"})
+    lines = [line.rstrip() for line in text_of(shown).splitlines()]
+    assert lines == ["device  cpu, precision no (no", "        bf16 arithmetic here)"]
+
+
 def test_the_view_fits_the_console():
     assert isinstance(training_display(console(True), PLAN, "original", quiet=False), LiveTraining)
     assert isinstance(training_display(console(False), PLAN, "original", quiet=False), PlainTraining)
