@@ -106,7 +106,8 @@ def _provide_data(request: TrainRequest) -> None:
 
 def _let_the_other_speak() -> None:
     """Wait for the end that the rank brings that says the mistake: torchrun and Slurm end all with the first."""
-    signal.signal(signal.SIGTERM, lambda *_: _exit_now(EXIT_USER_ERROR))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: _exit_now(EXIT_USER_ERROR))
     time.sleep(15)
 
 

@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cifar_dist.config.plan import RunPlan
-from cifar_dist.display.progress import Display, ExpectedEnd, PlainTraining, can_draw
-from cifar_dist.display.tables import format_duration
+from cifar_dist.display.progress import Display, ExpectedEnd, PlainTraining
+from cifar_dist.display.tables import can_draw, format_duration
 from cifar_dist.records import EpochRecord
 
 _NUM_EPOCHS = 6

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from cifar_dist.config.plan import KNOWN_SIZES, RunPlan
-from cifar_dist.display.tables import format_duration, format_epoch
+from cifar_dist.display.tables import can_draw, format_duration, format_epoch
 from cifar_dist.records import EpochRecord, Observer
 
 _SIGN_OF_LIFE_SECONDS = 30.0
@@ -193,8 +193,3 @@ def loading_progress(console: Console, dataset: str) -> CountProgress:
 def evaluation_display(console: Console) -> Display:
     """Choose the view of an evaluation: a bar on a terminal that can move its cursor, plain lines elsewhere."""
     return RichDisplay(console) if can_draw(console) else PlainDisplay(console)
-
-
-def can_draw(console: Console) -> bool:
-    """Whether this is a terminal that can move its cursor."""
-    return console.is_terminal and not console.is_dumb_terminal

@@ -141,7 +141,7 @@ def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
 def print_header(console: Console, values: Mapping[str, str]) -> None:
     """Print what stands above a run: a line each, and on a terminal that is too narrow between words, indented."""
     width = max(map(len, values)) + 2
-    if not _is_screen(console):
+    if not can_draw(console):
         for name, value in values.items():
             console.print(Text(f"{name:<{width}}{value}"), soft_wrap=True, highlight=False)
         return
@@ -171,12 +171,13 @@ def print_result(console: Console, summary: Summary, total_epochs: int, director
 
 def print_lines(console: Console, lines: Sequence[str], *, title: str) -> None:
     """Print lines: in a panel on a terminal, as they are elsewhere."""
-    if _is_screen(console):
+    if can_draw(console):
         console.print(Panel(Group(*map(Text, lines)), title=title, border_style="green", expand=False))
         return
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
-def _is_screen(console: Console) -> bool:
+def can_draw(console: Console) -> bool:
+    """Whether this is a terminal that can move its cursor."""
     return console.is_terminal and not console.is_dumb_terminal

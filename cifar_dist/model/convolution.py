@@ -17,7 +17,7 @@ class SmallImageConv2d(nn.Conv2d):
 
     That is so in the last layers of a ResNet-18 on CIFAR's images: a 3x3 kernel over one pixel or over 2x2. There the
     product leaves out the taps that lie on the padding, and oneDNN's own backward pass in float32 is slow: it takes
-    half of a training step of the stock network (docs/benchmarks.md). Only rounding differs.
+    almost half of a training step of the stock network (docs/benchmarks.md). Only rounding differs.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -53,8 +53,7 @@ def test_a_run_that_is_killed_ends_with_the_same_bits(tmp_path, size):
     assert code == (-signal.SIGKILL if size == 1 else 1)
     step = load_checkpoint(last)["step"]
 
-    if size > 1:  # all are killed at once, some time after they have gone on
-        kill_all(start("parts"), last, step, moment)
+    kill_all(start("parts"), last, step, moment)
     for code, _, err in finish(whole, start("parts")):
         assert code == 0, err
     print(f"killed {moment:.3f} s after a step")  # shown where the next line fails
