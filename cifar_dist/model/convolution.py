@@ -1,4 +1,4 @@
-"""Convolutions over so few pixels that each output sees the whole image: dense layers, in float32 on a CPU."""
+"""Convolutions over so few pixels that each output sees the whole image: dense layers on a CPU."""
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,13 @@ class SmallImageConv2d(nn.Conv2d):
     """A Conv2d, undilated, of one group and without bias: one matrix product where each output sees every pixel.
 
     That is so in the last layers of a ResNet-18 on CIFAR's images: a 3x3 kernel over one pixel or over 2x2. There the
-    product leaves out the taps that lie on the padding, and oneDNN's own backward pass in float32 is slow: it takes
-    almost half of a training step of the stock network (docs/benchmarks.md). Only rounding differs.
+    product leaves out the taps that lie on the padding, and oneDNN's own backward pass is slow: it takes almost half of a
+    training step of the stock network in float32 (docs/benchmarks.md). Only rounding differs.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         """Give (N, C_out, H', W') for `input` (N, C, H, W)."""
-        if self.training and input.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+        if self.training and input.device.type == "cpu":
             sizes = (self.kernel_size, self.stride, self.padding)
             rows, columns = (_windows(input.shape[2 + axis], *(int(size[axis]) for size in sizes)) for axis in (0, 1))
             if rows and columns:

@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import psutil
@@ -35,8 +36,8 @@ class DeviceFacts:
 
     type: DeviceType
     torch_version: tuple[int, int]
-    cpu_has_bf16: bool = False
-    """Whether the processor has bfloat16 arithmetic (AVX512-BF16, AMX, or ARM's BF16), not emulation."""
+    cpu_has_fast_bf16: bool = False
+    """Whether the processor computes faster in bfloat16 than in float32."""
     cuda_capability: tuple[int, int] = (0, 0)
     macos_version: int = 0
     """Major version; 0 elsewhere."""
@@ -151,9 +152,7 @@ def _able(facts: DeviceFacts) -> set[str]:
 
 def _automatic(facts: DeviceFacts) -> tuple[Literal["no", "fp16", "bf16"], str]:
     if facts.type == "cpu":
-        return (
-            ("bf16", "this processor has bf16 arithmetic") if facts.cpu_has_bf16 else ("no", "no bf16 arithmetic here")
-        )
+        return ("bf16", "this processor has fast bf16") if facts.cpu_has_fast_bf16 else ("no", "no fast bf16 here")
     if facts.type == "mps":
         return "no", "float32 is the fastest that is safe on MPS"
     capability = ".".join(map(str, facts.cuda_capability))
@@ -173,15 +172,26 @@ def probe(*, use_cpu: bool) -> DeviceFacts:
     if not use_cpu and torch.backends.mps.is_available():
         macos = int(platform.mac_ver()[0].split(".")[0] or 0)
         return DeviceFacts(type="mps", torch_version=torch_version, macos_version=macos)
-    return DeviceFacts(type="cpu", torch_version=torch_version, cpu_has_bf16=_cpu_has_bf16())
+    return DeviceFacts(type="cpu", torch_version=torch_version, cpu_has_fast_bf16=_cpu_has_fast_bf16())
 
 
-def _cpu_has_bf16() -> bool:
-    """Ask torch; it has had two ways to say so (`get_capabilities` from 2.12 on)."""
+def _cpu_has_fast_bf16() -> bool:
+    """Ask torch (`get_capabilities` from 2.12 on) for AMX, ARM's BF16, or AVX512-BF16 on a processor not of Intel's.
+
+    Intel's AVX512-BF16 does no more of a product in a cycle than its float32 does, and converting comes on top: half to
+    three quarters of float32's speed (docs/benchmarks.md).
+    """
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     if capabilities:
-        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return bool(torch.cpu._is_avx512_bf16_supported())
+        matrix, vector = capabilities.get("amx_bf16") or capabilities.get("bf16"), capabilities.get("avx512_bf16")
+    else:
+        matrix, vector = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
+    return bool(matrix or (vector and not _is_intel()))
+
+
+def _is_intel() -> bool:
+    facts = Path("/proc/cpuinfo")
+    return "GenuineIntel" in (facts.read_text() if facts.exists() else platform.processor())
 
 
 def choose_num_threads(environ: Mapping[str, str], *, cores: int, local_processes: int, default: int) -> int:
@@ -223,7 +233,7 @@ def check_world(world: World, device_type: str, environ: Mapping[str, str]) -> N
 
 def describe_devices() -> dict[str, str]:
     """Say in words what there is to compute on: names and values."""
-    lines = {"CPU": "has bf16 arithmetic" if _cpu_has_bf16() else "has no bf16 arithmetic"}
+    lines = {"CPU": "has fast bf16 arithmetic" if _cpu_has_fast_bf16() else "has no fast bf16 arithmetic"}
     gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
     lines |= {
         f"GPU {number}": f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"

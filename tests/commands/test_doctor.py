@@ -39,7 +39,7 @@ def test_doctor_says_what_is_here_and_what_would_run(capsys, tmp_path):
     lines = lines_of(capsys, "doctor")
     assert f"torch {torch.__version__.split('+')[0]}" in lines["versions"]
     assert "for this process" in lines["processor"]
-    assert lines["CPU"].endswith("bf16 arithmetic")
+    assert lines["CPU"].endswith("fast bf16 arithmetic")
     assert lines["CUDA"].startswith("no GPU is visible")
     assert lines["cifar10"] == f"missing in {tmp_path / 'data' / CIFAR10.folder}: would be downloaded"
     assert lines["ImageNet weights"].startswith("missing")

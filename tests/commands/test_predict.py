@@ -63,7 +63,8 @@ def test_images_of_every_mode_are_told_apart_whichever_folder_they_are_in(folder
         assert first["name"] == Path(each["file"]).name.split("-")[0]
         assert first["probability"] + second["probability"] == pytest.approx(1, abs=1e-4)
         assert first["probability"] > second["probability"]
-    assert result["unreadable"] == [] and (result["world_size"], result["precision"]) == (1, "no")
+    trained = json.loads((folder / "run" / "summary.json").read_text())
+    assert result["unreadable"] == [] and (result["world_size"], result["precision"]) == (1, trained["precision"])
     assert "error" not in err
 
 

@@ -45,7 +45,7 @@ def test_what_cannot_be_compiled_is_not_and_is_said(monkeypatch, device, backend
 ON_CPU = AccelerateConfig(use_cpu=True)
 
 CPU = DeviceFacts(type="cpu", torch_version=(2, 11))
-CPU_BF16 = DeviceFacts(type="cpu", torch_version=(2, 11), cpu_has_bf16=True)
+CPU_BF16 = DeviceFacts(type="cpu", torch_version=(2, 11), cpu_has_fast_bf16=True)
 MPS = DeviceFacts(type="mps", torch_version=(2, 11), macos_version=15)
 OLD_MPS = DeviceFacts(type="mps", torch_version=(2, 7), macos_version=13)
 AMPERE = DeviceFacts(type="cuda", torch_version=(2, 11), cuda_capability=(8, 0))
@@ -93,6 +93,26 @@ def test_threads_are_the_users_or_a_share_of_the_cores(environ, processes, threa
     assert choose_num_threads(environ, cores=8, local_processes=processes, default=6) == threads
 
 
+@pytest.mark.parametrize(
+    ("has", "is_intel", "is_fast"),
+    [
+        ((), False, False), (("avx512_bf16",), False, True), (("avx512_bf16",), True, False),
+        (("amx_bf16", "avx512_bf16"), True, True), (("bf16",), False, True),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("asks", ["get_capabilities", "older torch"])
+def test_bf16_is_fast_where_the_processor_gains_by_it(has, is_intel, is_fast, asks, monkeypatch):
+    if asks == "older torch":  # 2.11 cannot tell of ARM's
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: "amx_bf16" in has)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: "avx512_bf16" in has)
+        is_fast = is_fast and has != ("bf16",)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True} | dict.fromkeys(has, True))
+    monkeypatch.setattr("cifar_dist.runtime.device._is_intel", lambda: is_intel)
+    assert probe(use_cpu=True).cpu_has_fast_bf16 == is_fast
+
+
 def test_memory_formats():
     assert memory_format("mps") == torch.contiguous_format
     assert memory_format("cpu") == memory_format("cuda") == torch.channels_last
@@ -107,7 +127,7 @@ def test_probing_finds_the_cpu_where_it_is_asked_for():
 def test_an_accelerator_that_is_missing_is_named_and_a_wish_that_fails_is_explained(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    monkeypatch.setattr("cifar_dist.runtime.device._cpu_has_bf16", lambda: False)
+    monkeypatch.setattr("cifar_dist.runtime.device._cpu_has_fast_bf16", lambda: False)
     with connect(World(), AccelerateConfig()) as ranks:
         runtime = start(ranks, AccelerateConfig(), typed_precision="fp16")
         assert runtime.device.type == "cpu"
@@ -137,13 +157,13 @@ def test_a_given_number_of_threads_is_used():
 
 
 def test_devices_are_described_in_words(monkeypatch):
-    monkeypatch.setattr("cifar_dist.runtime.device._cpu_has_bf16", lambda: True)
+    monkeypatch.setattr("cifar_dist.runtime.device._cpu_has_fast_bf16", lambda: True)
     gpu = SimpleNamespace(name="NVIDIA X", major=9, minor=0, total_memory=80 * 2**30)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: gpu)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     lines = describe_devices()
-    assert lines["CPU"] == "has bf16 arithmetic"
+    assert lines["CPU"] == "has fast bf16 arithmetic"
     assert lines["GPU 1"] == "NVIDIA X, compute capability 9.0, 80 GiB"
     assert "CUDA" not in lines
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)

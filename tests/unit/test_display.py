@@ -129,9 +129,9 @@ def test_the_header_is_aligned():
 
 def test_a_narrow_terminal_breaks_the_header_between_words():
     shown = console(True, width=30)
-    print_header(shown, {"device": "cpu, precision no (no bf16 arithmetic here)"})
+    print_header(shown, {"device": "cpu, precision no (no fast bf16 here)"})
     lines = [line.rstrip() for line in text_of(shown).splitlines()]
-    assert lines == ["device  cpu, precision no (no", "        bf16 arithmetic here)"]
+    assert lines == ["device  cpu, precision no (no", "        fast bf16 here)"]
 
 
 def test_the_view_fits_the_console():
