@@ -23,7 +23,7 @@ def test_the_package_itself_comes_without_torch():
 
 def test_a_recipe_is_loaded_with_changes():
     recipe = Recipe.load("quick", epochs=2, **{"optimizer.learning_rate": 0.1})
-    assert (recipe.epochs, recipe.optimizer.learning_rate, recipe.stem) == (2, 0.1, "cifar")
+    assert (recipe.epochs, recipe.optimizer.learning_rate, recipe.stem) == (2, 0.1, "small")
     with pytest.raises(UserError, match="did you mean 'epochs'"):
         Recipe.load("quick", epoch=2)
 
