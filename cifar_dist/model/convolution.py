@@ -16,8 +16,8 @@ class SmallImageConv2d(nn.Conv2d):
     """A Conv2d, undilated, of one group and without bias: one matrix product where each output sees every pixel.
 
     That is so in the last layers of a ResNet-18 on CIFAR's images: a 3x3 kernel over one pixel or over 2x2. There the
-    product leaves out the taps that lie on the padding, and oneDNN's own backward pass is slow: it takes a third to a half
-    of a training step of the stock network in float32 (docs/benchmarks.md). Only rounding differs.
+    product leaves out the taps that lie on the padding, and oneDNN's own backward pass is slow: a third to a half of a
+    training step of the stock network in float32 (docs/benchmarks.md). Only rounding differs.
     """
 
     def forward(self, input: Tensor) -> Tensor:
