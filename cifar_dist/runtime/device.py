@@ -178,7 +178,7 @@ def probe(*, use_cpu: bool) -> DeviceFacts:
 def _cpu_has_fast_bf16() -> bool:
     """Ask torch (`get_capabilities` from 2.12 on) for AMX, ARM's BF16, or AVX512-BF16 on a processor not of Intel's.
 
-    On an Intel Xeon with AVX512-BF16 and without AMX bf16 has 0.75 to 0.8 of float32's speed (docs/benchmarks.md).
+    On an Intel Xeon with AVX512-BF16 and without AMX bf16 has 0.67 to 0.8 of float32's speed (docs/benchmarks.md).
     """
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     if capabilities:
