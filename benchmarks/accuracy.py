@@ -196,8 +196,9 @@ def measure(rows: list[Row], results: Path, typed: argparse.Namespace) -> int:
     """Time each row's loop at each of its image sizes against the script's epoch, in turns."""
     from cifar_dist.baselines import script
     from cifar_dist.commands.bench import _Loop, _random_dataset
+    from cifar_dist.config.accelerate_config import AccelerateConfig
     from cifar_dist.config.plan import make_plan
-    from cifar_dist.config.world import AccelerateConfig, World
+    from cifar_dist.config.world import World
     from cifar_dist.model.resnet import build_resnet
     from cifar_dist.records import Observer
     from cifar_dist.runtime.distributed import connect, start

@@ -61,8 +61,9 @@ train() {
 }
 train fidelity --recipe original --epochs 5 --precision no
 [[ -n $data ]] && step fidelity-table python benchmarks/fidelity.py "$out/fidelity"
-train epochs --recipe standard --epochs 4 --set validation_size=0 augmentation.flip=random
-train epochs-compiled --config "$out/compiled.yaml" --recipe standard --epochs 4 --set validation_size=0
+train epochs --recipe standard --epochs 4 --set validation_size=0 image_size_schedule=null augmentation.flip=random
+train epochs-compiled --config "$out/compiled.yaml" --recipe standard --epochs 4 \
+  --set validation_size=0 image_size_schedule=null
 
 # shellcheck disable=SC2329  # called by step
 seeds() {

@@ -13,10 +13,11 @@ from torch import nn
 
 from cifar_dist.commands import evaluate as evaluate_command
 from cifar_dist.commands import train as train_command
+from cifar_dist.config.accelerate_config import load_accelerate_config
 from cifar_dist.config.errors import EXIT_DONE
 from cifar_dist.config.options import EvalOptions, TrainOptions
 from cifar_dist.config.recipe import Recipe
-from cifar_dist.config.world import World, load_accelerate_config
+from cifar_dist.config.world import World
 from cifar_dist.records import Evaluation, Summary
 from cifar_dist.training.weights import read_weights
 

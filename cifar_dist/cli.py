@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from cifar_dist.config.accelerate_config import load_accelerate_config, processes_to_start
 from cifar_dist.config.arguments import parse_arguments
 from cifar_dist.config.errors import (
     EXIT_CODE_FILE,
@@ -24,7 +25,7 @@ from cifar_dist.config.errors import (
 )
 from cifar_dist.config.options import TrainOptions
 from cifar_dist.config.request import TrainRequest, check_before_launch
-from cifar_dist.config.world import World, load_accelerate_config, processes_to_start
+from cifar_dist.config.world import World
 
 _COMMANDS = {"eval": "evaluate"}  # whose module has another name
 

@@ -6,13 +6,14 @@ from pathlib import Path
 
 from rich.console import Console
 
+from cifar_dist.config.accelerate_config import AccelerateConfig, started_line, world_to_come
 from cifar_dist.config.errors import EXIT_DONE, UserError
 from cifar_dist.config.loading import read_recipe, recipe_label, resolve_recipe
 from cifar_dist.config.options import DoctorOptions
 from cifar_dist.config.plan import KNOWN_SIZES, fit_to_dataset, make_plan
 from cifar_dist.config.provenance import git_commit, package_versions
 from cifar_dist.config.request import DEFAULT_DATA_DIR, DEFAULT_DATASET, DEFAULT_RECIPE
-from cifar_dist.config.world import AccelerateConfig, World, started_line, world_to_come
+from cifar_dist.config.world import World
 from cifar_dist.data.archives import CIFAR10, CIFAR100
 from cifar_dist.data.datasets import load_dataset
 from cifar_dist.data.official_files import where_found
@@ -20,7 +21,8 @@ from cifar_dist.display.progress import loading_progress
 from cifar_dist.display.tables import print_header
 from cifar_dist.model.pretrained import imagenet_weights, imagenet_weights_place
 from cifar_dist.model.schedule import learning_rate_line
-from cifar_dist.runtime.device import check_world, describe_devices, look_ahead, usable_cores
+from cifar_dist.runtime.device import check_world, describe_devices, look_ahead
+from cifar_dist.runtime.threads import usable_cores
 
 
 def run(options: DoctorOptions, world: World, config: AccelerateConfig) -> int:

@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
+from cifar_dist.config.accelerate_config import AccelerateConfig, other_count_note
 from cifar_dist.config.errors import EXIT_DONE, UserError
 from cifar_dist.config.options import EvalOptions
 from cifar_dist.config.request import DEFAULT_DATA_DIR, DEFAULT_DATASET, check_dataset_name
-from cifar_dist.config.world import AccelerateConfig, World, other_count_note
+from cifar_dist.config.world import World
 from cifar_dist.data.batches import Normalizer
 from cifar_dist.data.dataset import Dataset, LabelledImages
 from cifar_dist.data.datasets import load_dataset
@@ -49,7 +50,7 @@ def evaluate(options: EvalOptions, world: World, config: AccelerateConfig, conso
         predictions = _predict(console, options, weights, data, indices, runtime)
         evaluation = summarize(predictions.logits, predictions.labels, dataset.class_names)
         title = f"{weights.path}, {dataset.name} {options.split}, tta {options.tta}, precision {runtime.precision}"
-        lines = [format_evaluation_totals(evaluation), "", *format_class_bars(evaluation)]
+        lines = [format_evaluation_totals(evaluation), "", *format_class_bars(evaluation, width=console.width)]
         print_lines(console, lines, title=title)
         if ranks.is_main and options.json is not None:
             _write_json(options.json, evaluation, options, weights, dataset, runtime)

@@ -10,10 +10,11 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from cifar_dist.config.accelerate_config import AccelerateConfig
 from cifar_dist.config.errors import EXIT_DONE, UserError
 from cifar_dist.config.options import ExportOptions
 from cifar_dist.config.provenance import package_versions
-from cifar_dist.config.world import AccelerateConfig, World
+from cifar_dist.config.world import World
 from cifar_dist.data.batches import Normalizer
 from cifar_dist.training.checkpoint import check_output, write_output
 from cifar_dist.training.weights import SavedWeights, read_weights

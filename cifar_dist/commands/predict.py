@@ -10,9 +10,10 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from cifar_dist.config.accelerate_config import AccelerateConfig, other_count_note
 from cifar_dist.config.errors import EXIT_DONE, EXIT_USER_ERROR
 from cifar_dist.config.options import PredictOptions
-from cifar_dist.config.world import AccelerateConfig, World, other_count_note
+from cifar_dist.config.world import World
 from cifar_dist.data.batches import Normalizer
 from cifar_dist.data.image_cache import ImageFile
 from cifar_dist.data.loose import UNREADABLE, decode_images, find_images

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from cifar_dist.config.accelerate_config import AccelerateConfig
 from cifar_dist.config.errors import EXIT_DONE, UserError
 from cifar_dist.config.options import ReportOptions
-from cifar_dist.config.world import AccelerateConfig, World
+from cifar_dist.config.world import World
 from cifar_dist.display.comparison import ReportedRun, format_comparison, format_csv, format_markdown, short_names
 from cifar_dist.display.tables import (
     format_class_bars,

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
+from cifar_dist.config.accelerate_config import AccelerateConfig, other_count_note, started_line, world_to_come
 from cifar_dist.config.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_KEYBOARD_INTERRUPT, UserError
 from cifar_dist.config.loading import recipe_to_mapping
 from cifar_dist.config.options import TrainOptions
@@ -31,7 +32,7 @@ from cifar_dist.config.request import (
     seconds_allowed,
 )
 from cifar_dist.config.run_files import names_in_turn
-from cifar_dist.config.world import AccelerateConfig, SlurmJob, World, other_count_note, started_line, world_to_come
+from cifar_dist.config.world import SlurmJob, World
 from cifar_dist.data.dataset import Dataset
 from cifar_dist.data.datasets import known_sizes, load_dataset
 from cifar_dist.display.live import training_display
@@ -45,7 +46,7 @@ from cifar_dist.runtime.interrupt import Interrupt
 from cifar_dist.training.checkpoint import load_checkpoint, understanding
 from cifar_dist.training.engine import DivergedError, InterruptedRun
 from cifar_dist.training.evaluation import Predictions
-from cifar_dist.training.lock import LockLostError, RunLock
+from cifar_dist.training.lock import RunLock
 from cifar_dist.training.metrics import confident_mistakes
 from cifar_dist.training.run_directory import RunDirectory, UnwrittenRun, preparing
 from cifar_dist.training.saving import Rhythm
@@ -118,19 +119,15 @@ def train(options: TrainOptions, world: World, config: AccelerateConfig) -> tupl
         trainer = build_trainer(recipe, plan, dataset, runtime, display, interrupt=interrupt, pretrained=job.pretrained)
         about = _describe(request, recipe, dataset.class_names, fingerprint, runtime)
         directory = RunDirectory(job.directory, lock) if ranks.is_main else UnwrittenRun(job.directory)
-        session = Session(directory, trainer, dataset, about, _rhythm(options), Trackers(display.on_note))
+        rhythm = Rhythm.of(options.checkpoint_every_minutes, options.checkpoint_every_steps)
+        session = Session(directory, trainer, dataset, about, rhythm, Trackers(display.on_note))
         with ranks.together():
             _begin(session, job, plan, slurm_job)
-        if ranks.is_main and request.trackers:
-            facts = {"world_size": world.size, "device": runtime.device.type, "precision": runtime.precision}
-            parameters = flatten(recipe_to_mapping(recipe)) | facts
-            folder, name = job.directory / "tracking", job.directory.name
-            session.trackers.start(request.trackers, folder, name, parameters, session.state.step)
         return _train_and_test(console, display, session, _how_to_go_on(options, job.directory))
 
 
 def _begin(session: Session, job: _Job, plan: RunPlan, slurm_job: SlurmJob | None) -> None:
-    """Go on from the checkpoint, where there is one, and write what is known. Raises UserError where that cannot be."""
+    """Go on from the checkpoint, where there is one, write what is known, and start the trackers. Raises UserError."""
     directory, about = session.directory, session.checkpoints.header
     with understanding(directory.last):
         if then := job.checkpoint or job.run.stored:
@@ -147,14 +144,10 @@ def _begin(session: Session, job: _Job, plan: RunPlan, slurm_job: SlurmJob | Non
     }
     marks |= {} if slurm_job is None else {"slurm_job": slurm_job.name}
     session.begin(about | marks, is_new=job.run.existing is None)
-
-
-def _rhythm(options: TrainOptions) -> Rhythm:
-    """Give how often the run is saved: each minute, but in a hundredth of the time at most; or as was typed."""
-    minutes, steps = options.checkpoint_every_minutes, options.checkpoint_every_steps
-    if minutes is None:
-        return Rhythm(every_seconds=60, every_steps=steps, largest_share=0.01)
-    return Rhythm(every_seconds=60 * minutes, every_steps=steps, within_epochs=True)
+    if session.runtime.is_main and job.run.request.trackers:
+        parameters = flatten(about["recipe"]) | {name: about[name] for name in ("world_size", "device", "precision")}
+        folder, name = job.directory / "tracking", job.directory.name
+        session.trackers.start(job.run.request.trackers, folder, name, parameters, session.state.step)
 
 
 def _how_to_go_on(options: TrainOptions, directory: Path) -> str:
@@ -170,7 +163,7 @@ def _resolve(options: TrainOptions, world: World, slurm_job: SlurmJob | None, lo
     check_plan(run.request, world_size=world.size)
     existing, checkpoint, damage, nothing_left = run.existing, None, None, None
     if existing is not None:
-        nothing_left = _nothing_left(RunDirectory(existing.path), run.request)
+        nothing_left = RunDirectory(existing.path).nothing_left(run.request.recipe.epochs)
         if nothing_left is None:
             with preparing(existing.path):
                 lock.take(existing.path)
@@ -217,20 +210,6 @@ def _show_plan(console: Console, options: TrainOptions, world: World, config: Ac
     lines = _header(f"{directory}", request, outlook, plan, recipe)
     print_header(console, lines | {"would start": started_line(world, config, options.num_processes)})
     return EXIT_DONE
-
-
-def _nothing_left(run: RunDirectory, request: TrainRequest) -> str | None:
-    """Say that a run is over already, where it is."""
-    summary = run.read_summary()
-    if summary is None or summary.test is None:
-        return None
-    if summary.status == "early_stopped":
-        return f"{run.path} was stopped early after {summary.epochs} epochs: nothing left to do"
-    if request.recipe.epochs > summary.epochs:
-        return None
-    if request.recipe.epochs < summary.epochs:
-        raise UserError(f"epochs={request.recipe.epochs} is below the {summary.epochs} that are done in {run.path}")
-    return f"{run.path} is completed ({summary.epochs} epochs, accuracy {summary.test.top1:.2%}): nothing left to do"
 
 
 def _load(console: Console, request: TrainRequest) -> Dataset:
@@ -297,7 +276,7 @@ def _train_and_test(
         place = f"epoch {session.state.epoch + 1}, step {session.state.step}"
         text, code = f"interrupted in {place}, and saved; go on with: {how_to_go_on}", EXIT_INTERRUPTED
     except OSError as error:  # a full or vanished disk, or a run that another process has
-        text, code = _what_is_lost(error, session.directory, how_to_go_on), EXIT_FAILED
+        text, code = session.directory.what_is_lost(error, how_to_go_on), EXIT_FAILED
         session.runtime.ranks.abandoned = True
     except KeyboardInterrupt:
         text, code = f"interrupted; go on with: {how_to_go_on}", EXIT_KEYBOARD_INTERRUPT
@@ -310,18 +289,6 @@ def _train_and_test(
     if session.runtime.is_main:
         print(text, file=sys.stderr)
     return code, None
-
-
-def _what_is_lost(error: OSError, directory: RunDirectory, how_to_go_on: str) -> str:
-    """Say in one line why nothing can be written any more, and what is left."""
-    if isinstance(error, LockLostError):
-        return f"{error.strerror}: {directory.path} is left to it"
-    if not directory.last.parent.is_dir():
-        return f"the run directory {directory.path} is gone, and nothing can be saved"
-    what = f"cannot write {error.filename or directory.path}: {error.strerror or error}"
-    kept = directory.last if directory.last.exists() else directory.previous
-    left = f"the last good checkpoint stays: {kept}" if kept.exists() else "there was no checkpoint yet"
-    return f"{what}; {left}; go on with: {how_to_go_on}"
 
 
 def _draw_figures(session: Session, summary: Summary, predictions: Predictions) -> None:

@@ -35,18 +35,17 @@ class OptimizerConfig:
     decay_norm_and_bias: bool
     """Whether weight decay also pulls BatchNorm's parameters and the biases, as torch does when not told otherwise."""
     sgd_learning_rate: float | None
-    """For `muon`: the peak for all that is no filter, which SGD steps; null: as for the filters."""
+    """For `muon` alone: the peak for all that is no filter, which SGD steps; null: as for the filters."""
     normalize_filters: bool
-    """For `muon`: each filter bank is brought to the norm sqrt(its outputs) before a step (airbench94_muon)."""
+    """For `muon` alone: each filter bank is brought to the norm sqrt(its outputs) before a step (airbench94_muon)."""
 
     def __post_init__(self) -> None:
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
         _require_fractions(self, "momentum", below_one=True)
         _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or above")
         _require(not self.nesterov or self.momentum > 0, "nesterov", True, "false where momentum is 0")
-        other, is_muon = self.sgd_learning_rate, self.name == "muon"
-        _require(other is None or (is_muon and other > 0), "sgd_learning_rate", other, "above 0 for muon, else null")
-        _require(not self.normalize_filters or is_muon, "normalize_filters", True, "false without muon")
+        other = self.sgd_learning_rate
+        _require(other is None or other > 0, "sgd_learning_rate", other, "above 0, or null")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

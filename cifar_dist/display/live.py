@@ -58,7 +58,7 @@ class LiveTraining(Display):
         self._lr, self._started = 0.0, 0.0
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
+            BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
             MofNCompleteColumn(),
             _WhereWide(console),
             TimeRemainingColumn(compact=True),
@@ -80,12 +80,18 @@ class LiveTraining(Display):
             self.console.print(self._table(self.console.width, len(self.epochs)))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Draw what fits: rows and columns of the table go first."""
+        """Draw what fits: rows and columns of the table go first, and the space around it."""
         height = (options.height or console.height) - 6
+        yield from self._space(height)
         yield self._facts()
         if self.epochs:
             yield self._table(options.max_width, max(1, height))
+            yield from self._space(height)
         yield self.progress
+
+    def _space(self, height: int) -> list[Text]:
+        """Give an empty line, where besides the whole table there is room for two."""
+        return [Text()] if height >= _NUM_EPOCHS + 2 else []
 
     def _facts(self) -> Text:
         parts = [self.facts, *([f"{self.rate:,.0f} images/s"] if self.rate else [])]

@@ -45,17 +45,21 @@ def format_evaluation_totals(evaluation: Evaluation) -> str:
     return f"accuracy {accuracy}{top5}, loss {evaluation.loss:.4f} on {evaluation.num_samples:,} images"
 
 
-def format_class_bars(evaluation: Evaluation, *, bar_width: int = 30) -> list[str]:
-    """Give each class's accuracy with a bar; of many classes only the ten that are known least."""
+def format_class_bars(evaluation: Evaluation, *, width: int = 80) -> list[str]:
+    """Give each class's accuracy with a bar; of many classes only the ten that are known least.
+
+    In a panel of `width` columns no line is broken, where the name leaves room for a bar at all.
+    """
     shown, lines = dict(evaluation.per_class_accuracy), []
     if len(shown) > 20:
         lines.append(f"the ten worst of {len(shown)} classes:")
         worst = sorted(shown, key=lambda name: (shown[name] is None, shown[name] or 0.0))[:10]
         shown = {name: shown[name] for name in worst}
-    width = max(map(len, shown))
+    names = max(map(len, shown))
+    bar_width = max(1, min(30, width - names - 16))  # beside the bar: spaces, the number, and the panel's edges
     for name, accuracy in shown.items():
         bar = "" if accuracy is None else "█" * round(accuracy * bar_width)
-        lines.append(f"{name:<{width}}  {format_percent(accuracy):>8}  {bar}".rstrip())
+        lines.append(f"{name:<{names}}  {format_percent(accuracy):>8}  {bar}".rstrip())
     return lines
 
 
@@ -160,7 +164,7 @@ def print_result(console: Console, summary: Summary, total_epochs: int, director
         format_outcome(summary, total_epochs=total_epochs),
         f"test {format_evaluation_totals(summary.test)}",
         "",
-        *format_class_bars(summary.test),
+        *format_class_bars(summary.test, width=console.width),
         *(["", "what is mistaken most:", *confusions] if (confusions := format_confusions(summary.test)) else []),
         "",
         f"in {directory}: config.yaml, metrics.jsonl, summary.json, checkpoints, figures",

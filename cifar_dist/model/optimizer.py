@@ -24,7 +24,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, fused: bool | 
     for each in model.parameters():
         if id(each) not in taken:
             members.setdefault(config.decay_norm_and_bias or each.ndim > 1, []).append(each)
-    scale = 1.0 if config.sgd_learning_rate is None else config.sgd_learning_rate / config.learning_rate
+    other = config.sgd_learning_rate if config.name == "muon" else None
+    scale = 1.0 if other is None else other / config.learning_rate
     groups: list[dict[str, Any]] = [
         {"params": each, "weight_decay": config.weight_decay if decays else 0.0, "lr_scale": scale}
         for decays, each in members.items()

@@ -10,19 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import psutil
 import torch
 
-from cifar_dist.config.errors import UserError
-from cifar_dist.config.world import (
+from cifar_dist.config.accelerate_config import (
     AccelerateConfig,
-    World,
-    has_outer_launcher,
     wants_cpu,
     wished_compiler,
     wished_precision,
 )
-from cifar_dist.runtime.launch import NUM_THREADS
+from cifar_dist.config.errors import UserError
+from cifar_dist.config.world import World
+from cifar_dist.runtime.threads import choose_num_threads, usable_cores
 
 DeviceType = Literal["cpu", "mps", "cuda"]
 
@@ -193,27 +191,6 @@ def _is_intel() -> bool:
     return "GenuineIntel" in (facts.read_text() if facts.exists() else platform.processor())
 
 
-def choose_num_threads(environ: Mapping[str, str], *, cores: int, local_processes: int, default: int) -> int:
-    """Give the threads of this process.
-
-    `OMP_NUM_THREADS` is the user's word, except that a 1 under `accelerate launch` or torchrun was forced by them and
-    would leave the other cores idle: then the cores are shared among the processes here. Our own launcher hands the
-    user's word down under another name. A Slurm task has the cores that Slurm gave it. Otherwise one process keeps
-    torch's own default.
-    """
-    text = environ.get(NUM_THREADS) or environ.get("OMP_NUM_THREADS", "")
-    outer = has_outer_launcher(environ)
-    forced = outer and text == "1" and NUM_THREADS not in environ
-    if text.isdecimal() and int(text) > 0 and not forced:
-        return int(text)
-    own = environ.get("SLURM_CPUS_PER_TASK", "")
-    if own.isdecimal() and "SLURM_STEP_ID" in environ and not outer:
-        return max(1, min(cores, int(own)))
-    if outer or local_processes > 1:
-        return max(1, cores // local_processes)
-    return default
-
-
 def check_world(world: World, device_type: str, environ: Mapping[str, str]) -> None:
     """Raise UserError where these processes cannot work together on these devices."""
     if world.size == 1:
@@ -245,13 +222,6 @@ def describe_devices() -> dict[str, str]:
     elif sys.platform == "darwin":
         lines["MPS"] = "not available" + ("" if torch.backends.mps.is_built() else ": this torch is built without it")
     return lines
-
-
-def usable_cores() -> int:
-    """Count the physical cores that this process may run on."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    allowed = len(affinity(0)) if affinity else (os.cpu_count() or 1)
-    return min(allowed, psutil.cpu_count(logical=False) or allowed)
 
 
 def memory_format(device_type: str) -> torch.memory_format:

@@ -13,11 +13,13 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, TorchDynamoPlugin
 from torch import Tensor, nn
 
+from cifar_dist.config.accelerate_config import AccelerateConfig, wants_cpu
 from cifar_dist.config.errors import SharedError, UserError
-from cifar_dist.config.world import AccelerateConfig, World, wants_cpu
+from cifar_dist.config.world import World
 from cifar_dist.runtime import device as device_module
 from cifar_dist.runtime.device import SHARE_GPU, Outlook
 from cifar_dist.runtime.ranks import Ranks
+from cifar_dist.runtime.threads import choose_num_threads, usable_cores
 
 
 @dataclass(kw_only=True, eq=False)
@@ -234,9 +236,9 @@ def _tell_accelerate(world: World, *, cpu: bool) -> None:
             os.environ.pop(name, None)
         return
     visible = torch.cuda.device_count() if torch.cuda.is_available() else world.local_size
-    threads = device_module.choose_num_threads(
+    threads = choose_num_threads(
         os.environ,
-        cores=device_module.usable_cores(),
+        cores=usable_cores(),
         local_processes=world.local_size,
         default=torch.get_num_threads(),
     )

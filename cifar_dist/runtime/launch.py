@@ -15,8 +15,8 @@ from typing import Any, Self
 
 import psutil
 
+from cifar_dist.config.accelerate_config import AccelerateConfig, has_outer_launcher, wants_cpu, wished_precision
 from cifar_dist.config.errors import EXIT_CODE_FILE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_KEYBOARD_INTERRUPT
-from cifar_dist.config.world import AccelerateConfig, has_outer_launcher, wants_cpu, wished_precision
 
 NUM_THREADS = "CIFAR_DIST_NUM_THREADS"
 """The environment variable that hands down the user's own OMP_NUM_THREADS: torchrun sets a 1 that is nobody's wish."""

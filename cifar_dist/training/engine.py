@@ -2,29 +2,26 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
 from cifar_dist.config.plan import RunPlan
 from cifar_dist.config.recipe import Recipe
-from cifar_dist.data.batches import Batch, Normalizer, TrainingBatches
-from cifar_dist.data.dataset import LabelledImages
+from cifar_dist.data.batches import Batch, TrainingBatches
 from cifar_dist.data.order import derive_seed
-from cifar_dist.model.batch_norm import Groups, running_statistics
+from cifar_dist.model.batch_norm import Groups
 from cifar_dist.model.dropout import HeadDropout
 from cifar_dist.model.optimizer import set_learning_rate
 from cifar_dist.model.schedule import learning_rate
-from cifar_dist.records import EpochRecord, Observer
+from cifar_dist.records import EpochRecord, Evaluation, Observer
 from cifar_dist.runtime.distributed import Runtime
 from cifar_dist.runtime.interrupt import Interrupt
 from cifar_dist.training.early_stopping import monitored_value
-from cifar_dist.training.evaluation import predict_logits
-from cifar_dist.training.metrics import summarize
+from cifar_dist.training.evaluation import Validation
+from cifar_dist.training.loss import batch_loss
 from cifar_dist.training.state import Best, TrainState, copy_weights
+from cifar_dist.training.statistics import OwnStatistics
 
 
 class DivergedError(Exception):
@@ -36,16 +33,6 @@ class DivergedError(Exception):
 
 class InterruptedRun(Exception):
     """A process was told to stop, and all stop at the end of the same step, ready to be saved."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Validation:
-    """The images that are held out, and how they are prepared."""
-
-    data: LabelledImages
-    indices: Tensor
-    class_names: tuple[str, ...]
-    normalize: Normalizer
 
 
 class Checkpointing:
@@ -93,6 +80,7 @@ class Trainer:
         self.frozen = frozen
         self.dropout = dropout
         self.groups = groups
+        self.statistics = OwnStatistics(state, runtime, groups)
         self.checkpointing = Checkpointing()
         self._time_to_save = False
         self._clock_started = 0.0
@@ -108,8 +96,8 @@ class Trainer:
             epoch = state.epoch + 1
             self.observer.on_epoch_start(epoch, learning_rate(self.recipe, self.plan, state.step))
             loss, hits, images = self._train_epoch(epoch)
-            self.even_out()
-            record = self._record(epoch, loss, hits, images, *self._validate())
+            self.statistics.even_out()
+            record = self._record(epoch, loss, hits, images, self._validate())
             state.epoch = epoch
             state.train_seconds += state.epoch_seconds
             state.epoch_seconds = 0.0
@@ -214,35 +202,10 @@ class Trainer:
         if not math.isfinite(loss):
             raise self._divergence(self.state.epoch + 1, self.state.step)
 
-    def _group_statistics(self) -> list[Tensor]:
-        """Give the running statistics that each rank has of its own: those of ghost groups, else none."""
-        if self.groups is None:
-            return []
-        models = [self.state.model] if self.state.ema is None else [self.state.model, self.state.ema.model]
-        return running_statistics(*models)
-
-    def even_out(self) -> None:
-        """Make BatchNorm's running statistics equal on all ranks, where each follows groups of its own."""
-        self.runtime.average_over_ranks(self._group_statistics())
-
-    def own_statistics(self) -> list[float]:
-        """Give this rank's running statistics, for a run that goes on with the same bits."""
-        return [value for tensor in self._group_statistics() for value in tensor.tolist()]
-
-    def take_statistics(self, values: Sequence[float]) -> None:
-        """Take what `own_statistics` gave."""
-        tensors = self._group_statistics()
-        if values and tensors:
-            parts = torch.split(torch.tensor(values, dtype=torch.float64), [len(tensor) for tensor in tensors])
-            for tensor, part in zip(tensors, parts, strict=True):
-                tensor.copy_(part)
-
-    def _record(
-        self, epoch: int, loss: float, hits: float, images: float, val_loss: float | None, val_acc: float | None
-    ) -> EpochRecord:
+    def _record(self, epoch: int, loss: float, hits: float, images: float, held_out: Evaluation | None) -> EpochRecord:
         """Give the record of an epoch: rank 0's, so that what is decided by it is decided by the same numbers."""
-        if val_loss is not None:
-            self.check_finite(val_loss)
+        if held_out is not None:
+            self.check_finite(held_out.loss)
         seconds, step = self.state.epoch_seconds, self.state.step
         record = EpochRecord(
             epoch=epoch,
@@ -250,30 +213,19 @@ class Trainer:
             lr=learning_rate(self.recipe, self.plan, step - 1),
             train_loss=loss / images,
             train_acc=hits / images,
-            val_loss=val_loss,
-            val_acc=val_acc,
+            val_loss=None if held_out is None else held_out.loss,
+            val_acc=None if held_out is None else held_out.top1,
             images_per_second=images / seconds,
             epoch_seconds=seconds,
             world_size=self.plan.world_size,
         )
         return self.runtime.ranks.from_main(lambda: record)
 
-    def _validate(self) -> tuple[float | None, float | None]:
+    def _validate(self) -> Evaluation | None:
         if self.validation is None:
-            return None, None
-        held_out = self.validation
-        predictions = predict_logits(
-            self.state.evaluated_model,
-            held_out.data,
-            held_out.indices,
-            num_classes=len(held_out.class_names),
-            normalize=held_out.normalize,
-            image_size=self.recipe.image_size,
-            runtime=self.runtime,
-            observer=self.observer,
-        )
-        result = summarize(predictions.logits, predictions.labels, held_out.class_names)
-        return result.loss, result.top1
+            return None
+        model, size = self.state.evaluated_model, self.recipe.image_size
+        return self.validation.evaluate(model, image_size=size, runtime=self.runtime, observer=self.observer)
 
     def _keep_best(self, record: EpochRecord) -> bool:
         """Keep a copy of the weights where this epoch is the best so far; without a validation split none is."""
@@ -284,14 +236,3 @@ class Trainer:
             return False
         self.state.best = Best(epoch=record.epoch, value=value, weights=copy_weights(self.state.evaluated_model))
         return True
-
-
-def batch_loss(logits: Tensor, batch: Batch, label_smoothing: float) -> Tensor:
-    """Give a batch's summed cross entropy; where images are mixed, each class counts by its share of the image."""
-    if batch.partner_labels is None or batch.shares is None:
-        return functional.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=label_smoothing)
-    own, other = (
-        functional.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
-        for labels in (batch.labels, batch.partner_labels)
-    )
-    return (own * batch.shares + other * (1 - batch.shares)).sum()

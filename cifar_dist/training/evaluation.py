@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from cifar_dist.data.batches import Normalizer, evaluation_batches
 from cifar_dist.data.dataset import LabelledImages
 from cifar_dist.data.order import Shard
-from cifar_dist.records import Observer
+from cifar_dist.records import Evaluation, Observer
 from cifar_dist.runtime.distributed import Runtime
+from cifar_dist.training.metrics import summarize
 
 
 def batch_size_for(image_size: int) -> int:
@@ -67,3 +68,27 @@ def predict_logits(
         everything[shard.index :: shard.count] = torch.cat(own)
     everything = runtime.sum_over_ranks(everything)
     return Predictions(indices=indices, labels=data.labels.cpu()[indices], logits=everything.cpu())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Validation:
+    """The images that are held out, and how they are prepared."""
+
+    data: LabelledImages
+    indices: Tensor
+    class_names: tuple[str, ...]
+    normalize: Normalizer
+
+    def evaluate(self, model: nn.Module, *, image_size: int, runtime: Runtime, observer: Observer) -> Evaluation:
+        """Say how good the (unwrapped) model is on them."""
+        predictions = predict_logits(
+            model,
+            self.data,
+            self.indices,
+            num_classes=len(self.class_names),
+            normalize=self.normalize,
+            image_size=image_size,
+            runtime=runtime,
+            observer=observer,
+        )
+        return summarize(predictions.logits, predictions.labels, self.class_names)

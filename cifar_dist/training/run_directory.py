@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.run_files import RunFiles
 from cifar_dist.records import EpochRecord, Summary
-from cifar_dist.training.lock import RunLock
+from cifar_dist.training.lock import LockLostError, RunLock
 
 
 @contextmanager
@@ -90,6 +90,31 @@ class RunDirectory(RunFiles):
             return Summary.from_json(self.summary.read_text(encoding="utf-8"))
         except (ValueError, TypeError, KeyError, AttributeError):
             raise UserError(f"{self.summary} is damaged: remove it to go on without it") from None
+
+    def nothing_left(self, epochs: int) -> str | None:
+        """Say that a run which is to have so many epochs is over already, where it is. Raises UserError at fewer."""
+        summary = self.read_summary()
+        if summary is None or summary.test is None:
+            return None
+        if summary.status == "early_stopped":
+            return f"{self.path} was stopped early after {summary.epochs} epochs: nothing left to do"
+        if epochs > summary.epochs:
+            return None
+        if epochs < summary.epochs:
+            raise UserError(f"epochs={epochs} is below the {summary.epochs} that are done in {self.path}")
+        accuracy = f"{summary.test.top1:.2%}"
+        return f"{self.path} is completed ({summary.epochs} epochs, accuracy {accuracy}): nothing left to do"
+
+    def what_is_lost(self, error: OSError, how_to_go_on: str) -> str:
+        """Say in one line why nothing can be written any more, and what is left."""
+        if isinstance(error, LockLostError):
+            return f"{error.strerror}: {self.path} is left to it"
+        if not self.last.parent.is_dir():
+            return f"the run directory {self.path} is gone, and nothing can be saved"
+        what = f"cannot write {error.filename or self.path}: {error.strerror or error}"
+        kept = self.last if self.last.exists() else self.previous
+        left = f"the last good checkpoint stays: {kept}" if kept.exists() else "there was no checkpoint yet"
+        return f"{what}; {left}; go on with: {how_to_go_on}"
 
     def write_predictions(self, **arrays: NDArray[Any]) -> None:
         """Write test_predictions.npz: what the figures need, without the data."""

@@ -24,6 +24,13 @@ class Rhythm:
     largest_share: float = math.inf
     """Of the time that saving may take; on a slow disk the seconds become more."""
 
+    @classmethod
+    def of(cls, minutes: float | None, steps: int | None) -> "Rhythm":
+        """Give the rhythm that was asked for; else each minute at the end of an epoch, in 1 % of the time at most."""
+        if minutes is None:
+            return cls(every_seconds=60, every_steps=steps, largest_share=0.01)
+        return cls(every_seconds=60 * minutes, every_steps=steps, within_epochs=True)
+
 
 class CheckpointWriter:
     """Writes a run's checkpoints, in its rhythm and whenever it is told to."""

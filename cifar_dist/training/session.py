@@ -45,7 +45,7 @@ class Session:
         self.state.restore(checkpoint)
         self._restore_sums(checkpoint["epoch_sums"])
         if len(checkpoint["statistics"]) == self.runtime.world.size:
-            self.trainer.take_statistics(checkpoint["statistics"][self.runtime.world.rank])
+            self.trainer.statistics.take(checkpoint["statistics"][self.runtime.world.rank])
         self.runtime.load_state(checkpoint)
         epochs = self.trainer.plan.epochs
         if epochs < self.state.epoch:
@@ -104,11 +104,11 @@ class Session:
         """Save the state in the middle of an epoch, with what each rank has of its own; all ranks do it together."""
         ranks, trainer = self.runtime.ranks, self.trainer
         trainer.stop_clock()
-        sums, own = ranks.exchange(self.state.sums.read()[:3]), trainer.own_statistics()
+        sums, own = ranks.exchange(self.state.sums.read()[:3]), trainer.statistics.read()
         statistics = ranks.exchange(own)
-        trainer.even_out()
+        trainer.statistics.even_out()
         self.checkpoints.save(self.state, self.runtime.state(), epoch_sums=sums, statistics=statistics)
-        trainer.take_statistics(own)  # as if nothing had been saved
+        trainer.statistics.take(own)  # as if nothing had been saved
 
     def test(self, status: Status) -> tuple[Summary, Predictions]:
         """Evaluate the selected weights once on the test images, and write the predictions; give the summary."""

@@ -25,7 +25,8 @@ from cifar_dist.runtime.distributed import Runtime
 from cifar_dist.runtime.interrupt import Interrupt
 from cifar_dist.training.checkpoint import is_bare_weights, load_checkpoint
 from cifar_dist.training.early_stopping import EarlyStopping
-from cifar_dist.training.engine import Trainer, Validation
+from cifar_dist.training.engine import Trainer
+from cifar_dist.training.evaluation import Validation
 from cifar_dist.training.metrics import RunningSums
 from cifar_dist.training.state import TrainState
 

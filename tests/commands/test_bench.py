@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cifar_dist.cli import main
 from cifar_dist.commands import bench
+from cifar_dist.config.accelerate_config import AccelerateConfig
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.options import BenchOptions
-from cifar_dist.config.world import AccelerateConfig, World
+from cifar_dist.config.world import World
 from cifar_dist.records import Observer
 from cifar_dist.runtime.timing import Contender, alternate
 from cifar_dist.training.anatomy import flops_per_image, memory_by_part, peak_flops

@@ -1,5 +1,6 @@
 """What is exported is loaded by the libraries that it is for, in the lines that the document has."""
 
+import dataclasses
 import json
 import re
 import sys
@@ -10,8 +11,9 @@ import torch
 from torchvision.models import resnet18
 
 from cifar_dist.cli import main
+from cifar_dist.commands import export
 from cifar_dist.training.weights import read_weights
-from tests.conftest import ROOT, make_dataset
+from tests.conftest import ROOT, make_dataset, make_recipe
 
 RUN = "runs/original-shapes-seed0"
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "interoperability.md").read_text(), re.DOTALL)
@@ -88,6 +90,9 @@ def test_the_metadata_says_how_to_use_it(folder):
         about = file.metadata()
     assert json.loads(about["mean"]) == [0.5, 0.5, 0.5] and about["stem"] == "imagenet"
     assert json.loads(about["classes"])[3] == "class3" and json.loads(about["image_size"]) == 32
+    other = export._about(dataclasses.replace(read_weights(folder / RUN), recipe=make_recipe(base="standard")))
+    assert json.loads(other["mean"]) == [0.4914, 0.4822, 0.4465]
+    assert json.loads(other["std"]) == [0.2470, 0.2435, 0.2616]
 
 
 def test_a_graph_that_gives_other_logits_is_not_written(folder, monkeypatch):

@@ -78,7 +78,7 @@ def test_a_command_of_the_readme(clone, command):
 
 
 @pytest.mark.parametrize(
-    "path", sorted(set(re.findall(r"\]\(([^)#]+)\)|`((?:docs|accelerate_configs)/[\w./-]*)`", README)))
+    "path", sorted(set(re.findall(r"\]\((?!https:)([^)#]+)\)|`((?:docs|accelerate_configs)/[\w./-]*)`", README)))
 )
 def test_a_path_of_the_readme_exists(path):
     assert (ROOT / (path[0] or path[1])).exists()

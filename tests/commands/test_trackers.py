@@ -39,7 +39,10 @@ def test_tensorboard_has_each_epoch_once_at_its_step():
     need("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train_and_go_on("tensorboard")
+    words = [*SMALL, *SETTINGS, "--epochs", "2", "--tracker", "tensorboard", "--checkpoint-every-steps", "3"]
+    assert main(words) == 0
+    Path("run/checkpoints/previous.pt").replace("run/checkpoints/last.pt")  # as after a kill in the second epoch
+    assert main(["--resume", "run", "--epochs", "3"]) == 0
     events = EventAccumulator("run/tracking/tensorboard")
     events.Reload()
     records = RunDirectory(Path("run")).read_records()

@@ -325,7 +325,7 @@ def test_averaged_weights_are_tested_and_evaluated():
 
 def test_the_test_images_are_used_once_at_the_end(monkeypatch):
     """Neither selection nor early stopping sees them: they are evaluated after the last epoch, and only then."""
-    from cifar_dist.training import engine, session
+    from cifar_dist.training import evaluation, session
 
     seen = []
 
@@ -335,7 +335,7 @@ def test_the_test_images_are_used_once_at_the_end(monkeypatch):
             real(model, data, indices, **how),
         )[1]
 
-    monkeypatch.setattr(engine, "predict_logits", spy("engine", engine.predict_logits))
+    monkeypatch.setattr(evaluation, "predict_logits", spy("validation", evaluation.predict_logits))
     monkeypatch.setattr(session, "predict_logits", spy("session", session.predict_logits))
     train("--epochs", "2", *VALIDATION)
-    assert seen == [("engine", 16), ("engine", 16), ("session", 40)]
+    assert seen == [("validation", 16), ("validation", 16), ("session", 40)]

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import distributed, nn
 
+from cifar_dist.config.accelerate_config import AccelerateConfig
 from cifar_dist.config.plan import make_plan
-from cifar_dist.config.world import AccelerateConfig, World
+from cifar_dist.config.world import World
 from cifar_dist.model.batch_norm import Groups, share_statistics, use_groups
 from cifar_dist.records import Observer
 from cifar_dist.runtime.distributed import connect, start

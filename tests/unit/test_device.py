@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from cifar_dist.config.accelerate_config import AccelerateConfig
 from cifar_dist.config.errors import UserError
-from cifar_dist.config.world import AccelerateConfig, World
+from cifar_dist.config.world import World
 from cifar_dist.runtime.device import (
     SHARE_GPU,
     DeviceFacts,
     check_world,
-    choose_num_threads,
     describe_devices,
     look_ahead,
     memory_format,
@@ -21,6 +21,7 @@ from cifar_dist.runtime.device import (
     resolve_precision,
 )
 from cifar_dist.runtime.distributed import _tell_accelerate, connect, start
+from cifar_dist.runtime.threads import choose_num_threads
 
 
 @pytest.mark.parametrize(
@@ -203,7 +204,7 @@ def test_which_gpu_a_task_takes(monkeypatch, visible, device):
 
 def test_accelerate_is_told_the_threads_that_slurm_gave(monkeypatch):
     """What is chosen afterwards reads them there: a 1 would be taken for the user's word."""
-    monkeypatch.setattr("cifar_dist.runtime.device.usable_cores", lambda: 16)
+    monkeypatch.setattr("cifar_dist.runtime.distributed.usable_cores", lambda: 16)
     monkeypatch.setattr(os, "environ", {"SLURM_STEP_ID": "0", "SLURM_CPUS_PER_TASK": "8"})
     _tell_accelerate(World(rank=1, size=2, local_rank=1, local_size=2, launcher="slurm"), cpu=True)
     assert os.environ["OMP_NUM_THREADS"] == "8"

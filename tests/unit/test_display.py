@@ -29,6 +29,7 @@ from cifar_dist.display.tables import (
     format_evaluation_totals,
     format_outcome,
     print_header,
+    print_lines,
     print_result,
 )
 from cifar_dist.records import Evaluation, Summary
@@ -84,7 +85,7 @@ def test_the_result_in_words():
     assert format_evaluation_totals(TEST) == "accuracy 75.00 %, loss 0.5000 on 20 images"
     eleven = dataclasses.replace(TEST, per_class_accuracy=dict.fromkeys("abcdefghijk", 0.5))
     assert format_evaluation_totals(eleven) == "accuracy 75.00 %, top-5 95.00 %, loss 0.5000 on 20 images"
-    cat, dog, ship = format_class_bars(TEST, bar_width=10)
+    cat, dog, ship = format_class_bars(TEST, width=35)
     assert cat.split() == ["cat", "60.40", "%", "██████"]
     assert dog.split() == ["dog", "-"]
     assert ship.endswith("100.00 %  ██████████")
@@ -252,3 +253,13 @@ def test_wrong_predictions_are_marked(tmp_path):
         shades.append(((pixels[..., 0] > 0.7) & (pixels[..., 2] < 0.2)).sum())
     assert shades[0] == 0
     assert shades[1] > 100
+
+
+@pytest.mark.parametrize("width", [40, 50, 100])
+def test_no_bar_is_broken_by_the_panel(width):
+    sure = dataclasses.replace(TEST, per_class_accuracy=dict.fromkeys(TEST.per_class_accuracy, 1.0))
+    console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None, _environ={})
+    print_lines(console, format_class_bars(sure, width=width), title="result")
+    lines = console.file.getvalue().splitlines()
+    assert len(lines) == 2 + len(TEST.per_class_accuracy)
+    assert all("█" in line and "100.00 %" in line for line in lines[1:-1])

@@ -14,8 +14,9 @@ from cifar_dist.config.plan import make_plan
 from cifar_dist.data.augmentation import COLUMNS
 from cifar_dist.data.batches import Normalizer, resized
 from cifar_dist.records import Observer
-from cifar_dist.training.engine import DivergedError, Trainer, batch_loss
+from cifar_dist.training.engine import DivergedError, Trainer
 from cifar_dist.training.evaluation import predict_logits
+from cifar_dist.training.loss import batch_loss
 from cifar_dist.training.metrics import summarize
 from cifar_dist.training.setup import build_trainer
 from tests.conftest import make_dataset, make_recipe

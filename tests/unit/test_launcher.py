@@ -1,6 +1,6 @@
 """What the launcher would start, and with which words; starting it is tests/launching's."""
 
-from cifar_dist.config.world import AccelerateConfig
+from cifar_dist.config.accelerate_config import AccelerateConfig
 from cifar_dist.runtime.launch import NUM_THREADS, agent_arguments, child_environment
 
 CONFIG = AccelerateConfig(path="x.yaml", num_processes=2)

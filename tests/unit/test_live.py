@@ -47,7 +47,7 @@ def test_it_shows_where_the_run_is_and_what_it_runs_on():
     train(view, 2)
     view.on_epoch_start(3, 0.05)
     view.on_step(10, 1.25)
-    facts, heading, first, second, run, steps = drawn(view)
+    _, facts, heading, first, second, _, run, steps = drawn(view)
     assert facts.startswith("cpu, bf16 · 2 processes · ") and facts.endswith(" images/s · 1,210 MiB")
     assert heading.split() == ["epoch", "loss", "accuracy", "val", "loss", "val", "accuracy", "lr", "images/s", "time"]
     assert first.split() == ["1", "1.000", "50.00%", "0.500", "1.00%", "0.1", "100", "2.0", "s"]
@@ -67,9 +67,11 @@ def test_an_evaluation_has_a_bar_while_it_runs():
 def test_the_best_epoch_stays_in_sight_and_a_low_terminal_shows_less():
     view = view_on(terminal())
     train(view, 12)
-    epochs = [line.split()[0] for line in drawn(view) if line.strip()[0].isdigit()]
+    epochs = [line.split()[0] for line in drawn(view) if line.strip()[:1].isdigit()]
     assert epochs == ["2", "8", "9", "10", "11", "12"]
     assert len(drawn(view, height=9)) == 7
+    assert len(drawn(view, height=13)) == 10
+    assert len(drawn(view, height=14)) == 12
 
 
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 120])
@@ -78,8 +80,9 @@ def test_nothing_is_wider_than_the_terminal(width):
     train(view, 3)
     lines = drawn(view, width)
     assert max(map(len, lines)) <= width
-    assert len(lines) == 7, "a line was broken"
+    assert len(lines) == 9, "a line was broken"
     assert any("best" in line for line in lines) == (width >= 40)
+    assert any("loss 1.500  lr 0.1" in line for line in lines) == (width >= 80), "the bars have its room"
 
 
 def test_notes_prints_and_logs_go_above_and_the_table_stays_at_the_end(capsys):

@@ -441,3 +441,14 @@ def test_a_first_step_that_the_fp16_scaler_skips_leaves_no_momentum(name):
     sgd.found_inf, sgd.grad_scale = torch.ones(()), torch.ones(())  # what the scaler tells a fused optimiser
     sgd.step()
     assert all(buffer.abs().max() == 0 for buffer in buffers)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_what_is_muons_alone_changes_no_other_optimiser(name):
+    """So that another name can be typed over `standard`, which has Muon."""
+    recipe = make_recipe(f"optimizer.name={name}", base="standard")
+    assert recipe.optimizer.sgd_learning_rate is not None and recipe.optimizer.normalize_filters
+    optimizer = build_optimizer(build_resnet("small", 10, seed=0), recipe.optimizer)
+    set_learning_rate(optimizer, 0.3)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.3, 0.3]
+    assert type(optimizer) in (torch.optim.SGD, torch.optim.AdamW)

@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from cifar_dist.config.accelerate_config import AccelerateConfig
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.plan import make_plan
-from cifar_dist.config.world import AccelerateConfig, World
+from cifar_dist.config.world import World
 from cifar_dist.data.batches import Normalizer
 from cifar_dist.records import Observer
 from cifar_dist.runtime import device, distributed

@@ -19,6 +19,7 @@ from cifar_dist.config.arguments import parse_arguments
 from cifar_dist.config.loading import read_recipe, recipe_to_mapping
 from cifar_dist.display.curves import overlaid_panels, run_panels, style_of
 from cifar_dist.display.figures import panel_svg
+from cifar_dist.display.html import html_page
 from cifar_dist.records import Evaluation, Summary
 from tests.conftest import ROOT, make_recipe
 from tests.unit.test_metrics import record
@@ -123,6 +124,7 @@ def test_the_page_asks_for_nothing_and_takes_no_name_for_markup(run):
     assert not heard.tags & {"script", "link", "iframe", "object", "b "}
     assert set(re.findall(r"url\((.)", page)) <= {"#"} and "@import" not in page and "://" not in page
     assert "default-src 'none'" in page
+    assert "<title>&lt;b&gt;</title>" in html_page("<b>", []) and "<h1>&lt;b&gt;</h1>" in html_page("<b>", [])
     assert "<b>&ship" not in page and "&lt;b&gt;&amp;ship" in page
     assert "prefers-color-scheme: dark" in page and "width=device-width" in page
 

@@ -5,12 +5,8 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-from cifar_dist.config.errors import UserError
-from cifar_dist.config.plan import KNOWN_SIZES, DatasetSizes, fit_to_dataset, make_plan
-from cifar_dist.config.world import (
+from cifar_dist.config.accelerate_config import (
     AccelerateConfig,
-    World,
-    first_host,
     load_accelerate_config,
     other_count_note,
     processes_to_start,
@@ -20,6 +16,9 @@ from cifar_dist.config.world import (
     wished_precision,
     world_to_come,
 )
+from cifar_dist.config.errors import UserError
+from cifar_dist.config.plan import KNOWN_SIZES, DatasetSizes, fit_to_dataset, make_plan
+from cifar_dist.config.world import World, first_host
 from tests.conftest import ROOT, make_recipe
 
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore
 
-from cifar_dist.config.world import AccelerateConfig, World
+from cifar_dist.config.accelerate_config import AccelerateConfig
+from cifar_dist.config.world import World
 from cifar_dist.runtime.device import SHARE_GPU
 from cifar_dist.runtime.distributed import Runtime, connect, start
 

@@ -1,0 +1,55 @@
+"""Draws the README's picture of a training in a terminal: a real run on `shapes`, as Rich shows it at one of its steps.
+
+    python benchmarks/screenshot.py docs/figures/terminal.svg
+
+What is drawn is what a terminal of 100 columns has then: the header, and the live view below it.
+"""
+
+import io
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.terminal_theme import MONOKAI
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from cifar_dist import cli
+from cifar_dist.commands import train
+from cifar_dist.display.live import LiveTraining
+from cifar_dist.display.tables import print_header
+
+WORDS = ["--dataset", "shapes", "--recipe", "quick"]
+EPOCH, STEP = 6, 5
+"""Of the picture."""
+
+
+def terminal(*, record: bool) -> Console:
+    """Give a console that nobody sees."""
+    return Console(record=record, width=100, height=30, force_terminal=True, file=io.StringIO())
+
+
+class Photographed(LiveTraining):
+    """The live view, of which a picture is taken at one step."""
+
+    def on_step(self, step_in_epoch: int, loss: float | None) -> None:
+        """Draw it all once on the console that records."""
+        super().on_step(step_in_epoch, loss)
+        if (self.epoch, step_in_epoch) == (EPOCH, STEP):
+            paper.print(self)
+
+
+paper = terminal(record=True)
+# The run's folder is a temporary one; a person would have this.
+train.print_header = lambda _, values: print_header(paper, values | {"run": "runs/quick-shapes-seed0"})
+train.training_display = lambda _, plan, name, *, quiet, facts, memory: Photographed(
+    terminal(record=False), plan, name, facts, memory
+)
+with tempfile.TemporaryDirectory() as folder:
+    code = cli.main([*WORDS, "--run-dir", f"{folder}/run"])
+svg = paper.export_svg(title=" ".join(["python launch.py", *WORDS]), theme=MONOKAI)
+# A page that shows it is to ask nobody for a font.
+Path(sys.argv[1]).write_text(re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL))
+sys.exit(code)
