@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         world = World.from_environment(os.environ)
         with EndEarly():
+            _say_that_signals_are_heard(world)
             code = _run(list(sys.argv[1:] if argv is None else argv), world)
     except UserError as error:
         # One line: a mistake that all have made, or were told of, is said by rank 0; another by the first of a machine.
@@ -110,6 +111,13 @@ def _let_the_other_speak() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: _exit_now(EXIT_USER_ERROR))
     time.sleep(15)
+
+
+def _say_that_signals_are_heard(world: World) -> None:
+    """Tell our own launcher, where there is one, that this process takes a signal as it should from now on."""
+    file = os.environ.get(EXIT_CODE_FILE)
+    if file is not None and world.launcher != "none":
+        Path(f"{file}.heard-by-{world.local_rank}").touch()
 
 
 def _leave(code: int, world: World) -> int:

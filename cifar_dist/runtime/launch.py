@@ -27,7 +27,10 @@ def launch(argv: Sequence[str], config: AccelerateConfig, num_processes: int) ->
 
     It is the code that this machine's first process left; 1 where it left none, 130 after a second Ctrl-C.
     """
-    with tempfile.TemporaryDirectory(prefix="cifar-dist-") as folder, _Signals() as signals:
+    with (
+        tempfile.TemporaryDirectory(prefix="cifar-dist-") as folder,
+        _Signals(Path(folder), num_processes // config.num_machines) as signals,
+    ):
         code_file = Path(folder) / "exit-code"
         environ = child_environment(os.environ, config) | {EXIT_CODE_FILE: str(code_file)}
         signals.agent = subprocess.Popen(
@@ -89,10 +92,14 @@ class _Signals:
     """Passes signals on to the processes while they run; a second Ctrl-C, or SIGQUIT, ends them all.
 
     They go to the processes themselves and not to torch's agent, which would shut down with a traceback, after 30
-    seconds by SIGKILL, and knows no SIGUSR.
+    seconds by SIGKILL, and knows no SIGUSR. Until all of them hear signals nothing has been done that could be lost,
+    and they are ended: what the agent has started so far may be a helper of its own, or die of a signal by itself.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path, num_processes: int) -> None:
+        """Take the folder in which each of this machine's processes says that it hears signals."""
+        self._folder = folder
+        self._num_processes = num_processes
         self.agent: subprocess.Popen[bytes] | None = None
         self.code: int | None = None
         """The exit code, where the processes were ended before they could give one."""
@@ -114,14 +121,15 @@ class _Signals:
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self._interrupts += number == signal.SIGINT
-        workers = self._processes()[1:]
+        hear = sum(1 for _ in self._folder.glob("*.heard-by-*")) >= self._num_processes
         if self._interrupts > 1 or number == getattr(signal, "SIGQUIT", None):
             self._end_all(EXIT_KEYBOARD_INTERRUPT)
-        elif not workers:  # the agent has not started them yet: nothing is lost
+        elif not hear:
             self._end_all(EXIT_KEYBOARD_INTERRUPT if number == signal.SIGINT else EXIT_INTERRUPTED)
-        for process in workers:
-            with contextlib.suppress(psutil.Error):
-                process.send_signal(number)
+        else:
+            for process in self._processes()[1:]:
+                with contextlib.suppress(psutil.Error):
+                    process.send_signal(number)
 
     def _end_all(self, code: int) -> None:
         self.code = code

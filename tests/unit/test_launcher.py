@@ -1,7 +1,13 @@
 """What the launcher would start, and with which words; starting it is tests/launching's."""
 
+import os
+import signal
+import subprocess
+
+import pytest
+
 from cifar_dist.config.accelerate_config import AccelerateConfig
-from cifar_dist.runtime.launch import NUM_THREADS, agent_arguments, child_environment
+from cifar_dist.runtime.launch import NUM_THREADS, _Signals, agent_arguments, child_environment
 
 CONFIG = AccelerateConfig(path="x.yaml", num_processes=2)
 
@@ -43,3 +49,20 @@ def test_what_somebody_wished_is_handed_down():
     child = child_environment({"PYTHONPATH": "/mine"}, config)
     assert (child["ACCELERATE_USE_CPU"], child["ACCELERATE_MIXED_PRECISION"]) == ("true", "fp16")
     assert child["PYTHONPATH"].endswith(":/mine")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR2"), reason="Windows has no such signals")
+@pytest.mark.parametrize("heard_by", [0, 1, 2])
+def test_a_signal_waits_for_nobody_who_does_not_hear_yet(tmp_path, heard_by):
+    """The agent's own helpers, and interpreters that are being started, are not yet the processes of a training."""
+    for rank in range(heard_by):
+        (tmp_path / f"exit-code.heard-by-{rank}").touch()
+    helper = 'trap "echo heard; exit 0" USR2; echo ready; while :; do sleep 0.01; done'
+    with _Signals(tmp_path, 2) as signals:
+        signals.agent = subprocess.Popen(["sh", "-c", f"sh -c '{helper}' & wait"], stdout=subprocess.PIPE, text=True)
+        assert signals.agent.stdout.readline() == "ready\n"
+        os.kill(os.getpid(), signal.SIGUSR2)
+        with signals.agent.stdout as rest:
+            assert rest.read() == ("heard\n" if heard_by == 2 else "")
+        signals.agent.wait()
+    assert signals.code == (None if heard_by == 2 else 75)

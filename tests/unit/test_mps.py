@@ -192,6 +192,7 @@ def unserved(trainer):
     ],
 )
 def test_the_listener_hears_what_mps_lacks(runtime, monkeypatch, spoil, complaint):
+    monkeypatch.setitem(kernels(), "heaviside", {"CPU", "CUDA"})  # as in torch 2.14; MPS learns new ones every year
     heard = listen(runtime, monkeypatch, spoil=spoil)
     assert any(complaint in each for each in heard.complaints), heard.complaints
 
