@@ -49,6 +49,11 @@ for recipe in standard original; do
     --json "$out/bench-$recipe-compiled.json"
   step "sweep-$recipe" python launch.py bench --recipe $recipe --sweep --seconds 3 --json "$out/sweep-$recipe.json"
   step "limit-$recipe" python benchmarks/limit.py --recipe $recipe --precision bf16 --compile
+  step "trace-$recipe" python benchmarks/trace.py --recipe $recipe
+  step "trace-$recipe-compiled" python benchmarks/trace.py --recipe $recipe --config "$out/compiled.yaml"
+done
+for batch in 256 1024; do
+  step "limit-standard-$batch" python benchmarks/limit.py --recipe standard --precision bf16 --batch $batch --compile
 done
 step startup python benchmarks/startup.py --rounds 5
 step scaling python benchmarks/scaling.py "$out/scaling"

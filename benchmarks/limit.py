@@ -6,6 +6,9 @@ Two terms. The arithmetic: the floating-point operations of a step over the rate
 the bytes that the step's operations read and write over the rate of a large copy; once for all operations, as they are
 run one by one, and once for the convolutions alone, as if everything else were fused into them. A step cannot be
 shorter than the larger of the two; without any overlap it takes their sum.
+
+What is reached: the step as torch runs it, with `--compile` also compiled, and on CUDA each of them also with kernels
+that cuDNN has tried out and as a CUDA graph, which takes the host's launches away.
 """
 
 import argparse
@@ -83,6 +86,20 @@ def rates(device: torch.device, dtype: torch.dtype, rounds: int) -> tuple[float,
     return matrix_rate, 2 * source.nbytes / seconds(lambda: target.copy_(source), device, rounds)
 
 
+def graph_of(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """Record a step, after three on another stream, as torch's notes on CUDA graphs ask for."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
 def main() -> None:
     """Print the two terms, the limit, and what is reached."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -122,10 +139,15 @@ def main() -> None:
     )
     steps = {"eager": step} | ({"compiled": bare(torch.compile(model, dynamic=False))} if typed.compile else {})
     for kind, each in steps.items():
-        taken = seconds(each, device, typed.rounds)
-        print(
-            f"{kind} bare step {1e3 * taken:,.2f} ms, {batch / taken:,.0f} images/s: {limit / taken:.0%} of the limit"
-        )
+        for tried in (False, True) if device.type == "cuda" else (False,):
+            torch.backends.cudnn.benchmark = tried
+            name = f"{kind}, kernels tried out" if tried else kind
+            taken = {name: seconds(each, device, typed.rounds)}
+            if device.type == "cuda":
+                taken[f"{name}, as a graph"] = seconds(graph_of(each).replay, device, typed.rounds)
+            for name, one in taken.items():
+                share = f"{limit / one:.0%} of the limit"
+                print(f"{name}: bare step {1e3 * one:,.2f} ms, {batch / one:,.0f} images/s, {share}", flush=True)
 
 
 if __name__ == "__main__":

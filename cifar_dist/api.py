@@ -13,8 +13,8 @@ from torch import nn
 
 from cifar_dist.commands import evaluate as evaluate_command
 from cifar_dist.commands import train as train_command
-from cifar_dist.config.accelerate_config import load_accelerate_config
-from cifar_dist.config.errors import EXIT_DONE
+from cifar_dist.config.accelerate_config import load_accelerate_config, processes_to_start
+from cifar_dist.config.errors import EXIT_DONE, UserError
 from cifar_dist.config.options import EvalOptions, TrainOptions
 from cifar_dist.config.recipe import Recipe
 from cifar_dist.config.world import World
@@ -54,8 +54,10 @@ def train(
         trackers=tuple(trackers),
         quiet=quiet,
     )
-    world = World.from_environment(os.environ)
-    code, summary = train_command.train(options, world, load_accelerate_config(config))
+    world, asked = World.from_environment(os.environ), load_accelerate_config(config)
+    if (count := processes_to_start(world, asked, None)) > 1:
+        raise UserError(f"{config} asks for {count} processes, and this is one: start them by notebook_launcher")
+    code, summary = train_command.train(options, world, asked)
     if code != EXIT_DONE or summary is None:
         raise RuntimeError(f"training did not come to its end (exit code {code})")
     return summary

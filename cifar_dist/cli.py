@@ -72,7 +72,9 @@ def _run(argv: list[str], world: World) -> int:
         from cifar_dist.runtime import launch
 
         if isinstance(options, TrainOptions):
-            _provide_data(check_before_launch(options, world_size=count, machine_rank=config.machine_rank))
+            request = check_before_launch(options, world_size=count, machine_rank=config.machine_rank)
+            if request is not None:
+                _provide_data(request)
         return launch.launch(argv, config, count)
     if EXIT_CODE_FILE in os.environ and sys.platform == "linux":
         from cifar_dist.runtime.launch import end_with_parent

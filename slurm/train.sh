@@ -49,6 +49,7 @@ if [[ -n ${CIFAR_DIST_STAGE-} ]]; then # a folder on each node's own disk
   arguments+=(--data-dir "$CIFAR_DIST_STAGE")
 fi
 
+as_it_was=$(stat -c %y "$run_dir/summary.json" 2>/dev/null) || true
 told_to_end=no # scancel, the time limit, or a preemption after which Slurm requeues the job by itself
 trap 'told_to_end=yes' TERM
 "${step[@]}" ${arguments[@]+"${arguments[@]}"} --run-dir "$run_dir" --resume &
@@ -62,6 +63,9 @@ done
 # What became of it is read in the run's own words: srun's code may be that of a process that it killed itself.
 summary() { sed -n "s/^ *\"$1\": \"\{0,1\}\([a-z_0-9.]*\).*/\1/p" "$run_dir/summary.json" 2>/dev/null || true; }
 status=$(summary status)
+# The outcome of an earlier start, which this one, to train the run longer, did not come to replace.
+if [[ $code != 0 && $status != interrupted && $status != running && -n $as_it_was &&
+  $as_it_was == "$(stat -c %y "$run_dir/summary.json" 2>/dev/null)" ]]; then status=; fi
 ((code != 2)) || exit 2 # bad input
 case $status in
   completed | early_stopped) exit 0 ;;

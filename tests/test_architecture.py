@@ -29,7 +29,7 @@ NO_TORCH = {"config", "records", "display", "cli", "__init__", "__main__"}
 HEAVY = {"torch", "torchvision", "accelerate"}
 NO_TORCH_FILES = {"runtime/launch.py", "runtime/interrupt.py", "data/official_files.py", "data/download.py"}
 # (room or file, what it may not import), besides the rooms
-KNOWS_ACCELERATE = {"runtime/distributed.py", "training/tracking.py", "baselines/peer.py"}
+KNOWS_ACCELERATE = {"runtime/distributed.py", "baselines/peer.py"}
 
 
 def imports(tree: ast.AST, name: str) -> list[str]:

@@ -66,11 +66,12 @@ def _training(options: DoctorOptions, world: World, config: AccelerateConfig) ->
     future = world_to_come(world, config, None)
     outlook = look_ahead(config, os.environ, local_processes=future.local_size, typed_precision=options.precision)
     name = options.recipe or DEFAULT_RECIPE
+    wanted = resolve_recipe(read_recipe(name), {}, {})
     lines = {"recipe": f"{recipe_label(name)} on {DEFAULT_DATASET}", "device": outlook.line}
     try:
         check_world(future, outlook.device_type, os.environ)
         sizes = KNOWN_SIZES[DEFAULT_DATASET]
-        recipe = fit_to_dataset(resolve_recipe(read_recipe(name), {}, {}), sizes, validation_size_was_typed=False)
+        recipe = fit_to_dataset(wanted, sizes, validation_size_was_typed=False)
         plan = make_plan(recipe, world_size=future.size, sizes=sizes, device_type=outlook.device_type)
         lines |= {**plan.lines, "learning rate": learning_rate_line(recipe, plan)}
     except UserError as error:

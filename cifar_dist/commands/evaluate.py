@@ -12,6 +12,7 @@ from torch import Tensor
 from cifar_dist.config.accelerate_config import AccelerateConfig, other_count_note
 from cifar_dist.config.errors import EXIT_DONE, UserError
 from cifar_dist.config.options import EvalOptions
+from cifar_dist.config.plan import fit_to_dataset
 from cifar_dist.config.request import DEFAULT_DATA_DIR, DEFAULT_DATASET, check_dataset_name
 from cifar_dist.config.world import World
 from cifar_dist.data.batches import Normalizer
@@ -105,8 +106,10 @@ def _choose_split(options: EvalOptions, weights: SavedWeights, dataset: Dataset)
         return dataset.test, torch.arange(len(dataset.test))
     if dataset.validation is not None:
         return dataset.validation, torch.arange(len(dataset.validation))
-    size, seed = weights.recipe.validation_size, weights.recipe.seed
-    _, held_out = stratified_split(dataset.train.labels, min(size, len(dataset.train)), seed=seed)
+    recipe = weights.recipe
+    if weights.about.get("dataset", {}).get("fingerprint") != dataset.fingerprint():  # nobody has cut it to these yet
+        recipe = fit_to_dataset(recipe, dataset.sizes, validation_size_was_typed=False)
+    _, held_out = stratified_split(dataset.train.labels, recipe.validation_size, seed=recipe.seed)
     if not len(held_out):
         raise UserError(f"{weights.path} was trained without a validation split: evaluate it with --split test")
     return dataset.train, held_out

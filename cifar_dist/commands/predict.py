@@ -46,17 +46,18 @@ def run(options: PredictOptions, world: World, config: AccelerateConfig) -> int:
         model = weights.build(runtime.device, runtime.memory_format)
         with evaluation_display(console) as observer:
             probabilities, was_read = _predict(model, weights, files, runtime, observer)
-    unreadable |= {file.name: UNREADABLE for file, ok in zip(files, was_read.tolist(), strict=True) if not ok}
-    if world.rank == 0:
+        unreadable |= {file.name: UNREADABLE for file, ok in zip(files, was_read.tolist(), strict=True) if not ok}
         names = weights.class_names or tuple(map(str, range(weights.num_classes)))
-        top = _most_likely(files, probabilities, was_read, names, options.top)
-        if options.json is None:
-            _print_table(console, top)
-        else:
-            about = {"checkpoint": str(weights.path), "precision": runtime.precision, "world_size": world.size}
-            _write_json(options, to_stdout, {**about, "predictions": top, "unreadable": _listed(unreadable)})
-        for name, reason in unreadable.items():
-            print(f"error: {name} {reason}", file=sys.stderr)
+        with ranks.together():  # the first process that ends may have the others killed
+            if ranks.is_main:
+                top = _most_likely(files, probabilities, was_read, names, options.top)
+                if options.json is None:
+                    _print_table(console, top)
+                else:
+                    about = {"checkpoint": str(weights.path), "precision": runtime.precision, "world_size": world.size}
+                    _write_json(options, to_stdout, {**about, "predictions": top, "unreadable": _listed(unreadable)})
+                for name, reason in unreadable.items():
+                    print(f"error: {name} {reason}", file=sys.stderr, flush=True)
     return EXIT_USER_ERROR if unreadable else EXIT_DONE
 
 

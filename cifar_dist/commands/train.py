@@ -119,14 +119,17 @@ def train(options: TrainOptions, world: World, config: AccelerateConfig) -> tupl
         trainer = build_trainer(recipe, plan, dataset, runtime, display, interrupt=interrupt, pretrained=job.pretrained)
         about = _describe(request, recipe, dataset.class_names, fingerprint, runtime)
         directory = RunDirectory(job.directory, lock) if ranks.is_main else UnwrittenRun(job.directory)
-        rhythm = Rhythm.of(options.checkpoint_every_minutes, options.checkpoint_every_steps)
+        every = _rhythm(options, stored)
+        rhythm = Rhythm.of(every["checkpoint_every_minutes"], every["checkpoint_every_steps"])
         session = Session(directory, trainer, dataset, about, rhythm, Trackers(display.on_note))
         with ranks.together():
-            _begin(session, job, plan, slurm_job)
+            _begin(session, job, plan, slurm_job, every)
         return _train_and_test(console, display, session, _how_to_go_on(options, job.directory))
 
 
-def _begin(session: Session, job: _Job, plan: RunPlan, slurm_job: SlurmJob | None) -> None:
+def _begin(
+    session: Session, job: _Job, plan: RunPlan, slurm_job: SlurmJob | None, rhythm: Mapping[str, float | None]
+) -> None:
     """Go on from the checkpoint, where there is one, write what is known, and start the trackers. Raises UserError."""
     directory, about = session.directory, session.checkpoints.header
     with understanding(directory.last):
@@ -137,6 +140,7 @@ def _begin(session: Session, job: _Job, plan: RunPlan, slurm_job: SlurmJob | Non
     if job.damage is not None and directory.last.exists():
         directory.set_aside(directory.last)
     marks = {
+        **rhythm,
         "trackers": list(job.run.request.trackers),
         "plan": to_mapping(plan),
         "versions": package_versions(),
@@ -148,6 +152,13 @@ def _begin(session: Session, job: _Job, plan: RunPlan, slurm_job: SlurmJob | Non
         parameters = flatten(about["recipe"]) | {name: about[name] for name in ("world_size", "device", "precision")}
         folder, name = job.directory / "tracking", job.directory.name
         session.trackers.start(job.run.request.trackers, folder, name, parameters, session.state.step)
+
+
+def _rhythm(options: TrainOptions, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Give how often the run is saved: as typed now, else as typed when it began."""
+    names = ("checkpoint_every_minutes", "checkpoint_every_steps")
+    typed = {name: getattr(options, name) for name in names}
+    return {name: stored.get(name) if value is None else value for name, value in typed.items()}
 
 
 def _how_to_go_on(options: TrainOptions, directory: Path) -> str:
@@ -207,7 +218,8 @@ def _show_plan(console: Console, options: TrainOptions, world: World, config: Ac
     recipe = _fit(request, sizes)
     plan = make_plan(recipe, world_size=future.size, sizes=sizes, device_type=outlook.device_type)
     directory = run.existing.path if run.existing is not None else _new_directory(options, request)
-    lines = _header(f"{directory}", request, outlook, plan, recipe)
+    note = other_count_note(world, config, options.num_processes)
+    lines = _header(f"{directory}", request, outlook, plan, recipe, note)
     print_header(console, lines | {"would start": started_line(world, config, options.num_processes)})
     return EXIT_DONE
 
@@ -263,18 +275,17 @@ def _train_and_test(
     console: Console, display: Display, session: Session, how_to_go_on: str
 ) -> tuple[int, Summary | None]:
     try:
-        with session.trainer.interrupt, display:
-            status = session.train()
-            summary, predictions = session.test(status)
+        with session.trainer.interrupt:
+            try:
+                with display:
+                    status = session.train()
+                    summary, predictions = session.test(status)
+            except (DivergedError, InterruptedRun) as end:
+                return _leave_early(session, end, how_to_go_on), None
         if session.runtime.is_main:
             _draw_figures(session, summary, predictions)
             session.trackers.log_test(summary, session.state.step, session.directory.figures)
             session.directory.write_summary(summary)  # last, for with it the run is done
-    except DivergedError as error:
-        text, code = f"diverged: {error}; the last good checkpoint stays: {session.directory.path}", EXIT_FAILED
-    except InterruptedRun:
-        place = f"epoch {session.state.epoch + 1}, step {session.state.step}"
-        text, code = f"interrupted in {place}, and saved; go on with: {how_to_go_on}", EXIT_INTERRUPTED
     except OSError as error:  # a full or vanished disk, or a run that another process has
         text, code = session.directory.what_is_lost(error, how_to_go_on), EXIT_FAILED
         session.runtime.ranks.abandoned = True
@@ -289,6 +300,20 @@ def _train_and_test(
     if session.runtime.is_main:
         print(text, file=sys.stderr)
     return code, None
+
+
+def _leave_early(session: Session, end: DivergedError | InterruptedRun, how_to_go_on: str) -> int:
+    """Close what is open and say how a run ended that all processes leave together; give the exit code."""
+    if isinstance(end, DivergedError):
+        text, code = f"diverged: {end}; the last good checkpoint stays: {session.directory.path}", EXIT_FAILED
+    else:
+        place = f"epoch {session.state.epoch + 1}, step {session.state.step}"
+        text, code = f"interrupted in {place}, and saved; go on with: {how_to_go_on}", EXIT_INTERRUPTED
+    session.trackers.finish()
+    if session.runtime.is_main:
+        print(text, file=sys.stderr, flush=True)
+    session.leave_together()
+    return code
 
 
 def _draw_figures(session: Session, summary: Summary, predictions: Predictions) -> None:

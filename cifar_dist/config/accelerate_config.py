@@ -135,7 +135,7 @@ def _dynamo(values: Any, path: str) -> dict[str, str]:
         raise UserError(f"Accelerate config {path}: dynamo_config must be a mapping, not {values!r}")
     chosen = {}
     for key, value in (values or {}).items():
-        name = key if key.startswith("dynamo_") else f"dynamo_{key}"
+        name = f"dynamo_{str(key).removeprefix('dynamo_')}"
         text = str(value).upper() if name == "dynamo_backend" else str(value)
         if text not in choices.get(name, (text,)) or name not in choices:
             what = f"must be one of {', '.join(choices[name])}, not {value!r}" if name in choices else "is not served"

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 
 from cifar_dist.config.loading import read_recipe, recipe_names
 from cifar_dist.config.parsing import flatten
-
-_DATASETS = ("cifar10", "cifar100", "shapes")
+from cifar_dist.config.plan import KNOWN_SIZES
 
 _SCRIPT = """\
 _cifar_dist() {
@@ -31,7 +30,7 @@ def completion_script(parsers: Mapping[str, argparse.ArgumentParser]) -> str:
     """Give a bash script that completes `cifar-dist`; zsh reads it after `autoload -U bashcompinit; bashcompinit`."""
     values: dict[str, list[str]] = {
         "--recipe": recipe_names(),
-        "--dataset": list(_DATASETS),
+        "--dataset": list(KNOWN_SIZES),
         "--set": [f"{field}=" for field in flatten(read_recipe("standard"))],
     }
     flags = {}

@@ -33,6 +33,13 @@ def read_recipe(name_or_file: str) -> dict[str, Any]:
     """Read a recipe of the package by name, or a file laid over `standard`; a run's config.yaml is such a file too."""
     if name_or_file in recipe_names():
         return _mapping((_RECIPES / f"{name_or_file}.yaml").read_text(encoding="utf-8"), f"recipe {name_or_file}")
+    return merge(read_recipe("standard"), stated_fields(name_or_file))
+
+
+def stated_fields(name_or_file: str) -> dict[str, Any]:
+    """Give what somebody's own recipe file says; a recipe of the package is nobody's own, and gives nothing."""
+    if name_or_file in recipe_names():
+        return {}
     path = Path(name_or_file)
     if not path.is_file():
         if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
@@ -40,9 +47,7 @@ def read_recipe(name_or_file: str) -> dict[str, Any]:
         names = recipe_names()
         raise UserError(f"unknown recipe '{name_or_file}'{nearest(name_or_file, names)} (recipes: {', '.join(names)})")
     values = read_yaml(path, "recipe file")
-    if isinstance(values.get("recipe"), Mapping):
-        values = dict(values["recipe"])
-    return merge(read_recipe("standard"), values)
+    return dict(values["recipe"]) if isinstance(values.get("recipe"), Mapping) else values
 
 
 def recipe_label(name_or_file: str) -> str:

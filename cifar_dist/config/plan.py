@@ -109,7 +109,10 @@ def fit_to_dataset(recipe: Recipe, sizes: DatasetSizes, *, validation_size_was_t
             f"validation_size={size} leaves no images to train on: the training set has {sizes.num_train},"
             f" set it to at most {max(sizes.num_train - 2, 0)}"
         )
-    return replace(recipe, validation_size=size)
+    try:
+        return replace(recipe, validation_size=size)
+    except ValueError as error:  # it stops by a validation split, of which nothing is left
+        raise UserError(f"of {sizes.num_train} training images none is held out: {error}") from None
 
 
 def make_plan(recipe: Recipe, *, world_size: int, sizes: DatasetSizes, device_type: str) -> RunPlan:

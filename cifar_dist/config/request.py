@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cifar_dist.config.errors import UserError
-from cifar_dist.config.loading import read_recipe, recipe_label, recipe_to_mapping, resolve_recipe
+from cifar_dist.config.loading import read_recipe, recipe_label, recipe_to_mapping, resolve_recipe, stated_fields
 from cifar_dist.config.options import TrainOptions
 from cifar_dist.config.parsing import flatten, nearest
 from cifar_dist.config.plan import KNOWN_SIZES, fit_to_dataset, make_plan
@@ -69,13 +69,18 @@ def resolve_run(options: TrainOptions, job: SlurmJob | None = None) -> RunReques
     return RunRequest(request=request, existing=existing, stored=stored)
 
 
-def check_before_launch(options: TrainOptions, *, world_size: int, machine_rank: int = 0) -> TrainRequest:
+def check_before_launch(options: TrainOptions, *, world_size: int, machine_rank: int = 0) -> TrainRequest | None:
     """Check what needs neither torch nor the data before processes are started; give the request. Raises UserError.
 
-    The run directory is looked at on the first machine alone, which may be the only one that has it.
+    On another machine than the first a new run's directory is not looked at (the first may have made it by now), and
+    of a run that goes on nothing is known where its directory is not there: None.
     """
-    if machine_rank > 0:
-        options = replace(options, resume=False, resume_dir=None, run_dir=None)
+    if machine_rank > 0 and not options.resume:
+        options = replace(options, run_dir=None)
+    elif machine_rank > 0:
+        path = options.resume_dir or options.run_dir
+        if path is None or not RunFiles(path).config.exists():
+            return None
     run = resolve_run(options)
     if run.existing is not None:
         first_good(run.existing, verify)
@@ -146,14 +151,17 @@ def resolve_request(options: TrainOptions, stored: Mapping[str, Any]) -> TrainRe
 
     Raises UserError, also where a resumed run is asked to become another one: each field that differs is named.
     """
-    data = stored.get("dataset", {})
+    data, stated = stored.get("dataset", {}), dict[str, Any]()
     if isinstance(options.recipe, Recipe):
         name, base = "recipe", recipe_to_mapping(options.recipe)
     elif options.recipe is not None or not stored:
         name = recipe_label(options.recipe or DEFAULT_RECIPE)
-        base = read_recipe(options.recipe or DEFAULT_RECIPE)
+        base, stated = read_recipe(options.recipe or DEFAULT_RECIPE), stated_fields(options.recipe or DEFAULT_RECIPE)
     else:
         name, base = str(stored.get("recipe_name", "recipe")), dict(stored["recipe"])
+    typed_size = "validation_size" in options.assignments or "validation_size" in stated
+    if stored and not typed_size:  # the run's was cut to its dataset
+        base = {**base, "validation_size": stored["recipe"].get("validation_size", base["validation_size"])}
     data_dir = options.data_dir or Path(data.get("data_dir", DEFAULT_DATA_DIR))
     trackers = tuple(dict.fromkeys(options.trackers or stored.get("trackers", ())))
     check_trackers(trackers)
@@ -163,7 +171,7 @@ def resolve_request(options: TrainOptions, stored: Mapping[str, Any]) -> TrainRe
         recipe_name=name,
         dataset=_absolute_folder(options.dataset or str(data.get("name", DEFAULT_DATASET))),
         data_dir=data_dir.absolute(),
-        validation_size_was_typed="validation_size" in options.assignments or bool(stored),
+        validation_size_was_typed=typed_size or bool(stored),
     )
     if stored:
         refuse_other_recipe(request, stored)

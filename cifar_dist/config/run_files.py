@@ -1,6 +1,7 @@
 """The files of a run: their names, and what can be said of them without torch."""
 
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import count, takewhile
@@ -87,7 +88,7 @@ def verify_checksums(path: Path, file: BinaryIO) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError, OSError):
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, OSError):
         raise UserError(f"checkpoint {path} is damaged: it ends too early or its index is broken") from None
     if damaged is not None:
         raise UserError(f"checkpoint {path} is damaged: the checksum of {damaged} is wrong")

@@ -6,18 +6,8 @@ from collections.abc import Sequence
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.parsing import nearest
 
-# Accelerate's names, and the package that each needs.
-_PACKAGES = {
-    "tensorboard": "tensorboard",
-    "wandb": "wandb",
-    "mlflow": "mlflow",
-    "aim": "aim",
-    "clearml": "clearml",
-    "comet_ml": "comet_ml",
-    "dvclive": "dvclive",
-    "swanlab": "swanlab",
-    "trackio": "trackio",
-}
+# Accelerate's names, each also that of the package that it needs.
+_PACKAGES = ("tensorboard", "wandb", "mlflow", "aim", "clearml", "comet_ml", "dvclive", "swanlab", "trackio")
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -25,5 +15,5 @@ def check_trackers(names: Sequence[str]) -> None:
     for name in names:
         if name not in _PACKAGES:
             raise UserError(f"unknown tracker '{name}'{nearest(name, _PACKAGES)} (trackers: {', '.join(_PACKAGES)})")
-        if importlib.util.find_spec(_PACKAGES[name]) is None:
-            raise UserError(f"--tracker {name} needs the package {_PACKAGES[name]}: pip install {_PACKAGES[name]}")
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"--tracker {name} needs the package {name}: pip install {name}")

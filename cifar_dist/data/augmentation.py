@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from cifar_dist.config.errors import UserError
 from cifar_dist.config.recipe import AugmentationConfig
 from cifar_dist.data.color import jitter
 from cifar_dist.data.dataset import to_device
@@ -40,7 +41,15 @@ class Augmentation:
     def __init__(
         self, config: AugmentationConfig, *, seed: int, image_size: int = 32, fill: tuple[float, ...] = (0.5, 0.5, 0.5)
     ) -> None:
-        """Take the side of the images as they lie in memory, and the colour (in [0, 1]) of what cutout blanks."""
+        """Take the side of the images as they lie in memory, and the colour (in [0, 1]) of what cutout blanks.
+
+        Raises UserError where the images are too small to be reflected so far.
+        """
+        if config.crop_mode == "reflect" and config.crop_padding >= image_size:
+            raise UserError(
+                f"augmentation.crop_padding={config.crop_padding} reflects more than images of {image_size} pixels"
+                f" have: set it to at most {image_size - 1}"
+            )
         self.config = config
         self.seed = seed
         self.image_size = image_size

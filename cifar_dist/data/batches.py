@@ -93,7 +93,7 @@ class TrainingBatches:
         """Go through an epoch's batches, but for those of its first steps that are done already."""
         self.sampler.set_epoch(epoch)
         table = self._table(epoch)
-        enough = _PIXELS_TOGETHER[self.data.images.device.type] // self.data.images[0, 0].numel()
+        enough = max(1, _PIXELS_TOGETHER[self.data.images.device.type] // self.data.images[0, 0].numel())
         step, window, num_images = 1, [], 0
         for micro_batch in self.sampler.micro_batches():
             if step > steps_done:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed import ProcessGroup
 from torch.nn import functional
 from torch.nn.modules._functions import SyncBatchNorm as SyncBatchNormFunction
 
@@ -34,29 +33,29 @@ class Groups:
         return self.count // self.num_ranks if self.images >= 2 * self.count else 0
 
 
-def share_statistics(model: nn.Module, *, num_ranks: int, process_group: ProcessGroup | None) -> nn.Module:
+def share_statistics(model: nn.Module, *, num_ranks: int) -> nn.Module:
     """Make every BatchNorm of the model take its statistics over the batch of all ranks; give the model.
 
-    `process_group` None is the default group. With one rank nothing changes.
+    With one rank nothing changes.
     """
     if num_ranks == 1:
         return model
     if next(model.parameters()).device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model, process_group)  # type: ignore[no-untyped-call]
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         for layer in model.modules():
             if isinstance(layer, nn.SyncBatchNorm):
                 layer.register_forward_pre_hook(lambda _, inputs: (_without_emptiness(inputs[0]),))
         return model
-    return _replace(model, lambda norm: GlobalBatchNorm2d(norm.num_features, norm.eps, norm.momentum, process_group))
+    return _replace(model, lambda norm: GlobalBatchNorm2d(norm.num_features, norm.eps, norm.momentum))
 
 
-def use_groups(model: nn.Module, groups: Groups, *, process_group: ProcessGroup | None) -> nn.Module:
+def use_groups(model: nn.Module, groups: Groups) -> nn.Module:
     """Make every BatchNorm of the model take its statistics over the groups; give the model.
 
     Each rank's running statistics then follow its own groups: `running_statistics` are to be averaged over the ranks
     before they are used.
     """
-    return _replace(model, lambda norm: GhostBatchNorm2d(norm, groups, process_group))
+    return _replace(model, lambda norm: GhostBatchNorm2d(norm, groups))
 
 
 def running_statistics(*models: nn.Module) -> list[Tensor]:
@@ -79,26 +78,19 @@ def _replace(model: nn.Module, make: Any) -> nn.Module:
 class GlobalBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm over the images (N, C, H, W) of all ranks, each of which may have any number of them, also none."""
 
-    def __init__(
-        self, num_features: int, eps: float, momentum: float | None, process_group: ProcessGroup | None
-    ) -> None:
-        super().__init__(num_features, eps, momentum)
-        self.process_group = process_group
-
     def forward(self, input: Tensor) -> Tensor:
         """Normalise by the batch's statistics in training, by the running ones in evaluation."""
         if not self.training:
             return super().forward(input)
-        return _normalize_globally(self, input, self.process_group)
+        return _normalize_globally(self, input)
 
 
 class GhostBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm over groups of the batch, without a collective; the running statistics are the mean over the groups."""
 
-    def __init__(self, norm: nn.BatchNorm2d, groups: Groups, process_group: ProcessGroup | None) -> None:
+    def __init__(self, norm: nn.BatchNorm2d, groups: Groups) -> None:
         super().__init__(norm.num_features, norm.eps, norm.momentum)
         self.groups = groups
-        self.process_group = process_group
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise each group by its statistics in training, all by the running ones in evaluation."""
@@ -106,7 +98,7 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         if not self.training or own == 1 or (own == 0 and self.groups.num_ranks == 1):
             return super().forward(input)
         if own == 0:
-            return _normalize_globally(self, input, self.process_group)
+            return _normalize_globally(self, input)
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         means, variances = (self.running_mean.new_zeros(own, self.num_features) for _ in range(2))
@@ -114,25 +106,26 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         for g, (mean, variance) in enumerate(zip(means, variances, strict=True)):
             part = input[g::own]
             output[g::own] = functional.batch_norm(part, mean, variance, self.weight, self.bias, True, 1.0, self.eps)
-        momentum = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
-        self.running_mean.lerp_(means.mean(0), momentum)
-        self.running_var.lerp_(variances.mean(0), momentum)
+        assert self.momentum is not None
+        self.running_mean.lerp_(means.mean(0), self.momentum)
+        self.running_var.lerp_(variances.mean(0), self.momentum)
         return output
 
 
-def _normalize_globally(layer: nn.BatchNorm2d, images: Tensor, process_group: ProcessGroup | None) -> Tensor:
+def _normalize_globally(layer: nn.BatchNorm2d, images: Tensor) -> Tensor:
     """Normalise by statistics over all ranks, and let the layer's running statistics follow them."""
     assert layer.running_mean is not None and layer.running_var is not None and layer.num_batches_tracked is not None
     layer.num_batches_tracked.add_(1)
-    momentum = layer.momentum if layer.momentum is not None else 1 / float(layer.num_batches_tracked)
+    assert layer.momentum is not None
+    momentum = layer.momentum
     if images.device.type == "cuda":
-        group = process_group or distributed.group.WORLD
-        running, ranks = (layer.running_mean, layer.running_var), distributed.get_world_size(group)
+        group = distributed.group.WORLD
+        running, ranks = (layer.running_mean, layer.running_var), distributed.get_world_size()
         output: Tensor = SyncBatchNormFunction.apply(
             _without_emptiness(images), layer.weight, layer.bias, *running, layer.eps, momentum, group, ranks
         )
         return output
-    output, mean, variance, count = _GlobalBatchNorm.apply(images, layer.weight, layer.bias, layer.eps, process_group)
+    output, mean, variance, count = _GlobalBatchNorm.apply(images, layer.weight, layer.bias, layer.eps)
     layer.running_mean.lerp_(mean, momentum)
     layer.running_var.lerp_(variance * (count / (count - 1)).to(variance.dtype), momentum)
     return output
@@ -152,7 +145,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, images: Tensor, weight: Tensor, bias: Tensor, eps: float, process_group: ProcessGroup | None
+        ctx: Any, images: Tensor, weight: Tensor, bias: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Give the output, and the mean, biased variance and number of values of a channel over all ranks."""
         channels, own_count = images.shape[1], images.numel() // images.shape[1]
@@ -164,12 +157,12 @@ class _GlobalBatchNorm(torch.autograd.Function):
             moments[0] = own_count
             moments[1 : channels + 1] = own_count * mean
             moments[channels + 1 :] = own_count * (variance + mean * mean)
-        distributed.all_reduce(moments, group=process_group)
+        distributed.all_reduce(moments)
         count, sums = moments[0], moments[1:].view(2, channels) / moments[0]
         mean, variance = sums[0].to(weight.dtype), (sums[1] - sums[0] ** 2).clamp_(min=0).to(weight.dtype)
         output = functional.batch_norm(images, mean, variance, weight, bias, False, 0.0, eps)
         ctx.save_for_backward(images, weight, mean, (variance + eps).rsqrt())
-        ctx.count, ctx.eps, ctx.process_group = count, eps, process_group
+        ctx.count, ctx.eps = count, eps
         ctx.mark_non_differentiable(mean, variance, count)
         return output, mean, variance, count
 
@@ -187,7 +180,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
                 grad, images, weight, None, None, mean, inverse_std, True, ctx.eps, [False, True, True]
             )
         sums = torch.cat([own_bias, own_weight]).double()
-        distributed.all_reduce(sums, group=ctx.process_group)
+        distributed.all_reduce(sums)
         of_bias, of_weight = (sums / ctx.count).to(weight.dtype).view(2, channels)
         # d images = scale (grad - mean of grad - normalised images x mean of (grad x normalised images))
         scale = weight * inverse_std
@@ -195,7 +188,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
         result = functional.batch_norm(grad, zero, one, scale, -scale * of_bias, False, 0.0, 0.0)
         slope = -scale * of_weight * inverse_std
         result += functional.batch_norm(images, mean, one, slope, zero, False, 0.0, 0.0)
-        return result, own_weight, own_bias, None, None
+        return result, own_weight, own_bias, None
 
 
 def _is_channels_last(images: Tensor) -> bool:

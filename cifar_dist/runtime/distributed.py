@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import DistributedDataParallelKwargs, TorchDynamoPlugin
 from torch import Tensor, nn
 
@@ -136,6 +137,11 @@ class Runtime:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) // 2**20
         return device_module.peak_process_memory_mib()
+
+
+def tracker_class(name: str) -> Any:
+    """Give Accelerate's class of a tracker."""
+    return LOGGER_TYPE_TO_CLASS[name]
 
 
 @contextmanager

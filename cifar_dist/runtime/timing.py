@@ -11,6 +11,8 @@ from cifar_dist.runtime.distributed import Runtime
 
 _ROUNDS = 16
 _STEPS_A_ROUND = 2
+_SLOW_SECONDS = 2.0
+"""Of a step. Workers prepare a batch in less, so that a loop this slow has no advantage of what they prefetched."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,27 +30,34 @@ def alternate(
 ) -> list[tuple[float, ...]]:
     """Run the loops in turns, each for about `seconds`; give each round's images a second, in their order."""
     for contender in contenders:  # caches, allocators and kernels that are chosen at the first call
-        seconds_of(contender.step, 3 + contender.prefetched, runtime)
+        seconds_of(contender.step, 1, runtime)
     # All processes must do the same number of steps: rank 0's clock counts.
+    times = runtime.ranks.exchange([seconds_of(each.step, 1, runtime) for each in contenders])[0]
+    prefetched = [
+        each.prefetched if step_seconds < _SLOW_SECONDS else 0
+        for each, step_seconds in zip(contenders, times, strict=True)
+    ]
+    for contender, ready, step_seconds in zip(contenders, prefetched, times, strict=True):
+        if step_seconds < _SLOW_SECONDS:
+            seconds_of(contender.step, 1 + ready, runtime)
     times = runtime.ranks.exchange([seconds_of(each.step, 2, runtime) / 2 for each in contenders])[0]
     rounds = max(3, min(_ROUNDS, int(seconds / (_STEPS_A_ROUND * max(times)))))
     counts = [max(1, round(seconds / rounds / step_seconds)) for step_seconds in times]
 
-    def rate(contender: Contender, count: int) -> float:
+    def rate(place: int) -> float:
         """Give one loop's images a second in one round."""
-        seconds_of(contender.step, contender.prefetched, runtime)
-        taken = seconds_of(contender.step, count, runtime)
-        if contender.prefetched:
+        seconds_of(contenders[place].step, prefetched[place], runtime)
+        taken = seconds_of(contenders[place].step, counts[place], runtime)
+        if contenders[place].prefetched:
             _wait_for_workers()
-        return count * batch_size / taken
+        return counts[place] * batch_size / taken
 
     result = []
     for number in range(rounds):
-        pairs = list(enumerate(zip(contenders, counts, strict=True)))
-        if number % 2:  # so that none always comes after the same one
-            pairs.reverse()
-        rates = {place: rate(contender, count) for place, (contender, count) in pairs}
-        result.append(tuple(rates[place] for place in range(len(contenders))))
+        places = range(len(contenders))
+        in_turn = reversed(places) if number % 2 else places  # so that none always comes after the same one
+        rates = {place: rate(place) for place in in_turn}
+        result.append(tuple(rates[place] for place in places))
     return result
 
 

@@ -3,7 +3,9 @@
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 
+import torch
 from torch import nn
 
 from cifar_dist.config.plan import RunPlan
@@ -96,6 +98,7 @@ class Trainer:
             epoch = state.epoch + 1
             self.observer.on_epoch_start(epoch, learning_rate(self.recipe, self.plan, state.step))
             loss, hits, images = self._train_epoch(epoch)
+            self._check_weights(epoch)
             self.statistics.even_out()
             record = self._record(epoch, loss, hits, images, self._validate())
             state.epoch = epoch
@@ -143,6 +146,8 @@ class Trainer:
             self.observer.on_step(number, shown)
             due = self._time_to_save or self.checkpointing.due_by_step(self.state.step)
             if due and number < self.plan.steps_per_epoch:  # the end of an epoch has its own
+                self._agree(epoch)
+                self._check_weights(epoch)
                 self._time_to_save = False
                 self.checkpointing.save()
             yield number
@@ -190,9 +195,19 @@ class Trainer:
         if math.isfinite(first := min(bad_steps)):
             raise self._divergence(epoch, int(first))
         if any(told_to_stop):
+            self._check_weights(epoch)
             raise InterruptedRun
         self._time_to_save = bool(due[0])
         return sum(losses), sum(hits), sum(images)
+
+    def _check_weights(self, epoch: int) -> None:
+        """Raise DivergedError where a weight is not a finite number, before such weights are saved.
+
+        The loss says so only in the step after. All ranks have the same weights, and come to the same answer.
+        """
+        norms = torch._foreach_norm([each.detach() for each in self.state.model.parameters()])
+        if not bool(torch.stack(tuple(norms)).isfinite().all()):
+            raise self._divergence(epoch, self.state.step)
 
     def _divergence(self, epoch: int, step: int) -> DivergedError:
         return DivergedError(epoch, step, learning_rate(self.recipe, self.plan, max(step - 1, 0)))
@@ -234,5 +249,6 @@ class Trainer:
         value = monitored_value(self.recipe.early_stopping, record)
         if self.state.best is not None and value >= self.state.best.value:
             return False
-        self.state.best = Best(epoch=record.epoch, value=value, weights=copy_weights(self.state.evaluated_model))
+        weights = copy_weights(self.state.evaluated_model)
+        self.state.best = Best(epoch=record.epoch, value=value, weights=weights, record=asdict(record))
         return True

@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from cifar_dist.training.run_directory import RunDirectory
-from cifar_dist.training.state import TrainState
+from cifar_dist.training.state import Best, TrainState
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,10 +43,9 @@ class CheckpointWriter:
         self._written_step: int | None = None
         self._best_epoch: int | None = None
 
-    def save_if_due(self, state: TrainState, machine: Mapping[str, Any]) -> None:
-        """Save at the end of an epoch, unless the rhythm has it later."""
-        if self.due_by_time() or self.due_by_step(state.step):
-            self.save(state, machine)
+    def due(self, step: int) -> bool:
+        """Whether the rhythm has a checkpoint at the end of an epoch that ends with this step."""
+        return self.due_by_time() or self.due_by_step(step)
 
     def due_by_time(self) -> bool:
         """Whether the last checkpoint is as old as the rhythm allows."""
@@ -76,14 +73,14 @@ class CheckpointWriter:
             return
         begun = time.monotonic()
         rows = {"epoch_sums": [list(row) for row in epoch_sums], "statistics": [list(row) for row in statistics]}
-        content = {**self.header, "kind": "last", **machine, **rows, **state.to_mapping()}
+        content = {**self.header, **machine, **rows, **state.to_mapping()}
         self.run.write_checkpoint(self.run.last, content, previous=self.run.previous)
         if state.best is not None and state.best.epoch != self._best_epoch:
-            self._save_best(state.best.epoch, state.best.weights)
+            self._save_best(state.best)
         self._written_at, self._written_step = time.monotonic(), state.step
         self._seconds = self._written_at - begun
 
-    def _save_best(self, epoch: int, weights: Mapping[str, Tensor]) -> None:
-        content = {**self.header, "kind": "best", "epoch": epoch, "model": dict(weights)}
+    def _save_best(self, best: Best) -> None:
+        content = {**self.header, "epoch": best.epoch, "record": best.record, "model": best.weights}
         self.run.write_checkpoint(self.run.best, content)
-        self._best_epoch = epoch
+        self._best_epoch = best.epoch

@@ -1,5 +1,6 @@
 """A run and its folder: trains, and writes down what happens as it happens."""
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -77,25 +78,30 @@ class Session:
             for record in self.trainer.epochs():
                 self.directory.append_record(record)
                 self.trackers.log(record)
-                self.checkpoints.save_if_due(self.state, self.runtime.state())
+                if self.checkpoints.due(self.state.step):
+                    self._save()
         except DivergedError:
             self._write_summary("diverged")
-            self._leave_together()
             raise
         except InterruptedRun:
             self.save_within_epoch()
             self._write_summary("interrupted")
-            self._leave_together()
             raise
         except KeyboardInterrupt:
             self._write_summary("interrupted")
             raise
-        self.checkpoints.save(self.state, self.runtime.state())
+        self._save()
         stopped = self.state.early_stopping.stopped and self.state.epoch < self.trainer.plan.epochs
         return "early_stopped" if stopped else "completed"
 
-    def _leave_together(self) -> None:
-        """Wait until all is written: where the first process that ends has the others killed, as with Slurm."""
+    def _save(self) -> None:
+        """Save at the end of an epoch; the time that it takes is the training's."""
+        begun = time.perf_counter()
+        self.checkpoints.save(self.state, self.runtime.state())
+        self.state.train_seconds += time.perf_counter() - begun
+
+    def leave_together(self) -> None:
+        """Wait until all is written and said: the first process that ends may have the others killed, as with Slurm."""
         if self.runtime.world.size > 1:
             self.trainer.interrupt.ignore()
         self.runtime.ranks.exchange([])
@@ -142,7 +148,6 @@ class Session:
             self.trainer.check_finite(evaluation.loss)
         except DivergedError:
             self._write_summary("diverged")
-            self._leave_together()
             raise
         own = self.runtime.peak_memory_mib()
         memory = [peak for (peak,) in self.runtime.ranks.exchange([own or 0])]

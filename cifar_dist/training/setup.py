@@ -91,9 +91,9 @@ def _whiten(model: nn.Module, recipe: Recipe, images: Tensor) -> None:
 def _with_statistics(model: nn.Module, recipe: Recipe, plan: RunPlan) -> tuple[nn.Module, Groups | None]:
     """Give the model BatchNorm layers that see what the recipe says, however many processes share it."""
     if recipe.batch_norm_group_size is None:
-        return share_statistics(model, num_ranks=plan.world_size, process_group=None), None
+        return share_statistics(model, num_ranks=plan.world_size), None
     groups = Groups(count=plan.batch_norm_groups, num_ranks=plan.world_size)
-    return use_groups(model, groups, process_group=None), groups
+    return use_groups(model, groups), groups
 
 
 def pretrained_weights(recipe: Recipe) -> dict[str, Tensor] | None:

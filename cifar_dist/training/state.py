@@ -1,7 +1,7 @@
 """All that changes while a model is trained, and its way into a checkpoint and back."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ class Best:
     """The monitored metric, falling as it improves."""
     weights: dict[str, Tensor]
     """On the CPU, kept in memory between the writing of checkpoints."""
+    record: dict[str, Any]
+    """The epoch's line of metrics.jsonl."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -62,7 +64,7 @@ class TrainState:
             "step": self.step,
             "train_seconds": self.train_seconds,
             "epoch_seconds": self.epoch_seconds,
-            "best": None if best is None else {"epoch": best.epoch, "value": best.value, "weights": best.weights},
+            "best": None if best is None else {field.name: getattr(best, field.name) for field in fields(best)},
         }
 
     def restore(self, content: Mapping[str, Any]) -> None:
@@ -74,8 +76,7 @@ class TrainState:
         self.early_stopping.load_state_dict(content["early_stopping"])
         self.epoch, self.step = content["epoch"], content["step"]
         self.train_seconds, self.epoch_seconds = content["train_seconds"], content["epoch_seconds"]
-        best = content["best"]
-        self.best = None if best is None else Best(epoch=best["epoch"], value=best["value"], weights=best["weights"])
+        self.best = None if content["best"] is None else Best(**content["best"])
 
 
 def copy_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from PIL import Image
 
 from cifar_dist.records import EpochRecord, Summary
+from cifar_dist.runtime.distributed import tracker_class
 
 
 class Trackers:
@@ -36,7 +36,7 @@ class Trackers:
         goes_on_after = step if identity else None
         if not identity and name != "mlflow":  # which makes its own
             known.write_text(identity := uuid.uuid4().hex[:12])
-        tracker = LOGGER_TYPE_TO_CLASS[name](**_arguments(name, folder, run, identity, goes_on_after))
+        tracker = tracker_class(name)(**_arguments(name, folder, run, identity, goes_on_after))
         tracker.start()
         self._open[name] = tracker
         if name == "mlflow":
@@ -109,7 +109,7 @@ def _arguments(name: str, folder: Path, run: str, identity: str, after: int | No
     if name == "mlflow":
         os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{(folder / 'mlflow.db').absolute()}")
         return {"experiment_name": "cifar-dist", "run_name": run, "run_id": identity or None}
-    needs_folder = LOGGER_TYPE_TO_CLASS[name].requires_logging_directory
+    needs_folder = tracker_class(name).requires_logging_directory
     return {"run_name": run, **({"logging_dir": folder} if needs_folder else {})}
 
 

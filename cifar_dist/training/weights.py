@@ -1,7 +1,7 @@
 """Saved weights: a checkpoint of ours, or the one behind a run's test result, or a bare state dict."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,9 @@ def _own_weights(path: Path, content: dict[str, Any], recipe_name: str | None) -
         typed = resolve_recipe(read_recipe(recipe_name), {}, {})
         if typed.stem != recipe.stem:
             raise UserError(f"--recipe {recipe_name} has the stem {typed.stem}, and {path} has {recipe.stem}")
-        recipe = typed
+        # The split and its seed stay the run's own.
+        looks = {"normalization": typed.normalization, "image_size": typed.image_size, "image_size_schedule": None}
+        recipe = replace(recipe, **looks)  # type: ignore[arg-type]
     names = tuple(content["class_names"])
     return SavedWeights(
         path=path,

@@ -55,6 +55,8 @@ def test_mistakes_are_exceptions(small):
         train("quik")
     with pytest.raises(UserError, match="there is no checkpoint"):
         load_model("nowhere")
+    with pytest.raises(UserError, match="asks for 2 processes, and this is one"):
+        train("original", dataset="shapes", config=str(ROOT / "accelerate_configs" / "multi_cpu.yaml"))
     diverging = Recipe.load("original", epochs=1, **{"optimizer.learning_rate": 1e30})
     with pytest.raises(RuntimeError, match="exit code 1"):
         train(diverging, dataset="shapes", run_dir="diverged", quiet=True)

@@ -126,14 +126,20 @@ def test_the_floor_does_what_twenty_lines_do_and_nothing_else(precision):
     assert ours == theirs
 
 
+@pytest.mark.parametrize(("batch", "count"), [(128, 19_968), (512, 19_968), (8192, 32_768)])
+def test_no_measured_step_is_a_short_one(batch, count):
+    assert len(bench._random_dataset(8, batch).train) == count
+
+
 def test_loops_take_turns(runtime):
     calls = []
     contenders = [Contender(name, lambda name=name: calls.append(name)) for name in ("a", "b")]
     rounds = alternate(contenders, 8, 0.01, runtime)
     assert len(rounds) == 16
     assert all(len(rates) == 2 for rates in rounds)
-    # Warm-up, a look, and 16 rounds in an order that is turned round each time; runs of one loop count as one.
-    assert re.sub(r"(.)\1+", r"\1", "".join(calls)) == re.sub(r"(.)\1+", r"\1", "abab" + 8 * "abba")
+    # The first, a look, warm-up, a longer look, then 16 rounds in an order that is turned round each time.
+    # Runs of one loop count as one.
+    assert re.sub(r"(.)\1+", r"\1", "".join(calls)) == re.sub(r"(.)\1+", r"\1", 4 * "ab" + 8 * "abba")
 
 
 def test_what_a_step_holds_and_computes(runtime):

@@ -102,6 +102,11 @@ def test_a_plan_that_cannot_be(capsys):
     assert "does not divide by 3 processes" in capsys.readouterr().err
 
 
+def test_doctor_refuses_a_recipe_that_nobody_knows(capsys):
+    assert main(["doctor", "--recipe", "nope"]) == 2
+    assert "unknown recipe 'nope'" in capsys.readouterr().err
+
+
 def test_what_is_not_a_dry_run_starts_processes(capsys, monkeypatch):
     """So that the tests above would notice."""
     monkeypatch.setattr("cifar_dist.runtime.launch.launch", lambda *arguments: 75)

@@ -103,6 +103,29 @@ def test_an_untyped_validation_size_is_cut_to_the_dataset_and_stays():
     assert yaml.safe_load(Path("x/config.yaml").read_text())["recipe"]["validation_size"] == 9
     assert main(["--resume", "x", "--epochs", "2"]) == 0
     assert load_checkpoint(Path("x/checkpoints/last.pt"))["epoch"] == 2
+    again = ["train", *SMALL[2:6], *argv, "--run-dir", "x", "--resume"]  # as a requeued job types it
+    assert main([*again, "--epochs", "3"]) == 0
+    assert load_checkpoint(Path("x/checkpoints/last.pt"))["epoch"] == 3
+
+
+def test_a_config_of_a_run_runs_it_again():
+    """With the size of its validation split, which stands in it and need not be a tenth."""
+    train("--epochs", "1", "--run-dir", "x", "--set", "validation_size=24", "early_stopping.monitor=val_loss")
+    assert main(["--recipe", "x/config.yaml", *SMALL[2:6], "--run-dir", "y"]) == 0
+    assert yaml.safe_load(Path("y/config.yaml").read_text())["recipe"]["validation_size"] == 24
+    ours, theirs = (load_checkpoint(Path(f"{run}/checkpoints/last.pt"))["model"] for run in ("x", "y"))
+    assert all(torch.equal(*pair) for pair in zip(ours.values(), theirs.values(), strict=True))
+
+
+def test_how_often_a_run_is_saved_is_its_own(monkeypatch):
+    rhythms = []
+    original = train_command.Rhythm.of
+    monkeypatch.setattr(train_command.Rhythm, "of", lambda *typed: (rhythms.append(typed), original(*typed))[1])
+    train("--epochs", "1", "--run-dir", "x", "--checkpoint-every-steps", "2")
+    assert main(["--resume", "x", "--epochs", "2"]) == 0
+    assert main(["--resume", "x", "--epochs", "3", "--checkpoint-every-steps", "5"]) == 0
+    assert main(["--resume", "x", "--epochs", "4"]) == 0
+    assert rhythms == [(None, 2), (None, 2), (None, 5), (None, 5)]
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again():

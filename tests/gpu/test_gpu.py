@@ -117,11 +117,9 @@ def batch_norm_on_one_gpu(runtime):
     for dtype in (torch.float32, torch.bfloat16):
         images, gradient = (torch.randn(7, 5, 6, 4, generator=generator).to("cuda", dtype) for _ in range(2))
         plain, shared = nn.BatchNorm2d(5, device="cuda"), nn.Sequential(nn.BatchNorm2d(5, device="cuda"))
-        shared = share_statistics(shared, num_ranks=2, process_group=None)
+        shared = share_statistics(shared, num_ranks=2)
         assert isinstance(shared[0], nn.SyncBatchNorm)
-        ghost = use_groups(
-            nn.Sequential(nn.BatchNorm2d(5, device="cuda")), Groups(count=4, num_ranks=2), process_group=None
-        )
+        ghost = use_groups(nn.Sequential(nn.BatchNorm2d(5, device="cuda")), Groups(count=4, num_ranks=2))
         ghost[0].groups.images = 7  # too few for four groups: one over both ranks
         whole = images.clone().requires_grad_()
         expected = plain(whole)

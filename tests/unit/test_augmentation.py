@@ -8,6 +8,7 @@ import torchvision.transforms.functional as vision
 from torch import Tensor
 from torchvision import transforms
 
+from cifar_dist.config.errors import UserError
 from cifar_dist.data.augmentation import COLUMNS, JITTER_ORDERS, Augmentation
 from cifar_dist.data.cifar import load_cifar10
 from cifar_dist.data.color import jitter, shift_hue_
@@ -26,6 +27,14 @@ def images(request) -> Tensor:
     if request.param == "shapes":
         return load_shapes().train.images[:100]
     return load_cifar10(request.getfixturevalue("official_data")).train.images[:100]
+
+
+def test_no_more_is_reflected_than_there_is():
+    reflecting = make_recipe("augmentation.crop_padding=32", "augmentation.crop_mode=reflect").augmentation
+    with pytest.raises(UserError, match=r"crop_padding=32 reflects more than images of 32 pixels have: .* at most 31"):
+        Augmentation(reflecting, seed=0)
+    Augmentation(reflecting, seed=0, image_size=33)
+    augmentation("augmentation.crop_padding=40")  # zeros there are enough of
 
 
 def augmentation(*assignments: str, seed: int = 0) -> Augmentation:

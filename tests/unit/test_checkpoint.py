@@ -1,5 +1,6 @@
 """Checkpoints: atomic, verified, and never run."""
 
+import contextlib
 import io
 import os
 import pickle
@@ -133,6 +134,19 @@ def test_a_pickle_that_would_run_code_is_refused_and_not_run(path, tmp_path, zip
     if zipped:  # the payload works: only our way of reading kept it from running
         torch.load(io.BytesIO(path.read_bytes()), weights_only=False)
         assert marker.exists()
+
+
+def test_no_flipped_bit_is_a_traceback(path):
+    """Those of the zip's own words on its parts included: how they are packed, whether they are encrypted."""
+    save_checkpoint(path, {"model": {"weight": torch.arange(3.0)}})
+    data = path.read_bytes()
+    index = data.rindex(b"PK\x01\x02")
+    first = data.index(b"PK\x01\x02")
+    for place in (*range(46), *range(first, first + 46), *range(index, len(data))):
+        for bit in range(8):
+            path.write_bytes(data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :])
+            with contextlib.suppress(UserError):
+                load_checkpoint(path)
 
 
 def test_a_newer_format_is_named(path):

@@ -29,7 +29,9 @@ def run(tmp_path):
 def state_at(epoch: int, best: int | None = None) -> TrainState:
     model = nn.Linear(2, 2)
     stopping = EarlyStoppingConfig(enabled=False, monitor="val_loss", patience=1, min_delta=0)
-    kept = None if best is None else Best(epoch=best, value=0.5, weights=dict(model.state_dict()))
+    kept = (
+        None if best is None else Best(epoch=best, value=0.5, weights=dict(model.state_dict()), record={"epoch": best})
+    )
     return TrainState(
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
@@ -82,17 +84,22 @@ def test_predictions_need_no_pickle(run):
         assert loaded["class_names"].tolist() == ["a", "b"]
 
 
+def save_if_due(writer: CheckpointWriter, state: TrainState) -> None:
+    if writer.due(state.step):
+        writer.save(state, {})
+
+
 def test_checkpoints_keep_to_their_rhythm(run, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("cifar_dist.training.saving.time.monotonic", lambda: now[0])
     writer = CheckpointWriter(run, {"recipe": {"stem": "cifar"}}, Rhythm(every_seconds=60))
-    writer.save_if_due(state_at(1), {})
+    save_if_due(writer, state_at(1))
     assert not run.last.exists()
     now[0] = 60.0
-    writer.save_if_due(state_at(2), {})
+    save_if_due(writer, state_at(2))
     assert load_checkpoint(run.last)["epoch"] == 2
     now[0] = 100.0
-    writer.save_if_due(state_at(3), {})
+    save_if_due(writer, state_at(3))
     assert load_checkpoint(run.last)["epoch"] == 2
     writer.save(state_at(3), {})
     assert (load_checkpoint(run.last)["epoch"], load_checkpoint(run.previous)["epoch"]) == (3, 2)
@@ -110,7 +117,7 @@ def test_on_a_slow_disk_checkpoints_are_rarer(run, monkeypatch):
     written = []
     for epoch in range(1, 11):
         now[0] += 60
-        writer.save_if_due(state_at(epoch), {})
+        save_if_due(writer, state_at(epoch))
         if not written or load_checkpoint(run.last)["epoch"] != written[-1]:
             written.append(load_checkpoint(run.last)["epoch"])
     assert written == [1, 5, 9]
@@ -118,17 +125,17 @@ def test_on_a_slow_disk_checkpoints_are_rarer(run, monkeypatch):
 
 def test_the_best_weights_have_a_file_of_their_own(run):
     writer = CheckpointWriter(run, {"recipe": {"stem": "cifar"}}, Rhythm(every_seconds=0))
-    writer.save_if_due(state_at(1), {})
+    save_if_due(writer, state_at(1))
     assert not run.best.exists()
-    writer.save_if_due(state_at(2, best=1), {})
+    save_if_due(writer, state_at(2, best=1))
     best = load_checkpoint(run.best)
-    assert (best["kind"], best["epoch"], best["recipe"]) == ("best", 1, {"stem": "cifar"})
+    assert (best["epoch"], best["record"]["epoch"], best["recipe"]) == (1, 1, {"stem": "cifar"})
     assert "optimizer" not in best
     assert torch.equal(best["model"]["bias"], load_checkpoint(run.last)["best"]["weights"]["bias"])
     stamp = run.best.stat().st_mtime_ns
-    writer.save_if_due(state_at(3, best=1), {})
+    save_if_due(writer, state_at(3, best=1))
     assert run.best.stat().st_mtime_ns == stamp, "the same best weights were written again"
-    writer.save_if_due(state_at(4, best=4), {})
+    save_if_due(writer, state_at(4, best=4))
     assert load_checkpoint(run.best)["epoch"] == 4
 
 

@@ -181,6 +181,17 @@ def test_what_becomes_of_the_job(project, status, srun_code, batch_flag, code, r
     assert (calls(project, "scontrol")[-1] == ["requeue", "71"]) == requeued
 
 
+@pytest.mark.parametrize(("srun_code", "code", "requeued"), [(137, 137, False), (75, 0, True), (0, 0, False)])
+def test_the_outcome_of_an_earlier_start_is_not_this_ones(project, srun_code, code, requeued):
+    """A run that was complete, is to go on for longer, and was ended before it had said that it goes on."""
+    (project / "runs" / "cifar-dist-71").mkdir(parents=True)
+    summary = json.dumps({"status": "completed", "train_seconds": 1.25}, indent=1)
+    (project / "runs" / "cifar-dist-71" / "summary.json").write_text(summary)
+    ended, _, _ = run(project, "train.sh", SRUN_CODE=str(srun_code), BATCH_FLAG="1")
+    assert ended == code
+    assert (calls(project, "scontrol")[-1] == ["requeue", "71"]) == requeued
+
+
 def test_restarts_without_progress_come_to_an_end(project):
     def once(seconds: float) -> tuple[int, str]:
         summary = json.dumps({"status": "running", "train_seconds": seconds}, indent=1)

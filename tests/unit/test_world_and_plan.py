@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from cifar_dist.config.accelerate_config import (
@@ -17,7 +18,10 @@ from cifar_dist.config.accelerate_config import (
     world_to_come,
 )
 from cifar_dist.config.errors import UserError
+from cifar_dist.config.loading import recipe_to_mapping
+from cifar_dist.config.options import TrainOptions
 from cifar_dist.config.plan import KNOWN_SIZES, DatasetSizes, fit_to_dataset, make_plan
+from cifar_dist.config.request import check_before_launch
 from cifar_dist.config.world import World, first_host
 from tests.conftest import ROOT, make_recipe
 
@@ -170,6 +174,7 @@ def test_each_config_is_a_genuine_accelerate_config(path):
             "dynamo_config.dynamo_backend must be one of NO, EAGER, AOT_EAGER,",
         ),
         ("dynamo_config: {dynamo_use_fullgraph: true}", "dynamo_config.dynamo_use_fullgraph is not served"),
+        ("dynamo_config: {1: 2}", "dynamo_config.1 is not served"),
         ("dynamo_config: INDUCTOR", "dynamo_config must be a mapping, not 'INDUCTOR'"),
         ("mixed_precision: fp8", "must be 'no', 'fp16' or 'bf16'"),
         ("num_processes: -1", "num_processes must be a whole number, 1 or more"),
@@ -266,6 +271,27 @@ def test_an_untyped_validation_size_is_cut_to_a_tenth():
     assert fit_to_dataset(typed, shapes, validation_size_was_typed=True).validation_size == 2_000
     with pytest.raises(UserError, match="set it to at most 4998"):
         fit_to_dataset(make_recipe("validation_size=5000"), shapes, validation_size_was_typed=True)
+
+
+def test_a_split_that_stopping_needs_and_that_has_no_image_is_refused():
+    recipe = make_recipe("validation_size=5", "early_stopping.monitor=val_loss")
+    with pytest.raises(UserError, match="of 8 training images none is held out"):
+        fit_to_dataset(recipe, DatasetSizes(num_train=8, num_test=4), validation_size_was_typed=False)
+
+
+def test_another_machine_asks_nothing_of_a_run_that_is_not_there(tmp_path):
+    """It would check, and download the data of, a run that nobody has asked for."""
+    options = TrainOptions(resume=True, resume_dir=tmp_path / "run")
+    assert check_before_launch(options, world_size=6, machine_rank=1) is None
+    with pytest.raises(UserError, match="there is no run in"):
+        check_before_launch(options, world_size=6)
+    (tmp_path / "run").mkdir()
+    config = {"recipe": recipe_to_mapping(make_recipe("global_batch_size=96")), "dataset": {"name": "shapes"}}
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    request = check_before_launch(options, world_size=6, machine_rank=1)
+    assert (request.dataset, request.recipe.global_batch_size) == ("shapes", 96)
+    new = TrainOptions(run_dir=tmp_path / "run", dataset="shapes", recipe="original")
+    assert check_before_launch(new, world_size=4, machine_rank=1).dataset == "shapes"
 
 
 def test_configs_are_where_the_tests_look():

@@ -114,7 +114,7 @@ def batch_norm(runtime):
         nn.init.normal_(torch_layer.bias, generator=generator)
         model = nn.Sequential(nn.BatchNorm2d(5, dtype=torch.float64))
         model[0].load_state_dict(torch_layer.state_dict())
-        share_statistics(model, num_ranks=runtime.world.size, process_group=None)
+        share_statistics(model, num_ranks=runtime.world.size)
         assert isinstance(model[0], GlobalBatchNorm2d)
         assert model[0].state_dict().keys() == torch_layer.state_dict().keys()
         for _ in range(2):  # the second time the running statistics are not those of a new layer
@@ -156,7 +156,7 @@ def ghost_batch_norm(runtime):
     world, differences = runtime.world, []
     generator = torch.Generator().manual_seed(2)
     groups = Groups(count=4, num_ranks=world.size)
-    model = use_groups(nn.Sequential(nn.BatchNorm2d(3, dtype=torch.float64)), groups, process_group=None)
+    model = use_groups(nn.Sequential(nn.BatchNorm2d(3, dtype=torch.float64)), groups)
     assert isinstance(model[0], GhostBatchNorm2d)
     mean, variance = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
     for count in (12, 11, 5, 8):
