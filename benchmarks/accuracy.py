@@ -194,7 +194,7 @@ def outcome(row: Row, seed: int, folder: Path, typed: argparse.Namespace) -> dic
 def measure(rows: list[Row], results: Path, typed: argparse.Namespace) -> int:
     """Time each row's loop at each of its image sizes against the script's epoch, in turns."""
     from cifar_dist.baselines import script
-    from cifar_dist.commands.bench import _Loop, _random_dataset
+    from cifar_dist.commands.bench import Loop, random_dataset
     from cifar_dist.config.accelerate_config import AccelerateConfig
     from cifar_dist.config.plan import make_plan
     from cifar_dist.config.world import World
@@ -209,7 +209,7 @@ def measure(rows: list[Row], results: Path, typed: argparse.Namespace) -> int:
         runtime = start(ranks, config, typed_precision=typed.precision, doing="measuring")
         for row in rows:
             recipe = row.resolved(0)
-            dataset = _random_dataset(32, recipe.global_batch_size)
+            dataset = random_dataset(32, recipe.global_batch_size)
             images = dataset.train
             model = build_resnet("imagenet", 10, seed=0)
             other = script.ScriptLoop(
@@ -220,7 +220,7 @@ def measure(rows: list[Row], results: Path, typed: argparse.Namespace) -> int:
                 endless = {"epochs": 1_000_000, "validation_size": 0, "image_size_schedule": [[side, 1.0]]}
                 one = resolve_recipe(recipe_to_mapping(recipe), {}, endless)
                 plan = make_plan(one, world_size=1, sizes=dataset.sizes, device_type=runtime.device.type)
-                loop = _Loop(build_trainer(one, plan, dataset, runtime, Observer()))
+                loop = Loop(build_trainer(one, plan, dataset, runtime, Observer()))
                 contenders = [Contender("loop", loop), Contender("script", other, script.PREFETCHED)]
                 rounds = alternate(contenders, 1, typed.seconds, runtime)
                 # Seconds an image of ours over those of the script, in each round.

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from cifar_dist.commands.bench import _NOT_FOR_SPEED, _random_dataset
+from cifar_dist.commands.bench import FOR_SPEED, random_dataset
 from cifar_dist.config.accelerate_config import load_accelerate_config
 from cifar_dist.config.loading import read_recipe, resolve_recipe
 from cifar_dist.config.plan import make_plan
@@ -33,8 +33,8 @@ WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize
 
 def training_steps(recipe_name: str, runtime: Runtime) -> Iterator[int]:
     """Give an epoch's steps, as a user's run does them, without a report between them."""
-    recipe = resolve_recipe(read_recipe(recipe_name), _NOT_FOR_SPEED, {})
-    dataset = _random_dataset(recipe.image_size, recipe.global_batch_size)
+    recipe = resolve_recipe(read_recipe(recipe_name), FOR_SPEED, {})
+    dataset = random_dataset(recipe.image_size, recipe.global_batch_size)
     plan = make_plan(recipe, world_size=1, sizes=dataset.sizes, device_type=runtime.device.type)
     trainer = build_trainer(recipe, replace(plan, report_every_steps=1_000_000), dataset, runtime, Observer())
     return trainer.steps(1)

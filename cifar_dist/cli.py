@@ -32,12 +32,12 @@ _COMMANDS = {"eval": "evaluate"}  # whose module has another name
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; give its exit code, as config/errors.py names them."""
-    from cifar_dist.runtime.interrupt import EarlyEnd, EndEarly
+    from cifar_dist.runtime.interrupt import StoppedBeforeTraining, UntilTraining
 
     world = World()
     try:
         world = World.from_environment(os.environ)
-        with EndEarly():
+        with UntilTraining():
             _say_that_signals_are_heard(world)
             code = _run(list(sys.argv[1:] if argv is None else argv), world)
     except UserError as error:
@@ -47,10 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif EXIT_CODE_FILE not in os.environ:
             _let_the_other_speak()
         code = EXIT_USER_ERROR
-    except (KeyboardInterrupt, EarlyEnd) as end:
+    except (KeyboardInterrupt, StoppedBeforeTraining) as end:
         if world.rank == 0:
             print("interrupted, with nothing left to save", file=sys.stderr)
-        code = EXIT_INTERRUPTED if isinstance(end, EarlyEnd) else EXIT_KEYBOARD_INTERRUPT
+        code = EXIT_INTERRUPTED if isinstance(end, StoppedBeforeTraining) else EXIT_KEYBOARD_INTERRUPT
     except Exception as error:  # what nobody foresaw: its traceback, from the process that it happened to
         if world.size == 1:
             raise

@@ -1,10 +1,10 @@
 """`bench`: the training loop against the bare training step and against what others do, in turns, in one run."""
 
+import functools
 import io
 import json
 import statistics
 from collections.abc import Iterator
-from itertools import product
 from typing import Any
 
 import torch
@@ -26,21 +26,21 @@ from cifar_dist.model.convolution import use_dense_products
 from cifar_dist.model.optimizer import build_optimizer
 from cifar_dist.model.resnet import build_resnet
 from cifar_dist.runtime.distributed import Runtime, connect, start
-from cifar_dist.runtime.timing import Contender, alternate, seconds_of
+from cifar_dist.runtime.timing import Contender, alternate
 from cifar_dist.training.anatomy import flops_per_image, memory_by_part, peak_flops, seconds_by_part
 from cifar_dist.training.checkpoint import check_output, write_output
 from cifar_dist.training.engine import Trainer
 from cifar_dist.training.setup import build_trainer
+from cifar_dist.training.sweep import sweep
 
 _NUM_CLASSES = 10
-_NOT_FOR_SPEED = {
+FOR_SPEED: dict[str, Any] = {
     "validation_size": 0,
     "early_stopping": {"enabled": False},
     "epochs": 1_000_000,
     "image_size_schedule": None,  # all loops see images of one size
 }
-_HOPELESS = 3.0
-"""A choice so many times slower than the best so far is measured by one step alone."""
+"""Fields of a recipe whose loop is measured: an endless run of equal steps."""
 
 
 def run(options: BenchOptions, world: World, config: AccelerateConfig) -> int:
@@ -50,7 +50,7 @@ def run(options: BenchOptions, world: World, config: AccelerateConfig) -> int:
         check_output("--json", options.json)
     if options.sweep and world.size > 1:
         raise UserError(f"--sweep compares what one process can do, and there are {world.size}: start one")
-    recipe = resolve_recipe(read_recipe(options.recipe), _NOT_FOR_SPEED, options.assignments)
+    recipe = resolve_recipe(read_recipe(options.recipe), FOR_SPEED, options.assignments)
     with connect(world, config) as ranks:
         runtime = start(ranks, config, typed_precision=options.precision, doing="measuring")
         what = f"{recipe_label(options.recipe)}, stem {recipe.stem}, batch {recipe.global_batch_size}"
@@ -58,7 +58,11 @@ def run(options: BenchOptions, world: World, config: AccelerateConfig) -> int:
         notes = filter(None, [*runtime.outlook.notes, other_count_note(world, config, None)])
         for line in (*notes, f"{what}, {processes}, {runtime.outlook.line}"):
             console.print(line, highlight=False, soft_wrap=True, markup=False)
-        result = (_sweep if options.sweep else _measure)(recipe, runtime, options.seconds)
+        if options.sweep:
+            build_step = functools.partial(_bare_step, recipe, runtime)
+            result = sweep(build_step, recipe.global_batch_size, runtime, options.seconds) | _about(recipe, runtime)
+        else:
+            result = _measure(recipe, runtime, options.seconds)
     print_lines(console, (format_sweep if options.sweep else format_bench)(result), title="bench")
     if world.rank == 0 and options.json is not None:
         write_output(options.json, json.dumps(result, allow_nan=False).encode() + b"\n")
@@ -67,7 +71,7 @@ def run(options: BenchOptions, world: World, config: AccelerateConfig) -> int:
 
 def _measure(recipe: Recipe, runtime: Runtime, seconds: float) -> dict[str, Any]:
     """Measure each loop for `seconds`, in turns, and give what `--json` writes."""
-    dataset = _random_dataset(recipe.image_size, recipe.global_batch_size)
+    dataset = random_dataset(recipe.image_size, recipe.global_batch_size)
     plan = make_plan(recipe, world_size=runtime.world.size, sizes=dataset.sizes, device_type=runtime.device.type)
     # Drawn as for a user, on a terminal that nobody sees: the bars cost what they cost.
     display = training_display(
@@ -79,7 +83,7 @@ def _measure(recipe: Recipe, runtime: Runtime, seconds: float) -> dict[str, Any]
         memory=runtime.peak_memory_mib,
     )
     with display:
-        loop = _Loop(build_trainer(recipe, plan, dataset, runtime, display))
+        loop = Loop(build_trainer(recipe, plan, dataset, runtime, display))
         bare = _bare_step(
             recipe,
             runtime,
@@ -163,70 +167,7 @@ def _bare_step(
     return BareStep(model, optimizer, images, labels, dtype)
 
 
-def _sweep(recipe: Recipe, runtime: Runtime, seconds: float) -> dict[str, Any]:
-    """Measure the bare step with every choice of precision, memory layout, compiler and optimiser kernel."""
-    rows: list[dict[str, Any]] = []
-    steps: list[tuple[dict[str, Any], Contender]] = []
-    best, hopeless = float("inf"), set()
-    for choice in _choices(runtime):
-        network = (choice["precision"], choice["memory_format"], choice["compiler"])
-        if network in hopeless and not choice["is_chosen"]:  # whatever the optimiser's kernel
-            continue
-        layout = _LAYOUTS[choice["memory_format"]]
-        step = _bare_step(
-            recipe,
-            runtime,
-            precision=choice["precision"],
-            layout=layout,
-            fused=choice["fused"],
-            compiler=choice["compiler"],
-        )
-        row = {**choice, "images_per_second": None}
-        rows.append(row)
-        try:
-            seconds_of(step, 1, runtime)  # kernels are chosen, or compiled
-            taken = min(seconds_of(step, 1, runtime) for _ in range(3))  # one alone may meet other work
-        except Exception as error:  # a compiler that is missing or fails, in any of its many ways
-            row["failed"] = (str(error).strip() or type(error).__name__).splitlines()[0]
-            hopeless.add(network)
-            continue
-        best, row["images_per_second"] = min(best, taken), recipe.global_batch_size / taken
-        if taken < _HOPELESS * best or choice["is_chosen"]:
-            steps.append((row, Contender("", step)))
-        else:
-            hopeless.add(network)
-    rounds = alternate([each for _, each in steps], recipe.global_batch_size, seconds, runtime)
-    for (row, _), rates in zip(steps, zip(*rounds, strict=True), strict=True):
-        row |= {"images_per_second": statistics.median(rates), "min": min(rates), "max": max(rates)}
-    rows.sort(key=lambda row: -(row["images_per_second"] or 0))
-    chosen = next(row["images_per_second"] or 0 for row in rows if row["is_chosen"])
-    over_fastest = chosen / (rows[0]["images_per_second"] or 1)
-    return {"sweep": rows, "chosen_over_fastest": over_fastest, "rounds": len(rounds), **_about(recipe, runtime)}
-
-
-_LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-
-
-def _choices(runtime: Runtime) -> Iterator[dict[str, Any]]:
-    """Give all that could be chosen on this device, and which of it the training loop has."""
-    kind = runtime.device.type
-    precisions = {"cpu": ("no", "bf16"), "mps": ("no", "fp16"), "cuda": ("no", "bf16", "fp16")}[kind]
-    compilers = (None,) if kind == "mps" else (None, "INDUCTOR")
-    # What was asked for is among the choices, whatever it is.
-    precisions = tuple(dict.fromkeys((*precisions, runtime.precision)))
-    compilers = tuple(dict.fromkeys((*compilers, runtime.outlook.compiler)))
-    for precision, layout, compiler, fused in product(precisions, _LAYOUTS, compilers, (True, False)):
-        ours = (runtime.precision, runtime.memory_format, runtime.outlook.compiler, kind != "mps")
-        yield {
-            "precision": precision,
-            "memory_format": layout,
-            "compiler": compiler,
-            "fused": fused,
-            "is_chosen": (precision, _LAYOUTS[layout], compiler, fused) == ours,
-        }
-
-
-class _Loop:
+class Loop:
     """Our own loop, a step at a time, epoch after epoch."""
 
     def __init__(self, trainer: Trainer) -> None:
@@ -235,6 +176,7 @@ class _Loop:
         self._steps: Iterator[int] = iter(())
 
     def __call__(self) -> None:
+        """Do one step."""
         if next(self._steps, None) is None:
             self.epoch += 1
             trainer = self.trainer
@@ -245,7 +187,7 @@ class _Loop:
             next(self._steps)
 
 
-def _random_dataset(size: int, batch: int) -> Dataset:
+def random_dataset(size: int, batch: int) -> Dataset:
     """Make images that nobody will learn from: how long a step takes does not depend on what they show.
 
     About 20,000, at least four batches of them and no part of one: each step does as much as any other.

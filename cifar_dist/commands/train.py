@@ -4,34 +4,16 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from torch import Tensor
 
 from cifar_dist.config.accelerate_config import AccelerateConfig, other_count_note, started_line, world_to_come
 from cifar_dist.config.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_KEYBOARD_INTERRUPT, UserError
-from cifar_dist.config.loading import recipe_to_mapping
 from cifar_dist.config.options import TrainOptions
-from cifar_dist.config.parsing import flatten, to_mapping
 from cifar_dist.config.plan import DatasetSizes, RunPlan, fit_to_dataset, make_plan
-from cifar_dist.config.provenance import git_commit, package_versions
 from cifar_dist.config.recipe import Recipe
-from cifar_dist.config.request import (
-    DEFAULT_RUNS,
-    RunRequest,
-    TrainRequest,
-    check_plan,
-    first_good,
-    refuse_other_data,
-    refuse_other_recipe,
-    resolve_run,
-    seconds_allowed,
-)
-from cifar_dist.config.run_files import names_in_turn
+from cifar_dist.config.request import TrainRequest, resolve_run, seconds_allowed
 from cifar_dist.config.world import SlurmJob, World
 from cifar_dist.data.dataset import Dataset
 from cifar_dist.data.datasets import known_sizes, load_dataset
@@ -41,33 +23,19 @@ from cifar_dist.display.tables import print_header, print_result
 from cifar_dist.model.schedule import learning_rate_line
 from cifar_dist.records import Summary
 from cifar_dist.runtime.device import Outlook, check_world, look_ahead
-from cifar_dist.runtime.distributed import Runtime, connect, start
+from cifar_dist.runtime.distributed import connect, start
 from cifar_dist.runtime.interrupt import Interrupt
-from cifar_dist.training.checkpoint import load_checkpoint, understanding
+from cifar_dist.runtime.ranks import Ranks
 from cifar_dist.training.engine import DivergedError, InterruptedRun
 from cifar_dist.training.evaluation import Predictions
 from cifar_dist.training.lock import RunLock
 from cifar_dist.training.metrics import confident_mistakes
-from cifar_dist.training.run_directory import RunDirectory, UnwrittenRun, preparing
+from cifar_dist.training.opening import begin, describe, new_directory, open_job, rhythm_of
+from cifar_dist.training.run_directory import RunDirectory, UnwrittenRun
 from cifar_dist.training.saving import Rhythm
 from cifar_dist.training.session import Session
-from cifar_dist.training.setup import build_trainer, pretrained_weights
+from cifar_dist.training.setup import build_trainer
 from cifar_dist.training.tracking import Trackers
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Job:
-    """All that was asked for, checked, and what rank 0 alone reads: the same on all ranks."""
-
-    run: RunRequest
-    directory: Path
-    checkpoint: Mapping[str, Any]
-    """Empty where there is none yet."""
-    pretrained: dict[str, Tensor] | None
-    damage: str | None
-    """What is wrong with the last checkpoint, where an older one is used."""
-    nothing_left: str | None
-    """Why there is nothing to do, where that is so."""
 
 
 def run(options: TrainOptions, world: World, config: AccelerateConfig) -> int:
@@ -83,14 +51,12 @@ def train(options: TrainOptions, world: World, config: AccelerateConfig) -> tupl
     interrupt = Interrupt(seconds=seconds_allowed(options.max_minutes, os.environ, time.time()))
     slurm_job = SlurmJob.from_environment(os.environ)
     with connect(world, config) as ranks, RunLock(slurm_job) as lock:
-        job = ranks.from_main(lambda: _resolve(options, world, slurm_job, lock))
+        job = ranks.from_main(lambda: open_job(options, world, slurm_job, lock))
         if job.nothing_left is not None:
             console.print(job.nothing_left, highlight=False, soft_wrap=True, markup=False)
             return EXIT_DONE, ranks.from_main(RunDirectory(job.directory).read_summary)
         request, stored = job.run.request, job.run.stored
-        dataset = ranks.in_turn(lambda: _load(console, request))
-        fingerprint = dataset.fingerprint()
-        expected = ranks.from_main(lambda: fingerprint)
+        dataset, fingerprint = _load_alike(console, request, ranks)
         same_world = stored.get("world_size") == world.size
         runtime = start(
             ranks,
@@ -99,8 +65,6 @@ def train(options: TrainOptions, world: World, config: AccelerateConfig) -> tupl
             num_threads=stored.get("num_threads") if same_world else None,
         )
         with ranks.together():
-            if fingerprint != expected:
-                raise UserError(f"{request.dataset} is not the same on {platform.node()} as on the machine of rank 0")
             recipe = _fit(request, dataset.sizes)
             plan = make_plan(recipe, world_size=world.size, sizes=dataset.sizes, device_type=runtime.device.type)
         if not options.quiet:
@@ -117,48 +81,14 @@ def train(options: TrainOptions, world: World, config: AccelerateConfig) -> tupl
             memory=runtime.peak_memory_mib,
         )
         trainer = build_trainer(recipe, plan, dataset, runtime, display, interrupt=interrupt, pretrained=job.pretrained)
-        about = _describe(request, recipe, dataset.class_names, fingerprint, runtime)
+        about = describe(request, recipe, dataset.class_names, fingerprint, runtime)
         directory = RunDirectory(job.directory, lock) if ranks.is_main else UnwrittenRun(job.directory)
-        every = _rhythm(options, stored)
+        every = rhythm_of(options, stored)
         rhythm = Rhythm.of(every["checkpoint_every_minutes"], every["checkpoint_every_steps"])
         session = Session(directory, trainer, dataset, about, rhythm, Trackers(display.on_note))
         with ranks.together():
-            _begin(session, job, plan, slurm_job, every)
+            begin(session, job, plan, slurm_job, every)
         return _train_and_test(console, display, session, _how_to_go_on(options, job.directory))
-
-
-def _begin(
-    session: Session, job: _Job, plan: RunPlan, slurm_job: SlurmJob | None, rhythm: Mapping[str, float | None]
-) -> None:
-    """Go on from the checkpoint, where there is one, write what is known, and start the trackers. Raises UserError."""
-    directory, about = session.directory, session.checkpoints.header
-    with understanding(directory.last):
-        if then := job.checkpoint or job.run.stored:
-            refuse_other_data(about, then)
-        if job.checkpoint:
-            session.restore(job.checkpoint)
-    if job.damage is not None and directory.last.exists():
-        directory.set_aside(directory.last)
-    marks = {
-        **rhythm,
-        "trackers": list(job.run.request.trackers),
-        "plan": to_mapping(plan),
-        "versions": package_versions(),
-        "git_commit": git_commit(),
-    }
-    marks |= {} if slurm_job is None else {"slurm_job": slurm_job.name}
-    session.begin(about | marks, is_new=job.run.existing is None)
-    if session.runtime.is_main and job.run.request.trackers:
-        parameters = flatten(about["recipe"]) | {name: about[name] for name in ("world_size", "device", "precision")}
-        folder, name = job.directory / "tracking", job.directory.name
-        session.trackers.start(job.run.request.trackers, folder, name, parameters, session.state.step)
-
-
-def _rhythm(options: TrainOptions, stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Give how often the run is saved: as typed now, else as typed when it began."""
-    names = ("checkpoint_every_minutes", "checkpoint_every_steps")
-    typed = {name: getattr(options, name) for name in names}
-    return {name: stored.get(name) if value is None else value for name, value in typed.items()}
 
 
 def _how_to_go_on(options: TrainOptions, directory: Path) -> str:
@@ -166,35 +96,6 @@ def _how_to_go_on(options: TrainOptions, directory: Path) -> str:
     world = f" --config {options.config}" if options.config else ""
     world += f" --num-processes {options.num_processes}" if options.num_processes else ""
     return f"python launch.py{world} --resume {directory}"
-
-
-def _resolve(options: TrainOptions, world: World, slurm_job: SlurmJob | None, lock: RunLock) -> _Job:
-    """Turn what was typed into a job, and lock the run that goes on. Raises UserError; nothing else is changed."""
-    run = resolve_run(options, slurm_job)
-    check_plan(run.request, world_size=world.size)
-    existing, checkpoint, damage, nothing_left = run.existing, None, None, None
-    if existing is not None:
-        nothing_left = RunDirectory(existing.path).nothing_left(run.request.recipe.epochs)
-        if nothing_left is None:
-            with preparing(existing.path):
-                lock.take(existing.path)
-        checkpoint, damage = first_good(existing, load_checkpoint)
-        if checkpoint is not None:
-            with understanding(existing.last):
-                refuse_other_recipe(run.request, checkpoint)
-    return _Job(
-        run=run,
-        directory=_new_directory(options, run.request) if existing is None else existing.path,
-        checkpoint=checkpoint or {},
-        damage=damage,
-        pretrained=None if checkpoint else pretrained_weights(run.request.recipe),
-        nothing_left=nothing_left,
-    )
-
-
-def _new_directory(options: TrainOptions, request: TrainRequest) -> Path:
-    names = names_in_turn(DEFAULT_RUNS / request.label)
-    return options.run_dir or next(name for name in names if not name.exists())
 
 
 def _fit(request: TrainRequest, sizes: DatasetSizes) -> Recipe:
@@ -217,11 +118,22 @@ def _show_plan(console: Console, options: TrainOptions, world: World, config: Ac
     sizes = known_sizes(request.dataset, request.recipe)
     recipe = _fit(request, sizes)
     plan = make_plan(recipe, world_size=future.size, sizes=sizes, device_type=outlook.device_type)
-    directory = run.existing.path if run.existing is not None else _new_directory(options, request)
+    directory = run.existing.path if run.existing is not None else new_directory(options, request)
     note = other_count_note(world, config, options.num_processes)
     lines = _header(f"{directory}", request, outlook, plan, recipe, note)
     print_header(console, lines | {"would start": started_line(world, config, options.num_processes)})
     return EXIT_DONE
+
+
+def _load_alike(console: Console, request: TrainRequest, ranks: Ranks) -> tuple[Dataset, str]:
+    """Give the dataset and its fingerprint. Raises UserError where a machine has other files than that of rank 0."""
+    dataset = ranks.in_turn(lambda: _load(console, request))
+    fingerprint = dataset.fingerprint()
+    expected = ranks.from_main(lambda: fingerprint)
+    with ranks.together():
+        if fingerprint != expected:
+            raise UserError(f"{request.dataset} is not the same on {platform.node()} as on the machine of rank 0")
+    return dataset, fingerprint
 
 
 def _load(console: Console, request: TrainRequest) -> Dataset:
@@ -253,22 +165,6 @@ def _data_lines(dataset: Dataset, recipe: Recipe) -> dict[str, str]:
         return {}
     mean, std = recipe.normalization.mean, recipe.normalization.std
     return {"files": dataset.origin, "normalization": f"mean {list(mean)}, std {list(std)}"}
-
-
-def _describe(
-    request: TrainRequest, recipe: Recipe, class_names: Sequence[str], fingerprint: str, runtime: Runtime
-) -> dict[str, Any]:
-    """Give what config.yaml and every checkpoint say of their run."""
-    return {
-        "recipe_name": request.recipe_name,
-        "recipe": recipe_to_mapping(recipe),
-        "dataset": {"name": request.dataset, "data_dir": str(request.data_dir), "fingerprint": fingerprint},
-        "class_names": list(class_names),
-        "world_size": runtime.world.size,
-        "device": runtime.device.type,
-        "precision": runtime.precision,
-        "num_threads": runtime.num_threads,
-    }
 
 
 def _train_and_test(

@@ -59,14 +59,14 @@ class Interrupt:
         self.requested = self.requested or signal.Signals(number).name
 
 
-class EarlyEnd(BaseException):
+class StoppedBeforeTraining(BaseException):
     """A signal came before there was anything to save."""
 
 
-class EndEarly(Interrupt):
+class UntilTraining(Interrupt):
     """The context of what comes before training: a signal ends it, and Ctrl-C is Python's own."""
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             raise KeyboardInterrupt
-        raise EarlyEnd(signal.Signals(number).name)
+        raise StoppedBeforeTraining(signal.Signals(number).name)

@@ -21,6 +21,7 @@ from cifar_dist.config.options import BenchOptions
 from cifar_dist.config.world import World
 from cifar_dist.records import Observer
 from cifar_dist.runtime.timing import Contender, alternate
+from cifar_dist.training import sweep
 from cifar_dist.training.anatomy import flops_per_image, memory_by_part, peak_flops
 from cifar_dist.training.setup import build_trainer
 from tests.commands.test_train import small_world
@@ -83,7 +84,7 @@ def test_what_was_asked_for_is_among_the_choices_of_a_sweep():
             device=torch.device("cpu"), precision=precision, memory_format=torch.channels_last,
             outlook=SimpleNamespace(compiler=compiler),
         )  # fmt: skip
-        (chosen,) = (choice for choice in bench._choices(runtime) if choice["is_chosen"])
+        (chosen,) = (choice for choice in sweep._choices(runtime) if choice["is_chosen"])
         assert (chosen["precision"], chosen["compiler"]) == (precision, compiler)
 
 
@@ -93,7 +94,7 @@ def test_a_sweep_of_several_processes_is_refused():
 
 
 def test_an_image_size_schedule_does_not_make_our_loop_look_fast():
-    recipe = bench.resolve_recipe(bench.read_recipe("quick"), bench._NOT_FOR_SPEED, {})
+    recipe = bench.resolve_recipe(bench.read_recipe("quick"), bench.FOR_SPEED, {})
     assert recipe.image_size_schedule is None
 
 
@@ -128,7 +129,7 @@ def test_the_floor_does_what_twenty_lines_do_and_nothing_else(precision):
 
 @pytest.mark.parametrize(("batch", "count"), [(128, 19_968), (512, 19_968), (8192, 32_768)])
 def test_no_measured_step_is_a_short_one(batch, count):
-    assert len(bench._random_dataset(8, batch).train) == count
+    assert len(bench.random_dataset(8, batch).train) == count
 
 
 def test_loops_take_turns(runtime):

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from cifar_dist.runtime.interrupt import EarlyEnd, EndEarly, Interrupt
+from cifar_dist.runtime.interrupt import Interrupt, StoppedBeforeTraining, UntilTraining
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"])
@@ -28,9 +28,9 @@ def test_a_second_ctrl_c_ends_it_and_a_second_sigterm_does_not():
 
 
 def test_before_training_a_signal_ends_it():
-    with pytest.raises(EarlyEnd), EndEarly():
+    with pytest.raises(StoppedBeforeTraining), UntilTraining():
         signal.raise_signal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), EndEarly():
+    with pytest.raises(KeyboardInterrupt), UntilTraining():
         signal.raise_signal(signal.SIGINT)
 
 
@@ -56,7 +56,7 @@ def test_when_all_is_saved_signals_are_ignored_to_the_end():
     names = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
     before = {number: signal.getsignal(number) for number in names}
     try:
-        with EndEarly():
+        with UntilTraining():
             with Interrupt() as interrupt:
                 signal.raise_signal(signal.SIGUSR2)
                 interrupt.ignore()

@@ -1,0 +1,128 @@
+"""How a run opens: what was asked for becomes a job, its folder is locked, and what is known is written down."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cifar_dist.config.loading import recipe_to_mapping
+from cifar_dist.config.options import TrainOptions
+from cifar_dist.config.parsing import flatten, to_mapping
+from cifar_dist.config.plan import RunPlan
+from cifar_dist.config.provenance import git_commit, package_versions
+from cifar_dist.config.recipe import Recipe
+from cifar_dist.config.request import (
+    DEFAULT_RUNS,
+    RunRequest,
+    TrainRequest,
+    check_plan,
+    first_good,
+    refuse_other_data,
+    refuse_other_recipe,
+    resolve_run,
+)
+from cifar_dist.config.run_files import names_in_turn
+from cifar_dist.config.world import SlurmJob, World
+from cifar_dist.runtime.distributed import Runtime
+from cifar_dist.training.checkpoint import load_checkpoint, understanding
+from cifar_dist.training.lock import RunLock
+from cifar_dist.training.run_directory import RunDirectory, preparing
+from cifar_dist.training.session import Session
+from cifar_dist.training.setup import pretrained_weights
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Job:
+    """All that was asked for, checked, and what rank 0 alone reads: the same on all ranks."""
+
+    run: RunRequest
+    directory: Path
+    checkpoint: Mapping[str, Any]
+    """Empty where there is none yet."""
+    pretrained: dict[str, Tensor] | None
+    damage: str | None
+    """What is wrong with the last checkpoint, where an older one is used."""
+    nothing_left: str | None
+    """Why there is nothing to do, where that is so."""
+
+
+def open_job(options: TrainOptions, world: World, slurm_job: SlurmJob | None, lock: RunLock) -> Job:
+    """Turn what was typed into a job, and lock the run that goes on. Raises UserError; nothing else is changed."""
+    run = resolve_run(options, slurm_job)
+    check_plan(run.request, world_size=world.size)
+    existing, checkpoint, damage, nothing_left = run.existing, None, None, None
+    if existing is not None:
+        nothing_left = RunDirectory(existing.path).nothing_left(run.request.recipe.epochs)
+        if nothing_left is None:
+            with preparing(existing.path):
+                lock.take(existing.path)
+        checkpoint, damage = first_good(existing, load_checkpoint)
+        if checkpoint is not None:
+            with understanding(existing.last):
+                refuse_other_recipe(run.request, checkpoint)
+    return Job(
+        run=run,
+        directory=new_directory(options, run.request) if existing is None else existing.path,
+        checkpoint=checkpoint or {},
+        damage=damage,
+        pretrained=None if checkpoint else pretrained_weights(run.request.recipe),
+        nothing_left=nothing_left,
+    )
+
+
+def new_directory(options: TrainOptions, request: TrainRequest) -> Path:
+    """Give the folder of a new run: as typed, else the first of its names that is free."""
+    names = names_in_turn(DEFAULT_RUNS / request.label)
+    return options.run_dir or next(name for name in names if not name.exists())
+
+
+def describe(
+    request: TrainRequest, recipe: Recipe, class_names: Sequence[str], fingerprint: str, runtime: Runtime
+) -> dict[str, Any]:
+    """Give what config.yaml and every checkpoint say of their run."""
+    return {
+        "recipe_name": request.recipe_name,
+        "recipe": recipe_to_mapping(recipe),
+        "dataset": {"name": request.dataset, "data_dir": str(request.data_dir), "fingerprint": fingerprint},
+        "class_names": list(class_names),
+        "world_size": runtime.world.size,
+        "device": runtime.device.type,
+        "precision": runtime.precision,
+        "num_threads": runtime.num_threads,
+    }
+
+
+def rhythm_of(options: TrainOptions, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Give how often the run is saved: as typed now, else as typed when it began."""
+    names = ("checkpoint_every_minutes", "checkpoint_every_steps")
+    typed = {name: getattr(options, name) for name in names}
+    return {name: stored.get(name) if value is None else value for name, value in typed.items()}
+
+
+def begin(
+    session: Session, job: Job, plan: RunPlan, slurm_job: SlurmJob | None, rhythm: Mapping[str, float | None]
+) -> None:
+    """Go on from the checkpoint, where there is one, write what is known, and start the trackers. Raises UserError."""
+    directory, about = session.directory, session.checkpoints.header
+    with understanding(directory.last):
+        if then := job.checkpoint or job.run.stored:
+            refuse_other_data(about, then)
+        if job.checkpoint:
+            session.restore(job.checkpoint)
+    if job.damage is not None and directory.last.exists():
+        directory.set_aside(directory.last)
+    marks = {
+        **rhythm,
+        "trackers": list(job.run.request.trackers),
+        "plan": to_mapping(plan),
+        "versions": package_versions(),
+        "git_commit": git_commit(),
+    }
+    marks |= {} if slurm_job is None else {"slurm_job": slurm_job.name}
+    session.begin(about | marks, is_new=job.run.existing is None)
+    if session.runtime.is_main and job.run.request.trackers:
+        parameters = flatten(about["recipe"]) | {name: about[name] for name in ("world_size", "device", "precision")}
+        folder, name = job.directory / "tracking", job.directory.name
+        session.trackers.start(job.run.request.trackers, folder, name, parameters, session.state.step)
