@@ -20,8 +20,9 @@ import torch
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.plan import DatasetSizes
 from cifar_dist.data.dataset import Dataset, LabelledImages
+from cifar_dist.data.decoding import ImageFile, Progress, Size, name_some
 from cifar_dist.data.download import reason_of
-from cifar_dist.data.image_cache import ImageFile, Progress, Size, name_some, read_images
+from cifar_dist.data.image_cache import read_images
 from cifar_dist.data.order import derive_seed
 
 _SUFFIXES = tuple(".png .jpg .jpeg .bmp .gif .webp .ppm .pgm .tif .tiff".split())
@@ -67,7 +68,7 @@ def load_folder(
 
     `seed` chooses the test images where the folder has no test set; whether an image is one depends on its own name
     more than on the others, so that adding some moves few. `progress` is told the files decoded so far and in all.
-    `image_cache` says how an image is brought to the size, and what lies in `cache_dir`. Raises UserError for
+    `decoding` says how an image is brought to the size, `image_cache` what lies in `cache_dir`. Raises UserError for
     everything that keeps the folder from being a dataset.
     """
     parts = _find_parts(path, seed)

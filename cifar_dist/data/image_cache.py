@@ -1,4 +1,4 @@
-"""Image files turned into one uint8 array: decoded in parallel, or read back as an earlier run has decoded them.
+"""Image files read back as an earlier run has decoded them, or decoded and kept.
 
 The decoded pixels of a folder lie in one file of the user's cache folder: a header, the images in the order of their
 names, and a checksum of both. Nothing depends on that file: where it is missing, damaged or cannot be written, the
@@ -6,50 +6,23 @@ images are decoded.
 """
 
 import os
-import signal
 import struct
 import sys
 import tempfile
-import threading
-import warnings
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from hashlib import blake2b
-from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
-from cifar_dist.config.errors import UserError
-
-Pixels = NDArray[np.uint8]
-Size = tuple[int, int]  # width and height in pixels
-Range = tuple[Size, Size]  # of the images with the smallest and the largest area
-Progress = Callable[[int, int | None], None]  # is told the files decoded so far and in all
+from cifar_dist.data.decoding import ImageFile, Pixels, Progress, Range, decode_all
 
 _FORMAT = 2  # to be counted up when the layout of the file changes, or the way an image becomes pixels
 _HEADER = struct.Struct("<4I")  # width and height of the smallest and the largest original
 _BLOCK_BYTES = 1 << 22
-_CHUNK = 16  # images that a worker decodes before it reports: few, as they may be photographs
-_MANY = 5_000  # images for which it pays to start processes
-_MAX_WORKERS = 8
-# Told by the content, whatever the suffix says: Pillow's other formats are rare, and one of them starts Ghostscript.
-_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-
-
-class ImageFile(NamedTuple):
-    """A file as it was listed."""
-
-    path: str
-    name: str  # relative to the folder of the dataset, with '/': the same on every system
-    size: int  # bytes
-    mtime_ns: int
 
 
 def default_cache_dir(environ: Mapping[str, str] = os.environ, platform: str = sys.platform) -> Path | None:
@@ -64,11 +37,6 @@ def default_cache_dir(environ: Mapping[str, str] = os.environ, platform: str = s
         return (named if named.is_absolute() else Path.home() / ".cache") / "cifar-dist"
     except RuntimeError:  # a container whose user has neither $HOME nor an account
         return None
-
-
-def name_some(names: Sequence[str]) -> str:
-    """Join the first ten names, and say how many more there are."""
-    return ", ".join(names[:10]) + (f" and {len(names) - 10:,} more" if len(names) > 10 else "")
 
 
 def read_images(
@@ -89,13 +57,13 @@ def read_images(
     )
     key, cache_dir = digest.digest(), cache_dir or default_cache_dir()
     if cache_dir is None:
-        return _decode_all(files, images, progress), False
+        return decode_all(files, images, progress), False
     stem = blake2b(os.fsencode(folder.resolve()), digest_size=8).hexdigest()
     cache_file = cache_dir / f"{stem}-{key.hex()}.pixels"
     blocks = np.array_split(order, min(len(files), images.nbytes // _BLOCK_BYTES + 1))
     if sizes := _load(cache_file, key, images, blocks):
         return sizes, True
-    sizes = _decode_all(files, images, progress)
+    sizes = decode_all(files, images, progress)
     with suppress(OSError):  # no right to write, no space: it goes without
         _save(cache_file, key, images, blocks, sizes)
         for old in cache_dir.glob(f"{stem}-*"):  # whoever is writing one of these now only stays without it
@@ -143,114 +111,3 @@ def _save(cache_file: Path, key: bytes, images: Pixels, blocks: list[NDArray[np.
         Path(temporary).replace(cache_file)
     finally:
         Path(temporary).unlink(missing_ok=True)
-
-
-def _decode_all(files: Sequence[ImageFile], images: Pixels, progress: Progress | None) -> Range:
-    try:
-        sizes = decode_by(pool_for(len(files)), files, images, progress)
-    except BrokenExecutor:  # a worker was killed, or cannot import the script that is running
-        sizes = decode_by(ThreadPoolExecutor(1), files, images, progress)
-    if unreadable := [file.name for file, size in zip(files, sizes, strict=True) if not size]:
-        raise UserError(
-            f"{len(unreadable):,} of {len(files):,} image files cannot be read (empty, damaged, too large or no"
-            f" images): {name_some(unreadable)}; replace or remove them"
-        )
-    by_area = sorted({size for size in sizes if size}, key=lambda size: (size[0] * size[1], size))
-    return by_area[0], by_area[-1]
-
-
-def decode_by(
-    pool: Executor, files: Sequence[ImageFile], images: Pixels, progress: Progress | None
-) -> list[Size | None]:
-    """Fill `images` by the workers of a pool; give each image's own size, None for one that cannot be read."""
-    sizes: list[Size | None] = []
-    starts, side = range(0, len(files), _CHUNK), images.shape[-1]
-    paths = ([file.path for file in files[start : start + _CHUNK]] for start in starts)
-    with warnings.catch_warnings():  # here, for all threads at once: it is not theirs to change
-        _choose_warnings()
-        try:
-            chunks = pool.map(partial(_decode_chunk, size=side), paths, chunksize=8)
-            for start, (pixels, found) in zip(starts, chunks, strict=True):
-                images[start : start + len(found)] = pixels
-                sizes += found
-                if progress:
-                    progress(len(sizes), len(files))
-        finally:
-            pool.shutdown(cancel_futures=True)  # so that Ctrl-C does not wait for all the rest
-    return sizes
-
-
-def pool_for(num_files: int) -> Executor:
-    """Give threads, or, where there are many images, processes: small ones wait for each other's interpreter lock."""
-    workers = min(_MAX_WORKERS, os.cpu_count() or 1)
-    if num_files < _MANY or workers == 1:
-        return ThreadPoolExecutor(workers)
-    # Not forked: torch's threads may run already.
-    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin_worker)
-
-
-def _choose_warnings() -> None:
-    warnings.simplefilter("ignore")  # most are about metadata
-    warnings.simplefilter("error", Image.DecompressionBombWarning)
-
-
-def _begin_worker() -> None:
-    """Let a worker process hear of Ctrl-C from its parent alone, and never outlive it."""
-    _choose_warnings()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        """End with the parent."""
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def _decode_chunk(paths: Sequence[str], size: int) -> tuple[Pixels, list[Size | None]]:
-    """Read images as (N, 3, size, size), and their own sizes: None for one that cannot be read."""
-    images: Pixels = np.zeros((len(paths), 3, size, size), dtype=np.uint8)
-    sizes: list[Size | None] = [None] * len(paths)
-    for index, path in enumerate(paths):
-        with suppress(Exception):  # Pillow raises nearly anything for a damaged file
-            pixels, sizes[index] = decode(path, size)
-            images[index] = pixels.transpose(2, 0, 1)
-    return images, sizes
-
-
-def decode(path: str, size: int) -> tuple[Pixels, Size]:
-    """Read the first frame of an image as (size, size, 3) RGB, and its own width and height.
-
-    It is turned as its EXIF block says. What is transparent becomes mid-grey, on which dark and light figures both
-    stay visible. 16 bits lose their lower eight. An image of another size has its shorter side brought to `size` and
-    its middle cut out, by the rules of torchvision's `Resize` (bilinear, antialiased) and `CenterCrop`.
-    Raises OSError, ValueError and nearly anything else where the file is no such image.
-    """
-    with Image.open(path, formats=_FORMATS) as image:
-        image.load()
-        with suppress(Exception):  # a broken EXIF block leaves the pixels good
-            ImageOps.exif_transpose(image, in_place=True)
-        original, rgb = image.size, _to_rgb(image)
-    if original != (size, size):
-        # Only what the crop keeps is resized: the whole of a strip of 1 x 10,000 would become 32 x 320,000.
-        longer = int(original[1] > original[0])
-        resized = size * original[longer] // original[1 - longer]
-        offset = round((resized - size) / 2)
-        start, end = (edge * original[longer] / resized for edge in (offset, offset + size))
-        box = (0, start, original[0], end) if longer else (start, 0, end, original[1])
-        rgb = rgb.resize((size, size), Image.Resampling.BILINEAR, box=box)
-    return np.asarray(rgb), original
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError("there is no one range for floating-point pixels")
-    if image.mode.startswith("I"):  # 16 bits, or as many in 32: Pillow would cut them off at 255
-        return Image.fromarray((np.asarray(image).clip(0, 65_535) >> 8).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        ground = Image.new("RGBA", image.size, (128, 128, 128, 255))
-        ground.alpha_composite(image.convert("RGBA"))
-        return ground.convert("RGB")
-    return image.convert("RGB")

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from cifar_dist.config.errors import UserError
+from cifar_dist.data.decoding import ImageFile, Pixels, decode_by, name_some, pool_for
 from cifar_dist.data.folder import OTHER_SUFFIXES, files_below
-from cifar_dist.data.image_cache import ImageFile, Pixels, decode_by, name_some, pool_for
 
 UNREADABLE = "cannot be read: empty, damaged, too large or no image"
 

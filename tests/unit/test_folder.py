@@ -23,12 +23,13 @@ from PIL import Image, ImageFile, ImageOps
 from torchvision.transforms import CenterCrop, Compose, Resize
 
 from cifar_dist.config.errors import UserError
-from cifar_dist.data import image_cache
+from cifar_dist.data import decoding, image_cache
 from cifar_dist.data.archives import CIFAR10
 from cifar_dist.data.cifar import load_archive
 from cifar_dist.data.dataset import LabelledImages
+from cifar_dist.data.decoding import decode
 from cifar_dist.data.folder import FolderDataset, load_folder
-from cifar_dist.data.image_cache import decode, default_cache_dir
+from cifar_dist.data.image_cache import default_cache_dir
 
 SIZE = 8
 
@@ -449,7 +450,7 @@ def test_warnings_do_not_come_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_images_that_do_not_fit_are_refused_before_any_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path, *TWO)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=4 * 3 * 512**2 - 1))
-    monkeypatch.setattr(image_cache, "decode", None)
+    monkeypatch.setattr(decoding, "decode", None)
     assert refused(tmp_path, 512).startswith(
         "4 images of 512 x 512 take 3 MiB, and 3 MiB of memory are available: choose a smaller image_size (at most 511)"
     )
@@ -487,8 +488,8 @@ def test_processes_decode_what_threads_do(tmp_path: Path, monkeypatch: pytest.Mo
     put_flat(folder, a=30, b=10)
     put(folder, "a/wide.png", width=40, height=20)
     by_threads = load(folder, cache_dir=tmp_path / "one")
-    monkeypatch.setattr(image_cache, "_MANY", 1)
-    monkeypatch.setattr(image_cache, "ThreadPoolExecutor", None)
+    monkeypatch.setattr(decoding, "_MANY", 1)
+    monkeypatch.setattr(decoding, "ThreadPoolExecutor", None)
     told: list[int] = []
     by_processes = load(folder, cache_dir=tmp_path / "other", progress=lambda done, _: told.append(done))
     assert same(by_processes, by_threads)
@@ -501,8 +502,8 @@ def test_processes_decode_what_threads_do(tmp_path: Path, monkeypatch: pytest.Mo
 def test_threads_decode_where_processes_cannot_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_flat(tmp_path / "images", a=30, b=10)
     by_threads = load(tmp_path / "images", cache_dir=tmp_path / "one")
-    monkeypatch.setattr(image_cache, "_MANY", 1)
-    monkeypatch.setattr(image_cache, "_begin_worker", os.abort)
+    monkeypatch.setattr(decoding, "_MANY", 1)
+    monkeypatch.setattr(decoding, "_begin_worker", os.abort)
     assert same(load(tmp_path / "images", cache_dir=tmp_path / "other"), by_threads)
 
 
@@ -513,7 +514,7 @@ def test_decoding_leaves_the_filters_of_warnings_alone_and_refuses_bombs(
     put_flat(tmp_path, a=40, b=40)
     # Beyond Pillow's limit, which is not lowered, as a process would not hear of it.
     Image.new("L", (9_500, 9_500)).save(tmp_path / "a" / "bomb.png", compress_level=1)
-    monkeypatch.setattr(image_cache, "_MANY", many)
+    monkeypatch.setattr(decoding, "_MANY", many)
     with warnings.catch_warnings():
         warnings.simplefilter("always")  # as for a user, and not the errors that warnings are in tests
         before = list(warnings.filters)
@@ -532,8 +533,8 @@ def test_interruption_does_not_wait_for_the_rest(tmp_path: Path, monkeypatch: py
     def interrupt(done: int, total: int | None) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(image_cache, "decode", counting)
-    monkeypatch.setattr(image_cache, "_MAX_WORKERS", 1)
+    monkeypatch.setattr(decoding, "decode", counting)
+    monkeypatch.setattr(decoding, "_MAX_WORKERS", 1)
     with pytest.raises(KeyboardInterrupt):
         load(tmp_path, progress=interrupt)
     assert count["decoded"] < 300
@@ -575,7 +576,7 @@ def test_cached_pixels_are_used_without_the_images(tmp_path: Path, monkeypatch: 
     assert same(other_split, alone[1])
     assert not same(first, other_split)
     assert other_split.source.from_cache  # found by another order of the same files
-    monkeypatch.setattr(image_cache, "decode", None)
+    monkeypatch.setattr(decoding, "decode", None)
     assert load(tmp_path, seed=3, cache_dir=tmp_path / ".1").source.from_cache
 
 

@@ -1,0 +1,72 @@
+"""How precise a device computes: a pure function of what was asked for and of facts about the device."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+DeviceType = Literal["cpu", "mps", "cuda"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceFacts:
+    """What decides how precise a device can be."""
+
+    type: DeviceType
+    torch_version: tuple[int, int]
+    cpu_has_fast_bf16: bool = False
+    """Whether the processor computes faster in bfloat16 than in float32."""
+    cuda_capability: tuple[int, int] = (0, 0)
+    macos_version: int = 0
+    """Major version; 0 elsewhere."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrecisionChoice:
+    """The precision that will be used, and why."""
+
+    precision: Literal["no", "fp16", "bf16"]
+    reason: str
+    differs: bool
+    """Whether another one was asked for, so that a person must be told."""
+
+
+def resolve_precision(wish: str, facts: DeviceFacts) -> PrecisionChoice:
+    """Turn `auto`, `no`, `fp16` or `bf16` into what the device can serve.
+
+    fp16 needs a gradient scaler, which MPS has from torch 2.8 and a CPU does not use. bf16 is asked of compute
+    capability 8, since `is_bf16_supported()` counts emulation; on MPS it needs macOS 14 and was half as fast as
+    float32 on an M1 Pro, so that `auto` does not choose it there.
+    """
+    if wish == "no":
+        return PrecisionChoice(precision="no", reason="asked for", differs=False)
+    able = _able(facts)
+    if wish == "auto":
+        precision, reason = _automatic(facts)
+        return PrecisionChoice(precision=precision, reason=reason, differs=False)
+    if wish in able:
+        return PrecisionChoice(precision=wish, reason="asked for", differs=False)  # type: ignore[arg-type]
+    best, reason = _automatic(facts)
+    return PrecisionChoice(precision=best, reason=f"{wish} is not served by this {facts.type}: {reason}", differs=True)
+
+
+def _able(facts: DeviceFacts) -> set[str]:
+    """Give the reduced precisions that a device can serve, quickly or not."""
+    if facts.type == "cpu":
+        return {"bf16"}
+    if facts.type == "mps":
+        return ({"fp16"} if facts.torch_version >= (2, 8) else set()) | (
+            {"bf16"} if facts.macos_version >= 14 else set()
+        )
+    return {"fp16"} | ({"bf16"} if facts.cuda_capability >= (8, 0) else set())
+
+
+def _automatic(facts: DeviceFacts) -> tuple[Literal["no", "fp16", "bf16"], str]:
+    if facts.type == "cpu":
+        return ("bf16", "this processor has fast bf16") if facts.cpu_has_fast_bf16 else ("no", "no fast bf16 here")
+    if facts.type == "mps":
+        return "no", "float32 is the fastest that is safe on MPS"
+    capability = ".".join(map(str, facts.cuda_capability))
+    if facts.cuda_capability >= (8, 0):
+        return "bf16", f"compute capability {capability}"
+    if facts.cuda_capability >= (7, 0):
+        return "fp16", f"compute capability {capability} has fp16 tensor cores and no bf16"
+    return "no", f"compute capability {capability} has no tensor cores"
