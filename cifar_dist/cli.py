@@ -101,11 +101,8 @@ def _provide_data(request: TrainRequest) -> None:
     from cifar_dist.display.progress import loading_progress
 
     if request.dataset in ARCHIVES:
-        progress = loading_progress(Console(), request.dataset)
-        try:
+        with loading_progress(Console(), request.dataset) as progress:
             provide(ARCHIVES[request.dataset], request.data_dir, progress=progress)
-        finally:
-            progress.close()
 
 
 def _let_the_other_speak() -> None:

@@ -82,9 +82,6 @@ def _training(options: DoctorOptions, world: World, config: AccelerateConfig) ->
 
 def _download(console: Console, data_dir: Path) -> None:
     """Fetch CIFAR-10 and the ImageNet weights, where they are missing. Raises UserError."""
-    progress = loading_progress(console, DEFAULT_DATASET)
-    try:
+    with loading_progress(console, DEFAULT_DATASET) as progress:
         load_dataset(DEFAULT_DATASET, data_dir, resolve_recipe(read_recipe(DEFAULT_RECIPE), {}, {}), progress=progress)
-    finally:
-        progress.close()
     imagenet_weights()

@@ -82,11 +82,8 @@ def _load_data(console: Console, options: EvalOptions, weights: SavedWeights) ->
     name = options.dataset or about.get("name", DEFAULT_DATASET)
     data_dir = options.data_dir or Path(about.get("data_dir", DEFAULT_DATA_DIR))
     check_dataset_name(name)
-    progress = loading_progress(console, name)
-    try:
+    with loading_progress(console, name) as progress:
         dataset = load_dataset(name, data_dir.absolute(), weights.recipe, progress=progress)
-    finally:
-        progress.close()
     if weights.class_names is not None:
         try:
             return dataset.with_classes(weights.class_names)

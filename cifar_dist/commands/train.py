@@ -137,11 +137,8 @@ def _load_alike(console: Console, request: TrainRequest, ranks: Ranks) -> tuple[
 
 
 def _load(console: Console, request: TrainRequest) -> Dataset:
-    progress = loading_progress(console, request.dataset)
-    try:
+    with loading_progress(console, request.dataset) as progress:
         return load_dataset(request.dataset, request.data_dir, request.recipe, progress=progress)
-    finally:
-        progress.close()
 
 
 def _header(

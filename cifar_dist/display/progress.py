@@ -57,40 +57,6 @@ class PlainDisplay(Display):
             self.on_note(text)
 
 
-class RichDisplay(Display):
-    """Bars below the lines."""
-
-    def __init__(self, console: Console) -> None:
-        super().__init__(console)
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[shown]}"),
-            TimeRemainingColumn(compact=True),
-            console=console,
-            transient=True,
-            expand=True,
-        )
-        self._evaluation: TaskID | None = None
-
-    def __enter__(self) -> Self:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.progress.stop()
-
-    def on_evaluation(self, done: int, total: int) -> None:
-        """Show a bar while an evaluation runs."""
-        if self._evaluation is None:
-            self._evaluation = self.progress.add_task("evaluation", total=total, shown="images")
-        self.progress.update(self._evaluation, completed=done)
-        if done >= total:
-            self.progress.remove_task(self._evaluation)
-            self._evaluation = None
-
-
 class ExpectedEnd:
     """Says once, after twenty steps, when training will end; the first five, which are slow, do not count."""
 
@@ -157,30 +123,42 @@ class PlainTraining(PlainDisplay):
         self.on_note(format_epoch(record, self.plan.epochs, is_best=is_best))
 
 
-class CountProgress:
-    """A bar, or plain lines, for what is counted before training; it is a callback taking (done, total)."""
+class CountProgress(PlainDisplay):
+    """A bar, or plain lines, for what is counted outside of training: told of it as an observer, or by a call."""
 
     def __init__(self, console: Console, what: str, *, unit: str, scale: int = 1) -> None:
         """Show counts divided by `scale`, in `unit`."""
+        super().__init__(console)
         self.what, self.unit, self.scale = what, unit, scale
-        self._display = RichDisplay(console) if can_draw(console) else PlainDisplay(console)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[shown]}"),
+            TimeRemainingColumn(compact=True),
+        )
+        self._bar = Progress(*columns, console=console, transient=True, expand=True) if can_draw(console) else None
         self._task: TaskID | None = None
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
 
     def __call__(self, done: int, total: int | None) -> None:
         """Show how far it is."""
         done, total = done // self.scale, None if total is None else total // self.scale
-        if isinstance(self._display, PlainDisplay):
+        if self._bar is None:
             of = "" if total is None else f" of {total:,}"
-            self._display.sign_of_life(f"{self.what}: {done:,}{of} {self.unit}")
+            self.sign_of_life(f"{self.what}: {done:,}{of} {self.unit}")
             return
         if self._task is None:
-            self._display.progress.start()
-            self._task = self._display.progress.add_task(self.what, total=total, shown=self.unit)
-        self._display.progress.update(self._task, completed=done, total=total)
+            self._bar.start()
+            self._task = self._bar.add_task(self.what, total=total, shown=self.unit)
+        self._bar.update(self._task, completed=done, total=total)
 
-    def close(self) -> None:
-        """Take the bar away."""
-        self._display.__exit__()
+    def on_evaluation(self, done: int, total: int) -> None:
+        """Show that an evaluation goes on."""
+        self(done, total)
 
 
 def loading_progress(console: Console, dataset: str) -> CountProgress:
@@ -190,6 +168,6 @@ def loading_progress(console: Console, dataset: str) -> CountProgress:
     return CountProgress(console, f"decoding {dataset}", unit="files")
 
 
-def evaluation_display(console: Console) -> Display:
-    """Choose the view of an evaluation: a bar on a terminal that can move its cursor, plain lines elsewhere."""
-    return RichDisplay(console) if can_draw(console) else PlainDisplay(console)
+def evaluation_display(console: Console) -> CountProgress:
+    """Give the view of an evaluation."""
+    return CountProgress(console, "evaluating", unit="images")

@@ -15,9 +15,7 @@ from cifar_dist.display.live import LiveTraining, training_display
 from cifar_dist.display.progress import (
     CountProgress,
     Display,
-    PlainDisplay,
     PlainTraining,
-    RichDisplay,
     evaluation_display,
     format_expected_end,
 )
@@ -139,8 +137,6 @@ def test_the_view_fits_the_console():
     assert isinstance(training_display(console(True), PLAN, "original", quiet=False), LiveTraining)
     assert isinstance(training_display(console(False), PLAN, "original", quiet=False), PlainTraining)
     assert type(training_display(console(True), PLAN, "original", quiet=True)) is Display
-    assert type(evaluation_display(console(True))) is RichDisplay
-    assert type(evaluation_display(console(False))) is PlainDisplay
 
 
 def test_a_dumb_terminal_gets_plain_lines(monkeypatch):
@@ -213,12 +209,21 @@ def test_quiet_shows_notes_only(terminal):
 def test_a_download_shows_mebibytes(terminal, total, monkeypatch):
     shown = console(terminal)
     monkeypatch.setattr("cifar_dist.display.progress._SIGN_OF_LIFE_SECONDS", 0)
-    progress = CountProgress(shown, "downloading cifar10", unit="MiB", scale=2**20)
-    progress(10 * 2**20, total)
-    progress(50 * 2**20, total)
-    progress.close()
+    with CountProgress(shown, "downloading cifar10", unit="MiB", scale=2**20) as progress:
+        progress(10 * 2**20, total)
+        progress(50 * 2**20, total)
     assert "downloading cifar10" in text_of(shown)
     assert "50" in text_of(shown)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_an_evaluation_shows_images(terminal, monkeypatch):
+    shown = console(terminal)
+    monkeypatch.setattr("cifar_dist.display.progress._SIGN_OF_LIFE_SECONDS", 0)
+    with evaluation_display(shown) as view:
+        view.on_evaluation(250, 1000)
+    assert "evaluating" in text_of(shown)
+    assert ("250/1000" if terminal else "evaluating: 250 of 1,000 images") in text_of(shown)
 
 
 def test_figures_are_pictures(tmp_path):
