@@ -1,9 +1,10 @@
 """`eval`: how well saved weights do on a dataset, each image counted once."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
@@ -24,8 +25,8 @@ from cifar_dist.display.tables import format_class_bars, format_evaluation_total
 from cifar_dist.records import Evaluation
 from cifar_dist.runtime.distributed import Runtime, connect, start
 from cifar_dist.training.checkpoint import check_output, write_output
-from cifar_dist.training.evaluation import Predictions, predict_logits
-from cifar_dist.training.metrics import confident_mistakes, summarize
+from cifar_dist.training.evaluation import Predictions, predict_logits, what_figures_need
+from cifar_dist.training.metrics import summarize
 from cifar_dist.training.weights import SavedWeights, read_weights
 
 
@@ -56,7 +57,7 @@ def evaluate(options: EvalOptions, world: World, config: AccelerateConfig, conso
         if ranks.is_main and options.json is not None:
             _write_json(options.json, evaluation, options, weights, dataset, runtime)
         if ranks.is_main and options.figures is not None:
-            _draw(options.figures, title, evaluation, predictions, data, dataset.class_names)
+            _draw(options.figures, title, evaluation, what_figures_need(predictions, data, dataset.class_names))
     return evaluation
 
 
@@ -150,28 +151,12 @@ def _write_json(
     write_output(path, json.dumps(content, allow_nan=False).encode() + b"\n")
 
 
-def _draw(
-    folder: Path,
-    title: str,
-    evaluation: Evaluation,
-    predictions: Predictions,
-    data: LabelledImages,
-    class_names: tuple[str, ...],
-) -> None:
+def _draw(folder: Path, title: str, evaluation: Evaluation, saved: Mapping[str, NDArray[Any]]) -> None:
     # matplotlib takes its time to be imported, and most evaluations do not need it.
     from cifar_dist.display.figures import draw_evaluation
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        draw_evaluation(folder, evaluation, saved, title=title)
     except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
-
-    def images_at(places: Tensor) -> NDArray[np.uint8]:
-        """Give the images of some of the predictions."""
-        return data.images[predictions.indices[places].to(data.images.device)].cpu().numpy()
-
-    labels, logits = predictions.labels.numpy(), predictions.logits.numpy()
-    places = confident_mistakes(predictions.logits, predictions.labels)
-    mistakes = (places.numpy(), images_at(places))
-    images = images_at(torch.arange(min(64, len(labels))))
-    draw_evaluation(folder, evaluation, images, labels, logits, class_names, title=title, mistakes=mistakes)
+        raise UserError(f"cannot write {error.filename or folder}: {error.strerror or error}") from None

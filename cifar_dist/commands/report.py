@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 
 from cifar_dist.config.accelerate_config import AccelerateConfig
@@ -83,12 +82,7 @@ def _one(run: ReportedRun, figures: Path, page: Path) -> Iterator[Path]:
         draw_curves(run.records, curves, title=run.title, best_epoch=summary.best_epoch, stopped_early=stopped)
         yield curves
     if summary.test is not None and saved is not None:
-        images, labels, logits = saved["images"], saved["labels"], saved["logits"].astype(np.float32)
-        mistakes = (saved["mistakes"], saved["mistaken_images"]) if "mistakes" in saved else None
-        names = saved["class_names"].tolist()
-        yield from draw_evaluation(
-            figures, summary.test, images, labels, logits, names, title=run.title, mistakes=mistakes
-        )
+        yield from draw_evaluation(figures, summary.test, saved, title=run.title)
     replace_file(page, page_of_run(run, saved or {}).encode())
     yield page
 

@@ -4,8 +4,11 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from numpy.typing import NDArray
 from rich.console import Console
 
 from cifar_dist.config.accelerate_config import AccelerateConfig, other_count_note, started_line, world_to_come
@@ -27,9 +30,7 @@ from cifar_dist.runtime.distributed import connect, start
 from cifar_dist.runtime.interrupt import Interrupt
 from cifar_dist.runtime.ranks import Ranks
 from cifar_dist.training.engine import DivergedError, InterruptedRun
-from cifar_dist.training.evaluation import Predictions
 from cifar_dist.training.lock import RunLock
-from cifar_dist.training.metrics import confident_mistakes
 from cifar_dist.training.opening import begin, describe, new_directory, open_job, rhythm_of
 from cifar_dist.training.run_directory import RunDirectory, UnwrittenRun
 from cifar_dist.training.saving import Rhythm
@@ -172,11 +173,11 @@ def _train_and_test(
             try:
                 with display:
                     status = session.train()
-                    summary, predictions = session.test(status)
+                    summary, saved = session.test(status)
             except (DivergedError, InterruptedRun) as end:
                 return _leave_early(session, end, how_to_go_on), None
         if session.runtime.is_main:
-            _draw_figures(session, summary, predictions)
+            _draw_figures(session, summary, saved)
             session.trackers.log_test(summary, session.state.step, session.directory.figures)
             session.directory.write_summary(summary)  # last, for with it the run is done
     except OSError as error:  # a full or vanished disk, or a run that another process has
@@ -209,20 +210,15 @@ def _leave_early(session: Session, end: DivergedError | InterruptedRun, how_to_g
     return code
 
 
-def _draw_figures(session: Session, summary: Summary, predictions: Predictions) -> None:
+def _draw_figures(session: Session, summary: Summary, saved: Mapping[str, NDArray[Any]]) -> None:
     """Draw the curves, the confusion matrix and the first predictions."""
     # matplotlib takes its time to be imported, and a run that fails does not need it.
     from cifar_dist.display.figures import draw_curves, draw_evaluation
 
     assert summary.test is not None
     directory, dataset = session.directory, session.dataset
-    images = dataset.test.images[:64].numpy()
     title = f"{session.checkpoints.header['recipe_name']} on {dataset.name}, seed {session.trainer.recipe.seed}"
     curves = directory.figures / "curves.png"
     stopped = summary.status == "early_stopped"
     draw_curves(directory.read_records(), curves, title=title, best_epoch=summary.best_epoch, stopped_early=stopped)
-    labels, logits = predictions.labels.numpy(), predictions.logits.numpy()
-    places = confident_mistakes(predictions.logits, predictions.labels)
-    mistakes = (places.numpy(), dataset.test.images[places].numpy())
-    names = dataset.class_names
-    draw_evaluation(directory.figures, summary.test, images, labels, logits, names, title=title, mistakes=mistakes)
+    draw_evaluation(directory.figures, summary.test, saved, title=title)

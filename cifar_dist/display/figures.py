@@ -141,30 +141,19 @@ def draw_predictions(
 
 
 def draw_evaluation(
-    folder: Path,
-    evaluation: Evaluation,
-    images: NDArray[np.uint8],
-    labels: NDArray[Any],
-    logits: NDArray[Any],
-    class_names: Sequence[str],
-    *,
-    title: str,
-    mistakes: tuple[NDArray[np.intp], NDArray[np.uint8]] | None,
+    folder: Path, evaluation: Evaluation, saved: Mapping[str, NDArray[Any]], *, title: str
 ) -> list[Path]:
-    """Draw what an evaluation gave into a folder, and give the files; arguments as above.
-
-    `mistakes` are the places of the most confident ones among `labels`, and their images.
-    """
+    """Draw what an evaluation gave into a folder, and give the files; `saved` is what test_predictions.npz holds."""
+    labels, logits, class_names = saved["labels"], saved["logits"], saved["class_names"].tolist()
     heading = f"{title}: {evaluation.top1:.2%} of {evaluation.num_samples:,} images right"
     files = [folder / f"{name}.png" for name in ("confusion", "per_class", "predictions")]
     draw_confusion(evaluation, files[0], title=heading)
     draw_per_class(evaluation, files[1], title=heading)
-    draw_predictions(images, labels, logits, class_names, files[2], title=heading)
-    if mistakes is not None and len(mistakes[0]):
-        places, shown = mistakes
+    draw_predictions(saved["images"], labels, logits, class_names, files[2], title=heading)
+    if len(places := saved.get("mistakes", ())):  # an older run has none
         what = f"{title}: the most confident mistakes"
         files.append(folder / "mistakes.png")
-        draw_predictions(shown, labels[places], logits[places], class_names, files[3], title=what)
+        draw_predictions(saved["mistaken_images"], labels[places], logits[places], class_names, files[3], title=what)
     return files
 
 

@@ -1,8 +1,12 @@
 """Exact evaluation: every sample once, whatever the number of samples and processes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cifar_dist.data.batches import Normalizer, evaluation_batches
@@ -10,7 +14,7 @@ from cifar_dist.data.dataset import LabelledImages
 from cifar_dist.data.order import Shard
 from cifar_dist.records import Evaluation, Observer
 from cifar_dist.runtime.distributed import Runtime
-from cifar_dist.training.metrics import summarize
+from cifar_dist.training.metrics import confident_mistakes, summarize
 
 
 def batch_size_for(image_size: int) -> int:
@@ -68,6 +72,23 @@ def predict_logits(
         everything[shard.index :: shard.count] = torch.cat(own)
     everything = runtime.sum_over_ranks(everything)
     return Predictions(indices=indices, labels=data.labels.cpu()[indices], logits=everything.cpu())
+
+
+def what_figures_need(
+    predictions: Predictions, data: LabelledImages, class_names: Sequence[str]
+) -> dict[str, NDArray[Any]]:
+    """Give what test_predictions.npz holds of predictions for `data` on the CPU (docs/outputs.md)."""
+    mistakes, indices = confident_mistakes(predictions.logits, predictions.labels), predictions.indices
+    return {
+        "indices": indices.numpy(),
+        "labels": predictions.labels.numpy(),
+        # A model that hardly trained can have logits that float16 cannot hold.
+        "logits": predictions.logits.clamp(-65504, 65504).numpy().astype(np.float16),
+        "images": data.images[indices[:64]].numpy(),
+        "mistakes": mistakes.numpy(),
+        "mistaken_images": data.images[indices[mistakes]].numpy(),
+        "class_names": np.array(class_names),
+    }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

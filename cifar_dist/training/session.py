@@ -4,16 +4,16 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cifar_dist.config.errors import UserError
 from cifar_dist.data.batches import Normalizer
 from cifar_dist.data.dataset import Dataset
 from cifar_dist.records import Evaluation, Status, Summary
 from cifar_dist.training.engine import Checkpointing, DivergedError, InterruptedRun, Trainer
-from cifar_dist.training.evaluation import Predictions, predict_logits
-from cifar_dist.training.metrics import confident_mistakes, summarize
+from cifar_dist.training.evaluation import predict_logits, what_figures_need
+from cifar_dist.training.metrics import summarize
 from cifar_dist.training.run_directory import RunDirectory, preparing
 from cifar_dist.training.saving import CheckpointWriter, Rhythm
 from cifar_dist.training.tracking import Trackers
@@ -116,8 +116,8 @@ class Session:
         self.checkpoints.save(self.state, self.runtime.state(), epoch_sums=sums, statistics=statistics)
         trainer.statistics.take(own)  # as if nothing had been saved
 
-    def test(self, status: Status) -> tuple[Summary, Predictions]:
-        """Evaluate the selected weights once on the test images, and write the predictions; give the summary."""
+    def test(self, status: Status) -> tuple[Summary, dict[str, NDArray[Any]]]:
+        """Evaluate the selected weights once on the test images; give the summary, and what is written for figures."""
         recipe, model = self.trainer.recipe, self.state.evaluated_model
         if recipe.selection == "best" and self.state.best is not None:
             model.load_state_dict(self.state.best.weights)
@@ -132,17 +132,8 @@ class Session:
             runtime=self.runtime,
             observer=self.trainer.observer,
         )
-        mistakes = confident_mistakes(predictions.logits, predictions.labels)
-        self.directory.write_predictions(
-            indices=predictions.indices.numpy(),
-            labels=predictions.labels.numpy(),
-            # A model that hardly trained can have logits that float16 cannot hold.
-            logits=predictions.logits.clamp(-65504, 65504).numpy().astype(np.float16),
-            images=self.dataset.test.images[:64].numpy(),
-            mistakes=mistakes.numpy(),
-            mistaken_images=self.dataset.test.images[mistakes].numpy(),
-            class_names=np.array(self.dataset.class_names),
-        )
+        written = what_figures_need(predictions, self.dataset.test, self.dataset.class_names)
+        self.directory.write_predictions(**written)
         evaluation = summarize(predictions.logits, predictions.labels, self.dataset.class_names)
         try:
             self.trainer.check_finite(evaluation.loss)
@@ -151,7 +142,7 @@ class Session:
             raise
         own = self.runtime.peak_memory_mib()
         memory = [peak for (peak,) in self.runtime.ranks.exchange([own or 0])]
-        return self._summary(status, evaluation, memory=int(max(memory)) or None), predictions
+        return self._summary(status, evaluation, memory=int(max(memory)) or None), written
 
     def _write_summary(self, status: Status) -> None:
         self.directory.write_summary(self._summary(status))

@@ -236,8 +236,11 @@ def test_figures_are_pictures(tmp_path):
     names = ("cat", "dog", "ship")
     draw_predictions(images[:10], labels, logits, names, tmp_path / "ten.png", title="ten images")
     wrong = np.flatnonzero(logits.argmax(1) != labels)[:9]
-    mistakes = (wrong, images[wrong])
-    draw_evaluation(tmp_path, TEST, images, labels, logits, names, title="all", mistakes=mistakes)
+    saved = {
+        "images": images, "labels": labels, "logits": logits, "class_names": np.array(names),
+        "mistakes": wrong, "mistaken_images": images[wrong],
+    }  # fmt: skip
+    draw_evaluation(tmp_path, TEST, saved, title="all")
     draw_overlay({"one": records, "two": records}, tmp_path / "two.png", title="two runs")
     files = {path.name for path in tmp_path.iterdir()}
     drawn = {"confusion.png", "per_class.png", "predictions.png", "mistakes.png"}
