@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from cifar_dist.config.accelerate_config import AccelerateConfig
-from cifar_dist.config.loading import parse_assignments, read_recipe, resolve_recipe
-from cifar_dist.config.recipe import Recipe
+from cifar_dist.config.loading import parse_assignments, read_recipe
+from cifar_dist.config.recipe import Recipe, resolve_recipe
 from cifar_dist.config.world import World
 from cifar_dist.data.dataset import Dataset, LabelledImages
 from cifar_dist.runtime.distributed import connect, start

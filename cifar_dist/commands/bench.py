@@ -14,10 +14,10 @@ from cifar_dist.baselines import peer, script
 from cifar_dist.baselines.bare import BareStep
 from cifar_dist.config.accelerate_config import AccelerateConfig, other_count_note
 from cifar_dist.config.errors import EXIT_DONE, UserError
-from cifar_dist.config.loading import read_recipe, recipe_label, resolve_recipe
+from cifar_dist.config.loading import read_recipe, recipe_label
 from cifar_dist.config.options import BenchOptions
 from cifar_dist.config.plan import make_plan
-from cifar_dist.config.recipe import Recipe
+from cifar_dist.config.recipe import Recipe, resolve_recipe
 from cifar_dist.config.world import World
 from cifar_dist.data.dataset import Dataset, LabelledImages
 from cifar_dist.display.live import training_display

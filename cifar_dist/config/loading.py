@@ -8,8 +8,7 @@ from typing import Any
 import yaml
 
 from cifar_dist.config.errors import UserError
-from cifar_dist.config.parsing import build, merge, nearest, to_mapping
-from cifar_dist.config.recipe import Recipe
+from cifar_dist.config.parsing import merge, nearest
 
 _RECIPES = resources.files("cifar_dist.config") / "recipes"
 
@@ -79,17 +78,6 @@ def nested(fields: Mapping[str, Any]) -> dict[str, Any]:
             value = {part: value}
         result = merge(result, value)
     return result
-
-
-def resolve_recipe(base: Mapping[str, Any], flags: Mapping[str, Any], assignments: Mapping[str, Any]) -> Recipe:
-    """Lay the typed flags, then `--set`, over the base recipe and check the whole. Raises UserError."""
-    return build(Recipe, merge(merge(base, flags), assignments))
-
-
-def recipe_to_mapping(recipe: Recipe) -> dict[str, Any]:
-    """Give the recipe as plain values, as config.yaml and the checkpoint hold it."""
-    mapping: dict[str, Any] = to_mapping(recipe)
-    return mapping
 
 
 def _mapping(text: str, what: str) -> dict[str, Any]:

@@ -5,8 +5,12 @@ here: the recipes in `config/recipes/*.yaml` are whole, and a user's file is lai
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from cifar_dist.config.loading import nested, read_recipe
+from cifar_dist.config.parsing import build, merge, to_mapping
 
 
 def _require(condition: bool, field: str, value: object, allowed: str) -> None:
@@ -184,9 +188,7 @@ class Recipe:
 
         A field of a field is changed by its dotted name: `**{"optimizer.learning_rate": 0.1}`. Raises UserError.
         """
-        from cifar_dist.config import loading  # which builds recipes
-
-        return loading.resolve_recipe(loading.read_recipe(name_or_file), {}, loading.nested(changes))
+        return resolve_recipe(read_recipe(name_or_file), {}, nested(changes))
 
     def __post_init__(self) -> None:
         for field in ("epochs", "global_batch_size", "gradient_accumulation_steps", "image_size"):
@@ -226,3 +228,14 @@ class Recipe:
         ok = bool(ends) and ends == sorted(set(ends)) and ends[0] > 0 and math.isclose(ends[-1], 1.0)
         ok = ok and all(size >= 1 for size, _ in schedule)
         _require(ok, "image_size_schedule", [list(pair) for pair in schedule], "[size, end] pairs, ends rising to 1.0")
+
+
+def resolve_recipe(base: Mapping[str, Any], flags: Mapping[str, Any], assignments: Mapping[str, Any]) -> Recipe:
+    """Lay the typed flags, then `--set`, over the base recipe and check the whole. Raises UserError."""
+    return build(Recipe, merge(merge(base, flags), assignments))
+
+
+def recipe_to_mapping(recipe: Recipe) -> dict[str, Any]:
+    """Give the recipe as plain values, as config.yaml and the checkpoint hold it."""
+    mapping: dict[str, Any] = to_mapping(recipe)
+    return mapping

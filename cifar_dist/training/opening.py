@@ -7,12 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from cifar_dist.config.loading import recipe_to_mapping
 from cifar_dist.config.options import TrainOptions
 from cifar_dist.config.parsing import flatten, to_mapping
 from cifar_dist.config.plan import RunPlan
 from cifar_dist.config.provenance import git_commit, package_versions
-from cifar_dist.config.recipe import Recipe
+from cifar_dist.config.recipe import Recipe, recipe_to_mapping
 from cifar_dist.config.request import (
     DEFAULT_RUNS,
     RunRequest,

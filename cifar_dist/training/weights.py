@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from cifar_dist.config.errors import UserError
-from cifar_dist.config.loading import read_recipe, resolve_recipe
-from cifar_dist.config.recipe import Recipe
+from cifar_dist.config.loading import read_recipe
+from cifar_dist.config.recipe import Recipe, resolve_recipe
 from cifar_dist.model.resnet import build_resnet, infer_architecture, load_weights
 from cifar_dist.training.checkpoint import is_bare_weights, load_checkpoint, understanding
 from cifar_dist.training.run_directory import RunDirectory

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torchvision.models import resnet18
 
 from cifar_dist.cli import main
-from cifar_dist.config.loading import recipe_names, recipe_to_mapping
+from cifar_dist.config.loading import recipe_names
 from cifar_dist.config.parsing import flatten
+from cifar_dist.config.recipe import recipe_to_mapping
 from tests.conftest import make_dataset, make_recipe
 
 FIELDS = sorted(flatten(recipe_to_mapping(make_recipe())))

@@ -7,9 +7,9 @@ import torch
 from torchvision.models import resnet18
 
 from cifar_dist.config.accelerate_config import AccelerateConfig
-from cifar_dist.config.loading import recipe_to_mapping
 from cifar_dist.config.parsing import flatten
 from cifar_dist.config.plan import fit_to_dataset, make_plan
+from cifar_dist.config.recipe import recipe_to_mapping
 from cifar_dist.config.world import World
 from cifar_dist.records import Observer
 from cifar_dist.runtime.distributed import connect, start

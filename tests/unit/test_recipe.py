@@ -6,16 +6,9 @@ import pytest
 import yaml
 
 from cifar_dist.config.errors import UserError
-from cifar_dist.config.loading import (
-    parse_assignments,
-    read_recipe,
-    recipe_label,
-    recipe_names,
-    recipe_to_mapping,
-    resolve_recipe,
-)
+from cifar_dist.config.loading import parse_assignments, read_recipe, recipe_label, recipe_names
 from cifar_dist.config.parsing import flatten
-from cifar_dist.config.recipe import AugmentationConfig, Recipe
+from cifar_dist.config.recipe import AugmentationConfig, Recipe, recipe_to_mapping, resolve_recipe
 from tests.conftest import make_recipe
 
 
