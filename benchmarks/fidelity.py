@@ -6,6 +6,7 @@
 Prints the table of docs/fidelity.md and exits with 1 where an epoch is more than 0.06 away from the printed loss.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -17,7 +18,9 @@ TOLERANCE = 0.06
 
 def main() -> int:
     """Print the table; give the exit code."""
-    run = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN")
+    run = parser.parse_args().run
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((run / "summary.json").read_text())
     far = 0

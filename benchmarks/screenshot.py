@@ -5,6 +5,7 @@
 What is drawn is what a terminal of 100 columns has then: the header, and the live view below it.
 """
 
+import argparse
 import io
 import re
 import sys
@@ -42,14 +43,25 @@ class Photographed(LiveTraining):
 
 
 paper = terminal(record=True)
-# The run's folder is a temporary one; a person would have this.
-train.print_header = lambda _, values: print_header(paper, values | {"run": "runs/quick-shapes-seed0"})
-train.training_display = lambda _, plan, name, *, quiet, facts, memory: Photographed(
-    terminal(record=False), plan, name, facts, memory
-)
-with tempfile.TemporaryDirectory() as folder:
-    code = cli.main([*WORDS, "--run-dir", f"{folder}/run"])
-svg = paper.export_svg(title=" ".join(["python launch.py", *WORDS]), theme=MONOKAI)
-# A page that shows it is to ask nobody for a font.
-Path(sys.argv[1]).write_text(re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL))
-sys.exit(code)
+
+
+def main() -> int:
+    """Train, and write the picture; give the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, metavar="FILE.svg")
+    file = parser.parse_args().file
+    # The run's folder is a temporary one; a person would have this.
+    train.print_header = lambda _, values: print_header(paper, values | {"run": "runs/quick-shapes-seed0"})
+    train.training_display = lambda _, plan, name, *, quiet, facts, memory: Photographed(
+        terminal(record=False), plan, name, facts, memory
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        code = cli.main([*WORDS, "--run-dir", f"{folder}/run"])
+    svg = paper.export_svg(title=" ".join(["python launch.py", *WORDS]), theme=MONOKAI)
+    # A page that shows it is to ask nobody for a font.
+    file.write_text(re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
