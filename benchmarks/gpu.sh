@@ -33,30 +33,10 @@ step() {
   esac
 }
 
-printf "distributed_type: 'NO'\nnum_processes: 1\nuse_cpu: false\ndynamo_config: {dynamo_backend: INDUCTOR}\n" >"$out/compiled.yaml"
-
-step doctor python launch.py doctor ${data:+--data-dir "$data"}
-step tests python -m pytest -m gpu -p no:cacheprovider
-for precision in no bf16 fp16; do
-  for stem in imagenet cifar; do
-    step "bench-$stem-$precision" python launch.py bench --recipe original --set stem=$stem global_batch_size=512 \
-      --precision $precision --seconds 5 --json "$out/bench-$stem-$precision.json"
-  done
+for backend in INDUCTOR CUDAGRAPHS; do
+  printf "distributed_type: 'NO'\nnum_processes: 1\nuse_cpu: false\ndynamo_config: {dynamo_backend: %s}\n" $backend \
+    >"$out/$backend.yaml"
 done
-for recipe in standard original; do
-  step "bench-$recipe" python launch.py bench --recipe $recipe --seconds 10 --json "$out/bench-$recipe.json"
-  step "bench-$recipe-compiled" python launch.py bench --recipe $recipe --seconds 10 --config "$out/compiled.yaml" \
-    --json "$out/bench-$recipe-compiled.json"
-  step "sweep-$recipe" python launch.py bench --recipe $recipe --sweep --seconds 3 --json "$out/sweep-$recipe.json"
-  step "limit-$recipe" python benchmarks/limit.py --recipe $recipe --precision bf16 --compile
-  step "trace-$recipe" python benchmarks/trace.py --recipe $recipe
-  step "trace-$recipe-compiled" python benchmarks/trace.py --recipe $recipe --config "$out/compiled.yaml"
-done
-for batch in 256 1024; do
-  step "limit-standard-$batch" python benchmarks/limit.py --recipe standard --precision bf16 --batch $batch --compile
-done
-step startup python benchmarks/startup.py --rounds 5
-step scaling python benchmarks/scaling.py "$out/scaling"
 
 # train NAME ARGUMENTS...: a run on the official files; what became of it is in its metrics.jsonl and summary.json
 train() {
@@ -64,11 +44,56 @@ train() {
   shift
   [[ -n $data ]] && step "$name" python launch.py --data-dir "$data" --run-dir "$out/$name" --resume "$@"
 }
+
+# accuracy ROW...: the table of accuracies (docs/accuracy.md), run by run into benchmarks/results/gpu.jsonl, which is to be
+# committed.
+accuracy() {
+  [[ -n $data ]] || return
+  local minutes=$((${MINUTES:-600} - SECONDS / 60))
+  step "accuracy-$1" python benchmarks/accuracy.py run benchmarks/programmes/gpu.yaml --only "$@" --data-dir "$data" \
+    --work "$out/accuracy" --minutes "$((minutes > 1 ? minutes : 1))" --quiet
+}
+
+# What is asked first of a machine that is there for half an hour: does it work, how near is the limit, what is learned.
+step doctor python launch.py doctor ${data:+--data-dir "$data"}
+step tests python -m pytest -m gpu -p no:cacheprovider
+step limit-standard python benchmarks/limit.py --recipe standard --precision bf16 --compile
+step trace-standard python benchmarks/trace.py --recipe standard
+accuracy standard zoo-26
+train epochs --recipe standard --epochs 4 --set validation_size=0 image_size_schedule=null augmentation.flip=random
+for backend in INDUCTOR CUDAGRAPHS; do
+  train "epochs-$backend" --config "$out/$backend.yaml" --recipe standard --epochs 4 \
+    --set validation_size=0 image_size_schedule=null
+done
+accuracy strong zoo-80
+accuracy plain original
+
+for recipe in standard original; do
+  step "bench-$recipe" python launch.py bench --recipe $recipe --seconds 10 --json "$out/bench-$recipe.json"
+  for backend in INDUCTOR CUDAGRAPHS; do
+    step "bench-$recipe-$backend" python launch.py bench --recipe $recipe --seconds 10 --config "$out/$backend.yaml" \
+      --json "$out/bench-$recipe-$backend.json"
+    step "trace-$recipe-$backend" python benchmarks/trace.py --recipe $recipe --config "$out/$backend.yaml"
+  done
+done
+step limit-original python benchmarks/limit.py --recipe original --precision bf16 --compile
+step trace-original python benchmarks/trace.py --recipe original
+for batch in 256 1024; do
+  step "limit-standard-$batch" python benchmarks/limit.py --recipe standard --precision bf16 --batch $batch --compile
+done
+step startup python benchmarks/startup.py --rounds 5
+step scaling python benchmarks/scaling.py "$out/scaling"
 train fidelity --recipe original --epochs 5 --precision no
 [[ -n $data ]] && step fidelity-table python benchmarks/fidelity.py "$out/fidelity"
-train epochs --recipe standard --epochs 4 --set validation_size=0 image_size_schedule=null augmentation.flip=random
-train epochs-compiled --config "$out/compiled.yaml" --recipe standard --epochs 4 \
-  --set validation_size=0 image_size_schedule=null
+for precision in no bf16 fp16; do
+  for stem in imagenet cifar; do
+    step "bench-$stem-$precision" python launch.py bench --recipe original --set stem=$stem global_batch_size=512 \
+      --precision $precision --seconds 5 --json "$out/bench-$stem-$precision.json"
+  done
+done
+for recipe in standard original; do
+  step "sweep-$recipe" python launch.py bench --recipe $recipe --sweep --seconds 3 --json "$out/sweep-$recipe.json"
+done
 
 # shellcheck disable=SC2329  # called by step
 seeds() {
@@ -83,16 +108,6 @@ seeds() {
 }
 [[ -n $data ]] && ((gpus > 1)) && step seeds seeds
 
-# The table of accuracies (docs/accuracy.md): run by run into benchmarks/results/gpu.jsonl, which is to be committed.
-accuracy() {
-  [[ -n $data ]] || return
-  local minutes=$((${MINUTES:-600} - SECONDS / 60))
-  step "accuracy-$1" python benchmarks/accuracy.py run benchmarks/programmes/gpu.yaml --only "$@" --data-dir "$data" \
-    --work "$out/accuracy" --minutes "$((minutes > 1 ? minutes : 1))" --quiet
-}
-accuracy standard zoo-26
-accuracy strong zoo-80
-accuracy plain original
 accuracy long
 ((left || failed)) || step accuracy-table python benchmarks/accuracy.py table benchmarks/programmes/gpu.yaml
 
