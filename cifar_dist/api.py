@@ -13,7 +13,7 @@ from torch import nn
 
 from cifar_dist.commands import evaluate as evaluate_command
 from cifar_dist.commands import train as train_command
-from cifar_dist.config.accelerate_config import load_accelerate_config, processes_to_start
+from cifar_dist.config.accelerate_config import AccelerateConfig, load_accelerate_config, processes_to_start
 from cifar_dist.config.errors import EXIT_DONE, UserError
 from cifar_dist.config.options import EvalOptions, TrainOptions
 from cifar_dist.config.recipe import Recipe
@@ -25,10 +25,10 @@ PathLike = str | os.PathLike[str]
 
 
 def train(
-    recipe: str | Recipe = "standard",
+    recipe: str | Recipe | None = None,
     *,
-    dataset: str = "cifar10",
-    data_dir: PathLike = "data",
+    dataset: str | None = None,
+    data_dir: PathLike | None = None,
     run_dir: PathLike | None = None,
     resume: bool = False,
     precision: Literal["auto", "no", "fp16", "bf16"] | None = None,
@@ -39,6 +39,7 @@ def train(
     """Train a recipe (a name, a file, or a `Recipe`), test it once, and give what became of it.
 
     `run_dir` is where the run is written (default: a new folder in `runs/`); with `resume` it goes on where it was.
+    What is not given is `standard` on CIFAR-10 in `data`, or comes from the run that goes on.
     In a process group's process (under `accelerate.notebook_launcher` or torchrun) it is one of the ranks.
     Raises UserError for a mistake, and RuntimeError where training was interrupted or failed: stderr and `summary.json`
     say how.
@@ -46,7 +47,7 @@ def train(
     options = TrainOptions(
         recipe=recipe,
         dataset=dataset,
-        data_dir=Path(data_dir),
+        data_dir=None if data_dir is None else Path(data_dir),
         run_dir=None if run_dir is None else Path(run_dir),
         resume=resume,
         precision=precision,
@@ -54,7 +55,7 @@ def train(
         trackers=tuple(trackers),
         quiet=quiet,
     )
-    world, asked = World.from_environment(os.environ), load_accelerate_config(config)
+    world, asked = World.from_environment(os.environ), _read_config(config)
     if (count := processes_to_start(world, asked, None)) > 1:
         raise UserError(f"{config} asks for {count} processes, and this is one: start them by notebook_launcher")
     code, summary = train_command.train(options, world, asked)
@@ -91,7 +92,17 @@ def evaluate(
     )
     world = World.from_environment(os.environ)
     console = Console(quiet=quiet or world.rank > 0)
-    return evaluate_command.evaluate(options, world, load_accelerate_config(config), console)
+    return evaluate_command.evaluate(options, world, _read_config(config), console)
+
+
+def _read_config(path: str | None) -> AccelerateConfig:
+    """Read an Accelerate config, and choose its GPUs. Raises UserError where that is too late."""
+    config = load_accelerate_config(path)
+    if config.gpu_ids is not None and os.environ.get("CUDA_VISIBLE_DEVICES") != config.gpu_ids:
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            raise UserError(f"{path} chooses GPUs {config.gpu_ids}, and this process has begun on others: restart it")
+        os.environ["CUDA_VISIBLE_DEVICES"] = config.gpu_ids
+    return config
 
 
 def load_model(checkpoint: PathLike, *, recipe: str | None = None) -> nn.Module:

@@ -1,5 +1,6 @@
 """What was typed -> one command, in this process or in several. Without torch, so that every --help is immediate."""
 
+import contextlib
 import importlib
 import os
 import signal
@@ -34,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; give its exit code, as config/errors.py names them."""
     from cifar_dist.runtime.interrupt import StoppedBeforeTraining, UntilTraining
 
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # a bar or a name that a code page lacks is no reason to fail
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     world = World()
     try:
         world = World.from_environment(os.environ)

@@ -19,6 +19,11 @@ fi
 
 # A task for each GPU of a node, else one a node; a typed number of tasks wins. srun is told all of it, and the CPUs: by
 # itself it would start what was typed for sbatch, which for `--gpus-per-node=8` alone is one task with one CPU a node.
+count_gpus() { # of `6`, `a100:4` or `a100:4,h100:2`
+  local each total=0
+  for each in ${1//,/ }; do total=$((total + ${each##*:})); done
+  echo "$total"
+}
 nodes=${SLURM_JOB_NUM_NODES:-1}
 node_cpus=${SLURM_CPUS_ON_NODE:-1}
 per_node=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
@@ -26,7 +31,7 @@ even=yes
 if [[ -z ${SLURM_NTASKS_PER_NODE-} && ${SLURM_NTASKS:-1} -gt 1 ]]; then # --ntasks=N: Slurm lays them out
   even=no layout=(--ntasks="$SLURM_NTASKS") cpus=${SLURM_CPUS_PER_TASK:-1}
 elif [[ -z ${SLURM_NTASKS_PER_NODE-} && -n ${SLURM_GPUS-} ]]; then # --gpus=N: some nodes may have more than others
-  even=no layout=(--ntasks="$SLURM_GPUS" --gpus-per-task=1) cpus=$((node_cpus / per_node))
+  even=no layout=(--ntasks="$(count_gpus "$SLURM_GPUS")" --gpus-per-task=1) cpus=$((node_cpus / per_node))
 else
   layout=(--nodes="$nodes" --ntasks="$((nodes * per_node))" --ntasks-per-node="$per_node")
   cpus=$((node_cpus / per_node))

@@ -174,7 +174,19 @@ def _list_classes(folder: Path, prefix: str) -> Classes:
 
 
 def _subfolders(folder: Path | str) -> dict[str, os.DirEntry[str]]:
-    return {_portable(entry.name): entry for entry in _entries(folder) if entry.is_dir()}
+    found: dict[str, os.DirEntry[str]] = {}
+    for entry in filter(_is_folder, _entries(folder)):
+        other = found.setdefault(_portable(entry.name), entry)
+        if other is not entry:
+            raise UserError(f"{Path(folder).absolute()} has two folders that are both called {_portable(entry.name)}")
+    return found
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, or to where nobody may look
+        return False
 
 
 def files_below(folder: str, prefix: str, above: tuple[Path, ...] = ()) -> Iterator[ImageFile]:
@@ -184,7 +196,7 @@ def files_below(folder: str, prefix: str, above: tuple[Path, ...] = ()) -> Itera
         return
     for entry in _entries(folder):
         name = prefix + _portable(entry.name)
-        if entry.is_dir():
+        if _is_folder(entry):
             yield from files_below(entry.path, f"{name}/", (*above, here))
         elif name.lower().endswith(_LISTED):
             try:

@@ -61,7 +61,8 @@ class ReportedRun:
     @property
     def experiment(self) -> Mapping[str, Any]:
         """What it shares with the runs of other seeds."""
-        fields = flatten(self.recipe) | {"dataset": self.config["dataset"]["name"]}
+        summary, dataset = self.summary, self.config["dataset"]["name"]
+        fields = flatten(self.recipe) | {"dataset": dataset, "device": summary.device, "precision": summary.precision}
         return {name: value for name, value in fields.items() if name != "seed"}
 
     @property

@@ -55,7 +55,7 @@ class LiveTraining(Display):
         self.epochs: list[EpochRecord] = []
         self.best: EpochRecord | None = None
         self.epoch, self.rate, self.used = 0, 0.0, memory()
-        self._lr, self._started = 0.0, 0.0
+        self._lr, self._started, self._first_step = 0.0, 0.0, 0
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
@@ -116,7 +116,7 @@ class LiveTraining(Display):
 
     def on_epoch_start(self, epoch: int, lr: float) -> None:
         """Begin a new bar."""
-        self.epoch, self._lr, self._started = epoch, lr, time.monotonic()
+        self.epoch, self._lr, self._started, self._first_step = epoch, lr, time.monotonic(), 0
         total = self.plan.steps_per_epoch if self.epochs else None  # None: a bar that only says that it is alive
         self.progress.reset(self.steps, total=total, description=f"epoch {epoch}/{self.plan.epochs}")
         self.progress.update(self.run, completed=(epoch - 1) * self.plan.steps_per_epoch)
@@ -124,12 +124,14 @@ class LiveTraining(Display):
     def on_step(self, step_in_epoch: int, loss: float | None) -> None:
         """Move the bars; the numbers change when a loss came."""
         before = (self.epoch - 1) * self.plan.steps_per_epoch
+        self._first_step = self._first_step or step_in_epoch  # not the first of the epoch where a run goes on in it
         self.progress.update(self.steps, completed=step_in_epoch, total=self.plan.steps_per_epoch)
         self.progress.update(self.run, completed=before + step_in_epoch)
         if line := self.end.after_step(self.epoch, step_in_epoch):
             self.on_note(line)
         if loss is not None:
-            self.rate = step_in_epoch * self.plan.global_batch_size / max(time.monotonic() - self._started, 1e-9)
+            steps, seconds = step_in_epoch - self._first_step + 1, max(time.monotonic() - self._started, 1e-9)
+            self.rate = steps * self.plan.global_batch_size / seconds
             self.used = self.memory()
             self.progress.update(self.steps, shown=f"loss {loss:.3f}  lr {self._lr:.4g}")
 

@@ -1,7 +1,7 @@
 """The optimiser of a recipe, with its weight decay where the recipe wants it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -52,6 +52,20 @@ def _with_momentum(optimizer: torch.optim.SGD) -> torch.optim.SGD:
             for parameter in group["params"]:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Take a state that was saved on any device: this one keeps its own kernel, and its buffers their memory layout."""
+    if isinstance(optimizer, MuonWithSGD):
+        optimizer.load_state_dict(dict(saved))
+        return
+    groups = zip(saved["param_groups"], optimizer.param_groups, strict=True)
+    own_kernel = [group | {"fused": mine["fused"]} if "fused" in mine else group for group, mine in groups]
+    optimizer.load_state_dict({**saved, "param_groups": own_kernel})
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                values[name] = torch.empty_like(parameter, requires_grad=False).copy_(value)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -123,7 +137,7 @@ class MuonWithSGD(torch.optim.Optimizer):
         """Take both states back."""
         for each, momentum in zip(self.param_groups[0]["params"], state_dict["muon"], strict=True):
             self.state[each]["momentum_buffer"].copy_(momentum)
-        self.sgd.load_state_dict(state_dict["sgd"])
+        load_optimizer_state(self.sgd, state_dict["sgd"])
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:

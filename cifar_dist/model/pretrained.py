@@ -3,6 +3,7 @@
 import contextlib
 import io
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 from urllib.error import URLError
 
@@ -23,7 +24,9 @@ def imagenet_weights() -> dict[str, Tensor]:
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # torch.hub's own line; a refusal is one line, and ours
             state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except (OSError, URLError, RuntimeError) as error:
+    except (OSError, URLError, RuntimeError, EOFError, UnpicklingError) as error:
+        if place.exists():  # a file that lies there is not looked at before it is read
+            raise UserError(f"the ImageNet weights in {place} are damaged: remove the file") from None
         reason = str(getattr(error, "reason", error)) or type(error).__name__
         raise UserError(
             f"the ImageNet weights are not in {place} and could not be downloaded ({reason}):"

@@ -4,6 +4,7 @@ Accelerate's `save_state` is not used: it is not atomic, reads some of its files
 states that do not survive a change of world size.
 """
 
+import errno
 import io
 import os
 import re
@@ -129,5 +130,8 @@ def _sync_folder(folder: Path) -> None:
         return
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):  # a file system that knows no such thing
+            raise
     finally:
         os.close(descriptor)

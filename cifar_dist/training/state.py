@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cifar_dist.model.ema import ExponentialMovingAverage
+from cifar_dist.model.optimizer import load_optimizer_state
 from cifar_dist.model.resnet import load_weights
 from cifar_dist.training.early_stopping import EarlyStopping
 from cifar_dist.training.metrics import RunningSums
@@ -72,7 +73,7 @@ class TrainState:
         load_weights(self.model, content["model"])
         if self.ema is not None:
             load_weights(self.ema.model, content["model_ema"])
-        self.optimizer.load_state_dict(content["optimizer"])
+        load_optimizer_state(self.optimizer, content["optimizer"])
         self.early_stopping.load_state_dict(content["early_stopping"])
         self.epoch, self.step = content["epoch"], content["step"]
         self.train_seconds, self.epoch_seconds = content["train_seconds"], content["epoch_seconds"]

@@ -35,12 +35,10 @@ class Trackers:
         identity = known.read_text() if known.exists() else ""
         goes_on_after = step if identity else None
         if not identity and name != "mlflow":  # which makes its own
-            known.write_text(identity := uuid.uuid4().hex[:12])
+            identity = uuid.uuid4().hex[:12]
         tracker = tracker_class(name)(**_arguments(name, folder, run, identity, goes_on_after))
         tracker.start()
         self._open[name] = tracker
-        if name == "mlflow":
-            known.write_text(tracker.tracker.info.run_id)
         if goes_on_after is None:
             tracker.store_init_configuration(
                 {
@@ -48,6 +46,8 @@ class Trackers:
                     for key, value in parameters.items()
                 }
             )
+            # Last: without it a resumed run begins anew, and says its parameters.
+            known.write_text(tracker.tracker.info.run_id if name == "mlflow" else identity)
 
     def log(self, record: EpochRecord) -> None:
         """Log an epoch, at its step."""

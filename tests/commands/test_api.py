@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -47,6 +48,10 @@ def test_the_first_blocks_train_evaluate_and_load(small, capsys):
     assert not names["model"].training
     again = train(names["recipe"], dataset="shapes", run_dir="runs/mine", resume=True, quiet=True)
     assert again == summary, "there was nothing left to do"
+    assert train(run_dir="runs/mine", resume=True, quiet=True) == summary, "what is not given is the run's"
+    chosen = Recipe.load("original", epochs=1, validation_size=24, global_batch_size=24)
+    train(chosen, dataset="shapes", run_dir="runs/chosen", quiet=True)
+    assert "validation_size: 24" in Path("runs/chosen/config.yaml").read_text()
     assert capsys.readouterr().err == ""
 
 

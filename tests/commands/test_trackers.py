@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from cifar_dist.cli import main
+from cifar_dist.runtime.distributed import tracker_class
 from cifar_dist.training.run_directory import RunDirectory
 from tests.conftest import make_dataset
 
@@ -65,6 +66,17 @@ def test_wandb_goes_on_under_the_same_id():
     kept = sorted(Path("run/tracking/wandb/wandb").glob("offline-run-*"))
     assert len(kept) == 2 and all(folder.name.endswith(identity) for folder in kept)
     assert all(list(folder.glob("*.wandb")) for folder in kept)
+
+
+def test_a_tracker_that_could_not_begin_begins_when_the_run_goes_on(monkeypatch):
+    """And is told the parameters then."""
+    need("tensorboard")
+    tracker = tracker_class("tensorboard")
+    with monkeypatch.context() as patch:
+        patch.setattr(tracker, "start", lambda self: 1 / 0)
+        assert main([*SMALL, *SETTINGS, "--epochs", "1", "--tracker", "tensorboard"]) == 0
+    assert main(["--resume", "run", "--epochs", "2"]) == 0
+    assert list(Path("run/tracking/tensorboard").glob("*/hparams.yml"))
 
 
 @pytest.mark.filterwarnings("ignore")  # of what MLflow itself is built on

@@ -181,6 +181,16 @@ def test_a_diverged_run_says_so_and_keeps_its_checkpoint(capsys):
     assert good
 
 
+def test_a_code_page_without_bars_is_no_reason_to_fail(monkeypatch):
+    train("--epochs", "1", "--run-dir", "x")
+    page = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", page)
+    assert main(["eval", "--ckpt", "x", "--json", "result.json"]) == 0
+    page.flush()
+    assert b"%  ??" in page.buffer.getvalue()
+    assert Path("result.json").exists()
+
+
 @pytest.mark.parametrize("often", [["--checkpoint-every-steps", "1"], []], ids=["each step", "epochs"])
 def test_weights_that_are_lost_are_not_saved(monkeypatch, often):
     """Neither in the step that lost them, whose own loss was still a number, nor in those after it."""

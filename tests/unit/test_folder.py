@@ -185,6 +185,20 @@ def test_names_are_the_same_however_they_are_written(tmp_path: Path) -> None:
     assert load(tmp_path).dataset.test.labels.tolist() == [load(tmp_path).dataset.class_names.index("\u00e9")]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have one way to write a name")
+def test_two_folders_of_one_name_are_refused(tmp_path: Path) -> None:
+    put(tmp_path, *TWO, "train/e\u0301/1.png", "train/\u00e9/2.png")
+    assert "has two folders that are both called \u00e9" in refused(tmp_path)
+
+
+def test_a_link_to_itself_is_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    put(tmp_path, *TWO)
+    (tmp_path / "train/loop").symlink_to("loop")
+    assert load(tmp_path).dataset.class_names == ("cat", "dog")
+    (tmp_path / "test/dog/loop.png").symlink_to("loop.png")
+    assert "cannot be read" in (text := refused(tmp_path)) and "test/dog/loop.png" in text
+
+
 def test_name_of_the_folder_one_stands_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path / "pets", *TWO)
     (tmp_path / "link").symlink_to("pets")

@@ -56,6 +56,17 @@ def test_it_shows_where_the_run_is_and_what_it_runs_on():
     assert steps.startswith("epoch 3/20") and "10/391" in steps and "loss 1.250  lr 0.05" in steps
 
 
+def test_the_rate_of_a_run_that_goes_on_within_an_epoch_is_its_own(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("cifar_dist.display.live.time.monotonic", lambda: now[0])
+    view = view_on(terminal())
+    view.on_epoch_start(1, 0.1)
+    for step in range(381, 391):
+        now[0] += 1.0
+        view.on_step(step, 1.0 if step == 390 else None)
+    assert view.rate == 128
+
+
 def test_an_evaluation_has_a_bar_while_it_runs():
     view = view_on(terminal())
     view.on_evaluation(1000, 5000)

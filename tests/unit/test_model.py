@@ -14,7 +14,13 @@ from cifar_dist.config.plan import DatasetSizes, make_plan
 from cifar_dist.data.order import derive_seed
 from cifar_dist.model.dropout import HeadDropout, uniform_hash
 from cifar_dist.model.ema import ExponentialMovingAverage
-from cifar_dist.model.optimizer import MuonWithSGD, build_optimizer, orthogonalized, set_learning_rate
+from cifar_dist.model.optimizer import (
+    MuonWithSGD,
+    build_optimizer,
+    load_optimizer_state,
+    orthogonalized,
+    set_learning_rate,
+)
 from cifar_dist.model.pretrained import imagenet_weights, parts_to_freeze, start_from
 from cifar_dist.model.resnet import build_resnet, infer_architecture, load_weights, whiten_stem
 from cifar_dist.model.schedule import learning_rate, learning_rate_line
@@ -419,8 +425,34 @@ def test_imagenet_weights_come_from_torchvisions_cache(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"resnet18-f37072fd\.pth and could not be downloaded \(no network here\)"):
         imagenet_weights()
     (tmp_path / "checkpoints").mkdir(exist_ok=True)
+    for damage in (b"", b"<html>moved</html>", b"PK\x03\x04 cut off"):
+        (tmp_path / "checkpoints" / weights.url.rsplit("/", 1)[-1]).write_bytes(damage)
+        with pytest.raises(UserError, match=r"resnet18-f37072fd\.pth are damaged: remove the file"):
+            imagenet_weights()
     torch.save(resnet18().state_dict(), tmp_path / "checkpoints" / weights.url.rsplit("/", 1)[-1])
     assert imagenet_weights()["fc.weight"].shape == (1000, 512)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
+def test_a_state_from_another_device_takes_this_ones_kernel_and_layout(name):
+    """As from a CPU, which has a fused kernel and channels_last, to MPS and back."""
+    optimizers, learning_rate = [], 0.01
+    for layout, fused in ((torch.channels_last, True), (torch.contiguous_format, False)) * 2:
+        model = build_resnet("small", 10, seed=0).to(memory_format=layout)
+        config = make_recipe(f"optimizer.name={name}", f"optimizer.learning_rate={learning_rate}").optimizer
+        optimizer = build_optimizer(model, config, fused=fused)
+        if optimizers:
+            load_optimizer_state(optimizer, copy.deepcopy(optimizers[-1].state_dict()))
+        model(torch.rand(2, 3, 32, 32).to(memory_format=layout)).sum().backward()
+        optimizer.step()
+        optimizers.append(optimizer)
+        inner = optimizer.sgd if name == "muon" else optimizer
+        assert {group["fused"] for group in inner.param_groups} == {fused}
+        for parameter, values in inner.state.items():
+            for value in values.values():
+                assert not isinstance(value, torch.Tensor) or not value.ndim or value.stride() == parameter.stride()
+    if name == "adamw":
+        assert {int(values["step"]) for values in optimizers[-1].state.values()} == {4}
 
 
 def refuse(*_, **__):

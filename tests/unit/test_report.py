@@ -41,7 +41,7 @@ def evaluation(top1: float, names: list[str] = CLASSES) -> Evaluation:
 
 def make_run(
     path: Path, *changes: str, top1: float | None = 0.75, status: str = "completed", epochs: int = 3,
-    validation: bool = True, names: list[str] = CLASSES,
+    validation: bool = True, names: list[str] = CLASSES, precision: str = "bf16",
 ) -> Path:  # fmt: skip
     """A run directory, as training leaves it; `top1` None: it was not tested."""
     path.mkdir(parents=True)
@@ -53,7 +53,7 @@ def make_run(
     (path / "config.yaml").write_text(yaml.safe_dump(config))
     summary = Summary(
         status=status, epochs=epochs, best_epoch=2 if validation else None, train_seconds=100.0 + recipe["seed"],
-        world_size=2, device="cpu", precision="bf16", num_threads=1, peak_memory_mib=1,
+        world_size=2, device="cpu", precision=precision, num_threads=1, peak_memory_mib=1,
         test=None if top1 is None else evaluation(top1, names),
     )  # fmt: skip
     (path / "summary.json").write_text(summary.to_json())
@@ -259,6 +259,13 @@ def test_means_are_over_the_seeds_of_one_experiment(tmp_path, capsys):
     assert re.search(r"mean ± sd of 2 runs \(global_batch_size=256\) +85.00 ± 7.07", text)
     assert "not tested yet, and in no mean: 1" in text
     assert "the runs differ in global_batch_size" in text
+
+
+def test_a_mean_is_over_one_precision(tmp_path, capsys):
+    runs = [str(make_run(tmp_path / f"{n}", f"seed={n}", precision=("no", "bf16")[n // 2])) for n in range(4)]
+    assert main(["report", *runs]) == 0
+    text = capsys.readouterr().out
+    assert "mean ± sd of 2 runs (precision=no)" in text and "mean ± sd of 2 runs (precision=bf16)" in text
 
 
 MISTAKES = {

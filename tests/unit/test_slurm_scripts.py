@@ -100,6 +100,15 @@ SHAPES = {
         {"SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS": "6", "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_ON_NODE": "8"},
         "--ntasks=6 --gpus-per-task=1 --cpus-per-task=2",
     ),
+    "GPUs with their type": (
+        {
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_GPUS": "a100:4,h100:2",
+            "SLURM_GPUS_ON_NODE": "4",
+            "SLURM_CPUS_ON_NODE": "8",
+        },
+        "--ntasks=6 --gpus-per-task=1 --cpus-per-task=2",
+    ),
     "each task sees one GPU": (
         {"SLURM_NTASKS": "4", "SLURM_GPUS_PER_TASK": "1", "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_PER_TASK": "8"},
         "--ntasks=4 --cpus-per-task=8",
