@@ -81,19 +81,6 @@ def bare(tmp_path, **options) -> Path:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_file_system_that_cannot_sync_folders_will_do(path, monkeypatch):
-    original = os.fsync
-
-    def fsync(descriptor):
-        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "Invalid argument")
-        original(descriptor)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    save_checkpoint(path, CONTENT)
-    assert load_checkpoint(path)["epoch"] == 3
-
-
 def test_a_bare_state_dict_is_recognised(tmp_path, zipped):
     content = load_checkpoint(bare(tmp_path, _use_new_zipfile_serialization=zipped))
     assert is_bare_weights(content)
@@ -162,6 +149,19 @@ def test_no_flipped_bit_is_a_traceback(path):
             path.write_bytes(data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :])
             with contextlib.suppress(UserError):
                 load_checkpoint(path)
+
+
+def test_a_file_system_that_cannot_sync_folders_will_do(path, monkeypatch):
+    original = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    save_checkpoint(path, CONTENT)
+    assert load_checkpoint(path)["epoch"] == 3
 
 
 def test_a_newer_format_is_named(path):
