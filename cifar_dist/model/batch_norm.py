@@ -185,10 +185,15 @@ class _GlobalBatchNorm(torch.autograd.Function):
         # d images = scale (grad - mean of grad - normalised images x mean of (grad x normalised images))
         scale = weight * inverse_std
         one, zero = torch.ones_like(scale), torch.zeros_like(scale)
-        result = functional.batch_norm(grad, zero, one, scale, -scale * of_bias, False, 0.0, 0.0)
+        result = _affine(grad, zero, one, scale, -scale * of_bias)
         slope = -scale * of_weight * inverse_std
-        result += functional.batch_norm(images, mean, one, slope, zero, False, 0.0, 0.0)
+        result += _affine(images, mean, one, slope, zero)
         return result, own_weight, own_bias, None
+
+
+def _affine(images: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Map each channel by BatchNorm's evaluation kernel; torch 2.11's `functional.batch_norm` refuses an eps of 0."""
+    return torch.batch_norm(images, weight, bias, mean, variance, False, 0.0, 0.0, False)
 
 
 def _is_channels_last(images: Tensor) -> bool:
