@@ -115,6 +115,7 @@ def format_bench(result: Mapping[str, Any]) -> list[str]:
         *(f"{name:<14}{1000 * each:>9.2f}  {each / total:>6.1%}" for name, each in parts.items()),
         "",
         "MiB by part: " + ", ".join(f"{name} {each:,.0f}" for name, each in memory.items() if each),
+        *([f"peak memory: {result['peak_memory_mib']:,} MiB"] if result["peak_memory_mib"] is not None else []),
     ]
 
 
@@ -123,7 +124,7 @@ def format_sweep(result: Mapping[str, Any]) -> list[str]:
     rows = [["precision", "layout", "compiler", "optimizer", "images/s", "in rounds", ""]]
     for row in result["sweep"]:
         rate = "-" if row["images_per_second"] is None else f"{row['images_per_second']:,.0f}"
-        spread = f"{row['min']:,.0f} to {row['max']:,.0f}" if "min" in row else "1 step"
+        spread = f"{row['min']:,.0f} to {row['max']:,.0f}" if "min" in row else "first look"
         compiler = (row["compiler"] or "none").lower()
         kernel = "fused" if row["fused"] else "unfused"
         note = row.get("failed", "chosen" if row["is_chosen"] else "")

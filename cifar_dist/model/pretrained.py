@@ -25,7 +25,7 @@ def imagenet_weights() -> dict[str, Tensor]:
         with contextlib.redirect_stderr(io.StringIO()):  # torch.hub's own line; a refusal is one line, and ours
             state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (OSError, URLError, RuntimeError, EOFError, UnpicklingError) as error:
-        if place.exists():  # a file that lies there is not looked at before it is read
+        if place.exists() and not isinstance(error, OSError):  # torch does not look at a file that lies there already
             raise UserError(f"the ImageNet weights in {place} are damaged: remove the file") from None
         reason = str(getattr(error, "reason", error)) or type(error).__name__
         raise UserError(

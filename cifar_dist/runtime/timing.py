@@ -37,9 +37,8 @@ def alternate(
         each.prefetched if step_seconds < _SLOW_SECONDS else 0
         for each, step_seconds in zip(contenders, times, strict=True)
     ]
-    for contender, ready, step_seconds in zip(contenders, prefetched, times, strict=True):
-        if step_seconds < _SLOW_SECONDS:
-            seconds_of(contender.step, 1 + ready, runtime)
+    for contender, ready in zip(contenders, prefetched, strict=True):
+        seconds_of(contender.step, 1 + ready, runtime)
     times = runtime.ranks.exchange([seconds_of(each.step, 2, runtime) / 2 for each in contenders])[0]
     rounds = max(3, min(_ROUNDS, int(seconds / (_STEPS_A_ROUND * max(times)))))
     counts = [max(1, round(seconds / rounds / step_seconds)) for step_seconds in times]

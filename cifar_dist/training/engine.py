@@ -146,7 +146,8 @@ class Trainer:
             self.observer.on_step(number, shown)
             due = self._time_to_save or self.checkpointing.due_by_step(self.state.step)
             if due and number < self.plan.steps_per_epoch:  # the end of an epoch has its own
-                self._agree(epoch)
+                if shown is None:  # else all have just heard of each other
+                    self._agree(epoch)
                 self._check_weights(epoch)
                 self._time_to_save = False
                 self.checkpointing.save()

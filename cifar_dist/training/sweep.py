@@ -11,7 +11,7 @@ from cifar_dist.runtime.distributed import Runtime
 from cifar_dist.runtime.timing import Contender, alternate, seconds_of
 
 _HOPELESS = 3.0
-"""A choice so many times slower than the best so far is measured by one step alone."""
+"""A choice so many times slower than the best so far is measured by a first look alone."""
 
 
 def sweep(
@@ -30,10 +30,7 @@ def sweep(
             continue
         layout = _LAYOUTS[choice["memory_format"]]
         step = build_step(
-            precision=choice["precision"],
-            layout=layout,
-            fused=choice["fused"],
-            compiler=choice["compiler"],
+            precision=choice["precision"], layout=layout, fused=choice["fused"], compiler=choice["compiler"]
         )
         row = {**choice, "images_per_second": None}
         rows.append(row)

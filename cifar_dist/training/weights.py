@@ -78,9 +78,10 @@ def _own_weights(path: Path, content: dict[str, Any], recipe_name: str | None) -
         typed = resolve_recipe(read_recipe(recipe_name), {}, {})
         if typed.stem != recipe.stem:
             raise UserError(f"--recipe {recipe_name} has the stem {typed.stem}, and {path} has {recipe.stem}")
-        # The split and its seed stay the run's own.
-        looks = {"normalization": typed.normalization, "image_size": typed.image_size, "image_size_schedule": None}
-        recipe = replace(recipe, **looks)  # type: ignore[arg-type]
+        # How images look; the split and its seed stay the run's own.
+        recipe = replace(
+            recipe, normalization=typed.normalization, image_size=typed.image_size, image_size_schedule=None
+        )
     names = tuple(content["class_names"])
     return SavedWeights(
         path=path,
