@@ -1,22 +1,32 @@
 """`report`: what became of a run, in pictures and on a page; of several, side by side."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-
-from rich.console import Console
+from typing import Any
 
 from cifar_dist.config.accelerate_config import AccelerateConfig
 from cifar_dist.config.errors import EXIT_DONE, UserError
 from cifar_dist.config.options import ReportOptions
 from cifar_dist.config.world import World
-from cifar_dist.display.comparison import ReportedRun, format_comparison, format_csv, format_markdown, short_names
+from cifar_dist.display.comparison import (
+    ReportedRun,
+    comparison_notes,
+    comparison_rows,
+    format_csv,
+    format_markdown,
+    short_names,
+)
+from cifar_dist.display.console import make_console
 from cifar_dist.display.tables import (
     format_class_bars,
-    format_confusions,
     format_evaluation_totals,
     format_outcome,
+    format_worst_confusions,
     print_lines,
+    print_table,
 )
+from cifar_dist.records import EpochRecord, Summary
 from cifar_dist.training.run_directory import RunDirectory
 
 # matplotlib takes its time to be imported: what needs it is imported where it is used. torch is not needed.
@@ -24,19 +34,21 @@ from cifar_dist.training.run_directory import RunDirectory
 
 def run(options: ReportOptions, world: World, config: AccelerateConfig) -> int:
     """Draw, write and print; give the exit code."""
-    runs = [_read(path) for path in dict.fromkeys(options.run_dirs)]
+    runs = [_read(path) for path in {path.resolve(): path for path in options.run_dirs}.values()]
     if world.rank > 0:
         return EXIT_DONE
+    console = make_console()
     if len(runs) == 1:
         figures = options.out or RunDirectory(runs[0].path).figures
         written = _write_files(figures, _one(runs[0], figures, (options.out or runs[0].path) / "report.html"))
-        lines = [*_in_words(runs[0]), ""]
+        lines = _in_words(runs[0], console.width)
     else:
         written = [] if options.out is None else _write_files(options.out, _several(runs, options.out))
-        lines = [*format_comparison(runs), ""]
+        print_table(console, comparison_rows(runs))
+        lines = comparison_notes(runs)
     hint = "--out DIR writes the curves, the table as CSV and Markdown, and a page"
-    lines.append(f"written: {', '.join(map(str, written))}" if written else hint)
-    print_lines(Console(), lines, title="report")
+    last = f"written: {', '.join(map(str, written))}" if written else hint
+    print_lines(console, [*lines, *([""] if lines else []), last], title="report")
     return EXIT_DONE
 
 
@@ -52,10 +64,26 @@ def _read(path: Path) -> ReportedRun:
     if summary is None:
         raise UserError(f"the run in {path} has no summary.json: it has not begun to train")
     config = files.read_config()
+    if summary.status == "running" and records:  # or killed: what it wrote when it began is long outdated
+        summary = _up_to_now(summary, records, config)
     for where, name in ((config["recipe"], "seed"), (config["recipe"], "epochs"), (config["dataset"], "name")):
         if name not in where:
             raise UserError(f"run configuration {files.config} is damaged: it lacks '{name}'")
     return ReportedRun(path=path, config=config, summary=summary, records=records)
+
+
+def _up_to_now(summary: Summary, records: Sequence[EpochRecord], config: Mapping[str, Any]) -> Summary:
+    """Say of a run that has not ended what its epochs say."""
+    monitor = config["recipe"].get("early_stopping", {}).get("monitor", "val_loss")
+    values = {record.epoch: getattr(record, monitor, None) for record in records}
+    known = {epoch: -value if monitor == "val_acc" else value for epoch, value in values.items() if value is not None}
+    held_out = records[-1].val_loss is not None
+    return replace(
+        summary,
+        epochs=records[-1].epoch,
+        best_epoch=min(known, key=known.__getitem__) if known and held_out else None,
+        train_seconds=max(summary.train_seconds, sum(record.epoch_seconds for record in records)),
+    )
 
 
 def _write_files(folder: Path, files: Iterator[Path]) -> list[Path]:
@@ -70,21 +98,10 @@ def _write_files(folder: Path, files: Iterator[Path]) -> list[Path]:
 
 def _one(run: ReportedRun, figures: Path, page: Path) -> Iterator[Path]:
     """Draw what there is of a run, and write its page; give the files."""
-    from cifar_dist.display.canvas import replace_file
-    from cifar_dist.display.figures import draw_curves, draw_evaluation
-    from cifar_dist.display.page import page_of_run
+    from cifar_dist.display.page import write_run
 
-    summary = run.summary
-    saved = RunDirectory(run.path).read_predictions() if summary.test is not None else None
-    stopped = summary.status == "early_stopped"
-    if run.records:
-        curves = figures / "curves.png"
-        draw_curves(run.records, curves, title=run.title, best_epoch=summary.best_epoch, stopped_early=stopped)
-        yield curves
-    if summary.test is not None and saved is not None:
-        yield from draw_evaluation(figures, summary.test, saved, title=run.title)
-    replace_file(page, page_of_run(run, saved or {}).encode())
-    yield page
+    saved = RunDirectory(run.path).read_predictions() if run.summary.test is not None else None
+    yield from write_run(run, saved, figures, page)
 
 
 def _several(runs: Sequence[ReportedRun], folder: Path) -> Iterator[Path]:
@@ -105,10 +122,10 @@ def _several(runs: Sequence[ReportedRun], folder: Path) -> Iterator[Path]:
         yield path
 
 
-def _in_words(run: ReportedRun) -> list[str]:
+def _in_words(run: ReportedRun, width: int) -> list[str]:
     """Give what became of a run as text."""
     lines, test = [run.title, format_outcome(run.summary, total_epochs=run.recipe["epochs"])], run.summary.test
     if test is None:
         return [*lines, "not tested yet"]
-    lines += [f"test {format_evaluation_totals(test)}", "", *format_class_bars(test)]
-    return [*lines, *(["", "what is mistaken most:", *confusions] if (confusions := format_confusions(test)) else [])]
+    lines += [f"test {format_evaluation_totals(test)}", "", *format_class_bars(test, width=width)]
+    return [*lines, *format_worst_confusions(test)]

@@ -211,14 +211,13 @@ def _leave_early(session: Session, end: DivergedError | InterruptedRun, how_to_g
 
 
 def _draw_figures(session: Session, summary: Summary, saved: Mapping[str, NDArray[Any]]) -> None:
-    """Draw the curves, the confusion matrix and the first predictions."""
+    """Draw the curves, the confusion matrix and the first predictions; a page that `report` has written is renewed."""
     # matplotlib takes its time to be imported, and a run that fails does not need it.
-    from cifar_dist.display.figures import draw_curves, draw_evaluation
+    from cifar_dist.display.comparison import ReportedRun
+    from cifar_dist.display.page import write_run
 
-    assert summary.test is not None
-    directory, dataset = session.directory, session.dataset
-    title = f"{session.checkpoints.header['recipe_name']} on {dataset.name}, seed {session.trainer.recipe.seed}"
-    curves = directory.figures / "curves.png"
-    stopped = summary.status == "early_stopped"
-    draw_curves(directory.read_records(), curves, title=title, best_epoch=summary.best_epoch, stopped_early=stopped)
-    draw_evaluation(directory.figures, summary.test, saved, title=title)
+    directory = session.directory
+    path, page = directory.path, directory.path / "report.html"
+    run = ReportedRun(path=path, config=directory.read_config(), summary=summary, records=directory.read_records())
+    for _ in write_run(run, saved, directory.figures, page if page.exists() else None):
+        pass  # each file is written as it is asked for

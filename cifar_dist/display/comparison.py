@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from cifar_dist.config.parsing import flatten
-from cifar_dist.display.tables import format_table
 from cifar_dist.records import EpochRecord, Summary
 
 _FACTS = ("run", "status", "seed", "epochs")
@@ -93,18 +93,21 @@ class ReportedRun:
 
 
 def short_names(runs: Sequence[ReportedRun]) -> list[str]:
-    """Give the folders' own names where they tell the runs apart, else their whole paths."""
-    names = [run.path.resolve().name for run in runs]
-    return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
+    """Give the folders' own names where they tell the runs apart, else their paths below the folder of all."""
+    paths = [run.path.resolve() for run in runs]
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names):
+        names = [os.path.relpath(path, os.path.commonpath(paths)) for path in paths]
+    return names
 
 
 def comparison_rows(runs: Sequence[ReportedRun]) -> list[list[str]]:
     """Give the table for people: headings, a row a run, and a row for each experiment with several tested runs."""
     rows = [[*_FACTS, *(heading for heading, *_ in _MEASURES)]]
-    for run in runs:
-        facts = run.facts
+    for name, run in zip(short_names(runs), runs, strict=True):
+        facts = run.facts | {"run": name}
         cells = (_number(facts[field], digits, factor) for _, digits, factor, field in _MEASURES)
-        rows.append([*(str(facts[name]) for name in _FACTS), *cells])
+        rows.append([*(str(facts[fact]) for fact in _FACTS), *cells])
     for label, count, values in _experiments(runs):
         cells = (_spread(values[field], digits, factor) for _, digits, factor, field in _MEASURES)
         rows.append([f"mean ± sd of {count} runs{label}", "", "", "", *cells])
@@ -115,7 +118,9 @@ def comparison_notes(runs: Sequence[ReportedRun]) -> list[str]:
     """Say what a reader of the table must know."""
     notes = []
     if _experiments(runs):
-        notes.append("sd: the standard deviation over runs that differ in their seed alone")
+        notes.append("sd: the standard deviation over runs of the same recipe that differ in their seed")
+    if any(_share_a_seed(group) for group in _alike(runs)):
+        notes.append("no mean over runs of which two have the same recipe and the same seed")
     if untested := sum(run.summary.test is None for run in runs):
         notes.append(f"not tested yet, and in no mean: {untested}")
     if names := differences(runs):
@@ -153,24 +158,29 @@ def format_markdown(runs: Sequence[ReportedRun]) -> str:
     return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), *notes]) + "\n"
 
 
-def format_comparison(runs: Sequence[ReportedRun]) -> list[str]:
-    """Give the table as text."""
-    notes = comparison_notes(runs)
-    return format_table(comparison_rows(runs)) + ([""] if notes else []) + notes
-
-
-def _experiments(runs: Sequence[ReportedRun]) -> list[tuple[str, int, dict[str, list[float]]]]:
-    """Give each experiment that several runs have tested: what tells it from the others, runs, values by field."""
+def _alike(runs: Sequence[ReportedRun]) -> list[list[ReportedRun]]:
+    """Put the tested runs that differ in their seed at most together."""
     tested: dict[str, list[ReportedRun]] = {}
     for run in runs:
         if run.summary.test is not None:
             tested.setdefault(str(sorted(run.experiment.items())), []).append(run)
-    found, several = [], [group for group in tested.values() if len(group) > 1]
+    return list(tested.values())
+
+
+def _share_a_seed(group: Sequence[ReportedRun]) -> bool:
+    return len({run.recipe["seed"] for run in group}) < len(group)
+
+
+def _experiments(runs: Sequence[ReportedRun]) -> list[tuple[str, int, dict[str, list[float]]]]:
+    """Give each experiment that several runs have tested: what tells it from the others, runs, values by field."""
+    found, several = [], [group for group in _alike(runs) if len(group) > 1 and not _share_a_seed(group)]
     names = differences([group[0] for group in several])
     for group in several:
         told = ", ".join(f"{name}={group[0].experiment.get(name)}" for name in names[:3])
         facts = [run.facts for run in group]
         values = {field: [one[field] for one in facts if one[field] is not None] for *_, field in _MEASURES}
+        if len({(one["world_size"], one["num_threads"]) for one in facts}) > 1:  # it trains the same, at another speed
+            values |= {"train_seconds": [], "images_per_second": []}
         found.append((f" ({told})" if told else "", len(group), values))
     return found
 

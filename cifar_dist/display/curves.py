@@ -64,7 +64,8 @@ def run_panels(records: Sequence[EpochRecord], *, best_epoch: int | None, stoppe
             Curve(label="training", points=_points(records, f"train_{name}"), color=BLUE),
             Curve(label="validation", points=_points(records, f"val_{name}"), color=RED, dashes=(6, 2), marker="s"),
         ]
-        curves = [curve for curve in curves if curve.points]
+        if not curves[1].points:  # a single curve has no legend
+            title, curves = f"{title} in training", curves[:1]
         panels.append(Panel(title=title, curves=curves, marks=marks, is_share=name == "acc"))
     rate = Curve(label="learning rate", points=_points(records, "lr"), color=GREEN)
     return [*panels, Panel(title="Learning rate", curves=[rate], marks=marks, from_zero=True)]

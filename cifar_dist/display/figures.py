@@ -41,8 +41,16 @@ def draw_overlay(runs: Mapping[str, Sequence[EpochRecord]], path: Path, *, title
     figure.suptitle(plain(title))
     for axes, panel in zip(figure.subplots(2, len(panels) // 2).flat, panels, strict=True):
         draw_panel(axes, panel, legend=False)
-    handles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False, handlelength=3.5)
+    # Handed over one by one: a name that begins with an underscore would be left out.
+    columns = max(1, min(3, 150 // max(map(len, runs))))
+    figure.legend(
+        figure.axes[0].get_lines(),
+        list(map(plain, runs)),
+        loc="outside lower center",
+        ncols=columns,
+        frameon=False,
+        handlelength=3.5,
+    )
     save_figure(figure, path)
 
 

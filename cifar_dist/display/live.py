@@ -1,8 +1,11 @@
 """What a person sees on a terminal while a run trains: where it is, the last epochs, and how long it will take."""
 
+import logging
+import sys
 import time
-from collections.abc import Callable
-from typing import Self
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Self, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
@@ -11,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from cifar_dist.config.plan import RunPlan
+from cifar_dist.display.console import can_draw
 from cifar_dist.display.progress import Display, ExpectedEnd, PlainTraining
-from cifar_dist.display.tables import can_draw, format_duration
+from cifar_dist.display.tables import format_duration
 from cifar_dist.records import EpochRecord
 
 _NUM_EPOCHS = 6
@@ -21,10 +25,10 @@ _WIDE = 80  # columns of a terminal, from which on numbers have room beside the 
 # Heading, how an epoch is shown, and the width of the terminal from which on there is room for it.
 _COLUMNS: tuple[tuple[str, Callable[[EpochRecord], str], int], ...] = (
     ("epoch", lambda record: str(record.epoch), 0),
-    ("loss", lambda record: f"{record.train_loss:.3f}", 0),
-    ("accuracy", lambda record: f"{record.train_acc:.2%}", 46),
+    ("train loss", lambda record: f"{record.train_loss:.3f}", 0),
+    ("train acc", lambda record: f"{record.train_acc:.2%}", 46),
     ("val loss", lambda record: "-" if record.val_loss is None else f"{record.val_loss:.3f}", 58),
-    ("val accuracy", lambda record: "-" if record.val_acc is None else f"{record.val_acc:.2%}", 0),
+    ("val acc", lambda record: "-" if record.val_acc is None else f"{record.val_acc:.2%}", 0),
     ("lr", lambda record: f"{record.lr:.4g}", 80),
     ("images/s", lambda record: f"{record.images_per_second:,.0f}", 72),
     ("time", lambda record: format_duration(record.epoch_seconds), 90),
@@ -55,7 +59,8 @@ class LiveTraining(Display):
         self.epochs: list[EpochRecord] = []
         self.best: EpochRecord | None = None
         self.epoch, self.rate, self.used = 0, 0.0, memory()
-        self._lr, self._started, self._first_step = 0.0, 0.0, 0
+        self._lr, self._started, self._first_step, self._evaluated = 0.0, 0.0, 0, 0
+        self._has_begun = False
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
@@ -69,12 +74,16 @@ class LiveTraining(Display):
         self.evaluation = self.progress.add_task("evaluation", total=1, shown="images", visible=False)
         # Redrawn once a second: drawing takes some milliseconds of Python's time.
         self.live = Live(self, console=console, refresh_per_second=1, transient=True)
+        self._redirected = ExitStack()
 
     def __enter__(self) -> Self:
-        self.live.start()
+        streams = sys.stdout, sys.stderr
+        self.live.start()  # from now on what is printed goes above the view
+        self._redirected.enter_context(_logs_of(streams, sys.stderr))
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._redirected.close()
         self.live.stop()
         if self.epochs:
             self.console.print(self._table(self.console.width, len(self.epochs)))
@@ -94,9 +103,10 @@ class LiveTraining(Display):
         return [Text()] if height >= _NUM_EPOCHS + 2 else []
 
     def _facts(self) -> Text:
-        parts = [self.facts, *([f"{self.rate:,.0f} images/s"] if self.rate else [])]
+        """What changes comes first: a narrow terminal cuts off the end, which the header has said."""
+        parts = [f"{self.rate:,.0f} images/s"] if self.rate else []
         parts += [f"{self.used:,} MiB"] if self.used is not None else []
-        return Text(" · ".join(filter(None, parts)), style="dim", overflow="ellipsis", no_wrap=True)
+        return Text(" · ".join(filter(None, [*parts, self.facts])), style="dim", overflow="ellipsis", no_wrap=True)
 
     def _table(self, width: int, rows: int) -> Table:
         """Show the last epochs, and the best one, which may lie further back."""
@@ -105,6 +115,8 @@ class LiveTraining(Display):
             shown = [self.best, *shown[1:]]
         table = Table(box=None, pad_edge=False, header_style="bold")
         columns = [column for column in _COLUMNS if width >= column[2]]
+        if not self.plan.num_validation:
+            columns = [column for column in columns if not column[0].startswith("val")]
         for name, _, _ in columns:
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("", no_wrap=True)
@@ -123,10 +135,15 @@ class LiveTraining(Display):
 
     def on_step(self, step_in_epoch: int, loss: float | None) -> None:
         """Move the bars; the numbers change when a loss came."""
-        before = (self.epoch - 1) * self.plan.steps_per_epoch
-        self._first_step = self._first_step or step_in_epoch  # not the first of the epoch where a run goes on in it
-        self.progress.update(self.steps, completed=step_in_epoch, total=self.plan.steps_per_epoch)
-        self.progress.update(self.run, completed=before + step_in_epoch)
+        done = (self.epoch - 1) * self.plan.steps_per_epoch + step_in_epoch
+        if not self._first_step:  # not the first of the epoch where a run goes on in it, which is no sign of speed
+            self._first_step = step_in_epoch
+            self.progress.reset(self.steps, total=self.plan.steps_per_epoch, completed=step_in_epoch)
+        if not self._has_begun:
+            self._has_begun = True
+            self.progress.reset(self.run, completed=done)
+        self.progress.update(self.steps, completed=step_in_epoch)
+        self.progress.update(self.run, completed=done)
         if line := self.end.after_step(self.epoch, step_in_epoch):
             self.on_note(line)
         if loss is not None:
@@ -137,6 +154,9 @@ class LiveTraining(Display):
 
     def on_evaluation(self, done: int, total: int) -> None:
         """Show a bar while an evaluation runs."""
+        if done <= self._evaluated:  # another one
+            self.progress.reset(self.evaluation, total=total)
+        self._evaluated = done
         self.progress.update(self.evaluation, completed=done, total=total, visible=done < total)
 
     def on_epoch_end(self, record: EpochRecord, is_best: bool) -> None:
@@ -145,6 +165,21 @@ class LiveTraining(Display):
         if is_best:
             self.best = record
         self.rate = record.images_per_second
+
+
+@contextmanager
+def _logs_of(streams: Sequence[TextIO], stream: TextIO) -> Iterator[None]:
+    """Give another stream to the handlers of Python's logging that write to one of these: they keep what they had."""
+    loggers = [logging.getLogger(), *map(logging.getLogger, list(logging.root.manager.loggerDict))]
+    handlers = {handler for logger in loggers for handler in logger.handlers}
+    moved = [each for each in handlers if isinstance(each, logging.StreamHandler)]
+    moved = [each for each in moved if each.stream in streams and each.stream is not stream]
+    before = [handler.setStream(stream) for handler in moved]
+    try:
+        yield
+    finally:
+        for handler, own in zip(moved, before, strict=True):
+            handler.setStream(own)
 
 
 def training_display(

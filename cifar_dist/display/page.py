@@ -2,16 +2,25 @@
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cifar_dist.config.parsing import flatten
+from cifar_dist.display.canvas import replace_file
 from cifar_dist.display.comparison import ReportedRun, comparison_notes, comparison_rows, short_names
 from cifar_dist.display.curves import overlaid_panels, run_panels, style_of
-from cifar_dist.display.figures import MANY_CLASSES, confusion_svg, panel_svg, softmax_top
+from cifar_dist.display.figures import (
+    MANY_CLASSES,
+    confusion_svg,
+    draw_curves,
+    draw_evaluation,
+    panel_svg,
+    softmax_top,
+)
 from cifar_dist.display.html import (
     html_classes,
     html_fields,
@@ -32,6 +41,23 @@ from cifar_dist.records import Evaluation
 
 Arrays = Mapping[str, NDArray[Any]]
 _MISTAKES = 24  # on the page; mistakes.png has all that were kept
+
+
+def write_run(run: ReportedRun, saved: Arrays | None, figures: Path, page: Path | None) -> Iterator[Path]:
+    """Draw what there is of a run into a folder, and write its page where one is wanted; give the files.
+
+    `saved` is its test_predictions.npz, None where there is none.
+    """
+    summary = run.summary
+    if run.records:
+        curves, stopped = figures / "curves.png", summary.status == "early_stopped"
+        draw_curves(run.records, curves, title=run.title, best_epoch=summary.best_epoch, stopped_early=stopped)
+        yield curves
+    if summary.test is not None and saved is not None:
+        yield from draw_evaluation(figures, summary.test, saved, title=run.title)
+    if page is not None:
+        replace_file(page, page_of_run(run, saved or {}).encode())
+        yield page
 
 
 def page_of_run(run: ReportedRun, saved: Arrays) -> str:

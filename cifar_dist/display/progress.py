@@ -10,7 +10,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from cifar_dist.config.plan import KNOWN_SIZES, RunPlan
-from cifar_dist.display.tables import can_draw, format_duration, format_epoch
+from cifar_dist.display.console import can_draw
+from cifar_dist.display.tables import format_duration, format_epoch
 from cifar_dist.records import EpochRecord, Observer
 
 _SIGN_OF_LIFE_SECONDS = 30.0
@@ -30,8 +31,8 @@ class Display(Observer):
         return None
 
     def on_note(self, text: str) -> None:
-        """Print a line, whole, whatever the width of the terminal."""
-        self.console.print(escape(text), highlight=False, soft_wrap=True)
+        """Print a line: whole in a pipe or a file, and on a terminal that is too narrow broken between words."""
+        self.console.print(escape(text), highlight=False, soft_wrap=not can_draw(self.console))
 
 
 class PlainDisplay(Display):
@@ -85,7 +86,7 @@ def format_expected_end(plan: RunPlan, recipe_name: str, steps_left: int, step_s
     seconds = steps_left * step_seconds
     end = now + timedelta(seconds=seconds)
     day = "" if end.date() == now.date() else f" {end:%Y-%m-%d}"
-    text = f"expected end{day} {end:%H:%M}, in {format_duration(seconds)} without evaluation and early stopping"
+    text = f"expected end{day} {end:%H:%M}, in {format_duration(seconds)}, evaluation not counted"
     epochs = int(_HALF_AN_HOUR / (step_seconds * plan.steps_per_epoch)) if step_seconds > 0 else 0
     quicker = ["--recipe quick is made to be short"] if recipe_name != "quick" else []
     if 0 < epochs < plan.epochs:

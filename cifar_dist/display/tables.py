@@ -4,11 +4,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console, Group
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from cifar_dist.display.console import can_draw
 from cifar_dist.records import EpochRecord, Evaluation, Summary
 
 
@@ -19,12 +21,12 @@ def format_percent(fraction: float | None) -> str:
 
 def format_duration(seconds: float) -> str:
     """Give a duration in the two units that matter."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if seconds < 3600:
-        return f"{int(seconds // 60)} min {int(seconds % 60)} s"
-    return f"{minutes // 60} h {minutes % 60} min"
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole, minutes = round(seconds), round(seconds / 60)
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def format_epoch(record: EpochRecord, epochs: int, *, is_best: bool) -> str:
@@ -55,11 +57,11 @@ def format_class_bars(evaluation: Evaluation, *, width: int = 80) -> list[str]:
         lines.append(f"the ten worst of {len(shown)} classes:")
         worst = sorted(shown, key=lambda name: (shown[name] is None, shown[name] or 0.0))[:10]
         shown = {name: shown[name] for name in worst}
-    names = max(map(len, shown))
+    names = max(map(cell_len, shown))
     bar_width = max(1, min(30, width - names - 16))  # beside the bar: spaces, the number, and the panel's edges
     for name, accuracy in shown.items():
-        bar = "" if accuracy is None else "█" * round(accuracy * bar_width)
-        lines.append(f"{name:<{names}}  {format_percent(accuracy):>8}  {bar}".rstrip())
+        bar = "█" * max(round(accuracy * bar_width), 1) if accuracy else ""
+        lines.append(f"{name}{' ' * (names - cell_len(name))}  {format_percent(accuracy):>8}  {bar}".rstrip())
     return lines
 
 
@@ -73,6 +75,12 @@ def format_confusions(evaluation: Evaluation, *, count: int = 3) -> list[str]:
     return [
         f"{share:6.1%} of {name} taken for {other} ({n:,} of {of:,})" for share, n, of, name, other in found[:count]
     ]
+
+
+def format_worst_confusions(evaluation: Evaluation) -> list[str]:
+    """Give the confusions that hurt most, under a heading; nothing where there are none."""
+    confusions = format_confusions(evaluation)
+    return ["", "confusions that hurt most:", *confusions] if confusions else []
 
 
 def format_outcome(summary: Summary, *, total_epochs: int) -> str:
@@ -99,7 +107,7 @@ def format_bench(result: Mapping[str, Any]) -> list[str]:
             rows.append([name, f"{rate:,.0f}", "", ""])
         elif rate is not None:
             spread = f"{result[f'{ratio}_min']:.3f} to {result[f'{ratio}_max']:.3f}"
-            rows.append([name, f"{rate:,.0f}", f"x {result[ratio]:.3f}", spread])
+            rows.append([name, f"{rate:,.0f}", f"{result[ratio]:.3f} x as fast", spread])
     parts: Mapping[str, float] = result["seconds_by_part"]
     total = sum(parts.values())
     memory: Mapping[str, float] = result["memory_mib_by_part"]
@@ -135,12 +143,26 @@ def format_sweep(result: Mapping[str, Any]) -> list[str]:
 
 def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Give rows of cells, names first, as lines of aligned columns: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
     lines = []
-    for first, *others in rows:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]))
+    for row in rows:
+        spaces = [" " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)]
+        cells = [space + cell for cell, space in zip(row[1:], spaces[1:], strict=True)]
+        lines.append("  ".join([row[0] + spaces[0], *cells]))
     return lines
+
+
+def print_table(console: Console, rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of cells, the first with the headings; on a terminal that is too narrow cells are broken, not rows."""
+    if not can_draw(console):
+        print_lines(console, format_table(rows), title="")
+        return
+    table = Table(*rows[0], box=None, pad_edge=False, header_style="bold")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows[1:]:
+        table.add_row(*map(Text, row))
+    console.print(table)
 
 
 def print_header(console: Console, values: Mapping[str, str]) -> None:
@@ -166,7 +188,7 @@ def print_result(console: Console, summary: Summary, total_epochs: int, director
         f"test {format_evaluation_totals(summary.test)}",
         "",
         *format_class_bars(summary.test, width=console.width),
-        *(["", "what is mistaken most:", *confusions] if (confusions := format_confusions(summary.test)) else []),
+        *format_worst_confusions(summary.test),
         "",
         f"in {directory}: config.yaml, metrics.jsonl, summary.json, checkpoints, figures",
         f"next: python launch.py report {directory}",
@@ -181,8 +203,3 @@ def print_lines(console: Console, lines: Sequence[str], *, title: str) -> None:
         return
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
-
-
-def can_draw(console: Console) -> bool:
-    """Whether this is a terminal that can move its cursor."""
-    return console.is_terminal and not console.is_dumb_terminal

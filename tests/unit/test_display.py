@@ -66,7 +66,16 @@ class Clock:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(1.234, "1.2 s"), (59.4, "59 s"), (61, "1 min 1 s"), (3599, "59 min 59 s"), (7260, "2 h 1 min")],
+    [
+        (1.234, "1.2 s"),
+        (9.96, "10 s"),
+        (59.4, "59 s"),
+        (59.7, "1 min 0 s"),
+        (61, "1 min 1 s"),
+        (3599, "59 min 59 s"),
+        (3599.8, "1 h 0 min"),
+        (7260, "2 h 1 min"),
+    ],
 )
 def test_durations(seconds, text):
     assert format_duration(seconds) == text

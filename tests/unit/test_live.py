@@ -1,6 +1,9 @@
 """The live view of a training on a terminal."""
 
+import dataclasses
 import io
+import logging
+import re
 import sys
 
 import pytest
@@ -11,7 +14,8 @@ from cifar_dist.display.live import training_display
 from tests.conftest import make_recipe
 from tests.unit.test_metrics import record
 
-PLAN = make_plan(make_recipe("epochs=20"), world_size=1, sizes=KNOWN_SIZES["cifar10"], device_type="cpu")
+PLAIN = make_plan(make_recipe("epochs=20"), world_size=1, sizes=KNOWN_SIZES["cifar10"], device_type="cpu")
+PLAN = dataclasses.replace(PLAIN, num_validation=5000)
 
 
 def terminal(width: int = 100, height: int = 30, **named) -> Console:
@@ -48,8 +52,10 @@ def test_it_shows_where_the_run_is_and_what_it_runs_on():
     view.on_epoch_start(3, 0.05)
     view.on_step(10, 1.25)
     _, facts, heading, first, second, _, run, steps = drawn(view)
-    assert facts.startswith("cpu, bf16 · 2 processes · ") and facts.endswith(" images/s · 1,210 MiB")
-    assert heading.split() == ["epoch", "loss", "accuracy", "val", "loss", "val", "accuracy", "lr", "images/s", "time"]
+    assert facts.rstrip().endswith(" images/s · 1,210 MiB · cpu, bf16 · 2 processes")
+    assert re.split(r"\s{2,}", heading.strip()) == [
+        "epoch", "train loss", "train acc", "val loss", "val acc", "lr", "images/s", "time"
+    ]  # fmt: skip
     assert first.split() == ["1", "1.000", "50.00%", "0.500", "1.00%", "0.1", "100", "2.0", "s"]
     assert second.split()[-1] == "best" and "best" not in first
     assert run.split()[0] == "run" and "792/7820" in run
@@ -67,6 +73,44 @@ def test_the_rate_of_a_run_that_goes_on_within_an_epoch_is_its_own(monkeypatch):
     assert view.rate == 128
 
 
+def test_a_run_that_goes_on_is_not_taken_for_a_fast_one():
+    """Its steps of before are no sign of speed: the end would be promised far too soon."""
+    now, view = [0.0], view_on(terminal())
+    view.progress.get_time = lambda: now[0]
+    view.on_epoch_start(5, 0.1)
+    for step in range(301, 311):
+        now[0] += 1.0
+        view.on_step(step, None)
+    run, steps = (view.progress._tasks[task] for task in (view.run, view.steps))
+    assert run.speed == steps.speed == pytest.approx(1.0)
+    assert run.completed == 4 * 391 + 310 and steps.completed == 310
+
+
+def test_each_evaluation_has_an_end_of_its_own():
+    now, view = [0.0], view_on(terminal())
+    view.progress.get_time = lambda: now[0]
+    task = view.progress._tasks[view.evaluation]
+    for _ in range(2):
+        for done in (1000, 2000, 3000, 5000):
+            now[0] += 1.0
+            view.on_evaluation(done, 5000)
+            assert task.finished == (done == 5000)
+
+
+def test_the_row_of_the_best_epoch_is_marked_and_no_other():
+    view = view_on(terminal())
+    train(view, 4, best=2)
+    marked = [line.split()[0] for line in drawn(view) if line.rstrip().endswith("best")]
+    assert marked == ["2"]
+
+
+def test_without_a_validation_split_there_is_nothing_of_one():
+    view = training_display(terminal(), PLAIN, "original", quiet=False)
+    view.on_epoch_start(1, 0.1)
+    view.on_epoch_end(record(1), False)
+    assert "train acc" in "".join(drawn(view)) and "val" not in "".join(drawn(view))
+
+
 def test_an_evaluation_has_a_bar_while_it_runs():
     view = view_on(terminal())
     view.on_evaluation(1000, 5000)
@@ -78,7 +122,7 @@ def test_an_evaluation_has_a_bar_while_it_runs():
 def test_the_best_epoch_stays_in_sight_and_a_low_terminal_shows_less():
     view = view_on(terminal())
     train(view, 12)
-    epochs = [line.split()[0] for line in drawn(view) if line.strip()[:1].isdigit()]
+    epochs = [line.split()[0] for line in drawn(view) if re.match(r" *\d+ +\d", line)]
     assert epochs == ["2", "8", "9", "10", "11", "12"]
     assert len(drawn(view, height=9)) == 7
     assert len(drawn(view, height=13)) == 10
@@ -98,14 +142,19 @@ def test_nothing_is_wider_than_the_terminal(width):
 
 def test_notes_prints_and_logs_go_above_and_the_table_stays_at_the_end(capsys):
     console = terminal(60, color_system=None)
+    logger, handler = logging.getLogger("a.library"), logging.StreamHandler()  # made before the view is there
+    logger.addHandler(handler)
     with view_on(console) as view:
         train(view, 1)
-        view.on_note("a line that is longer than the terminal is wide, and has [brackets] in it, whole")
+        view.on_note("a line that is longer than the terminal is wide, and that has [brackets] in it")
         print("printed by a library")
-        print("logged by a library", file=sys.stderr)
+        print("told by a library", file=sys.stderr)
+        logger.warning("logged by a library")
         train(view, 4)
+    assert handler.stream is sys.stderr, "it has its own stream again"
+    logger.removeHandler(handler)
     text = console.file.getvalue()
-    for expected in ("has [brackets] in it, whole", "printed by a library", "logged by a library"):
+    for expected in ("has [brackets] in it", "printed by a library", "told by a library", "logged by a library"):
         assert expected in text, expected
     end = [line.split()[0] for line in text.splitlines()[-4:]]
     assert end == ["1", "2", "3", "4"]

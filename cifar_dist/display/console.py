@@ -1,0 +1,39 @@
+"""The console that all commands write to."""
+
+import contextlib
+import os
+import sys
+
+from rich.console import Console
+
+
+class SteadyConsole(Console):
+    """A Rich console for programs that must not end because nobody reads on.
+
+    Text is shown as it is (`:100:` in a file's name is no emoji), and under `FORCE_COLOR` a pipe gets colours and no
+    view that moves the cursor.
+    """
+
+    def on_broken_pipe(self) -> None:
+        """Go on in silence: whoever read has left (`| head`), and a training is worth more than its lines."""
+        self.quiet = True
+        discard_output()
+
+
+def make_console(*, quiet: bool = False, stderr: bool = False) -> Console:
+    """Give a console on the standard output, or on stderr."""
+    console = SteadyConsole(quiet=quiet, stderr=stderr, emoji=False, highlight=False)
+    with contextlib.suppress(ValueError, AttributeError):  # a stream that is closed, or none
+        console.is_interactive = console.is_interactive and (console.is_jupyter or console.file.isatty())
+    return console
+
+
+def can_draw(console: Console) -> bool:
+    """Whether this is a terminal that can move its cursor."""
+    return console.is_interactive and console.is_terminal and not console.is_dumb_terminal
+
+
+def discard_output() -> None:
+    """Send what is still to be written to the standard output nowhere."""
+    with contextlib.suppress(OSError, ValueError):  # it is no file, or closed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
