@@ -42,9 +42,8 @@ class _Parser(argparse.ArgumentParser):
 
 def parse_arguments(argv: list[str]) -> tuple[str, Options]:
     """Give the command (`train` where none is typed) and its options. Raises UserError."""
-    top = _top_parser()
     if argv[:1] in (["-h"], ["--help"], ["--version"]):
-        top.parse_args(argv[:1])
+        _top_parser().parse_args(argv[:1])
     if argv[:1] == ["--completion"]:
         print(completion_script({name: _command_parser(name) for name in _COMMANDS}))
         raise SystemExit(0)
@@ -90,15 +89,11 @@ def _command_parser(command: str) -> argparse.ArgumentParser:
     """Make a command's parser from the fields of its options; what is not typed is left to their defaults."""
     options = _COMMANDS[command]
     parser = _Parser(
-        prog=f"launch.py {command}",
-        description=options.__doc__,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
+        prog=f"launch.py {command}", description=options.__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS
     )
     for field in fields(options):
         if field.metadata:
-            name = field.metadata["name"]
-            parser.add_argument(*([name] if name else []), dest=field.name, **field.metadata["arguments"])
+            parser.add_argument(*field.metadata["names"], dest=field.name, **field.metadata["arguments"])
     return parser
 
 

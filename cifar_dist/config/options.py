@@ -16,7 +16,7 @@ from cifar_dist.config.recipe import Recipe
 
 def flag(name: str | None, help: str, *, default: Any = None, **arguments: Any) -> Any:
     """Give a field that is typed as `name`, or by its place where that is None; `arguments` are argparse's."""
-    metadata = {"name": name, "arguments": {"help": help, **arguments}}
+    metadata = {"names": [name] if name else [], "arguments": {"help": help, **arguments}}
     if default is dict:  # one for each, since it can be changed
         return field(default_factory=dict, metadata=metadata)
     return field(default=default, metadata=metadata)
