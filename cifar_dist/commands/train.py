@@ -14,7 +14,7 @@ from rich.console import Console
 from cifar_dist.config.accelerate_config import AccelerateConfig, other_count_note, started_line, world_to_come
 from cifar_dist.config.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_KEYBOARD_INTERRUPT, UserError
 from cifar_dist.config.options import TrainOptions
-from cifar_dist.config.plan import DatasetSizes, RunPlan, fit_to_dataset, make_plan
+from cifar_dist.config.plan import RunPlan, make_plan
 from cifar_dist.config.recipe import Recipe
 from cifar_dist.config.request import TrainRequest, resolve_run, seconds_allowed
 from cifar_dist.config.world import SlurmJob, World
@@ -66,7 +66,7 @@ def train(options: TrainOptions, world: World, config: AccelerateConfig) -> tupl
             num_threads=stored.get("num_threads") if same_world else None,
         )
         with ranks.together():
-            recipe = _fit(request, dataset.sizes)
+            recipe = request.fit(dataset.sizes)
             plan = make_plan(recipe, world_size=world.size, sizes=dataset.sizes, device_type=runtime.device.type)
         if not options.quiet:
             step, note = job.checkpoint.get("step"), other_count_note(world, config, options.num_processes)
@@ -99,10 +99,6 @@ def _how_to_go_on(options: TrainOptions, directory: Path) -> str:
     return f"python launch.py{world} --resume {directory}"
 
 
-def _fit(request: TrainRequest, sizes: DatasetSizes) -> Recipe:
-    return fit_to_dataset(request.recipe, sizes, validation_size_was_typed=request.validation_size_was_typed)
-
-
 def _show_plan(console: Console, options: TrainOptions, world: World, config: AccelerateConfig) -> int:
     """Print what would be done, and by whom; nothing is started, read or written, and no data is needed."""
     run = resolve_run(options)
@@ -117,7 +113,7 @@ def _show_plan(console: Console, options: TrainOptions, world: World, config: Ac
     )
     check_world(future, outlook.device_type, os.environ)
     sizes = known_sizes(request.dataset, request.recipe)
-    recipe = _fit(request, sizes)
+    recipe = request.fit(sizes)
     plan = make_plan(recipe, world_size=future.size, sizes=sizes, device_type=outlook.device_type)
     directory = run.existing.path if run.existing is not None else new_directory(options, request)
     note = other_count_note(world, config, options.num_processes)

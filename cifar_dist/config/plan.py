@@ -68,19 +68,13 @@ class RunPlan:
     @property
     def lines(self) -> dict[str, str]:
         """The plan in words: names and values."""
-        return {"batch": self.equation, "images": self.images_line, "steps": self.steps_line}
-
-    @property
-    def images_line(self) -> str:
-        """How many images there are of each kind."""
-        return f"{self.num_train:,} training, {self.num_validation:,} validation, {self.num_test:,} test"
-
-    @property
-    def steps_line(self) -> str:
-        """How many steps there are, and whether an image is left out."""
         left_out = self.num_train - self.images_per_epoch
         note = f" ({left_out} image left out of each: BatchNorm needs two)" if left_out else ""
-        return f"{self.steps_per_epoch:,} an epoch{note} x {self.epochs:,} epochs = {self.total_steps:,}"
+        return {
+            "batch": self.equation,
+            "images": f"{self.num_train:,} training, {self.num_validation:,} validation, {self.num_test:,} test",
+            "steps": f"{self.steps_per_epoch:,} an epoch{note} x {self.epochs:,} epochs = {self.total_steps:,}",
+        }
 
 
 def image_size_at(recipe: Recipe, plan: RunPlan, step: int) -> int:

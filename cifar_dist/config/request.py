@@ -9,7 +9,7 @@ from cifar_dist.config.errors import UserError
 from cifar_dist.config.loading import read_recipe, recipe_label, stated_fields
 from cifar_dist.config.options import TrainOptions
 from cifar_dist.config.parsing import flatten, nearest
-from cifar_dist.config.plan import KNOWN_SIZES, fit_to_dataset, make_plan
+from cifar_dist.config.plan import KNOWN_SIZES, DatasetSizes, fit_to_dataset, make_plan
 from cifar_dist.config.recipe import Recipe, recipe_to_mapping, resolve_recipe
 from cifar_dist.config.run_files import RunFiles, find_run, find_run_of_job, verify_checksums
 from cifar_dist.config.trackers import check_trackers
@@ -40,6 +40,10 @@ class TrainRequest:
     def label(self) -> str:
         """The default name of the run's folder."""
         return f"{self.recipe_name}-{Path(self.dataset).name}-seed{self.recipe.seed}"
+
+    def fit(self, sizes: DatasetSizes) -> Recipe:
+        """Give the recipe, fitted to the sizes of the dataset. Raises UserError."""
+        return fit_to_dataset(self.recipe, sizes, validation_size_was_typed=self.validation_size_was_typed)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,9 +136,7 @@ def check_plan(request: TrainRequest, *, world_size: int) -> None:
     """Raise UserError where no plan can be made; before the data is there, that of a folder is not known."""
     sizes = KNOWN_SIZES.get(request.dataset)
     if sizes is not None:
-        typed = request.validation_size_was_typed
-        recipe = fit_to_dataset(request.recipe, sizes, validation_size_was_typed=typed)
-        make_plan(recipe, world_size=world_size, sizes=sizes, device_type="cpu")
+        make_plan(request.fit(sizes), world_size=world_size, sizes=sizes, device_type="cpu")
 
 
 def check_dataset_name(name: str) -> None:

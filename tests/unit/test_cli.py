@@ -69,6 +69,13 @@ def test_the_flags_of_eval_and_bench_arrive():
     assert parsed("bench", *argv) == ("bench", options)
 
 
+def test_what_is_not_typed_is_what_the_help_says():
+    evaluation, prediction = parsed("eval", "--ckpt", "x.pt")[1], parsed("predict", "--ckpt", "x.pt", "a.png")[1]
+    assert (evaluation.split, evaluation.tta, prediction.top) == ("test", "none", 5)
+    bench = parsed("bench")[1]
+    assert (bench.recipe, bench.seconds, bench.sweep, bench.assignments) == ("standard", 10.0, False, {})
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

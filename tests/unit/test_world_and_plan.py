@@ -223,8 +223,8 @@ def test_the_plan_of_the_original():
     plan = make_plan(make_recipe(), world_size=1, sizes=KNOWN_SIZES["cifar10"], device_type="cpu")
     assert plan.equation == "global_batch_size 128 = 128 per device x 1 process x 1 accumulation"
     assert (plan.steps_per_epoch, plan.images_per_epoch, plan.total_steps) == (391, 50_000, 391 * 800)
-    assert plan.images_line == "50,000 training, 0 validation, 10,000 test"
-    assert plan.steps_line == "391 an epoch x 800 epochs = 312,800"
+    assert plan.lines["images"] == "50,000 training, 0 validation, 10,000 test"
+    assert plan.lines["steps"] == "391 an epoch x 800 epochs = 312,800"
 
 
 def test_the_batch_is_cut_by_the_world():
@@ -259,7 +259,7 @@ def test_a_last_batch_of_one_image_is_left_out(num_train, steps, used):
     sizes = DatasetSizes(num_train=num_train, num_test=1)
     plan = make_plan(make_recipe("epochs=1"), world_size=1, sizes=sizes, device_type="cpu")
     assert (plan.steps_per_epoch, plan.images_per_epoch) == (steps, used)
-    assert ("1 image left out of each" in plan.steps_line) == (used != num_train)
+    assert ("1 image left out of each" in plan.lines["steps"]) == (used != num_train)
 
 
 def test_an_untyped_validation_size_is_cut_to_a_tenth():
