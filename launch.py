@@ -3,7 +3,12 @@
 
 import sys
 
-from cifar_dist.cli import main
-
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        from cifar_dist.cli import main
+
+        sys.exit(main())
+    except ModuleNotFoundError as error:  # a Python in which the project was not installed
+        advice = "activate the virtual environment, or pip install -e ."
+        print(f"error: {sys.executable} has no package {error.name}: {advice}", file=sys.stderr)
+        sys.exit(2)

@@ -25,6 +25,7 @@ from cifar_dist.config.errors import (
     UserError,
 )
 from cifar_dist.config.options import TrainOptions
+from cifar_dist.config.provenance import PROGRAM, program_name
 from cifar_dist.config.request import TrainRequest, check_before_launch
 from cifar_dist.config.world import World
 
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # a bar or a name that a code page lacks is no reason to fail
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    os.environ.setdefault(PROGRAM, program_name(sys.argv[0]))
     world = World()
     try:
         world = World.from_environment(os.environ)
@@ -55,6 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if world.rank == 0:
             print("interrupted, with nothing left to save", file=sys.stderr)
         code = EXIT_INTERRUPTED if isinstance(end, StoppedBeforeTraining) else EXIT_KEYBOARD_INTERRUPT
+    except BrokenPipeError:  # who read has left (`| head`), and there is nothing to be said to nobody
+        from cifar_dist.display.console import discard_output
+
+        discard_output()
+        code = EXIT_FAILED
     except Exception as error:  # what nobody foresaw: its traceback, from the process that it happened to
         if world.size == 1:
             raise
@@ -98,14 +105,13 @@ def _run(argv: list[str], world: World) -> int:
 
 def _provide_data(request: TrainRequest) -> None:
     """Download what is missing before processes are started that would wait for it."""
-    from rich.console import Console
-
     from cifar_dist.data.archives import ARCHIVES
     from cifar_dist.data.official_files import provide
+    from cifar_dist.display.console import make_console
     from cifar_dist.display.progress import loading_progress
 
     if request.dataset in ARCHIVES:
-        with loading_progress(Console(), request.dataset) as progress:
+        with loading_progress(make_console(), request.dataset) as progress:
             provide(ARCHIVES[request.dataset], request.data_dir, progress=progress)
 
 

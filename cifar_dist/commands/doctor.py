@@ -18,6 +18,7 @@ from cifar_dist.config.world import World
 from cifar_dist.data.archives import CIFAR10, CIFAR100
 from cifar_dist.data.datasets import load_dataset
 from cifar_dist.data.official_files import where_found
+from cifar_dist.display.console import make_console
 from cifar_dist.display.progress import loading_progress
 from cifar_dist.display.tables import print_header
 from cifar_dist.model.pretrained import imagenet_weights, imagenet_weights_place
@@ -28,7 +29,7 @@ from cifar_dist.runtime.threads import usable_cores
 
 def run(options: DoctorOptions, world: World, config: AccelerateConfig) -> int:
     """Look, tell, and download where that is asked for; give the exit code."""
-    console = Console(quiet=world.rank > 0)
+    console = make_console(quiet=world.rank > 0)
     data_dir = (options.data_dir or DEFAULT_DATA_DIR).absolute()
     if options.download and world.rank == 0:
         _download(console, data_dir)

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from cifar_dist.config.accelerate_config import AccelerateConfig
@@ -16,6 +15,7 @@ from cifar_dist.config.options import ExportOptions
 from cifar_dist.config.provenance import package_versions
 from cifar_dist.config.world import World
 from cifar_dist.data.batches import Normalizer
+from cifar_dist.display.console import make_console
 from cifar_dist.training.checkpoint import check_output, write_output
 from cifar_dist.training.weights import SavedWeights, read_weights
 
@@ -46,7 +46,7 @@ def run(options: ExportOptions, world: World, config: AccelerateConfig) -> int:
     images = f"RGB images (N, 3, {recipe.image_size}, {recipe.image_size}) in [0, 1]"
     images += "" if kind == ".onnx" else f", normalised by mean {mean} and std {std}"
     for line in (*weights.notes, f"{out}: stem {recipe.stem}, {weights.num_classes} classes; takes {images}"):
-        Console().print(line, highlight=False, soft_wrap=True, markup=False)
+        make_console().print(line, highlight=False, soft_wrap=True, markup=False)
     return EXIT_DONE
 
 

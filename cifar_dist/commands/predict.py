@@ -17,6 +17,7 @@ from cifar_dist.config.world import World
 from cifar_dist.data.batches import Normalizer
 from cifar_dist.data.decoding import ImageFile
 from cifar_dist.data.loose import UNREADABLE, decode_images, find_images
+from cifar_dist.display.console import make_console
 from cifar_dist.display.progress import evaluation_display
 from cifar_dist.display.tables import format_table
 from cifar_dist.records import Observer
@@ -32,7 +33,7 @@ _DECODED_AT_ONCE = 256
 def run(options: PredictOptions, world: World, config: AccelerateConfig) -> int:
     """Predict as asked; give the exit code: 2 where an image could not be read."""
     to_stdout = options.json is not None and str(options.json) == "-"
-    console = Console(quiet=world.rank > 0, stderr=to_stdout)
+    console = make_console(quiet=world.rank > 0, stderr=to_stdout)
     with connect(world, config) as ranks:
         weights = ranks.from_main(lambda: _read_weights(options, to_stdout))
         files, unreadable = ranks.from_main(lambda: find_images(options.images))

@@ -15,11 +15,13 @@ from cifar_dist.config.accelerate_config import AccelerateConfig, other_count_no
 from cifar_dist.config.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_KEYBOARD_INTERRUPT, UserError
 from cifar_dist.config.options import TrainOptions
 from cifar_dist.config.plan import RunPlan, make_plan
+from cifar_dist.config.provenance import command_line
 from cifar_dist.config.recipe import Recipe
 from cifar_dist.config.request import TrainRequest, resolve_run, seconds_allowed
 from cifar_dist.config.world import SlurmJob, World
 from cifar_dist.data.dataset import Dataset
 from cifar_dist.data.datasets import known_sizes, load_dataset
+from cifar_dist.display.console import make_console
 from cifar_dist.display.live import training_display
 from cifar_dist.display.progress import Display, loading_progress
 from cifar_dist.display.tables import print_header, print_result
@@ -42,13 +44,13 @@ from cifar_dist.training.tracking import Trackers
 def run(options: TrainOptions, world: World, config: AccelerateConfig) -> int:
     """Train as asked; give the exit code."""
     if options.dry_run:
-        return _show_plan(Console(quiet=world.rank > 0), options, world, config)
+        return _show_plan(make_console(quiet=world.rank > 0), options, world, config)
     return train(options, world, config)[0]
 
 
 def train(options: TrainOptions, world: World, config: AccelerateConfig) -> tuple[int, Summary | None]:
     """Train as asked; give the exit code, and on all ranks what became of the run where it came to its end."""
-    console = Console(quiet=world.rank > 0)
+    console = make_console(quiet=world.rank > 0)
     interrupt = Interrupt(seconds=seconds_allowed(options.max_minutes, os.environ, time.time()))
     slurm_job = SlurmJob.from_environment(os.environ)
     with connect(world, config) as ranks, RunLock(slurm_job) as lock:
@@ -94,9 +96,9 @@ def train(options: TrainOptions, world: World, config: AccelerateConfig) -> tupl
 
 def _how_to_go_on(options: TrainOptions, directory: Path) -> str:
     """Give the command that resumes the run in the same world."""
-    world = f" --config {options.config}" if options.config else ""
-    world += f" --num-processes {options.num_processes}" if options.num_processes else ""
-    return f"python launch.py{world} --resume {directory}"
+    world = ["--config", options.config] if options.config else []
+    world += ["--num-processes", str(options.num_processes)] if options.num_processes else []
+    return command_line(*world, "--resume", directory)
 
 
 def _show_plan(console: Console, options: TrainOptions, world: World, config: AccelerateConfig) -> int:

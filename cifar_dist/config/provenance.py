@@ -1,11 +1,29 @@
-"""Where a run came from: versions and the commit of the checkout, so that it can be run again."""
+"""Where a run came from: program, versions and the commit of the checkout, so that it can be run again."""
 
+import os
 import platform
+import shlex
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from cifar_dist import __version__
+
+PROGRAM = "CIFAR_DIST_PROGRAM"
+"""The environment variable that tells all processes of a run how it was typed."""
+
+
+def program_name(path: str) -> str:
+    """Give what a person types to start this program, from the path that Python was given (`sys.argv[0]`)."""
+    name = Path(path).stem
+    if name == "launch":
+        return f"python {shlex.quote(path)}"
+    return {"cifar-dist": "cifar-dist", "__main__": "python -m cifar_dist"}.get(name, "python launch.py")
+
+
+def command_line(*words: object) -> str:
+    """Give a command of this program as it can be typed here."""
+    return f"{os.environ.get(PROGRAM, 'cifar-dist')} {shlex.join(map(str, words))}"
 
 
 def package_versions() -> dict[str, str]:

@@ -1,7 +1,6 @@
 """What stands on the page of a run, and on that of several."""
 
 import json
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifar_dist.config.parsing import flatten
+from cifar_dist.config.provenance import command_line
 from cifar_dist.display.canvas import replace_file
 from cifar_dist.display.comparison import ReportedRun, comparison_notes, comparison_rows, short_names
 from cifar_dist.display.curves import overlaid_panels, run_panels, style_of
@@ -74,7 +74,7 @@ def page_of_run(run: ReportedRun, saved: Arrays) -> str:
     recipe = {
         name: value if isinstance(value, str) else json.dumps(value) for name, value in flatten(run.recipe).items()
     }
-    again = "python launch.py --recipe " + shlex.join(_arguments(run))
+    again = command_line("--recipe", *_arguments(run))
     parts += [html_heading("To run it again"), html_text(again)]
     parts += [html_heading("Where it comes from"), html_fields(_origin(run))]
     return html_page(run.title, [*parts, html_heading("Recipe"), html_fields(recipe)])

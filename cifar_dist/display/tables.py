@@ -10,6 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from cifar_dist.config.provenance import command_line
 from cifar_dist.display.console import can_draw
 from cifar_dist.records import EpochRecord, Evaluation, Summary
 
@@ -191,7 +192,7 @@ def print_result(console: Console, summary: Summary, total_epochs: int, director
         *format_worst_confusions(summary.test),
         "",
         f"in {directory}: config.yaml, metrics.jsonl, summary.json, checkpoints, figures",
-        f"next: python launch.py report {directory}",
+        f"next: {command_line('report', directory)}",
     ]
     print_lines(console, lines, title="result")
 

@@ -204,7 +204,7 @@ def test_a_signal_reaches_every_rank_and_the_run_goes_on_where_it_was(number, im
     assert code == 75, err
     line = err.strip().splitlines()[-1]
     assert line.startswith("interrupted in epoch ")
-    assert line.endswith(f"and saved; go on with: python launch.py --config {MULTI_CPU} --resume run")
+    assert line.endswith(f"and saved; go on with: python {ROOT / 'launch.py'} --config {MULTI_CPU} --resume run")
     assert not [one for one in started if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "interrupted"

@@ -117,7 +117,8 @@ def test_of_many_classes_the_worst_are_shown():
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_the_result_is_a_panel_on_a_terminal_and_plain_lines_elsewhere(terminal, tmp_path):
+def test_the_result_is_a_panel_on_a_terminal_and_plain_lines_elsewhere(terminal, tmp_path, monkeypatch):
+    monkeypatch.setenv("CIFAR_DIST_PROGRAM", "python launch.py")
     shown = console(terminal, width=120)
     print_result(shown, SUMMARY, 20, tmp_path)
     text = text_of(shown)

@@ -98,7 +98,7 @@ def test_one_run_gets_its_figures_and_a_page(run):
 
 
 def test_the_command_to_run_it_again_can_be_typed(run):
-    words = re.search(r"<pre>python launch.py (.*?)</pre>", (run / "report.html").read_text())[1].split()
+    words = re.search(r"<pre>(?:python launch.py|cifar-dist) (.*?)</pre>", (run / "report.html").read_text())[1].split()
     command, options = parse_arguments(words)
     assert (command, options.dataset, options.precision, options.num_processes) == ("train", "shapes", "bf16", 2)
     assert read_recipe(options.recipe) == yaml.safe_load((run / "config.yaml").read_text())["recipe"]

@@ -1,0 +1,81 @@
+"""The console, and what a person is told of the program: in pipes, under FORCE_COLOR, without the packages."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from cifar_dist.config.provenance import command_line, program_name
+from cifar_dist.display.console import can_draw, make_console
+from tests.conftest import ROOT
+
+
+def with_nobody_who_reads(*words: str) -> subprocess.CompletedProcess:
+    """Run Python with a standard output that is closed at its other end."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        return subprocess.run(
+            [sys.executable, *words],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            timeout=60,
+            check=False,
+        )
+    finally:
+        os.close(writer)
+
+
+def test_a_program_goes_on_where_nobody_reads_its_lines():
+    code = """
+import sys
+from cifar_dist.display.console import make_console
+console = make_console()
+for _ in range(100):
+    console.print("a line of a training")
+print("it went on", file=sys.stderr)
+"""
+    result = with_nobody_who_reads("-c", code)
+    assert (result.returncode, result.stderr) == (0, "it went on\n")
+
+
+def test_a_list_that_nobody_reads_to_its_end_is_no_accident():
+    result = with_nobody_who_reads("launch.py", "--completion")
+    assert (result.returncode, result.stderr) == (1, "")
+
+
+def test_a_pipe_gets_no_moving_view_where_colours_are_forced(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert not can_draw(make_console())
+
+
+def test_text_is_shown_as_it_is(capsys):
+    make_console().print("a/:cat:.png 100", markup=False)
+    assert capsys.readouterr().out == "a/:cat:.png 100\n"
+
+
+def test_a_python_without_the_packages_is_told_so_in_one_line():
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-S", "launch.py", "--dataset", "shapes"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environ, timeout=60, check=False)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert "has no package yaml" in result.stderr and "pip install" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("launch.py", "python launch.py"),
+        ("/a b/launch.py", "python '/a b/launch.py'"),
+        ("/x/bin/cifar-dist", "cifar-dist"),
+        ("/x/cifar_dist/__main__.py", "python -m cifar_dist"),
+        ("/x/bin/pytest", "python launch.py"),
+    ],
+)
+def test_a_command_is_told_as_this_one_was_typed(monkeypatch, path, name):
+    monkeypatch.setenv("CIFAR_DIST_PROGRAM", program_name(path))
+    assert command_line("report", "my runs/x") == f"{name} report 'my runs/x'"
