@@ -104,7 +104,7 @@ def listen(runtime, monkeypatch, *assignments, spoil=lambda trainer: None) -> Li
     dataset = make_dataset(num_train=64, num_test=30)
     recipe = make_recipe(*EVERYTHING, *assignments)
     plan = make_plan(recipe, world_size=1, sizes=dataset.sizes, device_type="mps")
-    monkeypatch.setattr(device, "memory_format", lambda device_type: torch.contiguous_format)
+    monkeypatch.setattr(runtime, "memory_format", torch.contiguous_format)
     monkeypatch.setattr(setup, "use_dense_products", lambda model: None)  # which are taken on a CPU alone
     trainer = build_trainer(recipe, plan, dataset, runtime, Observer())
     spoil(trainer)
