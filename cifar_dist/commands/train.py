@@ -33,7 +33,7 @@ from cifar_dist.training.engine import DivergedError, InterruptedRun
 from cifar_dist.training.lock import RunLock
 from cifar_dist.training.opening import begin, describe, new_directory, open_job, rhythm_of
 from cifar_dist.training.run_directory import RunDirectory, UnwrittenRun
-from cifar_dist.training.saving import Rhythm
+from cifar_dist.training.saving import CheckpointWriter
 from cifar_dist.training.session import Session
 from cifar_dist.training.setup import build_trainer
 from cifar_dist.training.tracking import Trackers
@@ -85,8 +85,9 @@ def train(options: TrainOptions, world: World, config: AccelerateConfig) -> tupl
         about = describe(request, recipe, dataset.class_names, fingerprint, runtime)
         directory = RunDirectory(job.directory, lock) if ranks.is_main else UnwrittenRun(job.directory)
         every = rhythm_of(options, stored)
-        rhythm = Rhythm.of(every["checkpoint_every_minutes"], every["checkpoint_every_steps"])
-        session = Session(directory, trainer, dataset, about, rhythm, Trackers(display.on_note))
+        minutes, steps = every["checkpoint_every_minutes"], every["checkpoint_every_steps"]
+        checkpoints = CheckpointWriter(directory, about, minutes=minutes, steps=steps)
+        session = Session(checkpoints, trainer, dataset, Trackers(display.on_note))
         with ranks.together():
             begin(session, job, plan, slurm_job, every)
         return _train_and_test(console, display, session, _how_to_go_on(options, job.directory))

@@ -62,6 +62,7 @@ def build_trainer(
         optimizer=build_optimizer(model, recipe.optimizer),
         early_stopping=EarlyStopping(recipe.early_stopping),
         ema=ema,
+        groups=groups,
         sums=RunningSums(runtime.device),
     )
     batches, validation = _data_path(recipe, plan, dataset, runtime)
@@ -76,7 +77,6 @@ def build_trainer(
         interrupt=interrupt or Interrupt(),
         frozen=frozen,
         dropout=HeadDropout(model, recipe.dropout) if recipe.dropout else None,
-        groups=groups,
     )
 
 

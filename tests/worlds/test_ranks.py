@@ -30,7 +30,7 @@ from cifar_dist.training.engine import DivergedError, InterruptedRun
 from cifar_dist.training.evaluation import predict_logits
 from cifar_dist.training.metrics import summarize
 from cifar_dist.training.run_directory import RunDirectory, UnwrittenRun
-from cifar_dist.training.saving import Rhythm
+from cifar_dist.training.saving import CheckpointWriter
 from cifar_dist.training.session import Session
 from cifar_dist.training.setup import build_trainer
 from tests.conftest import make_dataset, make_recipe
@@ -271,7 +271,7 @@ def interrupted(runtime, *, folder):
         for start_again in (False, True) if stop else (False,):
             trainer = trainer_of(runtime, "batch_norm_group_size=4", "ema_decay=0.9", "selection=last")
             object.__setattr__(trainer.plan, "report_every_steps", 2)
-            session = Session(directory, trainer, dataset, {"dataset": {"fingerprint": "x"}}, Rhythm(every_seconds=60))
+            session = Session(CheckpointWriter(directory, {"dataset": {"fingerprint": "x"}}), trainer, dataset)
             if start_again:
                 session.restore(load_checkpoint(directory.last))
             elif stop:
