@@ -19,8 +19,8 @@ from cifar_dist.records import EpochRecord, Evaluation, Observer
 from cifar_dist.runtime.distributed import Runtime
 from cifar_dist.runtime.interrupt import Interrupt
 from cifar_dist.training.early_stopping import monitored_value
-from cifar_dist.training.evaluation import Validation
-from cifar_dist.training.loss import batch_loss
+from cifar_dist.training.evaluation import EvaluationSet
+from cifar_dist.training.metrics import batch_loss
 from cifar_dist.training.state import Best, TrainState, copy_weights
 
 
@@ -59,7 +59,7 @@ class Trainer:
     runtime: Runtime
     state: TrainState
     batches: TrainingBatches
-    validation: Validation | None
+    validation: EvaluationSet | None
     observer: Observer
     interrupt: Interrupt
     frozen: tuple[nn.Parameter, ...] = ()
@@ -224,8 +224,7 @@ class Trainer:
     def _validate(self) -> Evaluation | None:
         if self.validation is None:
             return None
-        model, size = self.state.evaluated_model, self.recipe.image_size
-        return self.validation.evaluate(model, image_size=size, runtime=self.runtime, observer=self.observer)
+        return self.validation.evaluate(self.state.evaluated_model, self.observer)
 
     def _keep_best(self, record: EpochRecord) -> bool:
         """Keep a copy of the weights where this epoch is the best so far; without a validation split none is."""

@@ -8,11 +8,10 @@ import torch
 from numpy.typing import NDArray
 
 from cifar_dist.config.errors import UserError
-from cifar_dist.data.batches import Normalizer
 from cifar_dist.data.dataset import Dataset
 from cifar_dist.records import Evaluation, Status, Summary
 from cifar_dist.training.engine import Checkpointing, DivergedError, InterruptedRun, Trainer
-from cifar_dist.training.evaluation import predict_logits, what_figures_need
+from cifar_dist.training.evaluation import EvaluationSet, what_figures_need
 from cifar_dist.training.metrics import summarize
 from cifar_dist.training.run_directory import preparing
 from cifar_dist.training.saving import CheckpointWriter
@@ -124,20 +123,14 @@ class Session(Checkpointing):
         recipe, model = self.trainer.recipe, self.state.evaluated_model
         if recipe.selection == "best" and self.state.best is not None:
             model.load_state_dict(self.state.best.weights)
-        test = self.dataset.test.to(self.runtime.device)
-        predictions = predict_logits(
-            model,
-            test,
-            torch.arange(len(test)),
-            num_classes=self.dataset.num_classes,
-            image_size=recipe.image_size,
-            normalize=Normalizer(recipe.normalization, self.runtime.device, self.runtime.memory_format),
-            runtime=self.runtime,
-            observer=self.trainer.observer,
+        data, names = self.dataset.test, self.dataset.class_names
+        test = EvaluationSet(
+            data=data, indices=torch.arange(len(data)), class_names=names, recipe=recipe, runtime=self.runtime
         )
-        written = what_figures_need(predictions, self.dataset.test, self.dataset.class_names)
+        predictions = test.predict(model, self.trainer.observer)
+        written = what_figures_need(predictions, data, names)
         self.directory.write_predictions(**written)
-        evaluation = summarize(predictions.logits, predictions.labels, self.dataset.class_names)
+        evaluation = summarize(predictions.logits, predictions.labels, names)
         try:
             self.trainer.check_finite(evaluation.loss)
         except DivergedError:

@@ -22,12 +22,11 @@ from cifar_dist.config.accelerate_config import AccelerateConfig
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.plan import make_plan
 from cifar_dist.config.world import World
-from cifar_dist.data.batches import Normalizer
 from cifar_dist.records import Observer
 from cifar_dist.runtime import device, distributed
 from cifar_dist.runtime.device import look_ahead
 from cifar_dist.training import setup
-from cifar_dist.training.evaluation import predict_logits
+from cifar_dist.training.evaluation import EvaluationSet
 from cifar_dist.training.setup import build_trainer
 from tests.conftest import make_dataset, make_recipe
 
@@ -135,10 +134,10 @@ def listen(runtime, monkeypatch, *assignments, spoil=lambda trainer: None) -> Li
     with mode:
         for _ in trainer.epochs():
             pass
-        predict_logits(
-            state.evaluated_model, test, torch.arange(len(test)), num_classes=10, image_size=32, runtime=runtime,
-            normalize=Normalizer(recipe.normalization, torch.device("cpu"), torch.contiguous_format), mirror=True,
-        )  # fmt: skip
+        images = EvaluationSet(
+            data=test, indices=torch.arange(len(test)), class_names=dataset.class_names, recipe=recipe, runtime=runtime
+        )
+        images.predict(state.evaluated_model, Observer(), mirror=True)
     return mode
 
 
