@@ -262,14 +262,15 @@ def one_interruption(runtime):
 
 
 def interrupted(runtime, *, folder):
-    """A run with ghost groups that is interrupted in the middle of an epoch, beside one that is not."""
+    """A run with ghost groups that is interrupted in the middle of an epoch, beside one that only saves there."""
     dataset, ends = make_dataset(num_train=72, num_test=10), []
     for name, stop in (("whole", None), ("parts", 6)):
         directory = (RunDirectory if runtime.is_main else UnwrittenRun)(folder / name)
         for start_again in (False, True) if stop else (False,):
             trainer = trainer_of(runtime, "batch_norm_group_size=4", "ema_decay=0.9", "selection=last")
             object.__setattr__(trainer.plan, "report_every_steps", 2)
-            session = Session(CheckpointWriter(directory, {"dataset": {"fingerprint": "x"}}), trainer, dataset)
+            writer = CheckpointWriter(directory, {"dataset": {"fingerprint": "x"}}, steps=None if stop else 3)
+            session = Session(writer, trainer, dataset)
             if start_again:
                 session.restore(load_checkpoint(directory.last))
             elif stop:
