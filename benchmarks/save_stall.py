@@ -32,7 +32,8 @@ class Clock:
 
         def timed_save(session: Session) -> None:
             """Save as the largest checkpoint is saved, and end the run when there are enough."""
-            session.state.best = Best(epoch=len(self.saves), value=0, weights=copy_weights(session.state.model))
+            weights = copy_weights(session.state.model)
+            session.state.best = Best(epoch=len(self.saves), value=0, weights=weights, record={})
             begun = time.perf_counter()
             save(session)
             self.saves.append(time.perf_counter() - begun)
