@@ -28,11 +28,12 @@ class Clock:
 
     def __init__(self, saves: int) -> None:
         self.wanted, self.saves, self.steps, self.trainer = saves, [], [], None
-        save, step = Session.save_within_epoch, Trainer._optimizer_step
+        save, step = Session.save, Trainer._optimizer_step
 
         def timed_save(session: Session) -> None:
             """Save as the largest checkpoint is saved, and end the run when there are enough."""
-            session.state.best = Best(epoch=len(self.saves), value=0, weights=copy_weights(session.state.model))
+            weights = copy_weights(session.state.model)
+            session.state.best = Best(epoch=len(self.saves), value=0, weights=weights, record={})
             begun = time.perf_counter()
             save(session)
             self.saves.append(time.perf_counter() - begun)
@@ -45,7 +46,7 @@ class Clock:
             self.trainer = trainer
             self.steps.append(time.perf_counter())
 
-        Session.save_within_epoch, Trainer._optimizer_step = timed_save, timed_step
+        Session.save, Trainer._optimizer_step = timed_save, timed_step
 
     def step_seconds(self) -> float:
         """The median time of a step that has no save before it: every second one."""

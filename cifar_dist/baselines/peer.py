@@ -5,21 +5,18 @@ import itertools
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-NUM_WORKERS = 2
-PREFETCHED = 2 * NUM_WORKERS
+from cifar_dist.baselines.script import NUM_WORKERS, TransformedImages
 
 
-class TensorImages(Dataset[tuple[Tensor, int]]):
-    """Images as tensors, with the same transforms as the script's."""
+class PeerLoop:
+    """The training step of such a program, called again and again; where and how precisely, Accelerate knows."""
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        """Take `images` (N, 3, H, W) uint8 and `labels` (N,)."""
-        self.images = images
-        self.labels = labels.tolist()
-        self.transform = v2.Compose(
+    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, *, batch_size: int) -> None:
+        """Take `images` (N, 3, H, W) uint8 and `labels` (N,); the transforms are the script's, on tensors."""
+        transform = v2.Compose(
             [
                 v2.RandomCrop(images.shape[-1], padding=4),
                 v2.RandomHorizontalFlip(),
@@ -29,22 +26,10 @@ class TensorImages(Dataset[tuple[Tensor, int]]):
                 v2.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
             ]
         )
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(self.images[index]), self.labels[index]
-
-
-class PeerLoop:
-    """The training step of such a program, called again and again; where and how precisely, Accelerate knows."""
-
-    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, *, batch_size: int) -> None:
         self.accelerator = Accelerator()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
         loader = DataLoader(
-            TensorImages(images, labels),
+            TransformedImages(images, labels.tolist(), transform),
             batch_size=batch_size,
             shuffle=True,
             num_workers=NUM_WORKERS,

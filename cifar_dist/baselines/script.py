@@ -1,6 +1,9 @@
 """The loop of the original script: PIL transforms a sample, two loader workers, the loss read in every step."""
 
 import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
@@ -13,29 +16,20 @@ PREFETCHED = 2 * NUM_WORKERS
 """Batches that the workers prepare ahead, torch's default."""
 
 
-class PilImages(Dataset[tuple[Tensor, int]]):
-    """Images as torchvision's CIFAR10 gives them, with the script's training transforms."""
+@dataclass(eq=False)
+class TransformedImages(Dataset[tuple[Tensor, int]]):
+    """Images that are transformed one by one, when a worker asks for them."""
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        """Take `images` (N, 3, H, W) uint8 and `labels` (N,)."""
-        self.images = images.permute(0, 2, 3, 1).contiguous().numpy()
-        self.labels = labels.tolist()
-        self.transform = transforms.Compose(
-            [
-                transforms.RandomCrop(images.shape[-1], padding=4),
-                transforms.RandomHorizontalFlip(),
-                transforms.RandomRotation(10),
-                transforms.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.2),
-                transforms.ToTensor(),
-                transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-            ]
-        )
+    images: Any
+    """N of what `transform` takes, by their places."""
+    labels: Sequence[int]
+    transform: Callable[[Any], Tensor]
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
+        return self.transform(self.images[index]), self.labels[index]
 
 
 class ScriptLoop:
@@ -44,12 +38,25 @@ class ScriptLoop:
     def __init__(
         self, model: nn.Module, images: Tensor, labels: Tensor, *, batch_size: int, device: torch.device
     ) -> None:
+        """Take `images` (N, 3, H, W) uint8 and `labels` (N,); the samples are what torchvision's CIFAR10 gives."""
+        transform = transforms.Compose(
+            [
+                Image.fromarray,
+                transforms.RandomCrop(images.shape[-1], padding=4),
+                transforms.RandomHorizontalFlip(),
+                transforms.RandomRotation(10),
+                transforms.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.2),
+                transforms.ToTensor(),
+                transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+            ]
+        )
+        pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
         self.device = device
         self.model = model.to(device).train()
         self.criterion = nn.CrossEntropyLoss()
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
         self.loader = DataLoader(
-            PilImages(images, labels),
+            TransformedImages(pixels, labels.tolist(), transform),
             batch_size=batch_size,
             shuffle=True,
             num_workers=NUM_WORKERS,

@@ -20,8 +20,9 @@ from cifar_dist.config.plan import make_plan
 from cifar_dist.config.recipe import Recipe, resolve_recipe
 from cifar_dist.config.world import World
 from cifar_dist.data.dataset import Dataset, LabelledImages
+from cifar_dist.display.console import make_console
 from cifar_dist.display.live import training_display
-from cifar_dist.display.tables import format_bench, format_sweep, print_lines
+from cifar_dist.display.tables import format_bench, format_sweep, print_lines, print_notes
 from cifar_dist.model.convolution import use_dense_products
 from cifar_dist.model.optimizer import build_optimizer
 from cifar_dist.model.resnet import build_resnet
@@ -45,7 +46,7 @@ FOR_SPEED: dict[str, Any] = {
 
 def run(options: BenchOptions, world: World, config: AccelerateConfig) -> int:
     """Measure as asked; give the exit code."""
-    console = Console(quiet=world.rank > 0)
+    console = make_console(quiet=world.rank > 0)
     if options.json is not None:
         check_output("--json", options.json)
     if options.sweep and world.size > 1:
@@ -55,9 +56,8 @@ def run(options: BenchOptions, world: World, config: AccelerateConfig) -> int:
         runtime = start(ranks, config, typed_precision=options.precision, doing="measuring")
         what = f"{recipe_label(options.recipe)}, stem {recipe.stem}, batch {recipe.global_batch_size}"
         processes = f"{world.size} process{'es' if world.size > 1 else ''}"
-        notes = filter(None, [*runtime.outlook.notes, other_count_note(world, config, None)])
-        for line in (*notes, f"{what}, {processes}, {runtime.outlook.line}"):
-            console.print(line, highlight=False, soft_wrap=True, markup=False)
+        notes = (*runtime.outlook.notes, other_count_note(world, config, None))
+        print_notes(console, (*notes, f"{what}, {processes}, {runtime.outlook.line}"))
         if options.sweep:
             build_step = functools.partial(_bare_step, recipe, runtime)
             result = sweep(build_step, recipe.global_batch_size, runtime, options.seconds) | _about(recipe, runtime)
@@ -127,7 +127,7 @@ def _others(recipe: Recipe, runtime: Runtime, dataset: Dataset) -> list[Contende
     models = [build_resnet(recipe.stem, _NUM_CLASSES, seed=recipe.seed) for _ in range(2)]
     first = script.ScriptLoop(models[0], train.images, train.labels, batch_size=batch, device=runtime.device)
     second = peer.PeerLoop(models[1], train.images, train.labels, batch_size=batch)
-    return [Contender("script", first, script.PREFETCHED), Contender("peer", second, peer.PREFETCHED)]
+    return [Contender("script", first, script.PREFETCHED), Contender("peer", second, script.PREFETCHED)]
 
 
 def _compared(contenders: list[Contender], rounds: list[tuple[float, ...]]) -> dict[str, Any]:

@@ -16,23 +16,23 @@ from cifar_dist.config.options import EvalOptions
 from cifar_dist.config.plan import fit_to_dataset
 from cifar_dist.config.request import DEFAULT_DATA_DIR, DEFAULT_DATASET, check_dataset_name
 from cifar_dist.config.world import World
-from cifar_dist.data.batches import Normalizer
 from cifar_dist.data.dataset import Dataset, LabelledImages
 from cifar_dist.data.datasets import load_dataset
 from cifar_dist.data.split import stratified_split
+from cifar_dist.display.console import make_console
 from cifar_dist.display.progress import evaluation_display, loading_progress
-from cifar_dist.display.tables import format_class_bars, format_evaluation_totals, print_lines
+from cifar_dist.display.tables import format_class_bars, format_evaluation_totals, print_lines, print_notes
 from cifar_dist.records import Evaluation
 from cifar_dist.runtime.distributed import Runtime, connect, start
 from cifar_dist.training.checkpoint import check_output, write_output
-from cifar_dist.training.evaluation import Predictions, predict_logits, what_figures_need
+from cifar_dist.training.evaluation import EvaluationSet, what_figures_need
 from cifar_dist.training.metrics import summarize
 from cifar_dist.training.weights import SavedWeights, read_weights
 
 
 def run(options: EvalOptions, world: World, config: AccelerateConfig) -> int:
     """Evaluate as asked; give the exit code."""
-    evaluate(options, world, config, Console(quiet=world.rank > 0))
+    evaluate(options, world, config, make_console(quiet=world.rank > 0))
     return EXIT_DONE
 
 
@@ -44,20 +44,21 @@ def evaluate(options: EvalOptions, world: World, config: AccelerateConfig, conso
         precision, threads = weights.computed_with(world.size)
         precision = options.precision or precision
         runtime = start(ranks, config, typed_precision=precision, num_threads=threads, doing="evaluating")
-        note = other_count_note(world, config, None)
-        for line in (*weights.notes, *runtime.outlook.notes, *filter(None, [note])):
-            console.print(line, highlight=False, soft_wrap=True, markup=False)
+        print_notes(console, (*weights.notes, *runtime.outlook.notes, other_count_note(world, config, None)))
         with ranks.together():
             data, indices = _choose_split(options, weights, dataset)
-        predictions = _predict(console, options, weights, data, indices, runtime)
-        evaluation = summarize(predictions.logits, predictions.labels, dataset.class_names)
+        names, model = dataset.class_names, weights.build(runtime.device, runtime.memory_format)
+        split = EvaluationSet(data=data, indices=indices, class_names=names, recipe=weights.recipe, runtime=runtime)
+        with evaluation_display(console) as observer:
+            predictions = split.predict(model, observer, mirror=options.tta == "mirror")
+        evaluation = summarize(predictions.logits, predictions.labels, names)
         title = f"{weights.path}, {dataset.name} {options.split}, tta {options.tta}, precision {runtime.precision}"
         lines = [format_evaluation_totals(evaluation), "", *format_class_bars(evaluation, width=console.width)]
         print_lines(console, lines, title=title)
         if ranks.is_main and options.json is not None:
             _write_json(options.json, evaluation, options, weights, dataset, runtime)
         if ranks.is_main and options.figures is not None:
-            _draw(options.figures, title, evaluation, what_figures_need(predictions, data, dataset.class_names))
+            _draw(options.figures, title, evaluation, what_figures_need(predictions, data, names))
     return evaluation
 
 
@@ -111,29 +112,6 @@ def _choose_split(options: EvalOptions, weights: SavedWeights, dataset: Dataset)
     if not len(held_out):
         raise UserError(f"{weights.path} was trained without a validation split: evaluate it with --split test")
     return dataset.train, held_out
-
-
-def _predict(
-    console: Console,
-    options: EvalOptions,
-    weights: SavedWeights,
-    data: LabelledImages,
-    indices: Tensor,
-    runtime: Runtime,
-) -> Predictions:
-    model = weights.build(runtime.device, runtime.memory_format)
-    with evaluation_display(console) as observer:
-        return predict_logits(
-            model,
-            data.to(runtime.device),
-            indices,
-            num_classes=weights.num_classes,
-            image_size=weights.recipe.image_size,
-            normalize=Normalizer(weights.recipe.normalization, runtime.device, runtime.memory_format),
-            runtime=runtime,
-            mirror=options.tta == "mirror",
-            observer=observer,
-        )
 
 
 def _write_json(

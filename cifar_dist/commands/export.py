@@ -16,6 +16,7 @@ from cifar_dist.config.provenance import package_versions
 from cifar_dist.config.world import World
 from cifar_dist.data.batches import Normalizer
 from cifar_dist.display.console import make_console
+from cifar_dist.display.tables import print_notes
 from cifar_dist.training.checkpoint import check_output, write_output
 from cifar_dist.training.weights import SavedWeights, read_weights
 
@@ -45,8 +46,8 @@ def run(options: ExportOptions, world: World, config: AccelerateConfig) -> int:
     mean, std = list(recipe.normalization.mean), list(recipe.normalization.std)
     images = f"RGB images (N, 3, {recipe.image_size}, {recipe.image_size}) in [0, 1]"
     images += "" if kind == ".onnx" else f", normalised by mean {mean} and std {std}"
-    for line in (*weights.notes, f"{out}: stem {recipe.stem}, {weights.num_classes} classes; takes {images}"):
-        make_console().print(line, highlight=False, soft_wrap=True, markup=False)
+    what = f"{out}: stem {recipe.stem}, {weights.num_classes} classes; takes {images}"
+    print_notes(make_console(), (*weights.notes, what))
     return EXIT_DONE
 
 

@@ -19,7 +19,7 @@ from cifar_dist.data.decoding import ImageFile
 from cifar_dist.data.loose import UNREADABLE, decode_images, find_images
 from cifar_dist.display.console import make_console
 from cifar_dist.display.progress import evaluation_display
-from cifar_dist.display.tables import format_table
+from cifar_dist.display.tables import format_table, print_notes
 from cifar_dist.records import Observer
 from cifar_dist.runtime.distributed import Runtime, connect, start
 from cifar_dist.training.checkpoint import check_output, write_output
@@ -42,8 +42,7 @@ def run(options: PredictOptions, world: World, config: AccelerateConfig) -> int:
         runtime = start(ranks, config, typed_precision=precision, num_threads=threads, doing="predicting")
         unnamed = "the weights do not name their classes: they are numbered" if weights.class_names is None else None
         notes = (*weights.notes, unnamed, *runtime.outlook.notes, other_count_note(world, config, None))
-        for line in filter(None, notes):
-            console.print(line, highlight=False, soft_wrap=True, markup=False)
+        print_notes(console, notes)
         model = weights.build(runtime.device, runtime.memory_format)
         with evaluation_display(console) as observer:
             probabilities, was_read = _predict(model, weights, files, runtime, observer)
@@ -108,8 +107,7 @@ def _print_table(console: Console, predictions: Sequence[Mapping[str, Any]]) -> 
     rows = [
         [each["file"], *(f"{one['name']} {one['probability']:.1%}" for one in each["classes"])] for each in predictions
     ]
-    for line in format_table(rows) if rows else ():
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    print_notes(console, format_table(rows) if rows else ())
 
 
 def _listed(unreadable: Mapping[str, str]) -> list[dict[str, str]]:

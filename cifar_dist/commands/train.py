@@ -24,7 +24,7 @@ from cifar_dist.data.datasets import known_sizes, load_dataset
 from cifar_dist.display.console import make_console
 from cifar_dist.display.live import training_display
 from cifar_dist.display.progress import Display, loading_progress
-from cifar_dist.display.tables import print_header, print_result
+from cifar_dist.display.tables import print_header, print_notes, print_result
 from cifar_dist.model.schedule import learning_rate_line
 from cifar_dist.records import Summary
 from cifar_dist.runtime.device import Outlook, check_world, look_ahead
@@ -35,7 +35,7 @@ from cifar_dist.training.engine import DivergedError, InterruptedRun
 from cifar_dist.training.lock import RunLock
 from cifar_dist.training.opening import begin, describe, new_directory, open_job, rhythm_of
 from cifar_dist.training.run_directory import RunDirectory, UnwrittenRun
-from cifar_dist.training.saving import Rhythm
+from cifar_dist.training.saving import CheckpointWriter
 from cifar_dist.training.session import Session
 from cifar_dist.training.setup import build_trainer
 from cifar_dist.training.tracking import Trackers
@@ -56,7 +56,7 @@ def train(options: TrainOptions, world: World, config: AccelerateConfig) -> tupl
     with connect(world, config) as ranks, RunLock(slurm_job) as lock:
         job = ranks.from_main(lambda: open_job(options, world, slurm_job, lock))
         if job.nothing_left is not None:
-            console.print(job.nothing_left, highlight=False, soft_wrap=True, markup=False)
+            print_notes(console, [job.nothing_left])
             return EXIT_DONE, ranks.from_main(RunDirectory(job.directory).read_summary)
         request, stored = job.run.request, job.run.stored
         dataset, fingerprint = _load_alike(console, request, ranks)
@@ -87,8 +87,9 @@ def train(options: TrainOptions, world: World, config: AccelerateConfig) -> tupl
         about = describe(request, recipe, dataset.class_names, fingerprint, runtime)
         directory = RunDirectory(job.directory, lock) if ranks.is_main else UnwrittenRun(job.directory)
         every = rhythm_of(options, stored)
-        rhythm = Rhythm.of(every["checkpoint_every_minutes"], every["checkpoint_every_steps"])
-        session = Session(directory, trainer, dataset, about, rhythm, Trackers(display.on_note))
+        minutes, steps = every["checkpoint_every_minutes"], every["checkpoint_every_steps"]
+        checkpoints = CheckpointWriter(directory, about, minutes=minutes, steps=steps)
+        session = Session(checkpoints, trainer, dataset, Trackers(display.on_note))
         with ranks.together():
             begin(session, job, plan, slurm_job, every)
         return _train_and_test(console, display, session, _how_to_go_on(options, job.directory))

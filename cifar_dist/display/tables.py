@@ -1,6 +1,6 @@
 """Text for people: `format_*` functions give it, `print_*` functions put it on the console."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +204,9 @@ def print_lines(console: Console, lines: Sequence[str], *, title: str) -> None:
         return
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def print_notes(console: Console, notes: Iterable[str | None]) -> None:
+    """Print lines that a person should read, as they are; None is no line."""
+    for note in filter(None, notes):
+        console.print(note, soft_wrap=True, highlight=False, markup=False)

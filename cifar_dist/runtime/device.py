@@ -8,7 +8,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -20,7 +19,7 @@ from cifar_dist.config.accelerate_config import (
 )
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.world import World
-from cifar_dist.runtime.precision import DeviceFacts, DeviceType, resolve_precision
+from cifar_dist.runtime.precision import DeviceFacts, DeviceType, Precision, resolve_precision
 from cifar_dist.runtime.threads import choose_num_threads, usable_cores
 
 SHARE_GPU = "CIFAR_DIST_SHARE_GPU"
@@ -32,7 +31,7 @@ class Outlook:
     """What a process would compute with: known before anything is started."""
 
     device_type: DeviceType
-    precision: Literal["no", "fp16", "bf16"]
+    precision: Precision
     precision_reason: str
     num_threads: int
     compiler: str | None
@@ -62,17 +61,18 @@ def look_ahead(
     facts, notes = probe(use_cpu=asked_cpu), []
     if facts.type == "cpu" and not asked_cpu:
         notes.append(f"no MPS or CUDA device here: {doing} on cpu")
-    choice = resolve_precision(wished_precision(typed_precision, config, environ), facts)
-    if choice.differs:
-        notes.append(f"{choice.reason}: using {choice.precision}")
+    wish = wished_precision(typed_precision, config, environ)
+    precision, reason = resolve_precision(wish, facts)
+    if wish not in ("auto", precision):
+        notes.append(f"{reason}: using {precision}")
     compiler = wished_compiler(config, environ)
-    if compiler and (reason := _cannot_compile(facts.type, compiler)):
+    if compiler and (obstacle := _cannot_compile(facts.type, compiler)):
         compiler = None
-        notes.append(f"{reason}: not compiled")
+        notes.append(f"{obstacle}: not compiled")
     return Outlook(
         device_type=facts.type,
-        precision=choice.precision,
-        precision_reason=choice.reason,
+        precision=precision,
+        precision_reason=reason,
         num_threads=num_threads
         or choose_num_threads(
             environ, cores=usable_cores(), local_processes=local_processes, default=torch.get_num_threads()

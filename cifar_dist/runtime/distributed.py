@@ -4,7 +4,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,63 +23,33 @@ from cifar_dist.runtime.ranks import Ranks
 from cifar_dist.runtime.threads import choose_num_threads, usable_cores
 
 
-@dataclass(kw_only=True, eq=False)
 class Runtime:
     """Where this process computes, and how precisely. Made by `start`; nobody else knows Accelerate."""
 
-    accelerator: Accelerator
-    ranks: Ranks
-    outlook: Outlook
-
-    @property
-    def device(self) -> torch.device:
-        """The device of this process."""
-        device: torch.device = self.accelerator.device
-        return device
-
-    @property
-    def world(self) -> World:
-        """The processes of this run."""
-        return self.ranks.world
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes files and talks to the console."""
-        return self.ranks.is_main
-
-    @property
-    def memory_format(self) -> torch.memory_format:
-        """The layout of activations on this device."""
-        return device_module.memory_format(self.device.type)
-
-    @property
-    def precision(self) -> str:
-        """`no`, `fp16` or `bf16`."""
-        return self.outlook.precision
-
-    @property
-    def num_threads(self) -> int:
-        """Threads of this process."""
-        return self.outlook.num_threads
+    def __init__(self, accelerator: Accelerator, ranks: Ranks, outlook: Outlook) -> None:
+        self.accelerator = accelerator
+        self.ranks = ranks
+        self.outlook = outlook
+        self.world, self.is_main = ranks.world, ranks.is_main
+        self.precision, self.num_threads = outlook.precision, outlook.num_threads
+        self.device: torch.device = accelerator.device
+        self.memory_format = device_module.memory_format(self.device.type)
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Wrap a model (already on the device) and its optimiser for this world and precision."""
         with warnings.catch_warnings():
             # torch 2.14 has another name for it, which accelerate 1.15 does not know.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            prepared: tuple[nn.Module, torch.optim.Optimizer] = self.accelerator.prepare(model, optimizer)
-        return prepared
+            return self.accelerator.prepare(model, optimizer)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Give the context in which a forward pass has this run's precision."""
-        context: AbstractContextManager[Any] = self.accelerator.autocast()
-        return context
+        return self.accelerator.autocast()
 
     def compile(self, model: nn.Module, backend: str) -> nn.Module:
         """Compile a model by a backend as `prepare` does where one is asked for."""
         options = self.accelerator.state.dynamo_plugin.to_kwargs() | {"backend": backend.lower()}
-        compiled: nn.Module = torch.compile(model, **options)  # type: ignore[assignment]
-        return compiled
+        return torch.compile(model, **options)  # type: ignore[return-value]
 
     def backward(self, loss: Tensor) -> None:
         """Backpropagate, scaled where fp16 needs it."""
@@ -87,8 +57,7 @@ class Runtime:
 
     def gradient_sync(self, model: nn.Module, sync: bool) -> AbstractContextManager[Any]:
         """Give the context in which gradients are only added up locally, or made equal on all processes."""
-        context: AbstractContextManager[Any] = nullcontext() if sync else self.accelerator.no_sync(model)
-        return context
+        return nullcontext() if sync else self.accelerator.no_sync(model)
 
     def clip_gradients(self, model: nn.Module, largest_norm: float) -> None:
         """Scale all gradients down so that their norm is at most `largest_norm`."""
@@ -96,8 +65,7 @@ class Runtime:
 
     def sum_over_ranks(self, sums: Tensor) -> Tensor:
         """Add a tensor up over all processes."""
-        total: Tensor = self.accelerator.reduce(sums, reduction="sum")
-        return total
+        return self.accelerator.reduce(sums, reduction="sum")
 
     def average_over_ranks(self, tensors: Sequence[Tensor]) -> None:
         """Replace each of the tensors, in place, by its mean over all processes; one collective."""
@@ -217,7 +185,7 @@ def start(
         raise UserError(
             f"Accelerate chose {accelerator.device.type} where {outlook.device_type} was meant: name it in --config"
         )
-    return Runtime(accelerator=accelerator, ranks=ranks, outlook=outlook)
+    return Runtime(accelerator, ranks, outlook)
 
 
 def _common_precision(outlook: Outlook, ranks: Ranks) -> Outlook:
@@ -243,10 +211,7 @@ def _tell_accelerate(world: World, *, cpu: bool) -> None:
         return
     visible = torch.cuda.device_count() if torch.cuda.is_available() else world.local_size
     threads = choose_num_threads(
-        os.environ,
-        cores=usable_cores(),
-        local_processes=world.local_size,
-        default=torch.get_num_threads(),
+        os.environ, cores=usable_cores(), local_processes=world.local_size, default=torch.get_num_threads()
     )
     os.environ |= {
         "RANK": str(world.rank),

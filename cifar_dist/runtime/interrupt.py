@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self
 
 # SIGUSR2 is what Slurm is told to send before the time limit; some clusters send only SIGTERM; SIGHUP comes when a
@@ -39,9 +39,7 @@ class Interrupt:
                     self._before[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             if signal.getsignal(number) == self._note:  # else they are ignored by now
                 signal.signal(number, handler)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 DeviceType = Literal["cpu", "mps", "cuda"]
+Precision = Literal["no", "fp16", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,33 +20,17 @@ class DeviceFacts:
     """Major version; 0 elsewhere."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PrecisionChoice:
-    """The precision that will be used, and why."""
-
-    precision: Literal["no", "fp16", "bf16"]
-    reason: str
-    differs: bool
-    """Whether another one was asked for, so that a person must be told."""
-
-
-def resolve_precision(wish: str, facts: DeviceFacts) -> PrecisionChoice:
-    """Turn `auto`, `no`, `fp16` or `bf16` into what the device can serve.
+def resolve_precision(wish: str, facts: DeviceFacts) -> tuple[Precision, str]:
+    """Turn `auto`, `no`, `fp16` or `bf16` into what the device can serve; give it, and the reason in words.
 
     fp16 needs a gradient scaler, which MPS has from torch 2.8 and a CPU does not use. bf16 is asked of compute
     capability 8, since `is_bf16_supported()` counts emulation; on MPS it needs macOS 14 and was half as fast as
     float32 on an M1 Pro, so that `auto` does not choose it there.
     """
-    if wish == "no":
-        return PrecisionChoice(precision="no", reason="asked for", differs=False)
-    able = _able(facts)
-    if wish == "auto":
-        precision, reason = _automatic(facts)
-        return PrecisionChoice(precision=precision, reason=reason, differs=False)
-    if wish in able:
-        return PrecisionChoice(precision=wish, reason="asked for", differs=False)  # type: ignore[arg-type]
+    if wish == "no" or wish in _able(facts):
+        return wish, "asked for"  # type: ignore[return-value]
     best, reason = _automatic(facts)
-    return PrecisionChoice(precision=best, reason=f"{wish} is not served by this {facts.type}: {reason}", differs=True)
+    return best, reason if wish == "auto" else f"{wish} is not served by this {facts.type}: {reason}"
 
 
 def _able(facts: DeviceFacts) -> set[str]:
@@ -59,7 +44,7 @@ def _able(facts: DeviceFacts) -> set[str]:
     return {"fp16"} | ({"bf16"} if facts.cuda_capability >= (8, 0) else set())
 
 
-def _automatic(facts: DeviceFacts) -> tuple[Literal["no", "fp16", "bf16"], str]:
+def _automatic(facts: DeviceFacts) -> tuple[Precision, str]:
     if facts.type == "cpu":
         return ("bf16", "this processor has fast bf16") if facts.cpu_has_fast_bf16 else ("no", "no fast bf16 here")
     if facts.type == "mps":

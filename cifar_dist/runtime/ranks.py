@@ -58,8 +58,7 @@ class Ranks:
         self._fail_together(failure)
         if self._group is not None:
             distributed.broadcast_object_list(made, src=0, group=self._group)
-        result: T = made[0]
-        return result
+        return made[0]
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -1,10 +1,10 @@
 """What a training step is made of: its time and memory by part, and its arithmetic."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from cifar_dist.config.recipe import Recipe
@@ -12,8 +12,7 @@ from cifar_dist.model.resnet import build_resnet
 from cifar_dist.runtime.distributed import Runtime
 from cifar_dist.runtime.timing import seconds_of
 from cifar_dist.training.engine import Trainer
-from cifar_dist.training.loss import batch_loss
-from cifar_dist.training.metrics import RunningSums
+from cifar_dist.training.metrics import RunningSums, batch_loss
 
 # Dense peak of the matrix units, 1e12 operations a second: in 16 bits, and in float32 (torch's convolutions use TF32
 # where there is any). From NVIDIA's data sheets.
@@ -74,7 +73,7 @@ def memory_by_part(trainer: Trainer) -> dict[str, float]:
         "images": _mebibytes([images]),
         "model": _mebibytes([*parameters, *state.model.buffers()]),
         "gradients": _mebibytes(parameters),
-        "optimizer": _mebibytes(_tensors(state.optimizer.state_dict())),
+        "optimizer": _mebibytes(each for each in tree_leaves(state.optimizer.state_dict()) if isinstance(each, Tensor)),
         "average": 0.0 if state.ema is None else _mebibytes(state.ema.model.parameters()),
         "batch": _mebibytes([batch.images]),
     }
@@ -116,11 +115,3 @@ def peak_flops(runtime: Runtime) -> float | None:
 
 def _mebibytes(tensors: Iterable[Tensor]) -> float:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**20
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """Collect the tensors in nested dicts and lists."""
-    if isinstance(value, Tensor):
-        return [value]
-    nested = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
-    return [tensor for each in nested for tensor in _tensors(each)]

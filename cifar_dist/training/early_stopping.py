@@ -1,5 +1,6 @@
 """When to stop before the last epoch, and which epoch was the best."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from cifar_dist.config.recipe import EarlyStoppingConfig
@@ -8,21 +9,19 @@ from cifar_dist.records import EpochRecord
 
 def monitored_value(config: EarlyStoppingConfig, record: EpochRecord) -> float:
     """Give the monitored metric as a number that falls as it improves."""
-    value = getattr(record, config.monitor)
-    if value is None:
-        raise ValueError(f"early_stopping.monitor={config.monitor} needs a validation split")
-    return -float(value) if config.monitor == "val_acc" else float(value)
+    value = float(getattr(record, config.monitor))
+    return -value if config.monitor == "val_acc" else value
 
 
+@dataclass(eq=False)
 class EarlyStopping:
     """Counts epochs in a row that did not improve on the best by more than `min_delta`, as the original script did."""
 
-    def __init__(self, config: EarlyStoppingConfig) -> None:
-        self.config = config
-        self.best: float | None = None
-        self.epochs_without_improvement = 0
-        self.stopped = False
-        """Whether the ranks agreed to stop."""
+    config: EarlyStoppingConfig
+    best: float | None = None
+    epochs_without_improvement: int = 0
+    stopped: bool = False
+    """Whether the ranks agreed to stop."""
 
     def update(self, record: EpochRecord) -> bool:
         """Take in an epoch; give this process's vote on whether training should stop now."""

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import nn
@@ -12,7 +12,6 @@ from cifar_dist.config.plan import RunPlan
 from cifar_dist.config.recipe import Recipe
 from cifar_dist.data.batches import Batch, TrainingBatches
 from cifar_dist.data.order import derive_seed
-from cifar_dist.model.batch_norm import Groups
 from cifar_dist.model.dropout import HeadDropout
 from cifar_dist.model.optimizer import set_learning_rate
 from cifar_dist.model.schedule import learning_rate
@@ -20,10 +19,9 @@ from cifar_dist.records import EpochRecord, Evaluation, Observer
 from cifar_dist.runtime.distributed import Runtime
 from cifar_dist.runtime.interrupt import Interrupt
 from cifar_dist.training.early_stopping import monitored_value
-from cifar_dist.training.evaluation import Validation
-from cifar_dist.training.loss import batch_loss
+from cifar_dist.training.evaluation import EvaluationSet
+from cifar_dist.training.metrics import batch_loss
 from cifar_dist.training.state import Best, TrainState, copy_weights
-from cifar_dist.training.statistics import OwnStatistics
 
 
 class DivergedError(Exception):
@@ -52,41 +50,27 @@ class Checkpointing:
         """Save; called by all ranks."""
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Trainer:
     """Trains a state by a plan, one epoch at a time; what is decided is decided by all ranks together."""
 
-    def __init__(
-        self,
-        *,
-        recipe: Recipe,
-        plan: RunPlan,
-        runtime: Runtime,
-        state: TrainState,
-        batches: TrainingBatches,
-        validation: Validation | None,
-        observer: Observer,
-        interrupt: Interrupt,
-        frozen: tuple[nn.Parameter, ...] = (),
-        dropout: HeadDropout | None = None,
-        groups: Groups | None = None,
-    ) -> None:
-        """`frozen` are the parameters that stay as they are in the first `freeze_epochs`; `groups` are BatchNorm's."""
-        self.recipe = recipe
-        self.plan = plan
-        self.runtime = runtime
-        self.state = state
-        self.batches = batches
-        self.validation = validation
-        self.observer = observer
-        self.interrupt = interrupt
-        self.frozen = frozen
-        self.dropout = dropout
-        self.groups = groups
-        self.statistics = OwnStatistics(state, runtime, groups)
-        self.checkpointing = Checkpointing()
+    recipe: Recipe
+    plan: RunPlan
+    runtime: Runtime
+    state: TrainState
+    batches: TrainingBatches
+    validation: EvaluationSet | None
+    observer: Observer
+    interrupt: Interrupt
+    frozen: tuple[nn.Parameter, ...] = ()
+    """The parameters that stay as they are in the first `freeze_epochs`."""
+    dropout: HeadDropout | None = None
+    checkpointing: Checkpointing = field(default_factory=Checkpointing)
+
+    def __post_init__(self) -> None:
+        self.model, self.optimizer = self.runtime.prepare(self.state.model, self.state.optimizer)
         self._time_to_save = False
         self._clock_started = 0.0
-        self.model, self.optimizer = runtime.prepare(state.model, state.optimizer)
 
     def epochs(self) -> Iterator[EpochRecord]:
         """Train what is left of the plan, giving a record after each epoch; the state is then ready to be saved.
@@ -99,7 +83,7 @@ class Trainer:
             self.observer.on_epoch_start(epoch, learning_rate(self.recipe, self.plan, state.step))
             loss, hits, images = self._train_epoch(epoch)
             self._check_weights(epoch)
-            self.statistics.even_out()
+            self.runtime.average_over_ranks(state.own_statistics)
             record = self._record(epoch, loss, hits, images, self._validate())
             state.epoch = epoch
             state.train_seconds += state.epoch_seconds
@@ -157,8 +141,8 @@ class Trainer:
         """Add a micro-batch's gradient and sums."""
         if self.dropout is not None:
             self.dropout.set_samples(batch.samples, derive_seed("dropout", self.recipe.seed, epoch))
-        if self.groups is not None:
-            self.groups.images = batch.images_together
+        if self.state.groups is not None:
+            self.state.groups.images = batch.images_together
         with self.runtime.gradient_sync(self.model, batch.ends_step):
             logits = self.model(batch.images)
             loss = batch_loss(logits, batch, self.recipe.label_smoothing)
@@ -240,8 +224,7 @@ class Trainer:
     def _validate(self) -> Evaluation | None:
         if self.validation is None:
             return None
-        model, size = self.state.evaluated_model, self.recipe.image_size
-        return self.validation.evaluate(model, image_size=size, runtime=self.runtime, observer=self.observer)
+        return self.validation.evaluate(self.state.evaluated_model, self.observer)
 
     def _keep_best(self, record: EpochRecord) -> bool:
         """Keep a copy of the weights where this epoch is the best so far; without a validation split none is."""

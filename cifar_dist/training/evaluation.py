@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from cifar_dist.config.recipe import Recipe
 from cifar_dist.data.batches import Normalizer, evaluation_batches
 from cifar_dist.data.dataset import LabelledImages
 from cifar_dist.data.order import Shard
@@ -37,41 +38,53 @@ class Predictions:
     """(N, num_classes) float32."""
 
 
-def predict_logits(
-    model: nn.Module,
-    data: LabelledImages,
-    indices: Tensor,
-    *,
-    num_classes: int,
-    normalize: Normalizer,
-    image_size: int,
-    runtime: Runtime,
-    mirror: bool = False,
-    observer: Observer | None = None,
-) -> Predictions:
-    """Run the (unwrapped) model over `indices` (N,) of `data`, in evaluation mode.
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class EvaluationSet:
+    """The images that weights are evaluated on, and how these are to see them."""
 
-    With `mirror`, the logits are the mean over an image and its mirror image. Each process fills in the rows of its
-    own samples, and the rows are added up once: nothing is padded, so nothing is counted twice.
-    """
-    observer = observer or Observer()
-    shard = Shard(index=runtime.world.rank, count=runtime.world.size)
-    own, batch_size = [], batch_size_for(image_size)
-    model.eval()
-    with torch.no_grad(), runtime.autocast():
-        for images in evaluation_batches(
-            data, indices, batch_size=batch_size, shard=shard, normalize=normalize, image_size=image_size
-        ):
-            logits = model(images).float()
-            if mirror:
-                logits = (logits + model(images.flip(3)).float()) / 2
-            own.append(logits)
-            observer.on_evaluation(min(len(indices), len(own) * batch_size * shard.count), len(indices))
-    everything = torch.zeros(len(indices), num_classes, device=runtime.device)
-    if own:
-        everything[shard.index :: shard.count] = torch.cat(own)
-    everything = runtime.sum_over_ranks(everything)
-    return Predictions(indices=indices, labels=data.labels.cpu()[indices], logits=everything.cpu())
+    data: LabelledImages
+    indices: Tensor
+    """(N,) int64: which of the images."""
+    class_names: tuple[str, ...]
+    recipe: Recipe
+    """Whose image size and normalisation count."""
+    runtime: Runtime
+
+    def predict(self, model: nn.Module, observer: Observer, *, mirror: bool = False) -> Predictions:
+        """Run the (unwrapped) model over the images, in evaluation mode.
+
+        With `mirror`, the logits are the mean over an image and its mirror image. Each process fills in the rows of
+        its own samples, and the rows are added up once: nothing is padded, so nothing is counted twice.
+        """
+        runtime, indices, image_size = self.runtime, self.indices, self.recipe.image_size
+        shard = Shard(index=runtime.world.rank, count=runtime.world.size)
+        own, batch_size = [], batch_size_for(image_size)
+        batches = evaluation_batches(
+            self.data.to(runtime.device),
+            indices,
+            batch_size=batch_size,
+            shard=shard,
+            normalize=Normalizer(self.recipe.normalization, runtime.device, runtime.memory_format),
+            image_size=image_size,
+        )
+        model.eval()
+        with torch.no_grad(), runtime.autocast():
+            for images in batches:
+                logits = model(images).float()
+                if mirror:
+                    logits = (logits + model(images.flip(3)).float()) / 2
+                own.append(logits)
+                observer.on_evaluation(min(len(indices), len(own) * batch_size * shard.count), len(indices))
+        everything = torch.zeros(len(indices), len(self.class_names), device=runtime.device)
+        if own:
+            everything[shard.index :: shard.count] = torch.cat(own)
+        everything = runtime.sum_over_ranks(everything)
+        return Predictions(indices=indices, labels=self.data.labels.cpu()[indices], logits=everything.cpu())
+
+    def evaluate(self, model: nn.Module, observer: Observer) -> Evaluation:
+        """Say how good the (unwrapped) model is on them."""
+        predictions = self.predict(model, observer)
+        return summarize(predictions.logits, predictions.labels, self.class_names)
 
 
 def what_figures_need(
@@ -89,27 +102,3 @@ def what_figures_need(
         "mistaken_images": data.images[indices[mistakes]].numpy(),
         "class_names": np.array(class_names),
     }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Validation:
-    """The images that are held out, and how they are prepared."""
-
-    data: LabelledImages
-    indices: Tensor
-    class_names: tuple[str, ...]
-    normalize: Normalizer
-
-    def evaluate(self, model: nn.Module, *, image_size: int, runtime: Runtime, observer: Observer) -> Evaluation:
-        """Say how good the (unwrapped) model is on them."""
-        predictions = predict_logits(
-            model,
-            self.data,
-            self.indices,
-            num_classes=len(self.class_names),
-            normalize=self.normalize,
-            image_size=image_size,
-            runtime=runtime,
-            observer=observer,
-        )
-        return summarize(predictions.logits, predictions.labels, self.class_names)

@@ -9,7 +9,6 @@ import threading
 import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 import psutil
@@ -55,8 +54,7 @@ class _Owner:
             process = psutil.Process(self.pid)
             if process.status() == psutil.STATUS_ZOMBIE:
                 return False
-            started: float = process.create_time()
-            return abs(started - self.started) < 2
+            return abs(process.create_time() - self.started) < 2
         except psutil.Error:
             return False
 
@@ -123,9 +121,7 @@ class RunLock:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.release()
 
     def _take(self, file: BinaryIO, path: Path) -> bool:

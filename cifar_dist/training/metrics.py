@@ -1,4 +1,4 @@
-"""Metrics: sums stay on the device, are reduced once, and divided once."""
+"""The loss, and metrics: sums stay on the device, are reduced once, and divided once."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cifar_dist.data.batches import Batch
 from cifar_dist.records import Evaluation
+
+
+def batch_loss(logits: Tensor, batch: Batch, label_smoothing: float) -> Tensor:
+    """Give a batch's summed cross entropy; where images are mixed, each class counts by its share of the image."""
+    if batch.partner_labels is None or batch.shares is None:
+        return functional.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=label_smoothing)
+    own, other = (
+        functional.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
+        for labels in (batch.labels, batch.partner_labels)
+    )
+    return (own * batch.shares + other * (1 - batch.shares)).sum()
 
 
 class RunningSums:
@@ -50,10 +62,8 @@ def summarize(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> Eva
     """Reduce logits (N, num_classes) and labels (N,), both on the CPU, to what an evaluation says.
 
     The loss is the mean cross entropy; top-5 is None where there are five classes or fewer. Of equal logits the lowest
-    class is the prediction. Raises ValueError where there is no sample.
+    class is the prediction.
     """
-    if not len(labels):
-        raise ValueError("there are no samples to evaluate")
     num_classes = len(class_names)
     predicted = logits.argmax(1)
     confusion = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, -1)

@@ -3,41 +3,29 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from cifar_dist.training.run_directory import RunDirectory
 from cifar_dist.training.state import Best, TrainState
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rhythm:
-    """How often a run is saved."""
-
-    every_seconds: float
-    within_epochs: bool = False
-    """Whether the seconds count in the middle of an epoch too, and not only at its end."""
-    every_steps: int | None = None
-    """Steps of the run, wherever they fall."""
-    largest_share: float = math.inf
-    """Of the time that saving may take; on a slow disk the seconds become more."""
-
-    @classmethod
-    def of(cls, minutes: float | None, steps: int | None) -> "Rhythm":
-        """Give the rhythm that was asked for; else each minute at the end of an epoch, in 1 % of the time at most."""
-        if minutes is None:
-            return cls(every_seconds=60, every_steps=steps, largest_share=0.01)
-        return cls(every_seconds=60 * minutes, every_steps=steps, within_epochs=True)
-
-
 class CheckpointWriter:
-    """Writes a run's checkpoints, in its rhythm and whenever it is told to."""
+    """Writes a run's checkpoints, in its rhythm and whenever it is told to.
 
-    def __init__(self, run: RunDirectory, header: Mapping[str, Any], rhythm: Rhythm) -> None:
+    The rhythm is every so many `minutes` and `steps` of the run, wherever in an epoch they fall. Without `minutes` it
+    is each minute, at the end of an epoch alone, and rarer on a slow disk: saving takes 1 % of the time at most.
+    """
+
+    def __init__(
+        self, run: RunDirectory, header: Mapping[str, Any], *, minutes: float | None = None, steps: int | None = None
+    ) -> None:
         """Take in `header` what every checkpoint says of its run (recipe, dataset, precision, …)."""
         self.run = run
         self.header = dict(header)
-        self.rhythm = rhythm
+        self.within_epochs = minutes is not None
+        self._every_seconds = 60 * (1 if minutes is None else minutes)
+        self._largest_share = 0.01 if minutes is None else math.inf
+        self._every_steps = steps
         self._written_at = time.monotonic()
         self._seconds = 0.0
         self._written_step: int | None = None
@@ -49,12 +37,12 @@ class CheckpointWriter:
 
     def due_by_time(self) -> bool:
         """Whether the last checkpoint is as old as the rhythm allows."""
-        rest = max(self.rhythm.every_seconds, self._seconds / self.rhythm.largest_share)
+        rest = max(self._every_seconds, self._seconds / self._largest_share)
         return time.monotonic() - self._written_at >= rest
 
     def due_by_step(self, step: int) -> bool:
         """Whether the rhythm has a checkpoint after this step."""
-        return self.rhythm.every_steps is not None and step % self.rhythm.every_steps == 0
+        return self._every_steps is not None and step % self._every_steps == 0
 
     def save(
         self,

@@ -8,45 +8,38 @@ import torch
 from numpy.typing import NDArray
 
 from cifar_dist.config.errors import UserError
-from cifar_dist.data.batches import Normalizer
 from cifar_dist.data.dataset import Dataset
 from cifar_dist.records import Evaluation, Status, Summary
 from cifar_dist.training.engine import Checkpointing, DivergedError, InterruptedRun, Trainer
-from cifar_dist.training.evaluation import predict_logits, what_figures_need
+from cifar_dist.training.evaluation import EvaluationSet, what_figures_need
 from cifar_dist.training.metrics import summarize
-from cifar_dist.training.run_directory import RunDirectory, preparing
-from cifar_dist.training.saving import CheckpointWriter, Rhythm
+from cifar_dist.training.run_directory import preparing
+from cifar_dist.training.saving import CheckpointWriter
 from cifar_dist.training.tracking import Trackers
 
 
-class Session:
+class Session(Checkpointing):
     """Trains with a trainer, tests what came of it, and keeps the run directory true at every moment."""
 
     def __init__(
-        self,
-        directory: RunDirectory,
-        trainer: Trainer,
-        dataset: Dataset,
-        header: Mapping[str, Any],
-        rhythm: Rhythm,
-        trackers: Trackers | None = None,
+        self, checkpoints: CheckpointWriter, trainer: Trainer, dataset: Dataset, trackers: Trackers | None = None
     ) -> None:
-        """Take in `header` what each checkpoint says of its run besides the state itself."""
-        self.directory = directory
+        """Take the run directory from what writes the checkpoints into it."""
+        self.checkpoints = checkpoints
+        self.directory = checkpoints.run
         self.trainer = trainer
         self.dataset = dataset
         self.runtime = trainer.runtime
         self.state = trainer.state
-        self.checkpoints = CheckpointWriter(directory, header, rhythm)
         self.trackers = trackers or Trackers(trainer.observer.on_note)
-        trainer.checkpointing = _WithinEpochs(self)
+        trainer.checkpointing = self
 
     def restore(self, checkpoint: Mapping[str, Any]) -> None:
         """Go on from a checkpoint. Raises UserError where it does not fit this model or this plan."""
         self.state.restore(checkpoint)
         self._restore_sums(checkpoint["epoch_sums"])
         if len(checkpoint["statistics"]) == self.runtime.world.size:
-            self.trainer.statistics.take(checkpoint["statistics"][self.runtime.world.rank])
+            self.state.set_own_statistics(checkpoint["statistics"][self.runtime.world.rank])
         self.runtime.load_state(checkpoint)
         epochs = self.trainer.plan.epochs
         if epochs < self.state.epoch:
@@ -79,22 +72,22 @@ class Session:
                 self.directory.append_record(record)
                 self.trackers.log(record)
                 if self.checkpoints.due(self.state.step):
-                    self._save()
+                    self._save_epoch()
         except DivergedError:
             self._write_summary("diverged")
             raise
         except InterruptedRun:
-            self.save_within_epoch()
+            self.save()
             self._write_summary("interrupted")
             raise
         except KeyboardInterrupt:
             self._write_summary("interrupted")
             raise
-        self._save()
+        self._save_epoch()
         stopped = self.state.early_stopping.stopped and self.state.epoch < self.trainer.plan.epochs
         return "early_stopped" if stopped else "completed"
 
-    def _save(self) -> None:
+    def _save_epoch(self) -> None:
         """Save at the end of an epoch; the time that it takes is the training's."""
         begun = time.perf_counter()
         self.checkpoints.save(self.state, self.runtime.state())
@@ -106,35 +99,38 @@ class Session:
             self.trainer.interrupt.ignore()
         self.runtime.ranks.exchange([])
 
-    def save_within_epoch(self) -> None:
+    def due_by_step(self, step: int) -> bool:
+        """Whether the rhythm has a checkpoint after this step."""
+        return self.checkpoints.due_by_step(step)
+
+    def due_by_time(self) -> bool:
+        """Whether the rhythm has one now, in the middle of an epoch."""
+        return self.checkpoints.within_epochs and self.checkpoints.due_by_time()
+
+    def save(self) -> None:
         """Save the state in the middle of an epoch, with what each rank has of its own; all ranks do it together."""
-        ranks, trainer = self.runtime.ranks, self.trainer
-        trainer.stop_clock()
-        sums, own = ranks.exchange(self.state.sums.read()[:3]), trainer.statistics.read()
+        ranks, state = self.runtime.ranks, self.state
+        self.trainer.stop_clock()
+        sums = ranks.exchange(state.sums.read()[:3])
+        own = [value for tensor in state.own_statistics for value in tensor.tolist()]
         statistics = ranks.exchange(own)
-        trainer.statistics.even_out()
-        self.checkpoints.save(self.state, self.runtime.state(), epoch_sums=sums, statistics=statistics)
-        trainer.statistics.take(own)  # as if nothing had been saved
+        self.runtime.average_over_ranks(state.own_statistics)
+        self.checkpoints.save(state, self.runtime.state(), epoch_sums=sums, statistics=statistics)
+        state.set_own_statistics(own)  # as if nothing had been saved
 
     def test(self, status: Status) -> tuple[Summary, dict[str, NDArray[Any]]]:
         """Evaluate the selected weights once on the test images; give the summary, and what is written for figures."""
         recipe, model = self.trainer.recipe, self.state.evaluated_model
         if recipe.selection == "best" and self.state.best is not None:
             model.load_state_dict(self.state.best.weights)
-        test = self.dataset.test.to(self.runtime.device)
-        predictions = predict_logits(
-            model,
-            test,
-            torch.arange(len(test)),
-            num_classes=self.dataset.num_classes,
-            image_size=recipe.image_size,
-            normalize=Normalizer(recipe.normalization, self.runtime.device, self.runtime.memory_format),
-            runtime=self.runtime,
-            observer=self.trainer.observer,
+        data, names = self.dataset.test, self.dataset.class_names
+        test = EvaluationSet(
+            data=data, indices=torch.arange(len(data)), class_names=names, recipe=recipe, runtime=self.runtime
         )
-        written = what_figures_need(predictions, self.dataset.test, self.dataset.class_names)
+        predictions = test.predict(model, self.trainer.observer)
+        written = what_figures_need(predictions, data, names)
         self.directory.write_predictions(**written)
-        evaluation = summarize(predictions.logits, predictions.labels, self.dataset.class_names)
+        evaluation = summarize(predictions.logits, predictions.labels, names)
         try:
             self.trainer.check_finite(evaluation.loss)
         except DivergedError:
@@ -162,23 +158,3 @@ class Session:
             peak_memory_mib=memory or self.runtime.peak_memory_mib(),
             test=test,
         )
-
-
-class _WithinEpochs(Checkpointing):
-    """Saves a session's run in the rhythm of its checkpoints."""
-
-    def __init__(self, session: Session) -> None:
-        self.session = session
-
-    def due_by_step(self, step: int) -> bool:
-        """Whether the rhythm has a checkpoint after this step."""
-        return self.session.checkpoints.due_by_step(step)
-
-    def due_by_time(self) -> bool:
-        """Whether the rhythm has one now."""
-        writer = self.session.checkpoints
-        return writer.rhythm.within_epochs and writer.due_by_time()
-
-    def save(self) -> None:
-        """Save, on all ranks."""
-        self.session.save_within_epoch()

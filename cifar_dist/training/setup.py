@@ -26,7 +26,7 @@ from cifar_dist.runtime.interrupt import Interrupt
 from cifar_dist.training.checkpoint import is_bare_weights, load_checkpoint
 from cifar_dist.training.early_stopping import EarlyStopping
 from cifar_dist.training.engine import Trainer
-from cifar_dist.training.evaluation import Validation
+from cifar_dist.training.evaluation import EvaluationSet
 from cifar_dist.training.metrics import RunningSums
 from cifar_dist.training.state import TrainState
 
@@ -62,6 +62,7 @@ def build_trainer(
         optimizer=build_optimizer(model, recipe.optimizer),
         early_stopping=EarlyStopping(recipe.early_stopping),
         ema=ema,
+        groups=groups,
         sums=RunningSums(runtime.device),
     )
     batches, validation = _data_path(recipe, plan, dataset, runtime)
@@ -76,7 +77,6 @@ def build_trainer(
         interrupt=interrupt or Interrupt(),
         frozen=frozen,
         dropout=HeadDropout(model, recipe.dropout) if recipe.dropout else None,
-        groups=groups,
     )
 
 
@@ -111,13 +111,12 @@ def pretrained_weights(recipe: Recipe) -> dict[str, Tensor] | None:
 
 def _data_path(
     recipe: Recipe, plan: RunPlan, dataset: Dataset, runtime: Runtime
-) -> tuple[TrainingBatches, Validation | None]:
+) -> tuple[TrainingBatches, EvaluationSet | None]:
     data = dataset.train.to(runtime.device)
     own = dataset.validation
     train, held_out = stratified_split(
         dataset.train.labels, recipe.validation_size if own is None else 0, seed=recipe.seed
     )
-    normalize = Normalizer(recipe.normalization, runtime.device, runtime.memory_format)
     sampler = GlobalBatchSampler(
         len(train),
         plan.global_batch_size,
@@ -132,9 +131,11 @@ def _data_path(
         train,
         sampler=sampler,
         augmentation=Augmentation(recipe.augmentation, seed=recipe.seed, image_size=size, fill=mean),
-        normalize=normalize,
+        normalize=Normalizer(recipe.normalization, runtime.device, runtime.memory_format),
         image_size=lambda epoch, step: image_size_at(recipe, plan, (epoch - 1) * plan.steps_per_epoch + step - 1),
     )
     images, indices = (data, held_out) if own is None else (own.to(runtime.device), torch.arange(len(own)))
-    validation = Validation(data=images, indices=indices, class_names=dataset.class_names, normalize=normalize)
+    validation = EvaluationSet(
+        data=images, indices=indices, class_names=dataset.class_names, recipe=recipe, runtime=runtime
+    )
     return batches, validation if len(indices) else None

@@ -1,12 +1,13 @@
 """All that changes while a model is trained, and its way into a checkpoint and back."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cifar_dist.model.batch_norm import Groups, running_statistics
 from cifar_dist.model.ema import ExponentialMovingAverage
 from cifar_dist.model.optimizer import load_optimizer_state
 from cifar_dist.model.resnet import load_weights
@@ -47,11 +48,30 @@ class TrainState:
     """Of the epoch in progress, this process's part."""
     best: Best | None = None
     ema: ExponentialMovingAverage | None = None
+    groups: Groups | None = None
+    """BatchNorm's ghost groups, where there are any."""
 
     @property
     def evaluated_model(self) -> nn.Module:
         """The model that is validated, selected and tested: the average, where there is one."""
         return self.model if self.ema is None else self.ema.model
+
+    @property
+    def own_statistics(self) -> list[Tensor]:
+        """BatchNorm's running statistics that follow this rank's own images: with ghost groups, else none.
+
+        They are to be averaged over the ranks before they are evaluated or saved.
+        """
+        if self.groups is None:
+            return []
+        return running_statistics(self.model, *([] if self.ema is None else [self.ema.model]))
+
+    def set_own_statistics(self, values: Sequence[float]) -> None:
+        """Go on from statistics that were kept as numbers, one after the other."""
+        tensors = self.own_statistics
+        parts = torch.split(torch.tensor(values, dtype=torch.float64), [len(tensor) for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part)
 
     def to_mapping(self) -> dict[str, Any]:
         """Give the state as plain containers and tensors."""

@@ -118,9 +118,13 @@ def test_a_config_of_a_run_runs_it_again():
 
 
 def test_how_often_a_run_is_saved_is_its_own(monkeypatch):
-    rhythms = []
-    original = train_command.Rhythm.of
-    monkeypatch.setattr(train_command.Rhythm, "of", lambda *typed: (rhythms.append(typed), original(*typed))[1])
+    rhythms, writer = [], train_command.CheckpointWriter
+
+    def noted(*of, minutes, steps):
+        rhythms.append((minutes, steps))
+        return writer(*of, minutes=minutes, steps=steps)
+
+    monkeypatch.setattr(train_command, "CheckpointWriter", noted)
     train("--epochs", "1", "--run-dir", "x", "--checkpoint-every-steps", "2")
     assert main(["--resume", "x", "--epochs", "2"]) == 0
     assert main(["--resume", "x", "--epochs", "3", "--checkpoint-every-steps", "5"]) == 0

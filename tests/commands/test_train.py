@@ -18,6 +18,7 @@ from cifar_dist.cli import main
 from cifar_dist.commands.train import _leave_early
 from cifar_dist.training.checkpoint import load_checkpoint
 from cifar_dist.training.engine import InterruptedRun, Trainer
+from cifar_dist.training.evaluation import EvaluationSet
 from cifar_dist.training.run_directory import RunDirectory
 from tests.conftest import make_dataset
 
@@ -384,17 +385,12 @@ def test_averaged_weights_are_tested_and_evaluated():
 
 def test_the_test_images_are_used_once_at_the_end(monkeypatch):
     """Neither selection nor early stopping sees them: they are evaluated after the last epoch, and only then."""
-    from cifar_dist.training import evaluation, session
+    seen, predict = [], EvaluationSet.predict
 
-    seen = []
+    def spy(self, *how):
+        seen.append(len(self.indices))
+        return predict(self, *how)
 
-    def spy(where, real):
-        return lambda model, data, indices, **how: (
-            seen.append((where, len(indices))),
-            real(model, data, indices, **how),
-        )[1]
-
-    monkeypatch.setattr(evaluation, "predict_logits", spy("validation", evaluation.predict_logits))
-    monkeypatch.setattr(session, "predict_logits", spy("session", session.predict_logits))
+    monkeypatch.setattr(EvaluationSet, "predict", spy)
     train("--epochs", "2", *VALIDATION)
-    assert seen == [("validation", 16), ("validation", 16), ("session", 40)]
+    assert seen == [16, 16, 40]

@@ -15,9 +15,8 @@ from cifar_dist.data.augmentation import COLUMNS
 from cifar_dist.data.batches import Normalizer, resized
 from cifar_dist.records import Observer
 from cifar_dist.training.engine import DivergedError, Trainer
-from cifar_dist.training.evaluation import predict_logits
-from cifar_dist.training.loss import batch_loss
-from cifar_dist.training.metrics import summarize
+from cifar_dist.training.evaluation import EvaluationSet
+from cifar_dist.training.metrics import batch_loss
 from cifar_dist.training.setup import build_trainer
 from tests.conftest import make_dataset, make_recipe
 
@@ -213,16 +212,10 @@ def test_evaluation_counts_each_image_once(runtime, count):
     normalize = Normalizer(trainer.recipe.normalization, runtime.device, runtime.memory_format)
     indices = torch.arange(count).flip(0)
     listener = Listener()
-    result = predict_logits(
-        model,
-        dataset.test,
-        indices,
-        num_classes=10,
-        normalize=normalize,
-        image_size=32,
-        runtime=runtime,
-        observer=listener,
+    images = EvaluationSet(
+        data=dataset.test, indices=indices, class_names=dataset.class_names, recipe=trainer.recipe, runtime=runtime
     )
+    result = images.predict(model, listener)
     assert torch.equal(result.labels, dataset.test.labels[indices])
     with torch.no_grad():
         expected = model(normalize(dataset.test.images[indices].float() / 255))
@@ -235,16 +228,11 @@ def test_mirror_is_the_mean_of_both_sides(runtime):
     trainer = trainer_for(runtime)
     model = trainer.state.model.eval()
     normalize = Normalizer(trainer.recipe.normalization, runtime.device, runtime.memory_format)
-    result = predict_logits(
-        model,
-        dataset.test,
-        torch.arange(8),
-        num_classes=10,
-        normalize=normalize,
-        image_size=32,
+    both = EvaluationSet(
+        data=dataset.test, indices=torch.arange(8), class_names=dataset.class_names, recipe=trainer.recipe,
         runtime=runtime,
-        mirror=True,
-    )
+    )  # fmt: skip
+    result = both.predict(model, Observer(), mirror=True)
     images = normalize(dataset.test.images.float() / 255)
     with torch.no_grad():
         expected = (model(images) + model(images.flip(3))) / 2
@@ -319,12 +307,7 @@ def test_the_average_is_what_is_validated_kept_and_resumed(runtime):
         averages.append(trainer.state.ema.model.fc.weight.clone())
     average = trainer.state.ema.model.state_dict()
     assert not torch.equal(average["fc.weight"], trainer.state.model.state_dict()["fc.weight"])
-    held_out = trainer.validation
-    predictions = predict_logits(
-        trainer.state.ema.model, held_out.data, held_out.indices,
-        num_classes=10, normalize=held_out.normalize, image_size=32, runtime=runtime,
-    )  # fmt: skip
-    assert summarize(predictions.logits, predictions.labels, held_out.class_names).loss == records[-1].val_loss
+    assert trainer.validation.evaluate(trainer.state.ema.model, Observer()).loss == records[-1].val_loss
     assert torch.equal(trainer.state.best.weights["fc.weight"], averages[trainer.state.best.epoch - 1])
     content = copy.deepcopy(trainer.state.to_mapping())
     again = trainer_for(runtime, *fields)

@@ -76,8 +76,6 @@ def test_what_is_monitored_falls_as_it_improves():
     assert monitored_value(stopping("val_loss").config, with_validation) == 0.7
     assert monitored_value(stopping("val_acc").config, with_validation) == -0.8
     assert monitored_value(stopping("train_loss").config, with_validation) == 1.0
-    with pytest.raises(ValueError, match="needs a validation split"):
-        monitored_value(stopping("val_loss").config, record())
 
 
 def test_running_sums_add_up_batches_of_any_size():
@@ -112,11 +110,6 @@ def test_top5_needs_more_than_five_classes(num_classes):
     logits = -torch.arange(num_classes, dtype=torch.float32).repeat(num_classes, 1)
     result = summarize(logits, labels, tuple(map(str, labels.tolist())))
     assert result.top5 == (None if num_classes == 5 else 5 / 6)
-
-
-def test_nothing_cannot_be_evaluated():
-    with pytest.raises(ValueError, match="no samples"):
-        summarize(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), ("a", "b", "c"))
 
 
 def test_records_go_to_json_and_back():

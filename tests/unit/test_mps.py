@@ -22,12 +22,11 @@ from cifar_dist.config.accelerate_config import AccelerateConfig
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.plan import make_plan
 from cifar_dist.config.world import World
-from cifar_dist.data.batches import Normalizer
 from cifar_dist.records import Observer
 from cifar_dist.runtime import device, distributed
 from cifar_dist.runtime.device import look_ahead
 from cifar_dist.training import setup
-from cifar_dist.training.evaluation import predict_logits
+from cifar_dist.training.evaluation import EvaluationSet
 from cifar_dist.training.setup import build_trainer
 from tests.conftest import make_dataset, make_recipe
 
@@ -104,7 +103,7 @@ def listen(runtime, monkeypatch, *assignments, spoil=lambda trainer: None) -> Li
     dataset = make_dataset(num_train=64, num_test=30)
     recipe = make_recipe(*EVERYTHING, *assignments)
     plan = make_plan(recipe, world_size=1, sizes=dataset.sizes, device_type="mps")
-    monkeypatch.setattr(device, "memory_format", lambda device_type: torch.contiguous_format)
+    monkeypatch.setattr(runtime, "memory_format", torch.contiguous_format)
     monkeypatch.setattr(setup, "use_dense_products", lambda model: None)  # which are taken on a CPU alone
     trainer = build_trainer(recipe, plan, dataset, runtime, Observer())
     spoil(trainer)
@@ -135,10 +134,10 @@ def listen(runtime, monkeypatch, *assignments, spoil=lambda trainer: None) -> Li
     with mode:
         for _ in trainer.epochs():
             pass
-        predict_logits(
-            state.evaluated_model, test, torch.arange(len(test)), num_classes=10, image_size=32, runtime=runtime,
-            normalize=Normalizer(recipe.normalization, torch.device("cpu"), torch.contiguous_format), mirror=True,
-        )  # fmt: skip
+        images = EvaluationSet(
+            data=test, indices=torch.arange(len(test)), class_names=dataset.class_names, recipe=recipe, runtime=runtime
+        )
+        images.predict(state.evaluated_model, Observer(), mirror=True)
     return mode
 
 

@@ -13,7 +13,7 @@ from cifar_dist.training.checkpoint import load_checkpoint
 from cifar_dist.training.early_stopping import EarlyStopping
 from cifar_dist.training.metrics import RunningSums
 from cifar_dist.training.run_directory import RunDirectory
-from cifar_dist.training.saving import CheckpointWriter, Rhythm
+from cifar_dist.training.saving import CheckpointWriter
 from cifar_dist.training.state import Best, TrainState
 from tests.unit.test_metrics import record
 
@@ -92,7 +92,7 @@ def save_if_due(writer: CheckpointWriter, state: TrainState) -> None:
 def test_checkpoints_keep_to_their_rhythm(run, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("cifar_dist.training.saving.time.monotonic", lambda: now[0])
-    writer = CheckpointWriter(run, {"recipe": {"stem": "cifar"}}, Rhythm(every_seconds=60))
+    writer = CheckpointWriter(run, {"recipe": {"stem": "cifar"}})
     save_if_due(writer, state_at(1))
     assert not run.last.exists()
     now[0] = 60.0
@@ -111,7 +111,7 @@ def test_on_a_slow_disk_checkpoints_are_rarer(run, monkeypatch):
     """Each takes two seconds here, and a hundredth of the time is theirs."""
     now = [0.0]
     monkeypatch.setattr("cifar_dist.training.saving.time.monotonic", lambda: now[0])
-    writer = CheckpointWriter(run, {}, Rhythm(every_seconds=60, largest_share=0.01))
+    writer = CheckpointWriter(run, {})
     save = run.write_checkpoint
     monkeypatch.setattr(run, "write_checkpoint", lambda *a, **k: (save(*a, **k), now.__setitem__(0, now[0] + 2)))
     written = []
@@ -124,7 +124,7 @@ def test_on_a_slow_disk_checkpoints_are_rarer(run, monkeypatch):
 
 
 def test_the_best_weights_have_a_file_of_their_own(run):
-    writer = CheckpointWriter(run, {"recipe": {"stem": "cifar"}}, Rhythm(every_seconds=0))
+    writer = CheckpointWriter(run, {"recipe": {"stem": "cifar"}}, minutes=0)
     save_if_due(writer, state_at(1))
     assert not run.best.exists()
     save_if_due(writer, state_at(2, best=1))

@@ -12,8 +12,6 @@ from torch import distributed, nn
 
 from cifar_dist.config.errors import PeerFailedError, SharedError, UserError
 from cifar_dist.config.plan import fit_to_dataset, make_plan
-from cifar_dist.config.recipe import NormalizationConfig
-from cifar_dist.data.batches import Normalizer
 from cifar_dist.data.dataset import LabelledImages
 from cifar_dist.model.batch_norm import (
     GhostBatchNorm2d,
@@ -27,10 +25,10 @@ from cifar_dist.records import Observer
 from cifar_dist.runtime.distributed import _common_precision
 from cifar_dist.training.checkpoint import load_checkpoint
 from cifar_dist.training.engine import DivergedError, InterruptedRun
-from cifar_dist.training.evaluation import predict_logits
+from cifar_dist.training.evaluation import EvaluationSet
 from cifar_dist.training.metrics import summarize
 from cifar_dist.training.run_directory import RunDirectory, UnwrittenRun
-from cifar_dist.training.saving import Rhythm
+from cifar_dist.training.saving import CheckpointWriter
 from cifar_dist.training.session import Session
 from cifar_dist.training.setup import build_trainer
 from tests.conftest import make_dataset, make_recipe
@@ -85,12 +83,12 @@ def evaluations(runtime):
         generator = torch.Generator().manual_seed(count)
         images = torch.randint(256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
         data = LabelledImages(images=images, labels=torch.randint(10, (count,), generator=generator))
-        config = NormalizationConfig(mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
-        predictions = predict_logits(
-            tiny_model(), data, torch.arange(count), num_classes=10, image_size=32, runtime=runtime,
-            normalize=Normalizer(config, torch.device("cpu"), torch.contiguous_format),
+        held_out = EvaluationSet(
+            data=data, indices=torch.arange(count), class_names=tuple("abcdefghij"), recipe=make_recipe(),
+            runtime=runtime,
         )  # fmt: skip
-        result = summarize(predictions.logits, predictions.labels, tuple("abcdefghij"))
+        predictions = held_out.predict(tiny_model(), Observer())
+        result = summarize(predictions.logits, predictions.labels, held_out.class_names)
         results[count] = (result.num_samples, sum(map(sum, result.confusion_matrix)), result.top1, result.loss)
         results[count] += (predictions.logits.sum(0).tolist(),)
     return results
@@ -264,14 +262,15 @@ def one_interruption(runtime):
 
 
 def interrupted(runtime, *, folder):
-    """A run with ghost groups that is interrupted in the middle of an epoch, beside one that is not."""
+    """A run with ghost groups that is interrupted in the middle of an epoch, beside one that only saves there."""
     dataset, ends = make_dataset(num_train=72, num_test=10), []
     for name, stop in (("whole", None), ("parts", 6)):
         directory = (RunDirectory if runtime.is_main else UnwrittenRun)(folder / name)
         for start_again in (False, True) if stop else (False,):
             trainer = trainer_of(runtime, "batch_norm_group_size=4", "ema_decay=0.9", "selection=last")
             object.__setattr__(trainer.plan, "report_every_steps", 2)
-            session = Session(directory, trainer, dataset, {"dataset": {"fingerprint": "x"}}, Rhythm(every_seconds=60))
+            writer = CheckpointWriter(directory, {"dataset": {"fingerprint": "x"}}, steps=None if stop else 3)
+            session = Session(writer, trainer, dataset)
             if start_again:
                 session.restore(load_checkpoint(directory.last))
             elif stop:

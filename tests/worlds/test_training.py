@@ -13,7 +13,7 @@ from cifar_dist.training import setup
 from cifar_dist.training.checkpoint import load_checkpoint
 from cifar_dist.training.engine import InterruptedRun
 from cifar_dist.training.run_directory import RunDirectory, UnwrittenRun
-from cifar_dist.training.saving import Rhythm
+from cifar_dist.training.saving import CheckpointWriter
 from cifar_dist.training.session import Session
 from cifar_dist.training.setup import build_trainer
 from tests.conftest import make_dataset, make_recipe
@@ -130,7 +130,7 @@ def run_part(runtime, *, folder: Path, stop_after: int | None = None):
     trainer = in_float64(runtime, MIDDLE)
     object.__setattr__(trainer.plan, "report_every_steps", 1)
     directory = (RunDirectory if runtime.is_main else UnwrittenRun)(folder)
-    session = Session(directory, trainer, make_dataset(), {"dataset": {"fingerprint": "x"}}, Rhythm(every_seconds=60))
+    session = Session(CheckpointWriter(directory, {"dataset": {"fingerprint": "x"}}), trainer, make_dataset())
     step = trainer._optimizer_step
 
     def signalled(epoch):
