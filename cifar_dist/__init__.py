@@ -11,6 +11,11 @@ __all__ = ["Recipe", "evaluate", "load_model", "train"]
 __version__ = "0.1.0"
 
 
+def __dir__() -> list[str]:
+    """Name what can be had, for who asks a notebook."""
+    return sorted([*globals(), *__all__])
+
+
 def __getattr__(name: str) -> Any:
     """Import what is asked for when it is asked for: the command line's --help needs no torch."""
     if name not in __all__:

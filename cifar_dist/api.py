@@ -27,7 +27,7 @@ PathLike = str | os.PathLike[str]
 def train(
     recipe: str | Recipe | None = None,
     *,
-    dataset: str | None = None,
+    dataset: PathLike | None = None,
     data_dir: PathLike | None = None,
     run_dir: PathLike | None = None,
     resume: bool = False,
@@ -46,7 +46,7 @@ def train(
     """
     options = TrainOptions(
         recipe=recipe,
-        dataset=dataset,
+        dataset=None if dataset is None else str(dataset),
         data_dir=None if data_dir is None else Path(data_dir),
         run_dir=None if run_dir is None else Path(run_dir),
         resume=resume,
@@ -67,7 +67,7 @@ def train(
 def evaluate(
     checkpoint: PathLike,
     *,
-    dataset: str | None = None,
+    dataset: PathLike | None = None,
     data_dir: PathLike | None = None,
     split: Literal["test", "validation"] = "test",
     recipe: str | None = None,
@@ -82,7 +82,7 @@ def evaluate(
     """
     options = EvalOptions(
         checkpoint=Path(checkpoint),
-        dataset=dataset,
+        dataset=None if dataset is None else str(dataset),
         data_dir=None if data_dir is None else Path(data_dir),
         split=split,
         recipe=recipe,

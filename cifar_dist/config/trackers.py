@@ -15,5 +15,6 @@ def check_trackers(names: Sequence[str]) -> None:
     for name in names:
         if name not in _PACKAGES:
             raise UserError(f"unknown tracker '{name}'{nearest(name, _PACKAGES)} (trackers: {', '.join(_PACKAGES)})")
-        if importlib.util.find_spec(name) is None:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # any folder of that name in the current one is found, without origin
             raise UserError(f"--tracker {name} needs the package {name}: pip install {name}")

@@ -71,7 +71,8 @@ def _write_content(file: BinaryIO, content: dict[str, Any]) -> None:
     try:
         torch.save(content, file)
     except RuntimeError as error:
-        if isinstance(error.__context__, OSError):  # torch's zip writer covers what the disk said
+        # torch's zip writer covers what came between its steps: what the disk said, or a second Ctrl-C.
+        if isinstance(error.__context__, OSError | KeyboardInterrupt):
             raise error.__context__ from None
         raise
 

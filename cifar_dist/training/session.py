@@ -68,24 +68,27 @@ class Session(Checkpointing):
         Raises DivergedError, InterruptedRun (the run is saved then) or KeyboardInterrupt after the summary says so.
         """
         try:
-            for record in self.trainer.epochs():
-                self.directory.append_record(record)
-                self.trackers.log(record)
-                if self.checkpoints.due(self.state.step):
-                    self._save_epoch()
+            self._train_epochs()
         except DivergedError:
             self._write_summary("diverged")
             raise
-        except InterruptedRun:
-            self.save()
-            self._write_summary("interrupted")
-            raise
-        except KeyboardInterrupt:
+        except (InterruptedRun, KeyboardInterrupt):
             self._write_summary("interrupted")
             raise
         self._save_epoch()
         stopped = self.state.early_stopping.stopped and self.state.epoch < self.trainer.plan.epochs
         return "early_stopped" if stopped else "completed"
+
+    def _train_epochs(self) -> None:
+        try:
+            for record in self.trainer.epochs():
+                self.directory.append_record(record)
+                self.trackers.log(record)
+                if self.checkpoints.due(self.state.step):
+                    self._save_epoch()
+        except InterruptedRun:
+            self.save()
+            raise
 
     def _save_epoch(self) -> None:
         """Save at the end of an epoch; the time that it takes is the training's."""

@@ -107,8 +107,11 @@ def _arguments(name: str, folder: Path, run: str, identity: str, after: int | No
             "settings": quiet,
         }
     if name == "mlflow":
-        os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{(folder / 'mlflow.db').absolute()}")
-        return {"experiment_name": "cifar-dist", "run_name": run, "run_id": identity or None}
+        arguments = {"experiment_name": "cifar-dist", "run_name": run, "run_id": identity or None}
+        if "MLFLOW_TRACKING_URI" not in os.environ:
+            os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{(folder / 'mlflow.db').absolute()}"
+            arguments["logging_dir"] = (folder / "artifacts").absolute().as_uri()  # else below the current folder
+        return arguments
     needs_folder = tracker_class(name).requires_logging_directory
     return {"run_name": run, **({"logging_dir": folder} if needs_folder else {})}
 

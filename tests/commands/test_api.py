@@ -67,6 +67,24 @@ def test_mistakes_are_exceptions(small):
         train(diverging, dataset="shapes", run_dir="diverged", quiet=True)
 
 
+def test_what_is_given_is_passed_on(monkeypatch, tmp_path):
+    """All that can be typed besides, under the same name."""
+    heard = {}
+    monkeypatch.setattr("cifar_dist.api.train_command.train", lambda options, *_: heard.update(train=options) or (0, 1))
+    monkeypatch.setattr("cifar_dist.api.evaluate_command.evaluate", lambda options, *_: heard.update(evaluate=options))
+    both = {"dataset": tmp_path / "images", "data_dir": "data", "precision": "bf16", "config": None}
+    train("quick", run_dir="runs/x", resume=True, trackers=["wandb"], quiet=True, **both)
+    evaluate("runs/x", split="validation", recipe="original", tta="mirror", **both)
+    both |= {"dataset": str(tmp_path / "images"), "data_dir": Path("data")}
+    expected = {"recipe": "quick", "run_dir": Path("runs/x"), "resume": True, "trackers": ("wandb",), "quiet": True}
+    for name, value in (expected | both).items():
+        assert getattr(heard["train"], name) == value, name
+    expected = {"checkpoint": Path("runs/x"), "split": "validation", "recipe": "original", "tta": "mirror"}
+    for name, value in (expected | both).items():
+        assert getattr(heard["evaluate"], name) == value, name
+    assert {"Recipe", "train", "evaluate", "load_model"} <= set(dir(__import__("cifar_dist")))
+
+
 @pytest.mark.command
 def test_a_notebook_launches_two_processes(tmp_path):
     """The last block, in a script; on a small part of the images, for time."""

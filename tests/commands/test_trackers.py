@@ -52,7 +52,8 @@ def test_tensorboard_has_each_epoch_once_at_its_step():
         assert [step for step, _ in found] == [record.step for record in records] == [3, 6, 9]
         assert [value for _, value in found] == pytest.approx([getattr(each, field) for each in records], rel=1e-5)
     test = json.loads(Path("run/summary.json").read_text())["test"]
-    assert events.Scalars("test/accuracy")[-1].value == pytest.approx(test["top1"])
+    for tag, field in (("test/accuracy", "top1"), ("test/loss", "loss")):
+        assert events.Scalars(tag)[-1].value == pytest.approx(test[field])
     assert {"figures/curves", "figures/confusion", "figures/per_class"} <= set(events.Tags()["images"])
     (parameters,) = Path("run/tracking/tensorboard").glob("*/hparams.yml")
     stored = yaml.safe_load(parameters.read_text())
@@ -89,6 +90,8 @@ def test_mlflow_goes_on_in_the_same_run():
     client = mlflow.MlflowClient()
     (run,) = client.search_runs([each.experiment_id for each in client.search_experiments()])
     assert run.info.run_id == Path("run/tracking/mlflow/run-id").read_text()
+    figures = {path.name for path in Path("run/tracking/mlflow/artifacts").rglob("*.png")}
+    assert "curves.png" in figures and not Path("mlruns").exists(), "all of it is in the run directory"
     assert [metric.step for metric in client.get_metric_history(run.info.run_id, "train/loss")] == [3, 6, 9]
     assert run.data.params["optimizer.learning_rate"] == "0.01"
 

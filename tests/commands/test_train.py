@@ -20,6 +20,7 @@ from cifar_dist.training.checkpoint import load_checkpoint
 from cifar_dist.training.engine import InterruptedRun, Trainer
 from cifar_dist.training.evaluation import EvaluationSet
 from cifar_dist.training.run_directory import RunDirectory
+from cifar_dist.training.session import Session
 from tests.conftest import make_dataset
 
 SMALL = ["--recipe", "original", "--dataset", "shapes", "--precision", "no", "--set", "global_batch_size=32"]
@@ -225,12 +226,19 @@ def test_a_run_that_ends_early_says_so_before_others_may_end_it():
     assert calls == ["finished", "interrupted in epoch 1, step 1, and saved; go on with: go on\n"]
 
 
-def test_ctrl_c_ends_with_130_and_says_how_to_go_on(capsys, monkeypatch):
+@pytest.mark.parametrize("saving", [False, True])
+def test_a_second_ctrl_c_ends_with_130_and_says_how_to_go_on(capsys, monkeypatch, saving):
+    """Also while what the first one asked for is being saved."""
+
     def interrupt(self):
         raise KeyboardInterrupt
 
+    def stop(self):
+        raise InterruptedRun
+
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "epochs", interrupt)
+        patch.setattr(Trainer, "epochs", stop if saving else interrupt)
+        patch.setattr(Session, "save", interrupt)
         train("--epochs", "1", "--run-dir", "x", code=130)
     assert capsys.readouterr().err == "interrupted; go on with: python launch.py --resume x\n"
     assert RunDirectory(Path("x")).read_summary().status == "interrupted"
