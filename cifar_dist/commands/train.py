@@ -19,8 +19,10 @@ from cifar_dist.config.provenance import command_line
 from cifar_dist.config.recipe import Recipe
 from cifar_dist.config.request import TrainRequest, resolve_run, seconds_allowed
 from cifar_dist.config.world import SlurmJob, World
+from cifar_dist.data.archives import ARCHIVES
 from cifar_dist.data.dataset import Dataset
 from cifar_dist.data.datasets import known_sizes, load_dataset
+from cifar_dist.data.official_files import where_found
 from cifar_dist.display.console import make_console
 from cifar_dist.display.live import training_display
 from cifar_dist.display.progress import Display, loading_progress
@@ -121,6 +123,8 @@ def _show_plan(console: Console, options: TrainOptions, world: World, config: Ac
     directory = run.existing.path if run.existing is not None else new_directory(options, request)
     note = other_count_note(world, config, options.num_processes)
     lines = _header(f"{directory}", request, outlook, plan, recipe, note)
+    if request.dataset in ARCHIVES:
+        lines["data"] = where_found(ARCHIVES[request.dataset], request.data_dir)
     print_header(console, lines | {"would start": started_line(world, config, options.num_processes)})
     return EXIT_DONE
 

@@ -203,5 +203,5 @@ def started_line(world: World, config: AccelerateConfig, typed: int | None) -> s
         where = "here" if machines == 1 else f"on each of {machines} machines"
         return f"{count // machines} processes {where}, by torch.distributed.run"
     if world.size > 1:
-        return f"nothing: this is rank {world.rank} of {world.size} processes, started by {world.launcher}"
-    return "nothing: this process trains"
+        return f"nothing more: this is rank {world.rank} of {world.size} processes, started by {world.launcher}"
+    return "one process: this one"

@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import fields
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -52,10 +53,11 @@ def parse_arguments(argv: list[str]) -> tuple[str, Options]:
     if command not in _COMMANDS:
         raise UserError(f"unknown command '{command}'{nearest(command, _COMMANDS)} (commands: {', '.join(_COMMANDS)})")
     parser = _command_parser(command)
-    namespace, unknown = parser.parse_known_args(argv[named:])
-    if unknown:
-        name = unknown[0].split("=")[0]
-        raise UserError(f"unknown argument '{name}'{nearest(name, parser._option_string_actions)}")
+    flags = [word.split("=")[0] for word in takewhile(lambda word: word != "--", argv) if word.startswith("--")]
+    if unknown := [flag for flag in flags if flag not in parser._option_string_actions]:  # before one is missed
+        hint = nearest(unknown[0], parser._option_string_actions) or f" (see {parser.prog} --help)"
+        raise UserError(f"unknown argument '{unknown[0]}'{hint}")
+    namespace = parser.parse_args(argv[named:])
     return command, _make_options(command, vars(namespace))
 
 

@@ -64,7 +64,9 @@ class DeviceOptions(Options):
 
     config: str | None = flag("--config", "an Accelerate config: device, processes, mixed precision", metavar="YAML")
     precision: str | None = flag(
-        "--precision", "default: what the device does best (auto)", choices=("auto", "no", "fp16", "bf16")
+        "--precision",
+        "auto: what the device does best (the default); no: float32",
+        choices=("auto", "no", "fp16", "bf16"),
     )
 
 

@@ -29,7 +29,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in values:
         if key not in names:
-            raise UserError(f"unknown recipe field '{where}{key}'{nearest(str(key), names)}")
+            raise UserError(f"unknown recipe field '{where}{key}'{_meant(str(key), hints, where)}")
     missing = [name for name in names if name not in values]
     if missing:
         raise UserError(f"recipe field '{where}{missing[0]}' is missing")
@@ -38,6 +38,16 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         return cls(**converted)
     except ValueError as error:
         raise UserError(f"{where}{error}") from None
+
+
+def _meant(key: str, hints: Mapping[str, Any], where: str) -> str:
+    """Name the field that is nearest to an unknown one, also one level below; else those that there are."""
+    if close := nearest(key, hints):
+        return close
+    for name, hint in hints.items():
+        if dataclasses.is_dataclass(hint) and key in {field.name for field in dataclasses.fields(hint)}:
+            return f", did you mean '{name}.{key}'?"
+    return f" (fields of {where.rstrip('.')}: {', '.join(hints)})" if where else ""
 
 
 def to_mapping(value: Any) -> Any:

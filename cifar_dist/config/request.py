@@ -216,6 +216,6 @@ def refuse_other_data(now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
 
 def _refuse(changed: list[str]) -> None:
     if changed:
-        raise UserError(
-            f"a resumed run stays what it was, and this differs: {', '.join(changed)}; type a new --run-dir"
-        )
+        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+        what = f"this differs: {', '.join(changed[:5])}{more}"
+        raise UserError(f"a resumed run stays what it was, and {what}; type a new --run-dir")

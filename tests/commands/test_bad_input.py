@@ -166,7 +166,11 @@ CASES = {
     "--dataset cifar11": "unknown dataset 'cifar11', did you mean 'cifar10'?"
     " (datasets: cifar10, cifar100, shapes, or a folder of class folders)",
     "--set lr=0.1": "unknown recipe field 'lr'",
-    "--set optimizer.lr=0.1": "unknown recipe field 'optimizer.lr'",
+    "--set optimizer.lr=0.1": "unknown recipe field 'optimizer.lr' (fields of optimizer: name, learning_rate, momentum,"
+    " nesterov, weight_decay, decay_norm_and_bias, sgd_learning_rate, normalize_filters)",
+    "--set learning_rate=0.1": "unknown recipe field 'learning_rate', did you mean 'optimizer.learning_rate'?",
+    "eval --chkpt a": "unknown argument '--chkpt', did you mean '--ckpt'?",
+    "bench --data-dir x": "unknown argument '--data-dir' (see launch.py bench --help)",
     "--set augmentation.hue=0.7": "augmentation.hue must be in [0, 0.5], not 0.7",
     "--set optimizer.momentum=0": "optimizer.nesterov must be false where momentum is 0, not True",
     "--set schedule.gamma=2": "schedule.gamma must be set with schedule.name=step, and only with it, not 2.0",

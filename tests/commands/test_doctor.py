@@ -47,7 +47,7 @@ def test_doctor_says_what_is_here_and_what_would_run(capsys, tmp_path):
     assert lines["batch"] == "global_batch_size 512 = 512 per device x 1 process x 1 accumulation"
     assert lines["learning rate"].startswith("triangular, ")
     assert lines["note"] == "no MPS or CUDA device here: training on cpu"
-    assert lines["would start"] == "nothing: this process trains"
+    assert lines["would start"] == "one process: this one"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -71,7 +71,7 @@ def test_doctor_finds_data_and_weights(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("config", "batch", "starts"),
     [
-        ("mps", "512 = 512 per device x 1 process", "nothing: this process trains"),
+        ("mps", "512 = 512 per device x 1 process", "one process: this one"),
         ("multi_cpu", "512 = 256 per device x 2 processes", "2 processes here, by torch.distributed.run"),
         ("multi_gpu", "512 = 256 per device x 2 processes", "2 processes here, by torch.distributed.run"),
         (
@@ -92,7 +92,7 @@ def test_a_dry_run_has_the_whole_plan_and_needs_no_data(capsys):
     lines = lines_of(capsys, "--dry-run", "--num-processes", "4", "--precision", "no", "--recipe", "strong")
     assert lines["run"] == "runs/strong-cifar10-seed0"
     assert lines["batch"] == "global_batch_size 512 = 128 per device x 4 processes x 1 accumulation"
-    assert lines["device"].startswith("cpu, precision no (asked for), ")
+    assert lines["device"].startswith("cpu, precision no (float32), ")
     assert "at its peak" in lines["learning rate"] and lines["learning rate"].endswith("at the end")
     assert lines["steps"] == "88 an epoch x 80 epochs = 7,040"
 

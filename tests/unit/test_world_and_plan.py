@@ -117,8 +117,8 @@ def test_what_would_be_started_in_words():
     nodes = AccelerateConfig(path="n.yaml", num_processes=8, num_machines=2)
     assert started_line(ALONE, nodes, None) == "4 processes on each of 2 machines, by torch.distributed.run"
     assert started_line(ALONE, AccelerateConfig(), 2) == "2 processes here, by torch.distributed.run"
-    assert started_line(ALONE, AccelerateConfig(), None) == "nothing: this process trains"
-    assert started_line(OUTER, nodes, None) == "nothing: this is rank 0 of 2 processes, started by torchrun"
+    assert started_line(ALONE, AccelerateConfig(), None) == "one process: this one"
+    assert started_line(OUTER, nodes, None) == "nothing more: this is rank 0 of 2 processes, started by torchrun"
 
 
 def test_the_world_to_come():
