@@ -16,7 +16,10 @@ from tests.conftest import ROOT
 pytestmark = pytest.mark.command
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
-    line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line.strip()
+    line.split("  # ")[0]
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.strip()
 ]
 
 # What a command needs to be run here: other arguments for those that would take long, or that need files.
@@ -44,7 +47,7 @@ INSTALL = "python3 -m venv .venv && . .venv/bin/activate && pip install -e . && 
 def clone(tmp_path_factory) -> Path:
     """A folder like a clone, in which runs may be left."""
     folder = tmp_path_factory.mktemp("clone")
-    for name in ("launch.py", "accelerate_configs", "cifar_dist"):
+    for name in ("launch.py", "accelerate_configs", "cifar_dist", "docs"):
         (folder / name).symlink_to(ROOT / name)
     torch.save(resnet18(num_classes=10).state_dict(), folder / "resnet18_cifar10_data_augument.pth")
     return folder
