@@ -92,6 +92,9 @@ class Summary:
 class Observer:
     """Hears what a run does. This one does nothing, so that a caller who does not care needs no `if`."""
 
+    def on_earlier_epochs(self, records: Sequence[EpochRecord], best_epoch: int | None) -> None:
+        """A run goes on that has done these epochs already."""
+
     def on_epoch_start(self, epoch: int, lr: float) -> None:
         """An epoch (from 1) begins, at this learning rate."""
 

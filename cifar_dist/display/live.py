@@ -126,10 +126,15 @@ class LiveTraining(Display):
             table.add_row(*cells, "best" if is_best else "", style="bold green" if is_best else None)
         return table
 
+    def on_earlier_epochs(self, records: Sequence[EpochRecord], best_epoch: int | None) -> None:
+        """Begin the table with what was done before."""
+        self.epochs = list(records)
+        self.best = next((record for record in records if record.epoch == best_epoch), None)
+
     def on_epoch_start(self, epoch: int, lr: float) -> None:
         """Begin a new bar."""
         self.epoch, self._lr, self._started, self._first_step = epoch, lr, time.monotonic(), 0
-        total = self.plan.steps_per_epoch if self.epochs else None  # None: a bar that only says that it is alive
+        total = self.plan.steps_per_epoch if self._has_begun else None  # None: a bar that only says that it is alive
         self.progress.reset(self.steps, total=total, description=f"epoch {epoch}/{self.plan.epochs}")
         self.progress.update(self.run, completed=(epoch - 1) * self.plan.steps_per_epoch)
 

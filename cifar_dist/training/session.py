@@ -59,8 +59,9 @@ class Session(Checkpointing):
         self.directory.create(is_new=is_new)
         with preparing(self.directory.path):
             self.directory.write_config(config)
-            self.directory.cut_records(self.state.epoch)
+            records = self.directory.cut_records(self.state.epoch)
             self._write_summary("running")
+        self.trainer.observer.on_earlier_epochs(records, None if self.state.best is None else self.state.best.epoch)
 
     def train(self) -> Status:
         """Train to the end of the plan, or until it is stopped early; say how it ended.

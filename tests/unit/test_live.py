@@ -104,6 +104,15 @@ def test_the_row_of_the_best_epoch_is_marked_and_no_other():
     assert marked == ["2"]
 
 
+def test_a_run_that_goes_on_shows_what_was_done_before():
+    view = view_on(terminal())
+    view.on_earlier_epochs([record(epoch, val_loss=0.5, val_acc=0.5) for epoch in (1, 2, 3)], 2)
+    view.on_epoch_start(4, 0.1)
+    rows = [line.split() for line in drawn(view) if re.match(r" *\d+ +\d", line)]
+    assert [row[0] for row in rows] == ["1", "2", "3"]
+    assert [row[0] for row in rows if row[-1] == "best"] == ["2"]
+
+
 def test_without_a_validation_split_there_is_nothing_of_one():
     view = training_display(terminal(), PLAIN, "original", quiet=False)
     view.on_epoch_start(1, 0.1)
