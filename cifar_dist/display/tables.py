@@ -192,9 +192,9 @@ def print_result(console: Console, summary: Summary, total_epochs: int, director
         *format_worst_confusions(summary.test),
         "",
         f"in {directory}: config.yaml, metrics.jsonl, summary.json, checkpoints, figures",
-        f"next: {command_line('report', directory)}",
     ]
     print_lines(console, lines, title="result")
+    print_notes(console, [f"next: {command_line('report', directory)}"])  # no panel, so that it can be copied whole
 
 
 def print_lines(console: Console, lines: Sequence[str], *, title: str) -> None:
