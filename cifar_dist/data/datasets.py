@@ -1,7 +1,6 @@
 """Datasets by name, or by folder."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from cifar_dist.config.plan import KNOWN_SIZES, DatasetSizes
@@ -25,14 +24,7 @@ def load_dataset(
     if name in KNOWN_SIZES:
         load = {"cifar10": load_cifar10, "cifar100": load_cifar100}[name]
         return load(data_dir, progress=progress)
-    folder = load_folder(Path(name), image_size=recipe.image_size, seed=recipe.seed, progress=progress)
-    source, side = folder.source, recipe.image_size
-    sizes = " to ".join(sorted({f"{width}x{height}" for width, height in (source.smallest, source.largest)}))
-    origin = (
-        f"{source.num_files:,} files of {sizes} pixels, resized and cropped to {side}x{side},"
-        f" {source.mebibytes:,.1f} MiB in memory{' (read from the cache)' if source.from_cache else ''}"
-    )
-    return replace(folder.dataset, validation=folder.validation, origin=origin)
+    return load_folder(Path(name), image_size=recipe.image_size, seed=recipe.seed, progress=progress)
 
 
 def known_sizes(name: str, recipe: Recipe) -> DatasetSizes:

@@ -40,11 +40,11 @@ def default_cache_dir(environ: Mapping[str, str] = os.environ, platform: str = s
 
 
 def read_images(
-    files: Sequence[ImageFile], images: Pixels, *, folder: Path, cache_dir: Path | None, progress: Progress | None
+    files: Sequence[ImageFile], images: Pixels, *, folder: Path, progress: Progress | None
 ) -> tuple[Range, bool]:
     """Fill `images`, (N, 3, S, S), with the N files in their order, each as `decode` gives it for S.
 
-    `folder` is the one that the files belong to, with one cache file in `cache_dir` (None: `default_cache_dir()`).
+    `folder` is the one that the files belong to, with one cache file in `default_cache_dir()`.
     Gives the range of the sizes in the files, and whether all came from the cache. Raises UserError naming the files
     that cannot be read.
     """
@@ -55,7 +55,7 @@ def read_images(
     digest.update(
         "".join(f"\0{file.name}\0{file.size}\0{file.mtime_ns}" for file in map(files.__getitem__, order)).encode()
     )
-    key, cache_dir = digest.digest(), cache_dir or default_cache_dir()
+    key, cache_dir = digest.digest(), default_cache_dir()
     if cache_dir is None:
         return decode_all(files, images, progress), False
     stem = blake2b(os.fsencode(folder.resolve()), digest_size=8).hexdigest()
