@@ -57,7 +57,7 @@ def load_folder(path: Path, *, image_size: int, seed: int, progress: Progress | 
         labels = torch.repeat_interleave(torch.arange(len(names)), counts)
         loaded[part] = LabelledImages(images=images[start : start + len(labels)], labels=labels)
         start += len(labels)
-    sizes = " to ".join(sorted({f"{width}x{height}" for width, height in (smallest, largest)}))
+    sizes = " to ".join(f"{width}x{height}" for width, height in dict.fromkeys((smallest, largest)))
     return Dataset(
         name=path.name if path.name not in ("", "..") else path.resolve().name,
         class_names=names,

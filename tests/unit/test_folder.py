@@ -587,7 +587,7 @@ def test_origin_is_the_same_from_the_cache(tmp_path: Path, cache: Path) -> None:
     put(tmp_path, "test/cat/large.png", width=10, height=12)
     put(tmp_path, "test/cat/tiny.png", width=3, height=9)
     first = load(tmp_path)
-    assert first.origin == "7 files of 10x12 to 3x9 pixels, resized and cropped to 8x8, 0.0 MiB in memory"
+    assert first.origin == "7 files of 3x9 to 10x12 pixels, resized and cropped to 8x8, 0.0 MiB in memory"
     second = load(tmp_path)
     assert second.origin == f"{first.origin} (read from the cache)"
     assert same(first, second)
