@@ -5,7 +5,8 @@ from pathlib import Path
 
 from cifar_dist.config.plan import KNOWN_SIZES, DatasetSizes
 from cifar_dist.config.recipe import Recipe
-from cifar_dist.data.cifar import load_cifar10, load_cifar100
+from cifar_dist.data.archives import ARCHIVES
+from cifar_dist.data.cifar import load_archive
 from cifar_dist.data.dataset import Dataset
 from cifar_dist.data.folder import folder_sizes, load_folder
 from cifar_dist.data.shapes import load_shapes
@@ -21,9 +22,8 @@ def load_dataset(
     """
     if name == "shapes":
         return load_shapes()
-    if name in KNOWN_SIZES:
-        load = {"cifar10": load_cifar10, "cifar100": load_cifar100}[name]
-        return load(data_dir, progress=progress)
+    if name in ARCHIVES:
+        return load_archive(ARCHIVES[name], data_dir, progress=progress)
     return load_folder(Path(name), image_size=recipe.image_size, seed=recipe.seed, progress=progress)
 
 

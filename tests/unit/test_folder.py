@@ -785,7 +785,7 @@ def test_official_images_in_folders_are_those_of_the_official_files(official_dat
     folder = official_data / "cifar10-png/test"
     if not folder.is_dir():
         pytest.skip(f"there are no class folders of PNG files in {folder}")
-    official = load_archive(replace(CIFAR10, train=()), official_data, environ={}).test
+    official = load_archive(replace(CIFAR10, train=()), official_data).test
     for _ in ("decoded", "from the cache"):
         dataset = load_folder(folder, image_size=32, seed=0)
         assert (dataset.class_names, dataset.sizes.num_test) == (CIFAR10.class_names, 2_000)
