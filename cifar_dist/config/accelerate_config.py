@@ -123,7 +123,7 @@ def _flag(values: Mapping[str, Any], key: str, path: str) -> bool:
 
 def _mixed_precision(value: Any, path: str) -> Literal["no", "fp16", "bf16"] | None:
     if value is None or value in ("no", "fp16", "bf16"):
-        return value  # type: ignore[no-any-return]
+        return value
     quoted = " (quote it: unquoted no is a YAML boolean)" if value is False else ""
     raise UserError(f"Accelerate config {path}: mixed_precision must be 'no', 'fp16' or 'bf16', not {value!r}{quoted}")
 

@@ -192,5 +192,4 @@ class _Draw:
         """Beta(alpha, alpha) as the ratio of Gamma draws, made in float64: small alphas give tiny numbers."""
         shape = torch.full((2, self.num_samples), alpha, dtype=torch.float64)
         first, second = torch._standard_gamma(shape, generator=self._generator(name))
-        shares: Tensor = (first / (first + second)).nan_to_num_(0.5).float()
-        return shares
+        return (first / (first + second)).nan_to_num_(0.5).float()

@@ -39,7 +39,7 @@ class SavedWeights:
         """Give the network with these weights, in evaluation mode. Raises UserError where they do not fit it."""
         model = build_resnet(self.recipe.stem, self.num_classes, seed=0)
         load_weights(model, self.tensors)
-        return model.to(device, memory_format=memory_format).eval()  # type: ignore[call-overload,no-any-return]
+        return model.to(device, memory_format=memory_format).eval()  # type: ignore[call-overload]
 
 
 def read_weights(path: Path, recipe_name: str | None = None) -> SavedWeights:
