@@ -24,9 +24,8 @@ from cifar_dist.data.official_files import provide, refuse_wrong, wrong
 def load_archive(archive: Archive, data_dir: Path, *, progress: Progress | None = None) -> Dataset:
     """Load the files of `archive` below `data_dir`, the folder that torchvision calls `root`.
 
-    What is missing is unpacked or downloaded first, as `provide` says. A file that is there is never changed: a wrong
-    one, even of those without images, is named in the error. Raises UserError for everything that keeps the data from
-    being had.
+    What is missing is unpacked or downloaded first, as `provide` says. A file that is there is never changed. Raises
+    UserError that names the wrong ones, even of those without images, or says why the missing cannot be had.
     """
     folder = provide(archive, data_dir, progress=progress)
     refuse_wrong({folder / file.name: file.md5 for file in archive.others})  # the rest is checked as it is read

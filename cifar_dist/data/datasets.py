@@ -1,6 +1,5 @@
 """Datasets by name, or by folder."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from cifar_dist.config.plan import KNOWN_SIZES, DatasetSizes
@@ -8,13 +7,12 @@ from cifar_dist.config.recipe import Recipe
 from cifar_dist.data.archives import ARCHIVES
 from cifar_dist.data.cifar import load_archive
 from cifar_dist.data.dataset import Dataset
+from cifar_dist.data.download import Progress
 from cifar_dist.data.folder import folder_sizes, load_folder
 from cifar_dist.data.shapes import load_shapes
 
 
-def load_dataset(
-    name: str, data_dir: Path, recipe: Recipe, *, progress: Callable[[int, int | None], None] | None = None
-) -> Dataset:
+def load_dataset(name: str, data_dir: Path, recipe: Recipe, *, progress: Progress | None = None) -> Dataset:
     """Load a dataset into memory, downloading it where it is missing and can be had.
 
     A folder of images is read at the recipe's `image_size`; where it has no test images, its seed chooses them.

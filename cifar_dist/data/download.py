@@ -16,23 +16,14 @@ from http.client import HTTPException
 from io import FileIO
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError, URLError
 
 from cifar_dist.config.errors import UserError
 
-try:
+fcntl: Any = None
+with suppress(ImportError):  # Windows has none
     import fcntl
-
-    def _lock(descriptor: int) -> None:
-        # Some network file systems know no locks: rather none than no data, the md5 guards the result.
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-
-except ImportError:  # Windows
-
-    def _lock(descriptor: int) -> None:
-        pass
-
 
 Progress = Callable[[int, int | None], None]
 """Is told the bytes so far and the bytes in all (None where the server does not say)."""
@@ -106,7 +97,10 @@ def _take_lock(folder: Path, lock: Path, made: list[Path]) -> int:
         with suppress(FileNotFoundError):
             descriptor, held = os.open(lock, flags, 0o666), False
             try:
-                _lock(descriptor)
+                if fcntl is not None:
+                    # Some network file systems know no locks: rather none than no data, the md5 guards the result.
+                    with suppress(OSError):
+                        fcntl.flock(descriptor, fcntl.LOCK_EX)
                 held = os.path.samestat(os.fstat(descriptor), lock.stat())
             finally:
                 if not held:

@@ -1,9 +1,7 @@
 """Images in class folders, listed, split and read into memory.
 
-Two layouts are understood, as for torchvision's ImageFolder; what lies deeper in a class folder counts, too:
-
-    train/<class>/* with test/<class>/* or val/<class>/* as the test set; with both, val/ is the validation set
-    <class>/*       of each class, a fifth that depends on the seed is the test set
+Two layouts are understood, as README.md shows them: parts that hold class folders, and class folders alone. As
+for torchvision's ImageFolder, what lies deeper in a class folder counts, too.
 """
 
 import math
@@ -38,9 +36,8 @@ Classes = dict[str, list[ImageFile]]
 def load_folder(path: Path, *, image_size: int, seed: int, progress: Progress | None = None) -> Dataset:
     """Load the images below `path` as (N, 3, image_size, image_size) uint8, in the order of (class, relative path).
 
-    `seed` chooses the test images where the folder has no test set; whether an image is one depends on its own name
-    more than on the others, so that adding some moves few. `progress` is told the files decoded so far and in all.
-    Raises UserError for everything that keeps the folder from being a dataset.
+    `seed` chooses the test images where the folder has no test set, each by its name, so that new ones move few others.
+    `progress` is told the files decoded so far and in all. Raises UserError where the folder is no dataset.
     """
     parts = _find_parts(path, seed)
     _check_parts(path, parts)

@@ -1,8 +1,6 @@
-"""Image files read back as an earlier run has decoded them, or decoded and kept.
+"""The decoded pixels of a folder, kept in a file of the user's cache folder: header, images by name, their checksum.
 
-The decoded pixels of a folder lie in one file of the user's cache folder: a header, the images in the order of their
-names, and a checksum of both. Nothing depends on that file: where it is missing, damaged or cannot be written, the
-images are decoded.
+Nothing depends on that file: where it is missing, damaged or cannot be written, the images are decoded.
 """
 
 import os

@@ -17,11 +17,10 @@ _COPY_BYTES = 1 << 20
 
 
 def provide(archive: Archive, data_dir: Path, *, progress: Progress | None = None) -> Path:
-    """Give the folder that holds the files of the archive.
+    """Give the folder that holds the files; missing ones are unpacked from the tarball, downloaded if need be.
 
-    Missing ones are unpacked from the tarball in `data_dir`, which is downloaded first if it is not there; `progress`
-    is told the bytes downloaded so far and in all. The md5 of files that were there already is looked at when they
-    are read. Raises UserError where the files cannot be had.
+    `progress` is told the bytes downloaded so far and in all. The md5 of files that were there already is looked at
+    when they are read. Raises UserError where the files cannot be had.
     """
     folder = data_dir / archive.folder
     if _missing(folder, archive):
