@@ -121,7 +121,7 @@ def boundary(recipe: str, epochs: int = 6) -> None:
         few = LabelledImages(images=images[:100], labels=part.labels[:100])
         return Dataset(name="random", class_names=tuple("0123456789"), train=part, test=few)
 
-    Trainer._forward_backward, Trainer._optimizer_step, datasets.load_cifar10 = forward, timed_step, random_images
+    Trainer._forward_backward, Trainer._optimizer_step, datasets.load_archive = forward, timed_step, random_images
     with tempfile.TemporaryDirectory() as folder:
         typed = ["--recipe", recipe, "--epochs", str(epochs), "--run-dir", f"{folder}/run"]
         cifar_dist([*typed, "--set", "validation_size=0", "early_stopping.enabled=false"])

@@ -55,8 +55,8 @@ class Augmentation:
         self.image_size = image_size
         self.fill = torch.tensor(fill)
         self.turns_affinely = max(config.affine_degrees, config.affine_translate, config.affine_scale) > 0
-        self.moves_pixels = config.crop_padding > 0 or config.flip != "none" or config.rotation_degrees > 0
-        self.moves_pixels = self.moves_pixels or self.turns_affinely
+        turns = config.rotation_degrees > 0 or self.turns_affinely
+        self.moves_pixels = config.crop_padding > 0 or config.flip != "none" or turns
         self.changes_colors = max(config.brightness, config.contrast, config.saturation, config.hue) > 0
         self.mixes = max(config.mixup, config.cutmix) > 0
 
@@ -192,5 +192,4 @@ class _Draw:
         """Beta(alpha, alpha) as the ratio of Gamma draws, made in float64: small alphas give tiny numbers."""
         shape = torch.full((2, self.num_samples), alpha, dtype=torch.float64)
         first, second = torch._standard_gamma(shape, generator=self._generator(name))
-        shares: Tensor = (first / (first + second)).nan_to_num_(0.5).float()
-        return shares
+        return (first / (first + second)).nan_to_num_(0.5).float()

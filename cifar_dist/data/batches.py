@@ -1,7 +1,7 @@
 """From images that live on the device to the batches that the model sees."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -57,30 +57,19 @@ def resized(pixels: Tensor, size: int) -> Tensor:
     return functional.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
 
 
+@dataclass(eq=False)
 class TrainingBatches:
     """The training images of one shard, epoch by epoch: order -> indices -> rows of the table -> augmented batch."""
 
-    def __init__(
-        self,
-        data: LabelledImages,
-        indices: Tensor,
-        *,
-        sampler: GlobalBatchSampler,
-        augmentation: Augmentation,
-        normalize: Normalizer,
-        image_size: Callable[[int, int], int],
-    ) -> None:
-        """Take `indices` (n,) int64 on the CPU of `data` as the training set; the sampler orders positions in it.
-
-        `image_size` gives the side of the images in an (epoch, step of the epoch), both counted from 1.
-        """
-        self.data = data
-        self.indices = indices
-        self.sampler = sampler
-        self.augmentation = augmentation
-        self.normalize = normalize
-        self.image_size = image_size
-        self._drawn: tuple[int, Tensor] = (0, torch.empty(0))
+    data: LabelledImages
+    indices: Tensor
+    """(n,) int64 on the CPU: the samples of `data` that are the training set; the sampler orders positions in it."""
+    sampler: GlobalBatchSampler
+    augmentation: Augmentation
+    normalize: Normalizer
+    image_size: Callable[[int, int], int]
+    """Gives the side of the images in an (epoch, step of the epoch), both counted from 1."""
+    _drawn: tuple[int, Tensor] = field(default=(0, torch.empty(0)), init=False)
 
     def _table(self, epoch: int) -> Tensor:
         """Give the random parameters of an epoch; only the last one asked for is kept."""

@@ -6,9 +6,7 @@ even then by an unpickler that knows nothing but the three names a NumPy array i
 
 import hashlib
 import io
-import os
 import pickle
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,42 +15,19 @@ import torch
 from torch import Tensor
 
 from cifar_dist.config.errors import UserError
-from cifar_dist.data.archives import CIFAR10, CIFAR100, Archive, ArchiveFile
+from cifar_dist.data.archives import Archive, ArchiveFile
 from cifar_dist.data.dataset import Dataset, LabelledImages
-from cifar_dist.data.download import TIMEOUT_S, Progress, reason_of
+from cifar_dist.data.download import Progress, reason_of
 from cifar_dist.data.official_files import provide, refuse_wrong, wrong
 
 
-def load_cifar10(
-    data_dir: Path, *, progress: Progress | None = None, environ: Mapping[str, str] = os.environ
-) -> Dataset:
-    """Load CIFAR-10 from `data_dir/cifar-10-batches-py`; `load_archive` says what happens when it is not there."""
-    return load_archive(CIFAR10, data_dir, progress=progress, environ=environ)
-
-
-def load_cifar100(
-    data_dir: Path, *, progress: Progress | None = None, environ: Mapping[str, str] = os.environ
-) -> Dataset:
-    """Load CIFAR-100 with its 100 fine classes from `data_dir/cifar-100-python`, in the same way."""
-    return load_archive(CIFAR100, data_dir, progress=progress, environ=environ)
-
-
-def load_archive(
-    archive: Archive,
-    data_dir: Path,
-    *,
-    progress: Progress | None = None,
-    environ: Mapping[str, str] = os.environ,
-    timeout: float = TIMEOUT_S,
-) -> Dataset:
+def load_archive(archive: Archive, data_dir: Path, *, progress: Progress | None = None) -> Dataset:
     """Load the files of `archive` below `data_dir`, the folder that torchvision calls `root`.
 
-    Missing files are unpacked from the tarball in `data_dir`, which is downloaded first if it is not there. A file
-    that is there is never changed: a wrong one, even of those without images, is named in the error. `progress` is
-    told the bytes downloaded so far and in all, `timeout` is in seconds. Raises UserError for everything that keeps
-    the data from being had.
+    What is missing is unpacked or downloaded first, as `provide` says. A file that is there is never changed. Raises
+    UserError that names the wrong ones, even of those without images, or says why the missing cannot be had.
     """
-    folder = provide(archive, data_dir, progress=progress, environ=environ, timeout=timeout)
+    folder = provide(archive, data_dir, progress=progress)
     refuse_wrong({folder / file.name: file.md5 for file in archive.others})  # the rest is checked as it is read
     return Dataset(
         name=archive.name,
@@ -64,13 +39,12 @@ def load_archive(
 
 def _read_files(archive: Archive, folder: Path, files: tuple[ArchiveFile, ...]) -> LabelledImages:
     # Each file is copied into its place and dropped, so that the pixels are not in memory twice.
-    images = torch.empty((sum(file.images for file in files), 3, 32, 32), dtype=torch.uint8)
-    labels = torch.empty(len(images), dtype=torch.int64)
-    start = 0
-    for file in files:
-        there = slice(start, start + file.images)
-        _read_file(archive, folder / file.name, file.md5, images[there], labels[there])
-        start = there.stop
+    counts = [file.images for file in files]
+    images = torch.empty((sum(counts), 3, 32, 32), dtype=torch.uint8)
+    labels = torch.empty(sum(counts), dtype=torch.int64)
+    places = zip(files, torch.split(images, counts), torch.split(labels, counts), strict=True)
+    for file, its_images, its_labels in places:
+        _read_file(archive, folder / file.name, file.md5, its_images, its_labels)
     return LabelledImages(images=images, labels=labels)
 
 

@@ -1,20 +1,18 @@
 """Datasets by name, or by folder."""
 
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from cifar_dist.config.plan import KNOWN_SIZES, DatasetSizes
 from cifar_dist.config.recipe import Recipe
-from cifar_dist.data.cifar import load_cifar10, load_cifar100
+from cifar_dist.data.archives import ARCHIVES
+from cifar_dist.data.cifar import load_archive
 from cifar_dist.data.dataset import Dataset
+from cifar_dist.data.download import Progress
 from cifar_dist.data.folder import folder_sizes, load_folder
 from cifar_dist.data.shapes import load_shapes
 
 
-def load_dataset(
-    name: str, data_dir: Path, recipe: Recipe, *, progress: Callable[[int, int | None], None] | None = None
-) -> Dataset:
+def load_dataset(name: str, data_dir: Path, recipe: Recipe, *, progress: Progress | None = None) -> Dataset:
     """Load a dataset into memory, downloading it where it is missing and can be had.
 
     A folder of images is read at the recipe's `image_size`; where it has no test images, its seed chooses them.
@@ -22,17 +20,9 @@ def load_dataset(
     """
     if name == "shapes":
         return load_shapes()
-    if name in KNOWN_SIZES:
-        load = {"cifar10": load_cifar10, "cifar100": load_cifar100}[name]
-        return load(data_dir, progress=progress)
-    folder = load_folder(Path(name), image_size=recipe.image_size, seed=recipe.seed, progress=progress)
-    source, side = folder.source, recipe.image_size
-    sizes = " to ".join(sorted({f"{width}x{height}" for width, height in (source.smallest, source.largest)}))
-    origin = (
-        f"{source.num_files:,} files of {sizes} pixels, resized and cropped to {side}x{side},"
-        f" {source.mebibytes:,.1f} MiB in memory{' (read from the cache)' if source.from_cache else ''}"
-    )
-    return replace(folder.dataset, validation=folder.validation, origin=origin)
+    if name in ARCHIVES:
+        return load_archive(ARCHIVES[name], data_dir, progress=progress)
+    return load_folder(Path(name), image_size=recipe.image_size, seed=recipe.seed, progress=progress)
 
 
 def known_sizes(name: str, recipe: Recipe) -> DatasetSizes:

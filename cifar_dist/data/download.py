@@ -16,30 +16,20 @@ from http.client import HTTPException
 from io import FileIO
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError, URLError
 
 from cifar_dist.config.errors import UserError
 
-try:
+fcntl: Any = None
+with suppress(ImportError):  # Windows has none
     import fcntl
-
-    def _lock(descriptor: int) -> None:
-        # Some network file systems know no locks: rather none than no data, the md5 guards the result.
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-
-except ImportError:  # Windows
-
-    def _lock(descriptor: int) -> None:
-        pass
-
 
 Progress = Callable[[int, int | None], None]
 """Is told the bytes so far and the bytes in all (None where the server does not say)."""
 
-TIMEOUT_S = 10.0
-"""Seconds to wait for a connection, and for the next bytes of one."""
-
+_TIMEOUT_S = 10.0  # for a connection, and for the next bytes of one
+_PAUSE_S = 1.0  # before an address is asked again that has brought nothing
 _CHUNK_BYTES = 1 << 18
 _IDLE_ATTEMPTS = 2  # attempts in a row that bring nothing, then the address is given up
 _LOCK_ATTEMPTS = 1000  # each lost one means that another process came and went meanwhile
@@ -107,7 +97,10 @@ def _take_lock(folder: Path, lock: Path, made: list[Path]) -> int:
         with suppress(FileNotFoundError):
             descriptor, held = os.open(lock, flags, 0o666), False
             try:
-                _lock(descriptor)
+                if fcntl is not None:
+                    # Some network file systems know no locks: rather none than no data, the md5 guards the result.
+                    with suppress(OSError):
+                        fcntl.flock(descriptor, fcntl.LOCK_EX)
                 held = os.path.samestat(os.fstat(descriptor), lock.stat())
             finally:
                 if not held:
@@ -117,13 +110,11 @@ def _take_lock(folder: Path, lock: Path, made: list[Path]) -> int:
     raise OSError(f"could not keep {lock}")
 
 
-def download(
-    urls: Sequence[str], target: Path, md5: str, *, progress: Progress | None = None, timeout: float = TIMEOUT_S
-) -> None:
+def download(urls: Sequence[str], target: Path, md5: str, *, progress: Progress | None = None) -> None:
     """Fetch `target` (its folder exists) from the first of `urls` that gives content with this md5.
 
-    `timeout` is in seconds, for each wait. Raises DownloadError if no address gave it; UserError if the disk refuses
-    the bytes, or, before anything is asked for, if an address is neither http nor https.
+    Raises DownloadError if no address gave it; UserError if the disk refuses the bytes, or, before anything is asked
+    for, if an address is neither http nor https.
     """
     for url in urls:
         if not url.lower().startswith(("http://", "https://")):
@@ -131,18 +122,18 @@ def download(
     failures = []
     for url in urls:
         try:
-            _download_from(url, target, md5, progress or (lambda _done, _total: None), timeout)
+            _download_from(url, target, md5, progress or (lambda _done, _total: None))
             return
         except DownloadError as error:
             failures.append(f"{url.split('/')[2]}: {error}")
     raise DownloadError("; ".join(failures) or "there is no address to ask")
 
 
-def _download_from(url: str, target: Path, md5: str, progress: Progress, timeout: float) -> None:
+def _download_from(url: str, target: Path, md5: str, progress: Progress) -> None:
     part = target.with_name(target.name + ".part")
     inherited = _size(part) > 0
     while True:
-        _complete(url, part, progress, timeout)
+        _complete(url, part, progress)
         with writing(part):
             if md5_of(part) == md5:
                 part.replace(target)
@@ -154,12 +145,12 @@ def _download_from(url: str, target: Path, md5: str, progress: Progress, timeout
         inherited = False
 
 
-def _complete(url: str, part: Path, progress: Progress, timeout: float) -> None:
+def _complete(url: str, part: Path, progress: Progress) -> None:
     """Bring `part` to its end from one address, over as many connections as each bring it further."""
     before, furthest, idle = _size(part), _size(part), 0
     while True:
         try:
-            _receive(url, part, progress, timeout)
+            _receive(url, part, progress)
             return
         except HTTPError as error:
             error.close()
@@ -172,14 +163,14 @@ def _complete(url: str, part: Path, progress: Progress, timeout: float) -> None:
             # A URLError comes from connecting (refused, unknown, unreachable), where asking again seldom helps.
             if idle == _IDLE_ATTEMPTS or (isinstance(error, (URLError, ValueError)) and furthest == before):
                 raise DownloadError(reason_of(error)) from error
-            time.sleep(min(1.0, timeout) * idle)
+            time.sleep(_PAUSE_S * idle)
 
 
-def _receive(url: str, part: Path, progress: Progress, timeout: float) -> None:
+def _receive(url: str, part: Path, progress: Progress) -> None:
     """Add to `part` what one connection gives. Raises OSError or HTTPException if that ends before the file does."""
     done = _size(part)
     headers = {"User-Agent": "cifar-dist"} | ({"Range": f"bytes={done}-"} if done else {})
-    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout) as response:
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT_S) as response:
         length = response.headers.get("Content-Length", "")
         total = int(length) if length.isdecimal() else None
         if response.status == 206:

@@ -1,9 +1,7 @@
 """Images in class folders, listed, split and read into memory.
 
-Two layouts are understood, as for torchvision's ImageFolder; what lies deeper in a class folder counts, too:
-
-    train/<class>/* with test/<class>/* or val/<class>/* as the test set; with both, val/ is the validation set
-    <class>/*       of each class, a fifth that depends on the seed is the test set
+Two layouts are understood, as README.md shows them: parts that hold class folders, and class folders alone. As
+for torchvision's ImageFolder, what lies deeper in a class folder counts, too.
 """
 
 import math
@@ -11,7 +9,6 @@ import os
 import stat
 import unicodedata
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -20,7 +17,7 @@ import torch
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.plan import DatasetSizes
 from cifar_dist.data.dataset import Dataset, LabelledImages
-from cifar_dist.data.decoding import ImageFile, Progress, Size, name_some
+from cifar_dist.data.decoding import ImageFile, Progress, name_some
 from cifar_dist.data.download import reason_of
 from cifar_dist.data.image_cache import read_images
 from cifar_dist.data.order import derive_seed
@@ -36,50 +33,19 @@ Classes = dict[str, list[ImageFile]]
 """The files of each class, both in the order of their names."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FolderSource:
-    """What a person is shown of the files behind a dataset."""
-
-    num_files: int
-    smallest: Size
-    """Width and height of the image with the smallest area, before it was resized."""
-    largest: Size
-    image_size: int
-    """Width and height of all images in memory."""
-    mebibytes: float
-    """What the images take in memory."""
-    from_cache: bool
-    """Whether the pixels come from an earlier run, so that no image was decoded."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class FolderDataset:
-    """A dataset from class folders; `validation` is there if the folder brings its own."""
-
-    dataset: Dataset
-    validation: LabelledImages | None
-    source: FolderSource
-
-
-def load_folder(
-    path: Path, *, image_size: int, seed: int, progress: Progress | None = None, cache_dir: Path | None = None
-) -> FolderDataset:
+def load_folder(path: Path, *, image_size: int, seed: int, progress: Progress | None = None) -> Dataset:
     """Load the images below `path` as (N, 3, image_size, image_size) uint8, in the order of (class, relative path).
 
-    `seed` chooses the test images where the folder has no test set; whether an image is one depends on its own name
-    more than on the others, so that adding some moves few. `progress` is told the files decoded so far and in all.
-    `decoding` says how an image is brought to the size, `image_cache` what lies in `cache_dir`. Raises UserError for
-    everything that keeps the folder from being a dataset.
+    `seed` chooses the test images where the folder has no test set, each by its name, so that new ones move few others.
+    `progress` is told the files decoded so far and in all. Raises UserError where the folder is no dataset.
     """
     parts = _find_parts(path, seed)
     _check_parts(path, parts)
     files = [file for classes in parts.values() for members in classes.values() for file in members]
-    needed = _check_memory(len(files), image_size)
+    _check_memory(len(files), image_size)
     # One array for all parts: they are views of it, and no pixel is in memory twice.
     images = torch.empty((len(files), 3, image_size, image_size), dtype=torch.uint8)
-    (smallest, largest), from_cache = read_images(
-        files, images.numpy(), folder=path, cache_dir=cache_dir, progress=progress
-    )
+    (smallest, largest), from_cache = read_images(files, images.numpy(), folder=path, progress=progress)
 
     names = tuple(parts["train"])
     loaded, start = {}, 0
@@ -88,18 +54,15 @@ def load_folder(
         labels = torch.repeat_interleave(torch.arange(len(names)), counts)
         loaded[part] = LabelledImages(images=images[start : start + len(labels)], labels=labels)
         start += len(labels)
-    name = path.name if path.name not in ("", "..") else path.resolve().name
-    return FolderDataset(
-        dataset=Dataset(name=name, class_names=names, train=loaded["train"], test=loaded["test"]),
+    sizes = " to ".join(f"{width}x{height}" for width, height in dict.fromkeys((smallest, largest)))
+    return Dataset(
+        name=path.name if path.name not in ("", "..") else path.resolve().name,
+        class_names=names,
+        train=loaded["train"],
+        test=loaded["test"],
         validation=loaded.get("val"),
-        source=FolderSource(
-            num_files=len(files),
-            smallest=smallest,
-            largest=largest,
-            image_size=image_size,
-            mebibytes=needed / 2**20,
-            from_cache=from_cache,
-        ),
+        origin=f"{len(files):,} files of {sizes} pixels, resized and cropped to {image_size}x{image_size},"
+        f" {images.nbytes / 2**20:,.1f} MiB in memory{' (read from the cache)' if from_cache else ''}",
     )
 
 
@@ -154,8 +117,8 @@ def _check_parts(path: Path, parts: Mapping[str, Classes]) -> None:
             raise UserError(f"{where} has no images for {part}")
 
 
-def _check_memory(num_files: int, image_size: int) -> int:
-    """Give the bytes that the images take. Raises UserError if there is no room for them."""
+def _check_memory(num_files: int, image_size: int) -> None:
+    """Raise UserError if there is no room for the images."""
     needed, available = num_files * 3 * image_size**2, psutil.virtual_memory().available
     if needed > available:
         raise UserError(
@@ -163,7 +126,6 @@ def _check_memory(num_files: int, image_size: int) -> int:
             f" {available / 2**20:,.0f} MiB of memory are available: choose a smaller image_size"
             f" (at most {math.isqrt(available // (3 * num_files))}), or use fewer images"
         )
-    return needed
 
 
 def _list_classes(folder: Path, prefix: str) -> Classes:

@@ -1,8 +1,6 @@
-"""Image files read back as an earlier run has decoded them, or decoded and kept.
+"""The decoded pixels of a folder, kept in a file of the user's cache folder: header, images by name, their checksum.
 
-The decoded pixels of a folder lie in one file of the user's cache folder: a header, the images in the order of their
-names, and a checksum of both. Nothing depends on that file: where it is missing, damaged or cannot be written, the
-images are decoded.
+Nothing depends on that file: where it is missing, damaged or cannot be written, the images are decoded.
 """
 
 import os
@@ -21,8 +19,8 @@ from numpy.typing import NDArray
 from cifar_dist.data.decoding import ImageFile, Pixels, Progress, Range, decode_all
 
 _FORMAT = 2  # to be counted up when the layout of the file changes, or the way an image becomes pixels
-_HEADER = struct.Struct("<4I")  # width and height of the smallest and the largest original
 _BLOCK_BYTES = 1 << 22
+_HEADER = struct.Struct("<4I")  # width and height of the smallest and the largest original
 
 
 def default_cache_dir(environ: Mapping[str, str] = os.environ, platform: str = sys.platform) -> Path | None:
@@ -40,24 +38,20 @@ def default_cache_dir(environ: Mapping[str, str] = os.environ, platform: str = s
 
 
 def read_images(
-    files: Sequence[ImageFile], images: Pixels, *, folder: Path, cache_dir: Path | None, progress: Progress | None
+    files: Sequence[ImageFile], images: Pixels, *, folder: Path, progress: Progress | None
 ) -> tuple[Range, bool]:
     """Fill `images`, (N, 3, S, S), with the N files in their order, each as `decode` gives it for S.
 
-    `folder` is the one that the files belong to, with one cache file in `cache_dir` (None: `default_cache_dir()`).
-    Gives the range of the sizes in the files, and whether all came from the cache. Raises UserError naming the files
-    that cannot be read.
+    `folder`, to which the files belong, has one cache file. Gives the range of the sizes in the files, and whether
+    all came from the cache. Raises UserError naming the files that cannot be read.
     """
+    if (cache_dir := default_cache_dir()) is None:
+        return decode_all(files, images, progress), False
     # The cache has an order of its own, so that another order of the same files (another seed) finds it, too. It is
     # copied to and from in blocks, as a whole would have all pixels in memory twice.
-    order = np.array(sorted(range(len(files)), key=lambda index: (files[index].name, files[index].path)), dtype=np.intp)
-    digest = blake2b(f"{_FORMAT}\0{images.shape[-1]}".encode(), digest_size=16)
-    digest.update(
-        "".join(f"\0{file.name}\0{file.size}\0{file.mtime_ns}" for file in map(files.__getitem__, order)).encode()
-    )
-    key, cache_dir = digest.digest(), cache_dir or default_cache_dir()
-    if cache_dir is None:
-        return decode_all(files, images, progress), False
+    order = sorted(range(len(files)), key=lambda index: (files[index].name, files[index].path))
+    listed = "".join(f"\0{file.name}\0{file.size}\0{file.mtime_ns}" for file in map(files.__getitem__, order))
+    key = blake2b(f"{_FORMAT}\0{images.shape[-1]}{listed}".encode(), digest_size=16).digest()
     stem = blake2b(os.fsencode(folder.resolve()), digest_size=8).hexdigest()
     cache_file = cache_dir / f"{stem}-{key.hex()}.pixels"
     blocks = np.array_split(order, min(len(files), images.nbytes // _BLOCK_BYTES + 1))
@@ -79,14 +73,9 @@ def _load(cache_file: Path, key: bytes, images: Pixels, blocks: list[NDArray[np.
             numbers = _HEADER.unpack(header := file.read(_HEADER.size))
             checksum = zlib.crc32(header, zlib.crc32(key))
             for rows in blocks:
-                there = slice(rows[0], rows[0] + len(rows))
-                in_place = np.array_equal(rows, np.arange(there.start, there.stop))  # as it nearly always is
-                block = images[there] if in_place else np.empty((len(rows), *images.shape[1:]), dtype=np.uint8)
-                if file.readinto(block.data) < block.nbytes:
-                    return None
-                checksum = zlib.crc32(block.data, checksum)
-                if not in_place:
-                    images[rows] = block
+                block = file.read(images[0].nbytes * len(rows))
+                checksum = zlib.crc32(block, checksum)
+                images[rows] = np.frombuffer(block, np.uint8).reshape(len(rows), *images.shape[1:])
             if file.read(5) != checksum.to_bytes(4):
                 return None
     except (OSError, struct.error, ValueError):  # the last two: it is too short

@@ -11,27 +11,23 @@ from typing import IO
 
 from cifar_dist.config.errors import UserError
 from cifar_dist.data.archives import Archive
-from cifar_dist.data.download import TIMEOUT_S, DownloadError, Progress, download, exclusive, md5_of, reason_of, writing
+from cifar_dist.data.download import DownloadError, Progress, download, exclusive, md5_of, reason_of, writing
 
 _COPY_BYTES = 1 << 20
 
 
-def provide(
-    archive: Archive,
-    data_dir: Path,
-    *,
-    progress: Progress | None = None,
-    environ: Mapping[str, str] = os.environ,
-    timeout: float = TIMEOUT_S,
-) -> Path:
-    """Give the folder that holds all files of the archive, unpacked or downloaded first where some are missing.
+def provide(archive: Archive, data_dir: Path, *, progress: Progress | None = None) -> Path:
+    """Give the folder that holds the files; missing ones are unpacked from the tarball, downloaded if need be.
 
-    The md5 of files that were there already is looked at when they are read. Raises UserError where the files cannot
-    be had.
+    `progress` is told the bytes downloaded so far and in all. The md5 of files that were there already is looked at
+    when they are read. Raises UserError where the files cannot be had.
     """
     folder = data_dir / archive.folder
     if _missing(folder, archive):
-        _provide(archive, data_dir, progress, environ, timeout)
+        refuse_wrong({folder / file.name: file.md5 for file in archive.files})
+        with exclusive(data_dir, archive.tarball + ".lock"):
+            if _missing(folder, archive):  # no other process has provided them meanwhile
+                _extract(archive, _provide_tarball(archive, data_dir, progress), folder)
     return folder
 
 
@@ -69,29 +65,23 @@ def refuse_wrong(md5s: Mapping[Path, str]) -> None:
         raise wrong(*found)
 
 
-def _provide(
-    archive: Archive, data_dir: Path, progress: Progress | None, environ: Mapping[str, str], timeout: float
-) -> None:
-    """Complete the folder of the archive from the tarball, and download that first if it is not there."""
+def _provide_tarball(archive: Archive, data_dir: Path, progress: Progress | None) -> Path:
+    """Give the tarball, downloaded if it is not there."""
     folder, tarball = data_dir / archive.folder, data_dir / archive.tarball
-    refuse_wrong({folder / file.name: file.md5 for file in archive.files})
-    with exclusive(data_dir, archive.tarball + ".lock"):
-        if not (missing := _missing(folder, archive)):
-            return  # another process has provided them meanwhile
-        refuse_wrong({tarball: archive.tarball_md5})
-        if not tarball.exists():
-            listed = environ.get(archive.urls_variable)
-            urls = archive.urls if listed is None else [url for url in re.split(r"[\s,]+", listed) if url]
-            try:
-                download(urls, tarball, archive.tarball_md5, progress=progress, timeout=timeout)
-            except DownloadError as error:
-                raise UserError(
-                    f"missing in {folder.absolute()}: {', '.join(missing)}; the download failed ({error}); put"
-                    f" {archive.tarball} or the folder {archive.folder} into {data_dir.absolute()}, name another place"
-                    f" with --data-dir DIR, set {archive.urls_variable} to addresses of the tarball, or use"
-                    " --dataset shapes, which needs no files"
-                ) from error
-        _extract(archive, tarball, folder)
+    refuse_wrong({tarball: archive.tarball_md5})
+    if not tarball.exists():
+        listed = os.environ.get(archive.urls_variable)
+        urls = archive.urls if listed is None else [url for url in re.split(r"[\s,]+", listed) if url]
+        try:
+            download(urls, tarball, archive.tarball_md5, progress=progress)
+        except DownloadError as error:
+            missing = ", ".join(_missing(folder, archive))
+            raise UserError(
+                f"missing in {folder.absolute()}: {missing}; the download failed ({error}); put {archive.tarball} or"
+                f" the folder {archive.folder} into {data_dir.absolute()}, name another place with --data-dir DIR, set"
+                f" {archive.urls_variable} to addresses of the tarball, or use --dataset shapes, which needs no files"
+            ) from error
+    return tarball
 
 
 def _extract(archive: Archive, tarball: Path, folder: Path) -> None:

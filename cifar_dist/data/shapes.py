@@ -38,8 +38,7 @@ _intersection: Callable[[Floats, Floats], Floats] = np.maximum
 
 
 def _length(x: Floats, y: Floats) -> Floats:
-    length: Floats = np.sqrt(x * x + y * y)
-    return length
+    return np.sqrt(x * x + y * y)
 
 
 # The figures about fill the unit disc; y grows downwards, as in the image.
@@ -134,8 +133,7 @@ def _colour_field(bits: PCG64, count: int, spread: float) -> Floats:
 
 def _lightness(colour: Floats) -> Floats:
     """Perceived lightness (..., 1) of colours (..., 3), by rounded Rec. 601 weights."""
-    lightness: Floats = colour[..., 0:1] * 0.3 + colour[..., 1:2] * 0.6 + colour[..., 2:3] * 0.1
-    return lightness
+    return colour[..., 0:1] * 0.3 + colour[..., 1:2] * 0.6 + colour[..., 2:3] * 0.1
 
 
 def _muted_colour(bits: PCG64, count: int) -> Floats:
@@ -149,8 +147,7 @@ def _contrasting_colour(bits: PCG64, ground: Floats) -> Floats:
     """Colours (count, 3): of some candidates the first that is light or dark enough beside `ground`, else the best."""
     candidates = _uniform(bits, 0, 1, len(ground), 16, 3)
     contrast = abs(_lightness(candidates) - _lightness(ground)[:, None])[..., 0]
-    chosen: Floats = candidates[np.arange(len(ground)), np.argmax(np.minimum(contrast, _CONTRAST), axis=1)]
-    return chosen
+    return candidates[np.arange(len(ground)), np.argmax(np.minimum(contrast, _CONTRAST), axis=1)]
 
 
 def _paint(canvas: Floats, coverage: Floats, colour: Floats) -> None:
@@ -189,8 +186,7 @@ def _draw_block(bits: PCG64, figure: Callable[[Floats, Floats], Floats], count: 
     words = np.asarray(bits.random_raw(2 * canvas.size // 8)).astype("<u8")
     grain = words.view(np.uint8).reshape(2, *canvas.shape).astype(np.float32)
     canvas += (grain[0] - grain[1]) * _uniform(bits, 0.02 / 255, 0.09 / 255, count, 1, 1, 1)
-    pixels: NDArray[np.uint8] = (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8)
-    return pixels
+    return (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
 def _draw_images(seed: int, per_class: int) -> LabelledImages:

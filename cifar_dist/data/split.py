@@ -15,9 +15,8 @@ def stratified_split(labels: Tensor, validation_size: int, *, seed: int) -> tupl
     num_samples = len(labels)
     if not 0 <= validation_size <= num_samples:
         raise ValueError(f"validation_size must be in [0, {num_samples}], not {validation_size}")
-    counts = torch.bincount(labels) if num_samples else torch.zeros(1, dtype=torch.int64)
-    exact = counts * validation_size  # in units of 1/num_samples
-    shares = exact // max(num_samples, 1)
+    exact = torch.bincount(labels) * validation_size  # in units of 1/num_samples
+    shares = exact // num_samples
     missing = validation_size - int(shares.sum())
     remainders = exact - shares * num_samples
     shares[torch.argsort(remainders, descending=True, stable=True)[:missing]] += 1

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from cifar_dist.cli import main
-from cifar_dist.data.cifar import load_cifar10
+from cifar_dist.data.archives import CIFAR10
+from cifar_dist.data.cifar import load_archive
 from cifar_dist.training.run_directory import RunDirectory
 from tests.conftest import make_dataset
 
@@ -151,7 +152,7 @@ def test_a_folder_that_lacks_a_class_is_evaluated_and_a_foreign_class_refused(sm
 @pytest.mark.official
 def test_official_files_and_png_folders_give_the_same_accuracy(official_data, monkeypatch):
     """1,000 of the official test images as PNG files; the whole set would take minutes on one thread."""
-    dataset = load_cifar10(official_data)
+    dataset = load_archive(CIFAR10, official_data)
     part = dataset.test
     for index in range(1000):
         name = dataset.class_names[part.labels[index]]
@@ -161,7 +162,7 @@ def test_official_files_and_png_folders_give_the_same_accuracy(official_data, mo
     few = type(part)(images=part.images[:1000], labels=part.labels[:1000])
     object.__setattr__(dataset, "test", few)
     object.__setattr__(dataset, "train", few)
-    monkeypatch.setattr("cifar_dist.data.datasets.load_cifar10", lambda *_, **__: dataset)
+    monkeypatch.setattr("cifar_dist.data.datasets.load_archive", lambda *_, **__: dataset)
     assert main([*QUICKLY, "--run-dir", "run"]) == 0
     first, second = evaluate("--ckpt", "run"), evaluate("--ckpt", "run", "--dataset", "png")
     assert second["top1"] == first["top1"]

@@ -9,8 +9,9 @@ from torch import Tensor
 from torchvision import transforms
 
 from cifar_dist.config.errors import UserError
+from cifar_dist.data.archives import CIFAR10
 from cifar_dist.data.augmentation import COLUMNS, JITTER_ORDERS, Augmentation
-from cifar_dist.data.cifar import load_cifar10
+from cifar_dist.data.cifar import load_archive
 from cifar_dist.data.color import jitter, shift_hue_
 from cifar_dist.data.geometry import Turn, move_pixels
 from cifar_dist.data.mixing import cutout, mix
@@ -26,7 +27,7 @@ def images(request) -> Tensor:
     """(100, 3, 32, 32) uint8, drawn ones and real ones."""
     if request.param == "shapes":
         return load_shapes().train.images[:100]
-    return load_cifar10(request.getfixturevalue("official_data")).train.images[:100]
+    return load_archive(CIFAR10, request.getfixturevalue("official_data")).train.images[:100]
 
 
 def test_no_more_is_reflected_than_there_is():

@@ -20,13 +20,12 @@ import pytest
 import torch
 
 from cifar_dist.config.errors import UserError
-from cifar_dist.data import cifar
+from cifar_dist.data import download
 from cifar_dist.data.archives import CIFAR10, CIFAR100, Archive, ArchiveFile
-from cifar_dist.data.cifar import load_archive, load_cifar10, load_cifar100
+from cifar_dist.data.cifar import load_archive
 from cifar_dist.data.dataset import Dataset
 
 PER_FILE = 20
-OFFLINE = {"FAKE_URLS": ""}
 
 
 def md5(content: bytes) -> str:
@@ -127,11 +126,19 @@ def check(dataset: Dataset) -> None:
     assert (dataset.name, dataset.class_names) == ("fake", tuple("abcdefghij"))
 
 
-def refused(data_dir: Path, archive: Archive = FAKE, environ: dict[str, str] = OFFLINE) -> str:
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    for archive in (FAKE, CIFAR10, CIFAR100):
+        monkeypatch.setenv(archive.urls_variable, "")
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(download, "_TIMEOUT_S", 1.0)
+
+
+def refused(data_dir: Path, archive: Archive = FAKE) -> str:
     """Load, and check that the refusal is one line and that nothing on disk was changed by it."""
     before = tree(data_dir) if data_dir.exists() else None
     with pytest.raises(UserError) as caught:
-        load_archive(archive, data_dir, environ=environ, timeout=1.0)
+        load_archive(archive, data_dir)
     assert (tree(data_dir) if data_dir.exists() else None) == before
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -142,7 +149,7 @@ def refused(data_dir: Path, archive: Archive = FAKE, environ: dict[str, str] = O
 
 def test_whole_folder_is_read_in_order_without_the_network(tmp_path: Path) -> None:
     put_folder(tmp_path)
-    check(load_archive(FAKE, tmp_path, environ=OFFLINE))
+    check(load_archive(FAKE, tmp_path))
     assert tree(tmp_path) == UNPACKED
 
 
@@ -157,7 +164,7 @@ def test_the_layout_of_the_fake_is_that_of_the_official_files() -> None:
 def test_a_whole_folder_needs_no_right_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_folder(tmp_path)
     monkeypatch.setattr(os, "open", read_only)
-    check(load_archive(FAKE, tmp_path, environ=OFFLINE))
+    check(load_archive(FAKE, tmp_path))
 
 
 @pytest.mark.parametrize("name", ["batch_1", "batch_2", "test"])
@@ -178,7 +185,7 @@ def test_damaged_file_without_images_is_named_beside_good_ones(tmp_path: Path, c
 
 def test_file_without_images_need_not_be_there(tmp_path: Path) -> None:
     (put_folder(tmp_path) / "meta").unlink()
-    check(load_archive(FAKE, tmp_path, environ=OFFLINE))
+    check(load_archive(FAKE, tmp_path))
     assert "fake-batches/meta" not in tree(tmp_path)
 
 
@@ -232,7 +239,7 @@ def test_missing_files_come_from_the_tarball_and_good_ones_stay(tmp_path: Path) 
     (folder / "batch_2").unlink()
     (tmp_path / "fake.tar.gz").write_bytes(TARBALL)
     before = (folder / "batch_1").stat()
-    check(load_archive(FAKE, tmp_path, environ=OFFLINE))
+    check(load_archive(FAKE, tmp_path))
     after = (folder / "batch_1").stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert tree(tmp_path) == UNPACKED | {"fake.tar.gz": TARBALL}
@@ -303,7 +310,7 @@ def test_other_content_is_refused(tmp_path: Path, content: bytes) -> None:
 
 def test_tarball_placed_by_hand_is_unpacked(tmp_path: Path) -> None:
     (tmp_path / "fake.tar.gz").write_bytes(TARBALL)
-    check(load_archive(FAKE, tmp_path, environ=OFFLINE))
+    check(load_archive(FAKE, tmp_path))
     assert tree(tmp_path) == UNPACKED | {"fake.tar.gz": TARBALL}
 
 
@@ -335,7 +342,7 @@ def test_tarball_gives_nothing_but_the_named_regular_files(tmp_path: Path) -> No
     data_dir = tmp_path / "a/b"
     data_dir.mkdir(parents=True)
     (data_dir / "fake.tar.gz").write_bytes(stream.getvalue())
-    check(load_archive(replace(FAKE, tarball_md5=md5(stream.getvalue())), data_dir, environ=OFFLINE))
+    check(load_archive(replace(FAKE, tarball_md5=md5(stream.getvalue())), data_dir))
     assert set(tree(tmp_path)) == {f"a/b/{name}" for name in (*members, "fake.tar.gz")}
 
 
@@ -351,7 +358,7 @@ def test_tarball_with_other_content_leaves_no_half_file(tmp_path: Path, tarball:
     # The md5 of the tarball is right here, so this is a mistake in the description of an archive.
     (tmp_path / "fake.tar.gz").write_bytes(tarball)
     with pytest.raises(UserError, match=reason):
-        load_archive(replace(FAKE, tarball_md5=md5(tarball)), tmp_path, environ=OFFLINE)
+        load_archive(replace(FAKE, tarball_md5=md5(tarball)), tmp_path)
     assert tree(tmp_path).items() <= (UNPACKED | {"fake.tar.gz": tarball}).items()
 
 
@@ -373,9 +380,9 @@ def test_file_gets_its_name_when_it_is_whole(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(Path, "replace", spy)
     with pytest.raises(KeyboardInterrupt):
-        load_archive(FAKE, tmp_path, environ=OFFLINE)
+        load_archive(FAKE, tmp_path)
     assert tree(tmp_path) == {"fake.tar.gz": TARBALL, "fake-batches/batch_1": FILES["batch_1"]}
-    check(load_archive(FAKE, tmp_path, environ=OFFLINE))  # and goes on from there
+    check(load_archive(FAKE, tmp_path))  # and goes on from there
 
 
 # The network
@@ -391,9 +398,9 @@ class Server(ThreadingHTTPServer):
         self.open.set()
 
     @property
-    def environ(self) -> dict[str, str]:
-        # Written by hand, with what people put between addresses; the first one refuses.
-        return {"FAKE_URLS": f" http://127.0.0.1:1/x,\n http://127.0.0.1:{self.server_port}/fake.tar.gz , "}
+    def urls(self) -> str:
+        """Written by hand, with what people put between addresses; the first one refuses."""
+        return f" http://127.0.0.1:1/x,\n http://127.0.0.1:{self.server_port}/fake.tar.gz , "
 
 
 class Handler(SimpleHTTPRequestHandler):
@@ -408,16 +415,12 @@ class Handler(SimpleHTTPRequestHandler):
         super().do_GET()
 
 
-@pytest.fixture(autouse=True)
-def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("no_proxy", "*")
-
-
 @pytest.fixture
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("served")
     (folder / "fake.tar.gz").write_bytes(TARBALL)
     with Server(folder) as server:
+        monkeypatch.setenv("FAKE_URLS", server.urls)
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield server
@@ -430,29 +433,32 @@ def test_download_makes_the_folder_and_unpacks(tmp_path: Path, server: Server) -
     told: list[tuple[int, int | None]] = []
     data_dir = tmp_path / "new/data"
     progress = lambda done, total: told.append((done, total))  # noqa: E731
-    check(load_archive(FAKE, data_dir, progress=progress, environ=server.environ))
+    check(load_archive(FAKE, data_dir, progress=progress))
     assert told[-1] == (len(TARBALL), len(TARBALL))
     assert tree(data_dir) == UNPACKED | {"fake.tar.gz": TARBALL}
-    check(load_archive(FAKE, data_dir, environ=server.environ))
+    check(load_archive(FAKE, data_dir))
     assert server.asked == 1
 
 
 def test_download_completes_a_folder(tmp_path: Path, server: Server) -> None:
     (put_folder(tmp_path) / "test").unlink()
-    check(load_archive(FAKE, tmp_path, environ=server.environ))
+    check(load_archive(FAKE, tmp_path))
     assert server.asked == 1
 
 
-def test_no_network_leaves_nothing_on_disk(tmp_path: Path) -> None:
-    text = refused(tmp_path / "new/data", environ={})
+def test_no_network_leaves_nothing_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FAKE_URLS")
+    text = refused(tmp_path / "new/data")
     assert "the download failed (127.0.0.1:1: Connection refused);" in text  # from the default address
     assert list(tmp_path.iterdir()) == []
-    assert refused(tmp_path, environ={"FAKE_URLS": "http://127.0.0.1:1/fake.tar.gz"})
+    monkeypatch.setenv("FAKE_URLS", "http://127.0.0.1:1/fake.tar.gz")
+    assert refused(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_scheme_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
-    assert "ftp://host/x" in refused(tmp_path / "new", environ={"FAKE_URLS": "ftp://host/x"})
+def test_another_scheme_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_URLS", "ftp://host/x")
+    assert "ftp://host/x" in refused(tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -462,7 +468,7 @@ def read_only(*args: object, **kwargs: object) -> int:
 
 def test_unwritable_folder_is_one_line(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "open", read_only)
-    assert refused(tmp_path, environ=server.environ).startswith(f"cannot write {tmp_path} (Read-only file system): ")
+    assert refused(tmp_path).startswith(f"cannot write {tmp_path} (Read-only file system): ")
     assert server.asked == 0
 
 
@@ -481,7 +487,7 @@ def test_two_at_a_time_download_once(tmp_path: Path, server: Server) -> None:
     results: list[Dataset] = []
 
     def load() -> None:
-        results.append(load_archive(FAKE, tmp_path / "new", environ=server.environ))
+        results.append(load_archive(FAKE, tmp_path / "new"))
 
     threads = [threading.Thread(target=load) for _ in range(2)]
     for thread in threads:
@@ -527,7 +533,7 @@ def test_archives_are_described_as_in_torchvision() -> None:
         ]
 
 
-def test_cifar100_is_read_with_its_fine_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar100_is_read_with_its_fine_labels(tmp_path: Path) -> None:
     coarse, labels, pixels = [7] * PER_FILE, list(range(80, 100)), PIXELS["batch_1"]
     content = python2_pickle(pixels, labels, coarse)
     with warnings.catch_warnings():
@@ -545,9 +551,8 @@ def test_cifar100_is_read_with_its_fine_labels(tmp_path: Path, monkeypatch: pyte
         others=(ArchiveFile("meta", md5(files["meta"])),),
         tarball_md5=md5(tarball),
     )
-    monkeypatch.setattr(cifar, "CIFAR100", fake)
     (tmp_path / "cifar-100-python.tar.gz").write_bytes(tarball)
-    dataset = load_cifar100(tmp_path, environ={"CIFAR_DIST_CIFAR100_URLS": ""})
+    dataset = load_archive(fake, tmp_path)
     assert (dataset.name, dataset.num_classes) == ("cifar100", 100)
     assert [dataset.class_names[label] for label in dataset.test.labels[:2].tolist()] == ["apple", "worm"]
     assert dataset.train.labels.tolist() == labels
@@ -557,9 +562,9 @@ def test_cifar100_is_read_with_its_fine_labels(tmp_path: Path, monkeypatch: pyte
 
 def test_missing_files_of_either_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r": train, test; .*cifar-100-python\.tar\.gz .*CIFAR_DIST_CIFAR100_URLS"):
-        load_cifar100(tmp_path, environ={"CIFAR_DIST_CIFAR100_URLS": ""})
+        load_archive(CIFAR100, tmp_path)
     with pytest.raises(UserError, match=r"data_batch_1, .*cifar-10-python\.tar\.gz .*CIFAR_DIST_CIFAR10_URLS"):
-        load_cifar10(tmp_path, environ={"CIFAR_DIST_CIFAR10_URLS": ""})
+        load_archive(CIFAR10, tmp_path)
 
 
 @pytest.mark.official
@@ -567,7 +572,7 @@ def test_official_files_are_read_as_torchvision_reads_them() -> None:
     root = os.environ.get("CIFAR_DIST_TEST_DATA")
     if not root:
         pytest.skip("CIFAR_DIST_TEST_DATA names no folder that holds cifar-10-batches-py")
-    dataset = load_cifar10(Path(root), environ={"CIFAR_DIST_CIFAR10_URLS": ""})
+    dataset = load_archive(CIFAR10, Path(root))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision unpickles through numpy.core
         from torchvision.datasets import CIFAR10 as Reference

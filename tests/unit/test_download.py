@@ -149,9 +149,16 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def download_within(timeout: float, server: Server, target: Path, *paths: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(download_module, "_TIMEOUT_S", timeout)
+        patch.setattr(download_module, "_PAUSE_S", min(1.0, timeout))
+        download([server.url(path) for path in paths], target, MD5)
+
+
 def fetch(server: Server, target: Path, *paths: str, timeout: float = 5.0) -> list[tuple[str, str | None]]:
     """Download, check what came, and give what the server was asked for."""
-    download([server.url(path) for path in paths], target, MD5, timeout=timeout)
+    download_within(timeout, server, target, *paths)
     assert target.read_bytes() == GOOD
     assert names(target.parent) == ["file"]
     return server.asked
@@ -159,7 +166,7 @@ def fetch(server: Server, target: Path, *paths: str, timeout: float = 5.0) -> li
 
 def fail(server: Server, target: Path, *paths: str, timeout: float = 5.0) -> str:
     with pytest.raises(DownloadError) as caught:
-        download([server.url(path) for path in paths], target, MD5, timeout=timeout)
+        download_within(timeout, server, target, *paths)
     assert not target.exists()
     return str(caught.value).replace(f"127.0.0.1:{server.server_port}", "HOST")
 

@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import re
 import struct
 import sys
 import threading
@@ -26,9 +27,9 @@ from cifar_dist.config.errors import UserError
 from cifar_dist.data import decoding, image_cache
 from cifar_dist.data.archives import CIFAR10
 from cifar_dist.data.cifar import load_archive
-from cifar_dist.data.dataset import LabelledImages
-from cifar_dist.data.decoding import decode
-from cifar_dist.data.folder import FolderDataset, load_folder
+from cifar_dist.data.dataset import Dataset, LabelledImages
+from cifar_dist.data.decoding import Progress, decode
+from cifar_dist.data.folder import load_folder
 from cifar_dist.data.image_cache import default_cache_dir
 
 SIZE = 8
@@ -53,8 +54,23 @@ def put(folder: Path, *names: str, width: int = SIZE, height: int = SIZE) -> Non
         noise(crc32(os.fsencode(name)), width, height).save(folder / name)
 
 
-def load(folder: Path, image_size: int = SIZE, seed: int = 0, **options: object) -> FolderDataset:
-    return load_folder(folder, image_size=image_size, seed=seed, **options)  # type: ignore[arg-type]
+def load(
+    folder: Path, image_size: int = SIZE, seed: int = 0, cache_dir: Path | None = None, progress: Progress | None = None
+) -> Dataset:
+    with pytest.MonkeyPatch.context() as patch:
+        if cache_dir:
+            patch.setenv("CIFAR_DIST_CACHE", str(cache_dir))
+        return load_folder(folder, image_size=image_size, seed=seed, progress=progress)
+
+
+def from_cache(dataset: Dataset) -> bool:
+    return str(dataset.origin).endswith(" MiB in memory (read from the cache)")
+
+
+def mebibytes(dataset: Dataset) -> float:
+    match = re.search(r", ([0-9.]+) MiB in memory", str(dataset.origin))
+    assert match is not None
+    return float(match[1])
 
 
 def refused(folder: Path, image_size: int = SIZE) -> str:
@@ -85,9 +101,8 @@ TWO = ("train/cat/1.png", "train/dog/1.png", "test/cat/2.png", "test/dog/2.png")
 
 def test_train_and_test(tmp_path: Path) -> None:
     put(tmp_path / "pets", *TWO, "train/dog/0.png")
-    loaded = load(tmp_path / "pets")
-    dataset = loaded.dataset
-    assert (dataset.name, dataset.class_names, loaded.validation) == ("pets", ("cat", "dog"), None)
+    dataset = load(tmp_path / "pets")
+    assert (dataset.name, dataset.class_names, dataset.validation) == ("pets", ("cat", "dog"), None)
     assert holds(dataset.train, tmp_path / "pets", "train/cat/1.png", "train/dog/0.png", "train/dog/1.png")
     assert holds(dataset.test, tmp_path / "pets", "test/cat/2.png", "test/dog/2.png")
     assert (dataset.train.labels.tolist(), dataset.test.labels.tolist()) == ([0, 1, 1], [0, 1])
@@ -96,8 +111,8 @@ def test_train_and_test(tmp_path: Path) -> None:
 def test_val_is_the_test_set_where_there_is_no_other(tmp_path: Path) -> None:
     put(tmp_path, "train/a/1.png", "train/b/1.png", "val/b/2.png")
     loaded = load(tmp_path)
-    assert holds(loaded.dataset.test, tmp_path, "val/b/2.png")
-    assert (loaded.dataset.test.labels.tolist(), loaded.validation) == ([1], None)
+    assert holds(loaded.test, tmp_path, "val/b/2.png")
+    assert (loaded.test.labels.tolist(), loaded.validation) == ([1], None)
 
 
 def test_val_beside_test_is_the_validation_set(tmp_path: Path) -> None:
@@ -106,8 +121,8 @@ def test_val_beside_test_is_the_validation_set(tmp_path: Path) -> None:
     assert holds(loaded.validation, tmp_path, "val/dog/3.png")
     assert loaded.validation is not None
     assert loaded.validation.labels.tolist() == [1]
-    assert holds(loaded.dataset.test, tmp_path, "test/cat/2.png", "test/dog/2.png")
-    assert loaded.source.num_files == 5
+    assert holds(loaded.test, tmp_path, "test/cat/2.png", "test/dog/2.png")
+    assert str(loaded.origin).startswith("5 files of 8x8 pixels, ")
 
 
 def test_classes_and_samples_are_in_one_order_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +142,7 @@ def test_classes_and_samples_are_in_one_order_everywhere(tmp_path: Path, monkeyp
 
     for listing in (scandir, Reversed):
         monkeypatch.setattr(os, "scandir", listing)
-        dataset = load(tmp_path).dataset
+        dataset = load(tmp_path)
         assert dataset.class_names == ("B", "a", "a-b")
         ordered = ("B/1.png", "a/b-1.png", "a/b.png", "a/b/1.png", "a-b/1.png")
         assert holds(dataset.train, tmp_path, *(f"train/{name}" for name in ordered))
@@ -142,9 +157,9 @@ def test_hidden_and_other_files_are_skipped_and_deep_ones_are_not(tmp_path: Path
     (tmp_path / "train/cat/png").write_text("no image")
     (tmp_path / "README.md").write_text("no image")
     loaded = load(tmp_path)
-    assert loaded.dataset.class_names == ("cat", "dog")
-    assert loaded.dataset.train.labels.tolist() == [0, 0, 0, 1]
-    assert torch.equal(loaded.dataset.train.images[2], torch.tensor(decode_saved("train/cat/deep/er/9.PNG")))
+    assert loaded.class_names == ("cat", "dog")
+    assert loaded.train.labels.tolist() == [0, 0, 0, 1]
+    assert torch.equal(loaded.train.images[2], torch.tensor(decode_saved("train/cat/deep/er/9.PNG")))
 
 
 def decode_saved(name: str) -> np.ndarray:
@@ -154,7 +169,7 @@ def decode_saved(name: str) -> np.ndarray:
 @pytest.mark.parametrize("suffix", "png jpg jpeg bmp gif webp ppm tif tiff".split())
 def test_every_format_is_read(tmp_path: Path, suffix: str) -> None:
     put(tmp_path, *TWO, f"test/dog/3.{suffix}")
-    image = load(tmp_path).dataset.test.images[2].permute(1, 2, 0).numpy()
+    image = load(tmp_path).test.images[2].permute(1, 2, 0).numpy()
     assert np.array_equal(image, rgb(tmp_path / f"test/dog/3.{suffix}"))
 
 
@@ -172,7 +187,7 @@ def test_links_are_followed_once_and_pipes_are_not_opened(tmp_path: Path) -> Non
     (tmp_path / "elsewhere/back").symlink_to(tmp_path / "train/cat")
     (tmp_path / "train/fox").symlink_to(tmp_path / "elsewhere")
     os.mkfifo(tmp_path / "train/cat/pipe.png")
-    loaded = load(tmp_path).dataset
+    loaded = load(tmp_path)
     assert loaded.class_names == ("cat", "dog", "fox")
     assert loaded.train.labels.tolist() == [0, 0, 1, 2, 2]  # fox has 7.png and, by the link back, the cat
 
@@ -181,8 +196,8 @@ def test_names_are_the_same_however_they_are_written(tmp_path: Path) -> None:
     put(tmp_path, "train/e\u0301/1.png", "train/b/1.png", "test/\u00e9/1.png")
     if sys.platform == "linux":
         put(tmp_path, os.fsdecode(b"train/\xff/1.png"))
-        assert load(tmp_path).dataset.class_names == (r"\xff", "b", "\u00e9")
-    assert load(tmp_path).dataset.test.labels.tolist() == [load(tmp_path).dataset.class_names.index("\u00e9")]
+        assert load(tmp_path).class_names == (r"\xff", "b", "\u00e9")
+    assert load(tmp_path).test.labels.tolist() == [load(tmp_path).class_names.index("\u00e9")]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have one way to write a name")
@@ -194,7 +209,7 @@ def test_two_folders_of_one_name_are_refused(tmp_path: Path) -> None:
 def test_a_link_to_itself_is_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     put(tmp_path, *TWO)
     (tmp_path / "train/loop").symlink_to("loop")
-    assert load(tmp_path).dataset.class_names == ("cat", "dog")
+    assert load(tmp_path).class_names == ("cat", "dog")
     (tmp_path / "test/dog/loop.png").symlink_to("loop.png")
     assert "cannot be read" in (text := refused(tmp_path)) and "test/dog/loop.png" in text
 
@@ -203,8 +218,8 @@ def test_name_of_the_folder_one_stands_in(tmp_path: Path, monkeypatch: pytest.Mo
     put(tmp_path / "pets", *TWO)
     (tmp_path / "link").symlink_to("pets")
     monkeypatch.chdir(tmp_path / "pets/train")
-    assert load(Path("..")).dataset.name == "pets"
-    assert load(tmp_path / "link").dataset.name == "link"
+    assert load(Path("..")).name == "pets"
+    assert load(tmp_path / "link").name == "link"
 
 
 # The split of a folder without one
@@ -217,7 +232,7 @@ def put_flat(folder: Path, **counts: int) -> None:
 
 def test_flat_folder_gives_a_fifth_of_each_class(tmp_path: Path) -> None:
     put_flat(tmp_path, one=1, two=2, three=3, seven=7, eight=8, forty=40)
-    dataset = load(tmp_path).dataset
+    dataset = load(tmp_path)
     assert dataset.class_names == ("eight", "forty", "one", "seven", "three", "two")
     assert Counter(dataset.test.labels.tolist()) == {0: 2, 1: 8, 3: 1, 4: 1, 5: 1}
     assert Counter(dataset.train.labels.tolist()) == {0: 6, 1: 32, 2: 1, 3: 6, 4: 2, 5: 1}
@@ -228,7 +243,7 @@ def test_flat_folder_gives_a_fifth_of_each_class(tmp_path: Path) -> None:
 
 def test_split_is_fixed_by_the_seed_and_hardly_by_other_files(tmp_path: Path) -> None:
     def test_set(seed: int) -> set[bytes]:
-        return {image.numpy().tobytes() for image in load(tmp_path, seed=seed).dataset.test.images}
+        return {image.numpy().tobytes() for image in load(tmp_path, seed=seed).test.images}
 
     put_flat(tmp_path, a=30, b=30)
     first = test_set(0)
@@ -240,7 +255,7 @@ def test_split_is_fixed_by_the_seed_and_hardly_by_other_files(tmp_path: Path) ->
 
 def test_class_may_be_called_train(tmp_path: Path) -> None:
     put_flat(tmp_path, train=5, plane=5, test=5)
-    assert load(tmp_path).dataset.class_names == ("plane", "test", "train")
+    assert load(tmp_path).class_names == ("plane", "test", "train")
 
 
 # What is no dataset
@@ -280,7 +295,7 @@ def test_class_that_training_lacks_is_named(tmp_path: Path, part: str) -> None:
 def test_class_that_only_training_has_is_one(tmp_path: Path) -> None:
     put(tmp_path, *TWO, "train/eel/1.png")
     (tmp_path / "test/dog/2.png").unlink()
-    dataset = load(tmp_path).dataset
+    dataset = load(tmp_path)
     assert (dataset.class_names, dataset.test.labels.tolist()) == (("cat", "dog", "eel"), [0])
 
 
@@ -387,7 +402,7 @@ def test_broken_exif_leaves_the_pixels(tmp_path: Path, monkeypatch: pytest.Monke
     exif = b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\x12\x01junk" * 3
     noise(5).save(tmp_path / "test/dog/broken.jpg", exif=exif)
     first = load(tmp_path)
-    assert np.array_equal(first.dataset.test.images[2].permute(1, 2, 0), decoded(tmp_path, noise(5), "jpg"))
+    assert np.array_equal(first.test.images[2].permute(1, 2, 0), decoded(tmp_path, noise(5), "jpg"))
 
     def fail(image: Image.Image, *, in_place: bool) -> None:
         raise struct.error("unpack requires a buffer of 2 bytes")
@@ -470,7 +485,7 @@ def test_images_that_do_not_fit_are_refused_before_any_is_read(tmp_path: Path, m
     )
     monkeypatch.undo()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=4 * 3 * 512**2))
-    assert load(tmp_path, 512).source.mebibytes == 3
+    assert mebibytes(load(tmp_path, 512)) == 3
 
 
 def test_pixels_are_in_memory_once(tmp_path: Path) -> None:
@@ -483,9 +498,9 @@ def test_pixels_are_in_memory_once(tmp_path: Path) -> None:
         loaded = load(tmp_path, 192)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert loaded.source.mebibytes > 30
+        assert mebibytes(loaded) > 30
         assert peak < 16 * 2**20
-    parts = (loaded.dataset.train, loaded.dataset.test, loaded.validation)
+    parts = (loaded.train, loaded.test, loaded.validation)
     assert len({part.images.untyped_storage().data_ptr() for part in parts if part}) == 1
     assert all(part and part.images.is_contiguous() for part in parts)
 
@@ -558,25 +573,23 @@ def test_interruption_does_not_wait_for_the_rest(tmp_path: Path, monkeypatch: py
 # What a person is shown, and the cache
 
 
-def same(one: FolderDataset, other: FolderDataset) -> bool:
-    return one.dataset.fingerprint() == other.dataset.fingerprint()
+def same(one: Dataset, other: Dataset) -> bool:
+    return one.fingerprint() == other.fingerprint()
 
 
 def files_in(cache: Path) -> list[Path]:
     return sorted(cache.iterdir())
 
 
-def test_source_is_the_same_from_the_cache(tmp_path: Path, cache: Path) -> None:
+def test_origin_is_the_same_from_the_cache(tmp_path: Path, cache: Path) -> None:
     put(tmp_path, *TWO)
     put(tmp_path, "test/cat/wide.png", width=40, height=2)
     put(tmp_path, "test/cat/large.png", width=10, height=12)
     put(tmp_path, "test/cat/tiny.png", width=3, height=9)
     first = load(tmp_path)
-    source = first.source
-    assert (source.num_files, source.smallest, source.largest, source.image_size) == (7, (3, 9), (10, 12), SIZE)
-    assert (source.mebibytes, source.from_cache) == (7 * 3 * SIZE**2 / 2**20, False)
+    assert first.origin == "7 files of 3x9 to 10x12 pixels, resized and cropped to 8x8, 0.0 MiB in memory"
     second = load(tmp_path)
-    assert second.source == replace(source, from_cache=True)
+    assert second.origin == f"{first.origin} (read from the cache)"
     assert same(first, second)
     assert [file.suffix for file in files_in(cache)] == [".pixels"]
 
@@ -589,9 +602,9 @@ def test_cached_pixels_are_used_without_the_images(tmp_path: Path, monkeypatch: 
     assert same(first, alone[0])
     assert same(other_split, alone[1])
     assert not same(first, other_split)
-    assert other_split.source.from_cache  # found by another order of the same files
+    assert from_cache(other_split)  # found by another order of the same files
     monkeypatch.setattr(decoding, "decode", None)
-    assert load(tmp_path, seed=3, cache_dir=tmp_path / ".1").source.from_cache
+    assert from_cache(load(tmp_path, seed=3, cache_dir=tmp_path / ".1"))
 
 
 def touch(path: Path) -> None:
@@ -633,17 +646,17 @@ def test_changed_folder_is_seen_and_its_old_file_removed(tmp_path: Path, cache: 
     (cache / f"{min(before, key=lambda file: file.stat().st_mtime_ns).stem}killed.part").write_bytes(b"half")
     CHANGES[change](tmp_path / "data/train/cat/3.png")
     changed = load(tmp_path / "data")
-    assert not changed.source.from_cache
+    assert not from_cache(changed)
     assert same(changed, load(tmp_path / "data", cache_dir=tmp_path / "fresh"))
     assert len(files_in(cache)) == len(before) == 2
     assert len(set(files_in(cache)) & set(before)) == 1
-    assert load(tmp_path / "other").source.from_cache
+    assert from_cache(load(tmp_path / "other"))
 
 
 def test_other_image_size_is_not_taken_from_the_cache(tmp_path: Path) -> None:
     put(tmp_path, *TWO)
     load(tmp_path, 4)
-    assert load(tmp_path, SIZE).dataset.train.images.shape == (2, 3, SIZE, SIZE)
+    assert load(tmp_path, SIZE).train.images.shape == (2, 3, SIZE, SIZE)
 
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
@@ -667,7 +680,7 @@ def test_damaged_cache_is_rebuilt(tmp_path: Path, cache: Path, damage: str) -> N
     content = file.read_bytes()
     file.write_bytes(DAMAGES[damage](content))
     second = load(tmp_path)
-    assert not second.source.from_cache
+    assert not from_cache(second)
     assert same(first, second)
     assert file.read_bytes() == content
 
@@ -681,20 +694,20 @@ def test_cache_of_another_folder_is_not_taken_under_a_false_name(tmp_path: Path,
     load(tmp_path / "two")
     [second] = set(files_in(cache)) - {first}
     second.write_bytes(first.read_bytes())
-    assert not load(tmp_path / "two").source.from_cache
+    assert not from_cache(load(tmp_path / "two"))
 
 
 def test_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path, *TWO)
     (tmp_path / "file").touch()
     for _ in range(2):
-        assert not load(tmp_path, cache_dir=tmp_path / "file/cache").source.from_cache
+        assert not from_cache(load(tmp_path, cache_dir=tmp_path / "file/cache"))
 
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    assert not load(tmp_path, cache_dir=tmp_path / "cache").source.from_cache
+    assert not from_cache(load(tmp_path, cache_dir=tmp_path / "cache"))
     assert files_in(tmp_path / "cache") == []
 
 
@@ -761,7 +774,7 @@ def test_place_of_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_any_place_for_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path, *TWO)
     monkeypatch.setattr(image_cache, "default_cache_dir", lambda: None)
-    assert not load(tmp_path).source.from_cache
+    assert not from_cache(load(tmp_path))
 
 
 # The official images
@@ -772,14 +785,13 @@ def test_official_images_in_folders_are_those_of_the_official_files(official_dat
     folder = official_data / "cifar10-png/test"
     if not folder.is_dir():
         pytest.skip(f"there are no class folders of PNG files in {folder}")
-    official = load_archive(replace(CIFAR10, train=()), official_data, environ={}).test
+    official = load_archive(replace(CIFAR10, train=()), official_data).test
     for _ in ("decoded", "from the cache"):
-        loaded = load_folder(folder, image_size=32, seed=0)
-        dataset = loaded.dataset
+        dataset = load_folder(folder, image_size=32, seed=0)
         assert (dataset.class_names, dataset.sizes.num_test) == (CIFAR10.class_names, 2_000)
         for label in range(10):
             found = [image for part in (dataset.train, dataset.test) for image in part.images[part.labels == label]]
             wanted = official.images[official.labels == label]
             assert len(found) == len(wanted)
             assert {image.numpy().tobytes() for image in found} == {image.numpy().tobytes() for image in wanted}
-    assert loaded.source.from_cache
+    assert from_cache(dataset)
