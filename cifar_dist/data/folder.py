@@ -22,7 +22,7 @@ from cifar_dist.data.download import reason_of
 from cifar_dist.data.image_cache import read_images
 from cifar_dist.data.order import derive_seed
 
-_SUFFIXES = tuple(".png .jpg .jpeg .bmp .gif .webp .ppm .pgm .tif .tiff".split())
+_SUFFIXES = tuple(".png .jpg .jpeg .jfif .bmp .gif .webp .ppm .pgm .tif .tiff".split())
 OTHER_SUFFIXES = (".heic", ".heif", ".avif")  # images, but not for every build of Pillow
 _LISTED = _SUFFIXES + OTHER_SUFFIXES
 _PARTS = ("train", "test", "val")
@@ -151,15 +151,27 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def files_below(folder: str, prefix: str, above: tuple[Path, ...] = ()) -> Iterator[ImageFile]:
-    """Give all image files at any depth; `prefix` is what their names begin with, `above` the folders come through."""
+def files_below(
+    folder: str, prefix: str, above: tuple[Path, ...] = (), unreadable: dict[str, str] | None = None
+) -> Iterator[ImageFile]:
+    """Give all image files at any depth; `prefix` is what their names begin with, `above` the folders come through.
+
+    Folders that cannot be listed are put into `unreadable`, with the reason; without it they are a UserError.
+    """
     here = Path(folder).resolve()
     if here in above:  # a link to where we come from
         return
-    for entry in _entries(folder):
+    try:
+        entries = _entries(folder)
+    except UserError as error:
+        if unreadable is None:
+            raise
+        unreadable[prefix.rstrip("/")] = f"is left out: {error}"
+        return
+    for entry in entries:
         name = prefix + _portable(entry.name)
         if _is_folder(entry):
-            yield from files_below(entry.path, f"{name}/", (*above, here))
+            yield from files_below(entry.path, f"{name}/", (*above, here), unreadable)
         elif name.lower().endswith(_LISTED):
             try:
                 status = entry.stat()

@@ -24,10 +24,8 @@ def find_images(paths: Sequence[Path]) -> tuple[list[ImageFile], dict[str, str]]
         shown = os.fsencode(path).decode(errors="backslashreplace")  # a name may be any bytes, and is to be printed
         members = [ImageFile(str(path), shown, -1, -1)]
         if path.is_dir():
-            try:
-                members = sorted(files_below(str(path), f"{shown}/"), key=lambda file: file.name)
-            except UserError as error:  # a folder below it cannot be read
-                members, refused[shown] = [], f"is left out: {error}"
+            below = files_below(str(path), f"{shown}/", unreadable=refused)
+            members = sorted(below, key=lambda file: file.name)
             if not members:
                 refused.setdefault(shown, "holds no images")
         for file in members:

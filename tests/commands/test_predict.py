@@ -1,7 +1,9 @@
 """Images of one's own: any size and mode, each once, and what cannot be read is named."""
 
+import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +14,6 @@ from PIL import Image
 from cifar_dist.cli import main
 from cifar_dist.commands import evaluate
 from cifar_dist.commands import predict as command
-from cifar_dist.config.errors import UserError
-from cifar_dist.data import loose
 from cifar_dist.training.metrics import summarize
 from tests.conftest import ROOT, make_images
 
@@ -127,13 +127,18 @@ def test_what_cannot_be_read_is_named_and_the_rest_done(folder, capsys):
 
 
 def test_a_folder_that_cannot_be_listed_is_named_and_the_rest_done(folder, capsys, monkeypatch):
-    def files_below(path: str, prefix: str):
-        raise UserError(f"cannot read the folder {path}/secret: Permission denied")
+    def scandir(path):
+        if Path(path).name == "secret":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return list_folder(path)
 
-    monkeypatch.setattr(loose, "files_below", files_below)
-    result, err = predict(capsys, "images", "others/dark-grey.png", code=2)
-    assert [each["file"] for each in result["predictions"]] == ["others/dark-grey.png"]
-    assert "error: images is left out: cannot read the folder images/secret: Permission denied\n" in err
+    list_folder = os.scandir
+    expected = [each["file"] for each in predict(capsys, "images")[0]["predictions"]]
+    (folder / "images" / "secret").mkdir()
+    monkeypatch.setattr(os, "scandir", scandir)
+    result, err = predict(capsys, "images", code=2)
+    assert [each["file"] for each in result["predictions"]] == expected and expected
+    assert re.search(r"error: images/secret is left out: cannot read the folder \S+/secret: Permission denied\n", err)
 
 
 def test_a_name_of_any_bytes_is_printed(folder, capsys):
