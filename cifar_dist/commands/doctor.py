@@ -20,7 +20,7 @@ from cifar_dist.data.datasets import load_dataset
 from cifar_dist.data.official_files import where_found
 from cifar_dist.display.console import make_console
 from cifar_dist.display.progress import loading_progress
-from cifar_dist.display.tables import print_header
+from cifar_dist.display.tables import print_header, print_notes
 from cifar_dist.model.pretrained import imagenet_weights, imagenet_weights_place
 from cifar_dist.model.schedule import learning_rate_line
 from cifar_dist.runtime.device import check_world, describe_devices, look_ahead
@@ -86,4 +86,4 @@ def _download(console: Console, data_dir: Path) -> None:
     """Fetch CIFAR-10 and the ImageNet weights, where they are missing. Raises UserError."""
     with loading_progress(console, DEFAULT_DATASET) as progress:
         load_dataset(DEFAULT_DATASET, data_dir, resolve_recipe(read_recipe(DEFAULT_RECIPE), {}, {}), progress=progress)
-    imagenet_weights()
+    imagenet_weights(lambda text: print_notes(console, [text]))

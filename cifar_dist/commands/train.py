@@ -56,7 +56,9 @@ def train(options: TrainOptions, world: World, config: AccelerateConfig) -> tupl
     interrupt = Interrupt(seconds=seconds_allowed(options.max_minutes, os.environ, time.time()))
     slurm_job = SlurmJob.from_environment(os.environ)
     with connect(world, config) as ranks, RunLock(slurm_job) as lock:
-        job = ranks.from_main(lambda: open_job(options, world, slurm_job, lock))
+        job = ranks.from_main(
+            lambda: open_job(options, world, slurm_job, lock, lambda text: print_notes(console, [text]))
+        )
         if job.nothing_left is not None:
             print_notes(console, [job.nothing_left])
             return EXIT_DONE, ranks.from_main(RunDirectory(job.directory).read_summary)

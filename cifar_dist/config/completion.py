@@ -6,18 +6,21 @@ from collections.abc import Mapping
 from cifar_dist.config.loading import read_recipe, recipe_names
 from cifar_dist.config.parsing import flatten
 from cifar_dist.config.plan import KNOWN_SIZES
+from cifar_dist.config.trackers import TRACKERS
 
 _SCRIPT = """\
 _cifar_dist() {
-  local current=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD - 1]} command=train
+  local current=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD - 1]} command=train i=$((COMP_CWORD - 1))
   case " %(commands)s " in *" ${COMP_WORDS[1]} "*) ((COMP_CWORD > 1)) && command=${COMP_WORDS[1]} ;; esac
+  while ((i > 0)) && [[ ${COMP_WORDS[i]} != --* ]]; do ((i--)); done
+  [[ ${COMP_WORDS[i]} == --set ]] && before=--set  # which takes several
   local words=
   case $before in
 %(values)s
     *) case $command in
 %(flags)s
       esac
-      ((COMP_CWORD == 1)) && words="%(commands)s $words" ;;
+      ((COMP_CWORD == 1)) && words="%(commands)s --help --version --completion $words" ;;
   esac
   COMPREPLY=($(compgen -W "$words" -- "$current"))
   # what is no word of ours may be a file; after FIELD= comes a value
@@ -31,6 +34,7 @@ def completion_script(parsers: Mapping[str, argparse.ArgumentParser]) -> str:
     values: dict[str, list[str]] = {
         "--recipe": recipe_names(),
         "--dataset": list(KNOWN_SIZES),
+        "--tracker": list(TRACKERS),
         "--set": [f"{field}=" for field in flatten(read_recipe("standard"))],
     }
     flags = {}

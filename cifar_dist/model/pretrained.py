@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -15,12 +16,14 @@ from cifar_dist.config.errors import UserError
 from cifar_dist.model.resnet import load_weights
 
 
-def imagenet_weights() -> dict[str, Tensor]:
-    """Give torchvision's ImageNet weights from its cache, downloaded when they are missing.
+def imagenet_weights(note: Callable[[str], None] = lambda text: None) -> dict[str, Tensor]:
+    """Give torchvision's ImageNet weights from its cache, downloaded when they are missing, which `note` is told.
 
     Raises UserError that names the file's place where they are neither there nor to be had.
     """
     weights, place = ResNet18_Weights.IMAGENET1K_V1, imagenet_weights_place()
+    if not place.exists():
+        note(f"downloading the ImageNet weights to {place} (45 MB)")
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # torch.hub's own line; a refusal is one line, and ours
             state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)

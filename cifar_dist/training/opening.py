@@ -1,6 +1,6 @@
 """How a run opens: what was asked for becomes a job, its folder is locked, and what is known is written down."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,13 @@ class Job:
     """Why there is nothing to do, where that is so."""
 
 
-def open_job(options: TrainOptions, world: World, slurm_job: SlurmJob | None, lock: RunLock) -> Job:
-    """Turn what was typed into a job, and lock the run that goes on. Raises UserError; nothing else is changed."""
+def open_job(
+    options: TrainOptions, world: World, slurm_job: SlurmJob | None, lock: RunLock, note: Callable[[str], None]
+) -> Job:
+    """Turn what was typed into a job, and lock the run that goes on; `note` hears of a download.
+
+    Raises UserError; nothing else is changed.
+    """
     run = resolve_run(options, slurm_job)
     check_plan(run.request, world_size=world.size)
     existing, checkpoint, damage, nothing_left = run.existing, None, None, None
@@ -66,7 +71,7 @@ def open_job(options: TrainOptions, world: World, slurm_job: SlurmJob | None, lo
         directory=new_directory(options, run.request) if existing is None else existing.path,
         checkpoint=checkpoint or {},
         damage=damage,
-        pretrained=None if checkpoint else pretrained_weights(run.request.recipe),
+        pretrained=None if checkpoint else pretrained_weights(run.request.recipe, note),
         nothing_left=nothing_left,
     )
 

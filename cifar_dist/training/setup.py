@@ -1,5 +1,6 @@
 """From a recipe, a plan and a dataset to a trainer that is ready to go."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -96,12 +97,15 @@ def _with_statistics(model: nn.Module, recipe: Recipe, plan: RunPlan) -> tuple[n
     return use_groups(model, groups), groups
 
 
-def pretrained_weights(recipe: Recipe) -> dict[str, Tensor] | None:
-    """Read the weights that a recipe starts from; None where it starts from nothing. Raises UserError."""
+def pretrained_weights(recipe: Recipe, note: Callable[[str], None] = lambda text: None) -> dict[str, Tensor] | None:
+    """Read the weights that a recipe starts from; None where it starts from nothing. `note` hears of a download.
+
+    Raises UserError.
+    """
     if recipe.pretrained is None:
         return None
     if recipe.pretrained == "imagenet":
-        return imagenet_weights()
+        return imagenet_weights(note)
     content = load_checkpoint(Path(recipe.pretrained))
     weights = content if is_bare_weights(content) else content.get("model_ema", content.get("model"))
     if not isinstance(weights, dict):

@@ -422,15 +422,18 @@ def test_imagenet_weights_come_from_torchvisions_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     weights = ResNet18_Weights.IMAGENET1K_V1
     monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
+    told: list[str] = []
     with pytest.raises(UserError, match=r"resnet18-f37072fd\.pth and could not be downloaded \(no network here\)"):
-        imagenet_weights()
+        imagenet_weights(told.append)
+    (line,) = told
+    assert line.startswith("downloading the ImageNet weights to ")
     (tmp_path / "checkpoints").mkdir(exist_ok=True)
     for damage in (b"", b"<html>moved</html>", b"PK\x03\x04 cut off"):
         (tmp_path / "checkpoints" / weights.url.rsplit("/", 1)[-1]).write_bytes(damage)
         with pytest.raises(UserError, match=r"resnet18-f37072fd\.pth are damaged: remove the file"):
             imagenet_weights()
     torch.save(resnet18().state_dict(), tmp_path / "checkpoints" / weights.url.rsplit("/", 1)[-1])
-    assert imagenet_weights()["fc.weight"].shape == (1000, 512)
+    assert imagenet_weights(told.append)["fc.weight"].shape == (1000, 512) and len(told) == 1
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
