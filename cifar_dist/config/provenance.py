@@ -15,10 +15,12 @@ PROGRAM = "CIFAR_DIST_PROGRAM"
 
 def program_name(path: str) -> str:
     """Give what a person types to start this program, from the path that Python was given (`sys.argv[0]`)."""
-    name = Path(path).stem
+    folder, name = Path(path).parent.name, Path(path).stem
     if name == "launch":
         return f"python {shlex.quote(path)}"
-    return {"cifar-dist": "cifar-dist", "__main__": "python -m cifar_dist"}.get(name, "python launch.py")
+    if (folder, name) == ("cifar_dist", "__main__"):
+        return "python -m cifar_dist"
+    return "cifar-dist" if name == "cifar-dist" else "python launch.py"
 
 
 def command_line(*words: object) -> str:

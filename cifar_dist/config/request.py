@@ -197,7 +197,7 @@ def refuse_other_recipe(request: TrainRequest, then: Mapping[str, Any]) -> None:
     changed = [f"{field} {old.get(field)} -> {new.get(field)}" for field in fields if old.get(field) != new.get(field)]
     names = str(then["dataset"]["name"]), request.dataset
     if names[0] != names[1] and not KNOWN_SIZES.keys().isdisjoint(names):
-        changed.append(f"dataset {names[0]} -> {names[1]}")
+        changed.insert(0, f"dataset {names[0]} -> {names[1]}")  # of many the first are named
     _refuse(changed)
 
 

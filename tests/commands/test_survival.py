@@ -221,7 +221,7 @@ def test_figures_that_cannot_be_written_are_one_line(capsys, monkeypatch):
     def fail(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device", "x/figures/curves.png")
 
-    monkeypatch.setattr("cifar_dist.display.figures.draw_curves", fail)
+    monkeypatch.setattr("cifar_dist.display.page.draw_curves", fail)
     train("--epochs", "1", "--run-dir", "x", code=1)
     line = capsys.readouterr().err
     assert line.startswith(
@@ -235,7 +235,7 @@ def test_a_run_that_is_killed_while_its_figures_are_drawn_draws_them_when_it_goe
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("cifar_dist.display.figures.draw_evaluation", killed)
+        patch.setattr("cifar_dist.display.page.draw_evaluation", killed)
         with pytest.raises(Killed):
             train("--epochs", "1", "--run-dir", "x")
     assert RunDirectory(Path("x")).read_summary().test is None

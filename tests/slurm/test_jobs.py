@@ -184,7 +184,7 @@ def test_an_array_of_seeds_and_its_report(cluster, submit, project, monkeypatch,
     assert main(["report", *runs]) == 0
     shown = capsys.readouterr().out
     assert [line.split()[:4] for line in shown.splitlines()[1:4]] == [
-        [run, "completed", str(seed), "1/1"] for seed, run in enumerate(runs)
+        [Path(run).name, "completed", str(seed), "1/1"] for seed, run in enumerate(runs)
     ]
     assert "mean ± sd of 3 runs " in shown
 

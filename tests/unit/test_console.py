@@ -74,6 +74,7 @@ def test_a_python_without_the_packages_is_told_so_in_one_line():
         ("/x/bin/cifar-dist", "cifar-dist"),
         ("/x/cifar_dist/__main__.py", "python -m cifar_dist"),
         ("/x/bin/pytest", "python launch.py"),
+        ("/x/pytest/__main__.py", "python launch.py"),
     ],
 )
 def test_a_command_is_told_as_this_one_was_typed(monkeypatch, path, name):
