@@ -187,7 +187,7 @@ def _confusion(axes: Axes, evaluation: Evaluation, *, number: str, size: float) 
         for (row, column), value in np.ndenumerate(percent):
             if (text := number.format(value)) not in ("0", "0.0"):
                 text = text.removesuffix(".0") if value == 100 else text
-                color = "white" if value > 60 else "black"
+                color = "white" if value > 45 else "black"
                 axes.text(column, row, text, ha="center", va="center", fontsize=size, color=color)
     return shown
 

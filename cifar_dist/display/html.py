@@ -36,7 +36,7 @@ th, td { border-bottom: 1px solid var(--line); padding: .25rem .8rem .25rem 0; t
 th { font-weight: 600; } .numbers td:not(:first-child), .numbers th:not(:first-child) { text-align: right; }
 .columns { columns: 20rem; column-gap: 2.5rem; } .columns div { display: flex; gap: 1rem; break-inside: avoid;
   justify-content: space-between; border-bottom: 1px solid var(--line); padding: .2rem 0; }
-.columns span:first-child { color: var(--dim); flex: none; max-width: 60%; }
+.columns span:first-child { color: var(--dim); flex: none; max-width: 72%; }
 .columns span:last-child { text-align: right; }
 .bar { display: block; width: 6rem; height: .8rem; margin-top: .4rem; background: var(--soft); }
 @media (max-width: 30rem) { .bar { display: none; } }
