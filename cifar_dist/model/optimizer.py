@@ -1,7 +1,7 @@
 """The optimiser of a recipe, with its weight decay where the recipe wants it."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,8 +78,8 @@ class MuonWithSGD(torch.optim.Optimizer):
     """Muon (https://kellerjordan.github.io/posts/muon/) for the filters, SGD for everything else.
 
     A filter bank (out, in, h, w) is a matrix (out, in * h * w): its step is the momentum's nearest orthogonal matrix,
-    times the learning rate and sqrt(max(1, rows / columns)). All banks of one shape are stepped together. Each process
-    does the same work, on gradients that are equal already.
+    times the learning rate and sqrt(max(1, rows / columns)). Each process does the same work, on gradients that are
+    equal already.
     """
 
     def __init__(
@@ -105,14 +105,10 @@ class MuonWithSGD(torch.optim.Optimizer):
         for mine, theirs in zip(self.param_groups[1:], self.sgd.param_groups, strict=True):
             theirs["lr"] = mine["lr"]
         self.sgd.step()
-        alike: dict[torch.Size, list[nn.Parameter]] = {}
-        for each in self.param_groups[0]["params"]:
-            if each.grad is not None:
-                alike.setdefault(each.shape, []).append(each)
-        for filters in alike.values():
-            self._step_alike(filters)
+        if filters := [each for each in self.param_groups[0]["params"] if each.grad is not None]:
+            self._step_filters(filters)
 
-    def _step_alike(self, filters: list[nn.Parameter]) -> None:
+    def _step_filters(self, filters: list[nn.Parameter]) -> None:
         options = self.param_groups[0]
         weights = [_matrix(each.detach()) for each in filters]
         gradients = [_matrix(each.grad) for each in filters if each.grad is not None]
@@ -120,13 +116,16 @@ class MuonWithSGD(torch.optim.Optimizer):
         torch._foreach_mul_(momenta, options["momentum"])
         torch._foreach_add_(momenta, gradients)
         ahead = torch._foreach_add(gradients, momenta, alpha=options["momentum"]) if options["nesterov"] else momenta
-        directions = orthogonalized(torch.stack(tuple(ahead)))
-        rows, columns = weights[0].shape
+        directions = orthogonalized(ahead)
         if options["normalized"]:
-            norms = torch._foreach_norm(weights)
-            torch._foreach_mul_(weights, [math.sqrt(rows) / norm for norm in norms])
+            lengths = torch._foreach_norm(weights)
+            torch._foreach_reciprocal_(lengths)
+            torch._foreach_mul_(lengths, [math.sqrt(len(each)) for each in weights])
+            torch._foreach_mul_(weights, lengths)
         torch._foreach_mul_(weights, 1 - options["lr"] * options["weight_decay"])
-        torch._foreach_add_(weights, directions.unbind(), alpha=-options["lr"] * math.sqrt(max(1, rows / columns)))
+        ratios = [rows / columns for rows, columns in (each.shape for each in weights)]
+        torch._foreach_mul_(directions, [-options["lr"] * math.sqrt(max(1, ratio)) for ratio in ratios])
+        torch._foreach_add_(weights, directions)
 
     def state_dict(self) -> dict[str, Any]:
         """Give both states."""
@@ -140,24 +139,39 @@ class MuonWithSGD(torch.optim.Optimizer):
         load_optimizer_state(self.sgd, state_dict["sgd"])
 
 
-def orthogonalized(matrices: Tensor) -> Tensor:
-    """Give, about, the nearest orthogonal matrix of each of (k, rows, columns): U V' where it is U S V'.
+def orthogonalized(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Give, about, the nearest orthogonal matrix of each of (rows, columns): U V' where it is U S V'.
 
     Five of Muon's Newton-Schulz steps X <- (a + b G + c G G) X with G = X X', which bring the singular values near 1.
-    Every factor is a polynomial of the first G, so they are multiplied up in its shape (rows, rows), and the wide
-    matrix is met twice instead of ten times: a third of the work for a ResNet-18's largest filters. That squares the
-    singular values, for which bfloat16 would be too coarse: it is done in the matrices' own precision.
+    Every factor is a polynomial of the first G, so they are multiplied up in its shape, all that have one size
+    together, and the matrix itself is met twice instead of ten times: a third of the work for a ResNet-18's largest
+    filters. That squares the singular values, for which bfloat16 would be too coarse: it is done in the matrices' own
+    precision. A matrix with more rows than columns is met from the right, with G = X'X.
     """
-    if matrices.shape[1] > matrices.shape[2]:
-        return orthogonalized(matrices.mT).mT
-    matrices = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    gram = matrices @ matrices.mT
+    grams = [each.mT @ each if len(each) > each.shape[1] else each @ each.mT for each in matrices]
+    alike: dict[int, list[int]] = {}
+    for place, gram in enumerate(grams):
+        alike.setdefault(len(gram), []).append(place)
+    factors = list(grams)
+    for places in alike.values():
+        for place, factor in zip(places, _polar_factors(torch.stack([grams[i] for i in places])), strict=True):
+            factors[place] = factor
+    return [
+        each @ factor if len(each) > each.shape[1] else factor @ each
+        for each, factor in zip(matrices, factors, strict=True)
+    ]
+
+
+def _polar_factors(gram: Tensor) -> Tensor:
+    """Give what makes each X orthogonal, of the X X' (k, side, side): the product of the five steps' factors."""
+    length = gram.diagonal(dim1=1, dim2=2).sum(1).sqrt_().add_(1e-7)[:, None, None]  # of X: G's trace is its square
+    gram = gram / length.square()
     product = factor = _newton_schulz_factor(gram)
     for _ in range(4):
         gram = factor @ gram @ factor
         factor = _newton_schulz_factor(gram)
         product = factor @ product
-    return product @ matrices
+    return product / length
 
 
 def _newton_schulz_factor(gram: Tensor) -> Tensor:

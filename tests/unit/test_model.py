@@ -224,8 +224,11 @@ def test_matrices_are_orthogonalized_as_muon_does_it(shape):
     left, _, right = torch.linalg.svd(matrices[2], full_matrices=False)
     matrices[2] = left * torch.logspace(0, -5, min(shape)) @ right  # singular values over five orders of magnitude
     expected = torch.stack([plain_newton_schulz(each) for each in matrices])
-    torch.testing.assert_close(orthogonalized(matrices).double(), expected, rtol=0, atol=1e-3)
-    torch.testing.assert_close(orthogonalized(matrices)[:2].double(), expected[:2], rtol=0, atol=1e-5)
+    other = torch.randn(27, 64)  # what lies between them, of another shape, changes nothing
+    first, second, between, third = orthogonalized([*matrices[:2], other, matrices[2]])
+    torch.testing.assert_close(torch.stack([first, second, third]).double(), expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(torch.stack([first, second]).double(), expected[:2], rtol=0, atol=1e-5)
+    torch.testing.assert_close(between.double(), plain_newton_schulz(other), rtol=0, atol=1e-5)
     assert torch.linalg.svdvals(expected[0]).min() > 0.6
 
 
