@@ -1,6 +1,6 @@
 """Trains a programme of recipes, run by run, and keeps what came of each in a table that can be committed.
 
-    python benchmarks/accuracy.py run PROGRAMME --data-dir DIR [--minutes M] [--only ROW ...]
+    python benchmarks/accuracy.py run PROGRAMME --data-dir DIR [--minutes M] [--only ROW ...] [--seeds N ...]
     python benchmarks/accuracy.py time PROGRAMME [--only ROW ...] [--seconds S]
     python benchmarks/accuracy.py table PROGRAMME
 
@@ -10,7 +10,8 @@ is not kept) or for the table (`test: true`: trained on all images, the last wei
 
 `run` appends a line to benchmarks/results/PROGRAMME.jsonl as soon as a run ends, and does no run again that has a line
 there with the same recipe: stopped at any moment, it goes on, on this machine or on another. With `--minutes` it stops
-(and saves the run in progress) after so long, and ends with 75 where something is left.
+(and saves the run in progress) after so long, and ends with 75 where something is left. Several at once may share the
+results where `--only` and `--seeds` give each its own.
 
 `time` measures each row's loop against the original script's, in turns, on a machine that does nothing else, and gives
 the whole recipe's time in epochs of the script (`script_epochs`): so it can be compared between machines.
@@ -128,19 +129,19 @@ def append_line(results: Path, line: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def runs_left(rows: list[Row], results: Path) -> Iterator[tuple[Row, int]]:
-    """Give the runs that have no line yet, first all first seeds."""
+def runs_left(rows: list[Row], results: Path, seeds: list[int] | None) -> Iterator[tuple[Row, int]]:
+    """Give the runs that have no line yet, first all first seeds; of these seeds alone where there are some."""
     done = {(line["name"], line["seed"], line["digest"]) for line in read_lines(results) if "seed" in line}
     for seed in range(max(row.seeds for row in rows)):
         for row in rows:
-            if seed < row.seeds and (row.name, seed, digest(row.resolved(seed))) not in done:
+            if seed < row.seeds and seed in (seeds or [seed]) and (row.name, seed, digest(row.resolved(seed))) not in done:
                 yield row, seed
 
 
 def run(rows: list[Row], results: Path, typed: argparse.Namespace) -> int:
     """Do what is left of the runs; give the exit code."""
     until = time.monotonic() + 60 * typed.minutes
-    for row, seed in list(runs_left(rows, results)):
+    for row, seed in list(runs_left(rows, results, typed.seeds)):
         recipe = row.resolved(seed)
         folder = typed.work / f"{typed.programme.stem}-seed{seed}-{digest(recipe)}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -276,6 +277,7 @@ def main() -> int:
     parser.add_argument("action", choices=("run", "time", "table"))
     parser.add_argument("programme", type=Path)
     parser.add_argument("--only", nargs="+", metavar="ROW")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="default: all that the programme has")
     parser.add_argument("--data-dir", type=Path, default=Path(os.environ.get("CIFAR_DIST_TEST_DATA", "data")))
     parser.add_argument(
         "--work", type=Path, default=Path("runs/accuracy"), help="where the runs are (default: %(default)s)"

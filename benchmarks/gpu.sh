@@ -56,9 +56,9 @@ accuracy() {
 
 # What is asked first of a machine that is there for half an hour: does it work, how near is the limit, what is learned.
 step doctor python launch.py doctor ${data:+--data-dir "$data"}
-step tests python -m pytest -m gpu -p no:cacheprovider
-step limit-standard python benchmarks/limit.py --recipe standard --precision bf16 --compile
+step tests python -m pytest tests/gpu -p no:cacheprovider
 step trace-standard python benchmarks/trace.py --recipe standard
+step limit-standard python benchmarks/limit.py --recipe standard --precision bf16
 accuracy standard zoo-26
 train epochs --recipe standard --epochs 4 --set validation_size=0 image_size_schedule=null augmentation.flip=random
 for backend in INDUCTOR CUDAGRAPHS; do
@@ -76,6 +76,7 @@ for recipe in standard original; do
     step "trace-$recipe-$backend" python benchmarks/trace.py --recipe $recipe --config "$out/$backend.yaml"
   done
 done
+step limit-standard-compiled python benchmarks/limit.py --recipe standard --precision bf16 --compile
 step limit-original python benchmarks/limit.py --recipe original --precision bf16 --compile
 step trace-original python benchmarks/trace.py --recipe original
 for batch in 256 1024; do
