@@ -7,7 +7,8 @@ A world is started once and many checks run in it: `run_world(2, first, second)`
 import multiprocessing
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -19,13 +20,13 @@ from cifar_dist.config.accelerate_config import AccelerateConfig
 from cifar_dist.config.world import World
 from cifar_dist.runtime.device import SHARE_GPU
 from cifar_dist.runtime.distributed import Runtime, connect, start
+from cifar_dist.training import setup
 
 TIMEOUT_S = 240
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["cifar_dist.training.setup", "cifar_dist.training.session", "tests.worlds.harness"])
 
 Check = Callable[[Runtime], Any]
-
 
 ON_CPU = AccelerateConfig(use_cpu=True)
 
@@ -61,6 +62,22 @@ def run_world(
             if process.is_alive():
                 process.kill()
     return [list(each) for each in zip(*returned, strict=True)]
+
+
+@contextmanager
+def models_in_float64() -> Iterator[None]:
+    """Let trainers be built whose weights and images are float64, so that rounding hides nothing."""
+
+    def build(*arguments, **named):
+        model = original(*arguments, **named).double()
+        model.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(),))
+        return model
+
+    original, setup.build_resnet = setup.build_resnet, build
+    try:
+        yield
+    finally:
+        setup.build_resnet = original
 
 
 def _rank(

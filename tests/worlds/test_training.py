@@ -9,7 +9,6 @@ import torch
 
 from cifar_dist.config.plan import fit_to_dataset, make_plan
 from cifar_dist.records import Observer
-from cifar_dist.training import setup
 from cifar_dist.training.checkpoint import load_checkpoint
 from cifar_dist.training.engine import InterruptedRun
 from cifar_dist.training.run_directory import RunDirectory, UnwrittenRun
@@ -17,7 +16,7 @@ from cifar_dist.training.saving import CheckpointWriter
 from cifar_dist.training.session import Session
 from cifar_dist.training.setup import build_trainer
 from tests.conftest import make_dataset, make_recipe
-from tests.worlds.harness import run_world
+from tests.worlds.harness import models_in_float64, run_world
 
 # All that changes a step; 35 images in batches of 16 leave 3 in the last, so that a rank of four has none of them.
 # Not smaller images: of 16 pixels one is left at the end, BatchNorm sees 2 or 3 values, and a relative change of 1e-15
@@ -38,21 +37,12 @@ VARIANTS = {
 
 
 def in_float64(runtime, assignments):
-    """A trainer whose weights and images are float64, so that rounding hides nothing."""
+    """A trainer whose weights and images are float64."""
     dataset = make_dataset(num_train=39, num_test=10)
     recipe = fit_to_dataset(make_recipe(*EVERYTHING, *assignments), dataset.sizes, validation_size_was_typed=True)
     plan = make_plan(recipe, world_size=runtime.world.size, sizes=dataset.sizes, device_type="cpu")
-
-    def build(*arguments, **named):
-        model = original(*arguments, **named).double()
-        model.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(),))
-        return model
-
-    original, setup.build_resnet = setup.build_resnet, build
-    try:
+    with models_in_float64():
         return build_trainer(recipe, plan, dataset, runtime, Observer())
-    finally:
-        setup.build_resnet = original
 
 
 def train(runtime, *, folder: Path, variant: str):
