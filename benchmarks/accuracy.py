@@ -132,9 +132,9 @@ def append_line(results: Path, line: dict[str, Any]) -> None:
 def runs_left(rows: list[Row], results: Path, seeds: list[int] | None) -> Iterator[tuple[Row, int]]:
     """Give the runs that have no line yet, first all first seeds; of these seeds alone where there are some."""
     done = {(line["name"], line["seed"], line["digest"]) for line in read_lines(results) if "seed" in line}
-    for seed in range(max(row.seeds for row in rows)):
+    for seed in seeds or range(max(row.seeds for row in rows)):
         for row in rows:
-            if seed < row.seeds and seed in (seeds or [seed]) and (row.name, seed, digest(row.resolved(seed))) not in done:
+            if seed < row.seeds and (row.name, seed, digest(row.resolved(seed))) not in done:
                 yield row, seed
 
 
@@ -244,22 +244,23 @@ def measure(rows: list[Row], results: Path, typed: argparse.Namespace) -> int:
 
 
 def table(rows: list[Row], results: Path) -> int:
-    """Print the results in Markdown: means, and the standard error where there are several seeds."""
+    """Print the results in Markdown: means on each machine, and the standard error where there are several seeds."""
     lines = read_lines(results)
     tested = any(row.test for row in rows)
-    heads = ["row", "n", "plain", "mirror"] if tested else ["row", "n", "validation"]
-    print("| " + " | ".join([*heads, "script epochs", "train seconds", "machine"]) + " |")
-    print("|" + "---|" * (len(heads) + 3))
+    keys = ("plain", "mirror") if tested else ("val_acc",)
+    heads = ["row", "n", *(keys if tested else ["validation"]), "script epochs", "train seconds", "machine"]
+    print("| " + " | ".join(heads) + " |")
+    print("|" + "---|" * len(heads))
     for row in rows:
         digests = {digest(row.resolved(seed)) for seed in range(row.seeds)}
         done = [line for line in lines if line["name"] == row.name and line.get("digest") in digests]
         times = [line for line in lines if line.get("timed") == digest(row.resolved(0))]
-        keys = ("plain", "mirror") if tested else ("val_acc",)
-        cells = [row.name, str(len(done)), *(mean([line[key] for line in done]) for key in keys)]
-        cells += [", ".join(f"{line['script_epochs']:.1f} ({line['precision']})" for line in times)]
-        cells += [f"{statistics.mean(line['train_seconds'] for line in done):.0f}" if done else ""]
-        cells += ["; ".join(sorted({line["hardware"] for line in done}))]
-        print("| " + " | ".join(cells) + " |")
+        for machine in sorted({line["hardware"] for line in done}) or [""]:
+            here = [line for line in done if line["hardware"] == machine]
+            cells = [row.name, str(len(here)), *(mean([line[key] for line in here]) for key in keys)]
+            cells += [", ".join(f"{each['script_epochs']:.1f} ({each['precision']})" for each in times)]
+            cells += [f"{statistics.mean(line['train_seconds'] for line in here):.0f}" if here else "", machine]
+            print("| " + " | ".join(cells) + " |")
     return 0
 
 
