@@ -10,8 +10,9 @@ is not kept) or for the table (`test: true`: trained on all images, the last wei
 
 `run` appends a line to benchmarks/results/PROGRAMME.jsonl as soon as a run ends, and does no run again that has a line
 there with the same recipe: stopped at any moment, it goes on, on this machine or on another. With `--minutes` it stops
-(and saves the run in progress) after so long, and ends with 75 where something is left. Several at once may share the
-results where `--only` and `--seeds` give each its own.
+(and saves the run in progress) after so long, and ends with 75 where something is left. `--jobs` trains several at
+once, for which a GPU has room, most of all under CUDA MPS; each line says how many (`at_once`), as their times mean
+little.
 
 `time` measures each row's loop against the original script's, in turns, on a machine that does nothing else, and gives
 the whole recipe's time in epochs of the script (`script_epochs`): so it can be compared between machines.
@@ -23,9 +24,11 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -141,7 +144,12 @@ def runs_left(rows: list[Row], results: Path, seeds: list[int] | None) -> Iterat
 def run(rows: list[Row], results: Path, typed: argparse.Namespace) -> int:
     """Do what is left of the runs; give the exit code."""
     until = time.monotonic() + 60 * typed.minutes
-    for row, seed in list(runs_left(rows, results, typed.seeds)):
+    left = list(runs_left(rows, results, typed.seeds))
+    if typed.jobs > 1:
+        with ThreadPoolExecutor(typed.jobs) as pool:
+            codes = set(pool.map(lambda one: run_apart(*one, results, typed, until), left))
+        return max(codes - {EXIT_INTERRUPTED}, default=0) or max(codes, default=0)
+    for row, seed in left:
         recipe = row.resolved(seed)
         folder = typed.work / f"{typed.programme.stem}-seed{seed}-{digest(recipe)}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -157,6 +165,15 @@ def run(rows: list[Row], results: Path, typed: argparse.Namespace) -> int:
             return code
         append_line(results, outcome(row, seed, folder, typed))
     return 0
+
+
+def run_apart(row: Row, seed: int, results: Path, typed: argparse.Namespace, until: float) -> int:
+    """Do one of the runs in a process of its own; give its exit code."""
+    minutes = max(0.0, (until - time.monotonic()) / 60)
+    command = [sys.executable, __file__, "run", str(typed.programme), "--only", row.name, "--seeds", str(seed)]
+    command += ["--results", str(results), "--data-dir", str(typed.data_dir), "--work", str(typed.work)]
+    command += ["--minutes", str(minutes), "--at-once", str(typed.jobs), *typed.launcher]
+    return subprocess.run(command, check=False).returncode
 
 
 def launch(*arguments: str) -> int:
@@ -175,6 +192,7 @@ def outcome(row: Row, seed: int, folder: Path, typed: argparse.Namespace) -> dic
         "seed": seed,
         "digest": digest(row.resolved(seed)),
         "test": row.test,
+        "at_once": typed.at_once,
         **{key: summary[key] for key in ("status", "epochs", "train_seconds", "device", "precision")},
         "val_acc": records[-1]["val_acc"],
         "train_loss": records[-1]["train_loss"],
@@ -248,7 +266,7 @@ def table(rows: list[Row], results: Path) -> int:
     lines = read_lines(results)
     tested = any(row.test for row in rows)
     keys = ("plain", "mirror") if tested else ("val_acc",)
-    heads = ["row", "n", *(keys if tested else ["validation"]), "script epochs", "train seconds", "machine"]
+    heads = ["row", "n", *(keys if tested else ["validation"]), "script epochs", "train seconds, alone", "machine"]
     print("| " + " | ".join(heads) + " |")
     print("|" + "---|" * len(heads))
     for row in rows:
@@ -259,7 +277,8 @@ def table(rows: list[Row], results: Path) -> int:
             here = [line for line in done if line["hardware"] == machine]
             cells = [row.name, str(len(here)), *(mean([line[key] for line in here]) for key in keys)]
             cells += [", ".join(f"{each['script_epochs']:.1f} ({each['precision']})" for each in times)]
-            cells += [f"{statistics.mean(line['train_seconds'] for line in here):.0f}" if here else "", machine]
+            alone = [line["train_seconds"] for line in here if line.get("at_once", 1) == 1]
+            cells += [f"{statistics.mean(alone):.0f} (n = {len(alone)})" if alone else "", machine]
             print("| " + " | ".join(cells) + " |")
     return 0
 
@@ -279,6 +298,8 @@ def main() -> int:
     parser.add_argument("programme", type=Path)
     parser.add_argument("--only", nargs="+", metavar="ROW")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="default: all that the programme has")
+    parser.add_argument("--jobs", type=int, default=1, help="how many to train at once (default: %(default)s)")
+    parser.add_argument("--at-once", type=int, default=1, help=argparse.SUPPRESS)  # what `--jobs` tells its processes
     parser.add_argument("--data-dir", type=Path, default=Path(os.environ.get("CIFAR_DIST_TEST_DATA", "data")))
     parser.add_argument(
         "--work", type=Path, default=Path("runs/accuracy"), help="where the runs are (default: %(default)s)"

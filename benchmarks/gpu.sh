@@ -5,6 +5,7 @@
 #
 # What is done stays done: called again with the same OUT, it goes on with the rest. MINUTES (default: 600) says after how
 # long no further step is begun; it then ends with 75, as there is something left. A step that failed is tried again.
+# Many runs are trained at once, which takes little longer than one where CUDA MPS runs (nvidia-cuda-mps-control -d).
 # Nothing is downloaded. CIFAR_DIST_TEST_DATA names the folder of the official CIFAR-10 files, where they are there.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
@@ -45,12 +46,13 @@ train() {
   [[ -n $data ]] && step "$name" python launch.py --data-dir "$data" --run-dir "$out/$name" --resume "$@"
 }
 
-# accuracy ROW...: the table of accuracies (docs/accuracy.md), run by run into benchmarks/results/gpu.jsonl, which is to be
-# committed.
+# accuracy NAME PROGRAMME ARGUMENTS...: runs of a programme, each a line in benchmarks/results/PROGRAMME.jsonl, which are to
+# be committed (docs/accuracy.md).
 accuracy() {
   [[ -n $data ]] || return
-  local minutes=$((${MINUTES:-600} - SECONDS / 60))
-  step "accuracy-$1" python benchmarks/accuracy.py run benchmarks/programmes/gpu.yaml --only "$@" --data-dir "$data" \
+  local minutes=$((${MINUTES:-600} - SECONDS / 60)) name=$1 programme=benchmarks/programmes/$2.yaml
+  shift 2
+  step "accuracy-$name" python benchmarks/accuracy.py run "$programme" "$@" --data-dir "$data" \
     --work "$out/accuracy" --minutes "$((minutes > 1 ? minutes : 1))" --quiet
 }
 
@@ -59,14 +61,14 @@ step doctor python launch.py doctor ${data:+--data-dir "$data"}
 step tests python -m pytest tests/gpu -p no:cacheprovider
 step trace-standard python benchmarks/trace.py --recipe standard
 step limit-standard python benchmarks/limit.py --recipe standard --precision bf16
-accuracy standard zoo-26
+accuracy alone gpu --only standard strong --seeds 0 1 2 # these give the times
+accuracy tuning gpu-tuning --jobs 12
 train epochs --recipe standard --epochs 4 --set validation_size=0 image_size_schedule=null augmentation.flip=random
 for backend in INDUCTOR CUDAGRAPHS; do
   train "epochs-$backend" --config "$out/$backend.yaml" --recipe standard --epochs 4 \
     --set validation_size=0 image_size_schedule=null
 done
-accuracy strong zoo-80
-accuracy plain original
+accuracy short gpu --only standard zoo-26 strong zoo-80 plain original --jobs 12
 
 for recipe in standard original; do
   step "bench-$recipe" python launch.py bench --recipe $recipe --seconds 10 --json "$out/bench-$recipe.json"
@@ -109,7 +111,7 @@ seeds() {
 }
 [[ -n $data ]] && ((gpus > 1)) && step seeds seeds
 
-accuracy long
+accuracy long gpu --only long --jobs 12
 ((left || failed)) || step accuracy-table python benchmarks/accuracy.py table benchmarks/programmes/gpu.yaml
 
 ((failed)) && exit 1

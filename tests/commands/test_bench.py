@@ -178,7 +178,7 @@ def test_the_gpu_script_does_each_step_once_and_a_failed_one_again(tmp_path):
     """With a `python` that only notes what it was asked for."""
     (tmp_path / "python").write_text(
         '#!/bin/sh\ncase "$1" in -c) echo 2; exit;; esac\necho "$@" >>"$CALLS"\n'
-        'case "$*" in *--sweep*"$FAILING"*) exit 3;; *accuracy.py*run*--only*long*) exit ${LONG:-0};; esac\n'
+        'case "$*" in *--sweep*"$FAILING"*) exit 3;; *accuracy.py*run*"--only long"*) exit ${LONG:-0};; esac\n'
     )
     (tmp_path / "python").chmod(0o755)
     calls, out = tmp_path / "calls", tmp_path / "out"
@@ -193,7 +193,8 @@ def test_the_gpu_script_does_each_step_once_and_a_failed_one_again(tmp_path):
     assert gpu_script(MINUTES="-1") == (75, [])
     code, first = gpu_script(FAILING="standard")
     assert code == 1
-    for word in ("-m gpu", "bench --recipe original", "--sweep", "limit.py", "scaling.py", "startup.py", "--seed 1"):
+    words = ("tests/gpu", "--jobs 12", "bench --recipe original", "--sweep", "limit.py", "scaling.py", "startup.py")
+    for word in (*words, "--seed 1"):
         assert any(word in call for call in first), word
     assert not any("table" in call for call in first), "a table of what is not there"
     code, second = gpu_script(FAILING="nothing")
