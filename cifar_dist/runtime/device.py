@@ -69,6 +69,8 @@ def look_ahead(
     if compiler and (obstacle := _cannot_compile(facts.type, compiler)):
         compiler = None
         notes.append(f"{obstacle}: not compiled")
+    elif compiler and doing == "training":
+        notes.append("the first step compiles the model, which takes half a minute or more")
     return Outlook(
         device_type=facts.type,
         precision=precision,

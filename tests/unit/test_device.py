@@ -41,6 +41,7 @@ def test_what_cannot_be_compiled_is_not_and_is_said(monkeypatch, device, backend
     assert outlook.compiler == (backend if reason is None else None)
     assert ("compiled by" in outlook.line) == (reason is None)
     assert any((reason or "?") in note and note.endswith(": not compiled") for note in outlook.notes) == bool(reason)
+    assert any("first step compiles" in note for note in outlook.notes) == (reason is None), "a wait is announced"
 
 
 ON_CPU = AccelerateConfig(use_cpu=True)
