@@ -79,6 +79,8 @@ def switched_on(values: dict[str, Any]) -> dict[str, Any]:
 def read_programme(path: Path) -> list[Row]:
     """Read a programme's rows."""
     rows = yaml.safe_load(path.read_text())
+    if not isinstance(rows, list):
+        raise SystemExit(f"error: {path} is a recipe and no programme, which would be a list of rows")
     return [
         Row(
             name=row["name"],

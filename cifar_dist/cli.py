@@ -40,10 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(AttributeError):  # a bar or a name that a code page lacks is no reason to fail
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     os.environ.setdefault(PROGRAM, program_name(sys.argv[0]))
-    world = World()
+    world, told_to_stop = World(), UntilTraining()
     try:
         world = World.from_environment(os.environ)
-        with UntilTraining():
+        with told_to_stop:
             _say_that_signals_are_heard(world)
             code = _run(list(sys.argv[1:] if argv is None else argv), world)
     except UserError as error:
@@ -63,9 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         discard_output()
         code = EXIT_FAILED
     except Exception as error:  # what nobody foresaw: its traceback, from the process that it happened to
-        if world.size == 1:
-            raise
-        _abandon(error, world)
+        if told_to_stop.requested is None:
+            if world.size == 1:
+                raise
+            _abandon(error, world)
+        # It came of the signal, which went to the workers of a measured loop too: torch raises what it makes of that.
+        print("interrupted, with nothing left to save", file=sys.stderr)
+        code = EXIT_INTERRUPTED
     left = _leave(code, world)
     if world.size > 1 and code != EXIT_DONE:  # together: Slurm may kill the others as soon as one has ended
         _exit_now(left)

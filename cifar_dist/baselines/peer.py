@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from cifar_dist.baselines.script import NUM_WORKERS, TransformedImages
+from cifar_dist.baselines.script import NUM_WORKERS, TransformedImages, end_quietly
 
 
 class PeerLoop:
@@ -33,6 +33,7 @@ class PeerLoop:
             batch_size=batch_size,
             shuffle=True,
             num_workers=NUM_WORKERS,
+            worker_init_fn=end_quietly,
             pin_memory=self.accelerator.device.type == "cuda",
             drop_last=True,
         )

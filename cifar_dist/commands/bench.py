@@ -4,7 +4,7 @@ import functools
 import io
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ from cifar_dist.config.world import World
 from cifar_dist.data.dataset import Dataset, LabelledImages
 from cifar_dist.display.console import make_console
 from cifar_dist.display.live import training_display
-from cifar_dist.display.tables import format_bench, format_sweep, print_lines, print_notes
+from cifar_dist.display.progress import PlainDisplay
+from cifar_dist.display.tables import format_bench, format_duration, format_sweep, print_lines, print_notes
 from cifar_dist.model.convolution import use_dense_products
 from cifar_dist.model.optimizer import build_optimizer
 from cifar_dist.model.resnet import build_resnet
@@ -57,19 +58,32 @@ def run(options: BenchOptions, world: World, config: AccelerateConfig) -> int:
         what = f"{recipe_label(options.recipe)}, stem {recipe.stem}, batch {recipe.global_batch_size}"
         processes = f"{world.size} process{'es' if world.size > 1 else ''}"
         notes = (*runtime.outlook.notes, other_count_note(world, config, None))
-        print_notes(console, (*notes, f"{what}, {processes}, {runtime.outlook.line}"))
+        first = "each is tried first; what has to be compiled takes its time" if options.sweep else "each is warmed up"
+        print_notes(console, (*notes, f"{what}, {processes}, {runtime.outlook.line}", first))
+        heard = functools.partial(_say, PlainDisplay(console))
         if options.sweep:
             build_step = functools.partial(_bare_step, recipe, runtime)
-            result = sweep(build_step, recipe.global_batch_size, runtime, options.seconds) | _about(recipe, runtime)
+            result = sweep(build_step, recipe.global_batch_size, runtime, options.seconds, heard)
+            result |= _about(recipe, runtime)
         else:
-            result = _measure(recipe, runtime, options.seconds)
+            result = _measure(recipe, runtime, options.seconds, heard)
     print_lines(console, (format_sweep if options.sweep else format_bench)(result), title="bench")
     if world.rank == 0 and options.json is not None:
         write_output(options.json, json.dumps(result, allow_nan=False).encode() + b"\n")
     return EXIT_DONE
 
 
-def _measure(recipe: Recipe, runtime: Runtime, seconds: float) -> dict[str, Any]:
+def _say(display: PlainDisplay, done: int, rounds: int, seconds: float) -> None:
+    """Say how long it takes, and from time to time how far it is; a bar that moves would be measured too."""
+    if done == 0:
+        display.on_note(f"{rounds} rounds, in which each has its turn: about {format_duration(seconds)}")
+    elif done < rounds:
+        display.sign_of_life(f"round {done} of {rounds}")
+
+
+def _measure(
+    recipe: Recipe, runtime: Runtime, seconds: float, heard: Callable[[int, int, float], None]
+) -> dict[str, Any]:
     """Measure each loop for `seconds`, in turns, and give what `--json` writes."""
     dataset = random_dataset(recipe.image_size, recipe.global_batch_size)
     plan = make_plan(recipe, world_size=runtime.world.size, sizes=dataset.sizes, device_type=runtime.device.type)
@@ -94,7 +108,7 @@ def _measure(recipe: Recipe, runtime: Runtime, seconds: float) -> dict[str, Any]
         contenders = [Contender("bare_step", bare), Contender("loop", loop)]
         if runtime.world.size == 1:  # neither of the others has a share for a process
             contenders += _others(recipe, runtime, dataset)
-        rounds = alternate(contenders, recipe.global_batch_size, seconds, runtime)
+        rounds = alternate(contenders, recipe.global_batch_size, seconds, runtime, heard)
         parts, memory = seconds_by_part(loop.trainer), memory_by_part(loop.trainer)
     compared, flops = _compared(contenders, rounds), flops_per_image(recipe, _NUM_CLASSES)
     peak = peak_flops(runtime)

@@ -84,7 +84,7 @@ def train(options: TrainOptions, world: World, config: AccelerateConfig) -> tupl
             plan,
             request.recipe_name,
             quiet=options.quiet or not ranks.is_main,
-            facts=f"{runtime.outlook.line} · {world.size} process{'es' if world.size > 1 else ''}",
+            facts=f"{runtime.outlook.short} · {world.size} process{'es' if world.size > 1 else ''}",
             memory=runtime.peak_memory_mib,
         )
         trainer = build_trainer(recipe, plan, dataset, runtime, display, interrupt=interrupt, pretrained=job.pretrained)
@@ -181,10 +181,10 @@ def _train_and_test(
                     summary, saved = session.test(status)
             except (DivergedError, InterruptedRun) as end:
                 return _leave_early(session, end, how_to_go_on), None
-        if session.runtime.is_main:
-            _draw_figures(session, summary, saved)
-            session.trackers.log_test(summary, session.state.step, session.directory.figures)
-            session.directory.write_summary(summary)  # last, for with it the run is done
+            if session.runtime.is_main:  # a signal finds nothing left to save, and waits for the end
+                _draw_figures(session, summary, saved)
+                session.trackers.log_test(summary, session.state.step, session.directory.figures)
+                session.directory.write_summary(summary)  # last, for with it the run is done
     except OSError as error:  # a full or vanished disk, or a run that another process has
         text, code = session.directory.what_is_lost(error, how_to_go_on), EXIT_FAILED
         session.runtime.ranks.abandoned = True

@@ -68,12 +68,13 @@ class RunPlan:
     @property
     def lines(self) -> dict[str, str]:
         """The plan in words: names and values."""
+        epochs = f"{self.epochs:,} epoch{'s' if self.epochs > 1 else ''}"
         left_out = self.num_train - self.images_per_epoch
         note = f" ({left_out} image left out of each: BatchNorm needs two)" if left_out else ""
         return {
             "batch": self.equation,
             "images": f"{self.num_train:,} training, {self.num_validation:,} validation, {self.num_test:,} test",
-            "steps": f"{self.steps_per_epoch:,} an epoch{note} x {self.epochs:,} epochs = {self.total_steps:,}",
+            "steps": f"{self.steps_per_epoch:,} an epoch{note} x {epochs} = {self.total_steps:,}",
         }
 
 

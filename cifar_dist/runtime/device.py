@@ -19,7 +19,7 @@ from cifar_dist.config.accelerate_config import (
 )
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.world import World
-from cifar_dist.runtime.precision import DeviceFacts, DeviceType, Precision, resolve_precision
+from cifar_dist.runtime.precision import FULL_NAMES, DeviceFacts, DeviceType, Precision, resolve_precision
 from cifar_dist.runtime.threads import choose_num_threads, usable_cores
 
 SHARE_GPU = "CIFAR_DIST_SHARE_GPU"
@@ -42,9 +42,18 @@ class Outlook:
     @property
     def line(self) -> str:
         """Device, precision and threads in words."""
-        threads = f"{self.num_threads} thread{'s' if self.num_threads > 1 else ''}"
         compiled = f", compiled by {self.compiler.lower()}" if self.compiler else ""
-        return f"{self.device_type}, precision {self.precision} ({self.precision_reason}), {threads}{compiled}"
+        return f"{self.device_type}, precision {self.precision} ({self.precision_reason}), {self._threads}{compiled}"
+
+    @property
+    def short(self) -> str:
+        """The same without reasons."""
+        compiled = " · compiled" if self.compiler else ""
+        return f"{self.device_type} · {FULL_NAMES[self.precision]} · {self._threads}{compiled}"
+
+    @property
+    def _threads(self) -> str:
+        return f"{self.num_threads} thread{'s' if self.num_threads > 1 else ''}"
 
 
 def look_ahead(

@@ -67,4 +67,5 @@ class UntilTraining(Interrupt):
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             raise KeyboardInterrupt
+        self.requested = self.requested or signal.Signals(number).name
         raise StoppedBeforeTraining(signal.Signals(number).name)

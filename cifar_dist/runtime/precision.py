@@ -20,7 +20,7 @@ class DeviceFacts:
     """Major version; 0 elsewhere."""
 
 
-_FULL_NAMES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
+FULL_NAMES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def resolve_precision(wish: str, facts: DeviceFacts) -> tuple[Precision, str]:
@@ -31,7 +31,7 @@ def resolve_precision(wish: str, facts: DeviceFacts) -> tuple[Precision, str]:
     float32 on an M1 Pro, so that `auto` does not choose it there.
     """
     if wish == "no" or wish in _able(facts):
-        return wish, _FULL_NAMES[wish]  # type: ignore[return-value]
+        return wish, FULL_NAMES[wish]  # type: ignore[return-value]
     best, reason = _automatic(facts)
     return best, reason if wish == "auto" else f"{wish} is not served by this {facts.type}: {reason}"
 

@@ -25,10 +25,22 @@ class Contender:
     """Batches that its workers prepare while another loop is measured: done before the clock starts."""
 
 
+def _unheard(done: int, rounds: int, seconds: float) -> None:
+    """Hear nothing."""
+
+
 def alternate(
-    contenders: Sequence[Contender], batch_size: int, seconds: float, runtime: Runtime
+    contenders: Sequence[Contender],
+    batch_size: int,
+    seconds: float,
+    runtime: Runtime,
+    heard: Callable[[int, int, float], None] = _unheard,
 ) -> list[tuple[float, ...]]:
-    """Run the loops in turns, each for about `seconds`; give each round's images a second, in their order."""
+    """Run the loops in turns, each for about `seconds`; give each round's images a second, in their order.
+
+    `heard` is called before the first round and after each: with the rounds that are done, their number, and the
+    seconds that all take, about.
+    """
     for contender in contenders:  # caches, allocators and kernels that are chosen at the first call
         seconds_of(contender.step, 1, runtime)
     # All processes must do the same number of steps: rank 0's clock counts.
@@ -51,12 +63,16 @@ def alternate(
             _wait_for_workers()
         return counts[place] * batch_size / taken
 
+    steps = [ready + count for ready, count in zip(prefetched, counts, strict=True)]
+    all_seconds = rounds * sum(count * each for count, each in zip(steps, times, strict=True))
+    heard(0, rounds, all_seconds)
     result = []
     for number in range(rounds):
         places = range(len(contenders))
         in_turn = reversed(places) if number % 2 else places  # so that none always comes after the same one
         rates = {place: rate(place) for place in in_turn}
         result.append(tuple(rates[place] for place in places))
+        heard(number + 1, rounds, all_seconds)
     return result
 
 

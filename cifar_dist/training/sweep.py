@@ -15,11 +15,15 @@ _HOPELESS = 3.0
 
 
 def sweep(
-    build_step: Callable[..., Callable[[], object]], batch_size: int, runtime: Runtime, seconds: float
+    build_step: Callable[..., Callable[[], object]],
+    batch_size: int,
+    runtime: Runtime,
+    seconds: float,
+    heard: Callable[[int, int, float], None],
 ) -> dict[str, Any]:
     """Measure a bare step with every choice of precision, memory layout, compiler and optimiser kernel.
 
-    `build_step` takes these by name and gives the step, of `batch_size` images.
+    `build_step` takes these by name and gives the step, of `batch_size` images; `heard` is `alternate`'s.
     """
     rows: list[dict[str, Any]] = []
     steps: list[tuple[dict[str, Any], Contender]] = []
@@ -46,7 +50,7 @@ def sweep(
             steps.append((row, Contender("", step)))
         else:
             hopeless.add(network)
-    rounds = alternate([each for _, each in steps], batch_size, seconds, runtime)
+    rounds = alternate([each for _, each in steps], batch_size, seconds, runtime, heard)
     for (row, _), rates in zip(steps, zip(*rounds, strict=True), strict=True):
         row |= {"images_per_second": statistics.median(rates), "min": min(rates), "max": max(rates)}
     rows.sort(key=lambda row: -(row["images_per_second"] or 0))

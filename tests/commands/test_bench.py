@@ -1,9 +1,13 @@
 """What `bench` measures, and that its floor is one."""
 
+import contextlib
 import json
+import os
 import re
 import runpy
+import signal
 import subprocess
+import sys
 from collections import Counter
 from itertools import product
 from pathlib import Path
@@ -20,6 +24,7 @@ from cifar_dist.config.errors import UserError
 from cifar_dist.config.options import BenchOptions
 from cifar_dist.config.world import World
 from cifar_dist.records import Observer
+from cifar_dist.runtime.interrupt import StoppedBeforeTraining
 from cifar_dist.runtime.timing import Contender, alternate
 from cifar_dist.training import sweep
 from cifar_dist.training.anatomy import flops_per_image, memory_by_part, peak_flops
@@ -49,6 +54,7 @@ def test_it_measures_and_writes_its_figures(capsys):
     for name in ("bare step", "our loop", "original script", "common peer"):
         assert re.search(rf"^{name} +[\d,]+", shown, re.MULTILINE), shown
     assert "TFLOP/s of the model" in shown
+    assert re.search(r"^\d+ rounds, in which each has its turn: about [\d.]+ (s|min)", shown, re.MULTILINE), shown
     assert "MiB by part: images 59, model 43, gradients 43, optimizer 43, average 43" in shown
 
 
@@ -127,6 +133,30 @@ def test_the_floor_does_what_twenty_lines_do_and_nothing_else(precision):
     assert ours == theirs
 
 
+def test_what_comes_of_a_signal_to_the_workers_is_no_fault(capsys, monkeypatch):
+    def workers_are_gone(*_):
+        with contextlib.suppress(StoppedBeforeTraining):  # torch raises its own in its place
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
+
+    monkeypatch.setattr(bench, "_measure", workers_are_gone)
+    assert main(BENCH) == 75
+    assert capsys.readouterr().err.endswith("interrupted, with nothing left to save\n")
+
+
+@pytest.mark.command
+def test_a_signal_to_all_processes_of_a_measurement_is_one_line():
+    """As `timeout` sends it: to the loader's workers too."""
+    command = [sys.executable, str(ROOT / "launch.py"), *BENCH[:-1], "global_batch_size=128", "--seconds", "30"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, **pipes) as process:
+        while "rounds, in which each" not in process.stdout.readline():
+            assert process.poll() is None
+        os.killpg(process.pid, signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (75, "interrupted, with nothing left to save\n")
+
+
 @pytest.mark.parametrize(("batch", "count"), [(128, 19_968), (512, 19_968), (8192, 32_768)])
 def test_no_measured_step_is_a_short_one(batch, count):
     assert len(bench.random_dataset(8, batch).train) == count
@@ -135,7 +165,10 @@ def test_no_measured_step_is_a_short_one(batch, count):
 def test_loops_take_turns(runtime):
     calls = []
     contenders = [Contender(name, lambda name=name: calls.append(name)) for name in ("a", "b")]
-    rounds = alternate(contenders, 8, 0.01, runtime)
+    heard = []
+    rounds = alternate(contenders, 8, 0.01, runtime, lambda *said: heard.append(said))
+    assert [done for done, *_ in heard] == list(range(17))
+    assert {(count, 0 < seconds < 1) for _, count, seconds in heard} == {(16, True)}
     assert len(rounds) == 16
     assert all(len(rates) == 2 for rates in rounds)
     # The first, a look, warm-up, a longer look, then 16 rounds in an order that is turned round each time.

@@ -94,7 +94,7 @@ def test_a_dry_run_has_the_whole_plan_and_needs_no_data(capsys):
     assert lines["batch"] == "global_batch_size 512 = 128 per device x 4 processes x 1 accumulation"
     assert lines["device"].startswith("cpu, precision no (float32), ")
     assert "at its peak" in lines["learning rate"] and lines["learning rate"].endswith("at the end")
-    assert lines["steps"] == "88 an epoch x 80 epochs = 7,040"
+    assert lines["steps"] == "88 an epoch x 45 epochs = 3,960"
 
 
 def test_a_plan_that_cannot_be(capsys):

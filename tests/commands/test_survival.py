@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from cifar_dist.cli import main
 from cifar_dist.config.request import seconds_allowed
+from cifar_dist.display import page
 from cifar_dist.training.checkpoint import load_checkpoint
 from cifar_dist.training.engine import Trainer
 from cifar_dist.training.run_directory import RunDirectory
@@ -228,6 +230,19 @@ def test_figures_that_cannot_be_written_are_one_line(capsys, monkeypatch):
         "cannot write x/figures/curves.png: No space left on device; the last good checkpoint stays: x/"
     )
     assert line.count("\n") == 1
+
+
+def test_a_signal_while_figures_are_drawn_finds_nothing_to_save_and_waits_for_the_end(capsys, monkeypatch):
+    def told(*arguments, **named):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return drawn(*arguments, **named)
+
+    drawn = page.draw_curves
+    monkeypatch.setattr("cifar_dist.display.page.draw_curves", told)
+    train("--epochs", "1", "--run-dir", "x")
+    assert not capsys.readouterr().err
+    summary = RunDirectory(Path("x")).read_summary()
+    assert summary.status == "completed" and summary.test is not None
 
 
 def test_a_run_that_is_killed_while_its_figures_are_drawn_draws_them_when_it_goes_on(monkeypatch):

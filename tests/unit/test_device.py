@@ -40,6 +40,8 @@ def test_what_cannot_be_compiled_is_not_and_is_said(monkeypatch, device, backend
     outlook = look_ahead(AccelerateConfig(path="x.yaml", dynamo_backend=backend), {}, local_processes=1)
     assert outlook.compiler == (backend if reason is None else None)
     assert ("compiled by" in outlook.line) == (reason is None)
+    threads = f"{outlook.num_threads} thread{'s' if outlook.num_threads > 1 else ''}"
+    assert outlook.short == f"{device} · float32 · {threads}" + ("" if reason else " · compiled")
     assert any((reason or "?") in note and note.endswith(": not compiled") for note in outlook.notes) == bool(reason)
     assert any("first step compiles" in note for note in outlook.notes) == (reason is None), "a wait is announced"
 

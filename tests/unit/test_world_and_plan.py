@@ -1,5 +1,6 @@
 """The world is read once; the plan is arithmetic."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -225,6 +226,7 @@ def test_the_plan_of_the_original():
     assert (plan.steps_per_epoch, plan.images_per_epoch, plan.total_steps) == (391, 50_000, 391 * 800)
     assert plan.lines["images"] == "50,000 training, 0 validation, 10,000 test"
     assert plan.lines["steps"] == "391 an epoch x 800 epochs = 312,800"
+    assert replace(plan, epochs=1).lines["steps"] == "391 an epoch x 1 epoch = 391"
 
 
 def test_the_batch_is_cut_by_the_world():
