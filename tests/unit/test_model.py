@@ -12,6 +12,7 @@ from torchvision.models import ResNet18_Weights, resnet18
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.plan import DatasetSizes, make_plan
 from cifar_dist.data.order import derive_seed
+from cifar_dist.model import optimizer as optimizer_module
 from cifar_dist.model.dropout import HeadDropout, uniform_hash
 from cifar_dist.model.ema import ExponentialMovingAverage
 from cifar_dist.model.optimizer import (
@@ -230,6 +231,17 @@ def test_matrices_are_orthogonalized_as_muon_does_it(shape):
     torch.testing.assert_close(torch.stack([first, second]).double(), expected[:2], rtol=0, atol=1e-5)
     torch.testing.assert_close(between.double(), plain_newton_schulz(other), rtol=0, atol=1e-5)
     assert torch.linalg.svdvals(expected[0]).min() > 0.6
+
+
+def test_gram_matrices_of_one_size_are_multiplied_together(monkeypatch):
+    def listening(gram):
+        seen.append(tuple(gram.shape))
+        return factors(gram)
+
+    seen, factors = [], optimizer_module._polar_factors
+    monkeypatch.setattr(optimizer_module, "_polar_factors", listening)
+    orthogonalized([torch.randn(*shape) for shape in ((4, 9), (4, 7), (7, 4), (3, 5))])
+    assert seen == [(3, 4, 4), (1, 3, 3)]
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
