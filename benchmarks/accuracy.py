@@ -150,7 +150,8 @@ def run(rows: list[Row], results: Path, typed: argparse.Namespace) -> int:
     if typed.jobs > 1:
         with ThreadPoolExecutor(typed.jobs) as pool:
             codes = set(pool.map(lambda one: run_apart(*one, results, typed, until), left))
-        return max(codes - {EXIT_INTERRUPTED}, default=0) or max(codes, default=0)
+        failures = codes - {0, EXIT_INTERRUPTED}  # they count before what is only unfinished
+        return failures.pop() if failures else max(codes, default=0)
     for row, seed in left:
         recipe = row.resolved(seed)
         folder = typed.work / f"{typed.programme.stem}-seed{seed}-{digest(recipe)}"

@@ -68,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             _abandon(error, world)
         # It came of the signal, which went to the workers of a measured loop too: torch raises what it makes of that.
-        print("interrupted, with nothing left to save", file=sys.stderr)
+        if world.rank == 0:
+            print("interrupted, with nothing left to save", file=sys.stderr)
         code = EXIT_INTERRUPTED
     left = _leave(code, world)
     if world.size > 1 and code != EXIT_DONE:  # together: Slurm may kill the others as soon as one has ended

@@ -35,7 +35,10 @@ class TransformedImages(Dataset[tuple[Tensor, int]]):
 
 
 def end_quietly(worker: int) -> None:
-    """Have a worker end without a fault at SIGTERM: torch would raise one in the parent, which is told to stop too."""
+    """Have a worker end without a fault at SIGTERM, which goes to all processes of a group.
+
+    Of a worker that a signal has killed torch raises an error in the parent, at any time, even in its last moments.
+    """
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
