@@ -30,6 +30,7 @@ from cifar_dist.config.loading import read_recipe
 from cifar_dist.config.recipe import resolve_recipe
 from cifar_dist.model.optimizer import build_optimizer
 from cifar_dist.model.resnet import build_resnet
+from cifar_dist.runtime.graphs import recorded
 from cifar_dist.training.anatomy import flops_per_image
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -87,20 +88,6 @@ def rates(device: torch.device, dtype: torch.dtype, rounds: int) -> tuple[float,
     return matrix_rate, 2 * source.nbytes / seconds(lambda: target.copy_(source), device, rounds)
 
 
-def graph_of(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """Record a step, after three on another stream, as torch's notes on CUDA graphs ask for."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph
-
-
 def main() -> None:
     """Print the two terms, the limit, and what is reached."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -145,7 +132,7 @@ def main() -> None:
             name = f"{kind}, kernels tried out" if tried else kind
             taken = {name: seconds(each, device, typed.rounds)}
             if device.type == "cuda":
-                taken[f"{name}, as a graph"] = seconds(graph_of(each).replay, device, typed.rounds)
+                taken[f"{name}, as a graph"] = seconds(recorded(each), device, typed.rounds)
             for name, one in taken.items():
                 share = f"{limit / one:.0%} of the limit"
                 print(f"{name}: bare step {1e3 * one:,.2f} ms, {batch / one:,.0f} images/s, {share}", flush=True)

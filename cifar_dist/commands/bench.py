@@ -28,6 +28,7 @@ from cifar_dist.model.convolution import use_dense_products
 from cifar_dist.model.optimizer import build_optimizer
 from cifar_dist.model.resnet import build_resnet
 from cifar_dist.runtime.distributed import Runtime, connect, start
+from cifar_dist.runtime.graphs import EAGER_STEPS, recorded
 from cifar_dist.runtime.timing import Contender, alternate
 from cifar_dist.training.anatomy import flops_per_image, memory_by_part, peak_flops, seconds_by_part
 from cifar_dist.training.checkpoint import check_output, write_output
@@ -98,6 +99,8 @@ def _measure(
     )
     with display:
         loop = Loop(build_trainer(recipe, plan, dataset, runtime, display))
+        for _ in range(EAGER_STEPS + 1 if loop.trainer.replayed else 0):
+            loop()  # until its step is recorded
         bare = _bare_step(
             recipe,
             runtime,
@@ -166,19 +169,20 @@ def _bare_step(
     layout: torch.memory_format,
     fused: bool | None = None,
     compiler: str | None = None,
-) -> BareStep:
+) -> Callable[[], object]:
     """Build the floor; with several processes each does its share by itself and hears nothing of the others."""
     batch, device, side = recipe.global_batch_size // runtime.world.size, runtime.device, recipe.image_size
     model = build_resnet(recipe.stem, _NUM_CLASSES, seed=recipe.seed)
     use_dense_products(model)
     model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
     optimizer = build_optimizer(model, recipe.optimizer, fused=fused)
-    if compiler is not None:
+    if compiler not in (None, "CUDAGRAPHS"):
         model = runtime.compile(model, compiler)
     images = torch.rand(batch, 3, side, side).to(device, memory_format=layout)
     labels = (torch.arange(batch) % _NUM_CLASSES).to(device)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}[precision]
-    return BareStep(model, optimizer, images, labels, dtype)
+    step = BareStep(model, optimizer, images, labels, dtype)
+    return recorded(step) if compiler == "CUDAGRAPHS" else step
 
 
 class Loop:

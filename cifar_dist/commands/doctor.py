@@ -66,7 +66,7 @@ def _data(data_dir: Path) -> dict[str, str]:
 def _training(options: DoctorOptions, world: World, config: AccelerateConfig) -> dict[str, str]:
     """Say what `launch.py` with this config and recipe would do."""
     future = world_to_come(world, config, None)
-    outlook = look_ahead(config, os.environ, local_processes=future.local_size, typed_precision=options.precision)
+    outlook = look_ahead(config, os.environ, future, typed_precision=options.precision)
     name = options.recipe or DEFAULT_RECIPE
     wanted = resolve_recipe(read_recipe(name), {}, {})
     lines = {"recipe": f"{recipe_label(name)} on {DEFAULT_DATASET}", "device": outlook.line}

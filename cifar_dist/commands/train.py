@@ -114,7 +114,7 @@ def _show_plan(console: Console, options: TrainOptions, world: World, config: Ac
     outlook = look_ahead(
         config,
         os.environ,
-        local_processes=future.local_size,
+        future,
         typed_precision=options.precision or stored.get("precision"),
         num_threads=stored.get("num_threads") if stored.get("world_size") == future.size else None,
     )

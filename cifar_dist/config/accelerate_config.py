@@ -21,7 +21,10 @@ _ACCELERATE_KEYS = frozenset(
 )
 
 _COMPILERS = ("EAGER", "AOT_EAGER", "INDUCTOR", "CUDAGRAPHS")
-"""Backends of torch.compile that Accelerate names and that train; two of them only test the tracing."""
+"""Backends of torch.compile that Accelerate names and that train; two of them only test the tracing.
+
+CUDAGRAPHS here is more than torch's: whole training steps, with the optimiser's part, are recorded and replayed.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,13 +14,20 @@ class HeadDropout:
     def __init__(self, model: nn.Module, probability: float) -> None:
         self.probability = probability
         self._samples: Tensor | None = None
-        self._key = 0
         head: nn.Module = model.fc  # type: ignore[assignment]
+        # On the device, so that it may change while the operations stay the same (`ReplayedSteps`).
+        self._key = torch.zeros(2, dtype=torch.int64, device=next(head.parameters()).device)
         head.register_forward_pre_hook(self._drop)
 
-    def set_samples(self, samples: Tensor, key: int) -> None:
-        """Say which samples (B,) int64 the next batch holds; `key` stands for seed and epoch."""
-        self._samples, self._key = samples, key
+    def set_key(self, key: int) -> None:
+        """Say by which number of 63 bits the next batches are drawn: it stands for seed and epoch."""
+        low, high = self._key
+        low.fill_(key & 0xFFFFFFFF)
+        high.fill_(key >> 32)
+
+    def set_samples(self, samples: Tensor) -> None:
+        """Say which samples (B,) int64 the next batch holds."""
+        self._samples = samples
 
     def _drop(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if not module.training or self._samples is None:
@@ -30,14 +37,16 @@ class HeadDropout:
         return (features * (kept.to(features.dtype) / (1 - self.probability)),)
 
 
-def uniform_hash(samples: Tensor, count: int, key: int) -> Tensor:
+def uniform_hash(samples: Tensor, count: int, key: Tensor) -> Tensor:
     """Give `count` numbers in [0, 1) for each sample (B,) int64: (B, count) float32.
+
+    `key` (2,) int64 holds the lower 32 bits and the others.
 
     32-bit integer mixing in int64, which every device does exactly: MurmurHash3's finaliser, twice.
     """
     feature = torch.arange(count, device=samples.device)
-    mixed = _mix(samples + (key & 0xFFFFFFFF)).unsqueeze(1) + feature * 0x9E3779B1
-    return (_mix((mixed + (key >> 32)) & 0xFFFFFFFF) >> 8).to(torch.float32) / 2**24
+    mixed = _mix(samples + key[0]).unsqueeze(1) + feature * 0x9E3779B1
+    return (_mix((mixed + key[1]) & 0xFFFFFFFF) >> 8).to(torch.float32) / 2**24
 
 
 def _mix(value: Tensor) -> Tensor:

@@ -102,8 +102,6 @@ class MuonWithSGD(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Step both, at the learning rates that this optimiser's groups have."""
         assert closure is None
-        for mine, theirs in zip(self.param_groups[1:], self.sgd.param_groups, strict=True):
-            theirs["lr"] = mine["lr"]
         self.sgd.step()
         if filters := [each for each in self.param_groups[0]["params"] if each.grad is not None]:
             self._step_filters(filters)
@@ -124,7 +122,8 @@ class MuonWithSGD(torch.optim.Optimizer):
             torch._foreach_mul_(weights, lengths)
         torch._foreach_mul_(weights, 1 - options["lr"] * options["weight_decay"])
         ratios = [rows / columns for rows, columns in (each.shape for each in weights)]
-        torch._foreach_mul_(directions, [-options["lr"] * math.sqrt(max(1, ratio)) for ratio in ratios])
+        torch._foreach_mul_(directions, [-math.sqrt(max(1, ratio)) for ratio in ratios])
+        torch._foreach_mul_(directions, options["lr"])  # a number, or a tensor where the step is recorded
         torch._foreach_add_(weights, directions)
 
     def state_dict(self) -> dict[str, Any]:
@@ -137,6 +136,7 @@ class MuonWithSGD(torch.optim.Optimizer):
         for each, momentum in zip(self.param_groups[0]["params"], state_dict["muon"], strict=True):
             self.state[each]["momentum_buffer"].copy_(momentum)
         load_optimizer_state(self.sgd, state_dict["sgd"])
+        self.param_groups[1:] = self.sgd.param_groups  # loaded, they are others; a learning rate is set for both
 
 
 def orthogonalized(matrices: Sequence[Tensor]) -> list[Tensor]:

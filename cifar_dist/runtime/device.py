@@ -35,21 +35,27 @@ class Outlook:
     precision_reason: str
     num_threads: int
     compiler: str | None
-    """torch.compile's backend; None: the model is not compiled."""
+    """torch.compile's backend, or CUDAGRAPHS; None: the model is not compiled."""
     notes: tuple[str, ...]
     """Lines that a person should read: what was asked for and cannot be had."""
 
     @property
     def line(self) -> str:
         """Device, precision and threads in words."""
-        compiled = f", compiled by {self.compiler.lower()}" if self.compiler else ""
-        return f"{self.device_type}, precision {self.precision} ({self.precision_reason}), {self._threads}{compiled}"
+        how = f", compiled by {self.compiler.lower()}" if self.compiler else ""
+        how = ", steps replayed as CUDA graphs" if self.replays else how
+        return f"{self.device_type}, precision {self.precision} ({self.precision_reason}), {self._threads}{how}"
 
     @property
     def short(self) -> str:
         """The same without reasons."""
-        compiled = " · compiled" if self.compiler else ""
-        return f"{self.device_type} · {FULL_NAMES[self.precision]} · {self._threads}{compiled}"
+        how = " · replayed" if self.replays else " · compiled" if self.compiler else ""
+        return f"{self.device_type} · {FULL_NAMES[self.precision]} · {self._threads}{how}"
+
+    @property
+    def replays(self) -> bool:
+        """Whether each step is recorded as a CUDA graph and replayed, instead of compiled."""
+        return self.compiler == "CUDAGRAPHS"
 
     @property
     def _threads(self) -> str:
@@ -59,8 +65,8 @@ class Outlook:
 def look_ahead(
     config: AccelerateConfig,
     environ: Mapping[str, str],
+    world: World,
     *,
-    local_processes: int,
     typed_precision: str | None = None,
     num_threads: int | None = None,
     doing: str = "training",
@@ -75,10 +81,10 @@ def look_ahead(
     if wish not in ("auto", precision):
         notes.append(f"{reason}: using {precision}")
     compiler = wished_compiler(config, environ)
-    if compiler and (obstacle := _cannot_compile(facts.type, compiler)):
+    if compiler and (obstacle := _cannot_compile(facts.type, compiler, precision, world)):
         compiler = None
         notes.append(f"{obstacle}: not compiled")
-    elif compiler and doing == "training":
+    elif compiler not in (None, "CUDAGRAPHS") and doing == "training":
         notes.append("the first step compiles the model, which takes half a minute or more")
     return Outlook(
         device_type=facts.type,
@@ -86,19 +92,23 @@ def look_ahead(
         precision_reason=reason,
         num_threads=num_threads
         or choose_num_threads(
-            environ, cores=usable_cores(), local_processes=local_processes, default=torch.get_num_threads()
+            environ, cores=usable_cores(), local_processes=world.local_size, default=torch.get_num_threads()
         ),
         compiler=compiler,
         notes=tuple(notes),
     )
 
 
-def _cannot_compile(device_type: str, compiler: str) -> str | None:
+def _cannot_compile(device_type: str, compiler: str, precision: str, world: World) -> str | None:
     """Say why a model cannot be compiled here."""
+    if compiler == "CUDAGRAPHS":
+        if device_type != "cuda":
+            return "CUDAGRAPHS needs a CUDA device"
+        if world.size > 1:
+            return f"CUDAGRAPHS replays the steps of one process, and there are {world.size}"
+        return "CUDAGRAPHS cannot replay fp16's scaler, which asks the device" if precision == "fp16" else None
     if device_type == "mps":
         return "compiled training is slower on MPS (pytorch#192551)"
-    if compiler == "CUDAGRAPHS" and device_type != "cuda":
-        return "CUDAGRAPHS needs a CUDA device"
     names = [os.environ.get("CXX", "g++"), "g++", "clang++", "cl"]
     if compiler == "INDUCTOR" and not any(map(shutil.which, names)):
         return "INDUCTOR needs a C++ compiler (g++), and there is none"

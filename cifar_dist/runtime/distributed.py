@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -19,6 +19,7 @@ from cifar_dist.config.errors import SharedError, UserError
 from cifar_dist.config.world import World
 from cifar_dist.runtime import device as device_module
 from cifar_dist.runtime.device import SHARE_GPU, Outlook
+from cifar_dist.runtime.graphs import CudaGraphs
 from cifar_dist.runtime.ranks import Ranks
 from cifar_dist.runtime.threads import choose_num_threads, usable_cores
 
@@ -34,6 +35,10 @@ class Runtime:
         self.precision, self.num_threads = outlook.precision, outlook.num_threads
         self.device: torch.device = accelerator.device
         self.memory_format = device_module.memory_format(self.device.type)
+        self.record: Callable[[Callable[[], object]], Callable[[], object]] | None = None
+        """Records work of the device, which can then be repeated; None: the host gives it each step anew."""
+        if outlook.replays:
+            self.record = CudaGraphs()
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Wrap a model (already on the device) and its optimiser for this world and precision."""
@@ -164,7 +169,7 @@ def start(
     outlook = device_module.look_ahead(
         config,
         os.environ,
-        local_processes=world.local_size,
+        world,
         typed_precision=typed_precision,
         num_threads=num_threads,
         doing=doing,
@@ -177,7 +182,9 @@ def start(
         cpu=outlook.device_type == "cpu",
         mixed_precision=outlook.precision,
         dynamo_plugin=TorchDynamoPlugin(
-            backend=outlook.compiler or "NO", mode=config.dynamo_mode or "default", dynamic=False
+            backend="NO" if outlook.replays else outlook.compiler or "NO",
+            mode=config.dynamo_mode or "default",
+            dynamic=False,
         ),
         kwargs_handlers=[wrapping] if world.size > 1 else [],
     )

@@ -21,6 +21,7 @@ from cifar_dist.runtime.interrupt import Interrupt
 from cifar_dist.training.early_stopping import monitored_value
 from cifar_dist.training.evaluation import EvaluationSet
 from cifar_dist.training.metrics import batch_loss
+from cifar_dist.training.replay import ReplayedSteps
 from cifar_dist.training.state import Best, TrainState, copy_weights
 
 
@@ -65,6 +66,8 @@ class Trainer:
     frozen: tuple[nn.Parameter, ...] = ()
     """The parameters that stay as they are in the first `freeze_epochs`."""
     dropout: HeadDropout | None = None
+    replayed: ReplayedSteps | None = None
+    """None: each step is given to the device anew."""
     checkpointing: Checkpointing = field(default_factory=Checkpointing)
 
     def __post_init__(self) -> None:
@@ -114,13 +117,16 @@ class Trainer:
     def steps(self, epoch: int) -> Iterator[int]:
         """Do what is left of an epoch's optimiser steps, one by one; give each step's number in the epoch."""
         self.model.train()
+        if self.dropout is not None:
+            self.dropout.set_key(derive_seed("dropout", self.recipe.seed, epoch))
         number = self.state.step - (epoch - 1) * self.plan.steps_per_epoch
         loss_before, images_before = 0.0, 0.0
         for batch in self.batches.epoch(epoch, steps_done=number):
-            self._forward_backward(batch, epoch)
+            self._do(batch, is_frozen=epoch <= self.recipe.freeze_epochs)
             if not batch.ends_step:
                 continue
-            self._optimizer_step(epoch)
+            self.state.step += 1
+            self._average()
             number += 1
             shown = None
             if number % self.plan.report_every_steps == 0:
@@ -137,10 +143,26 @@ class Trainer:
                 self.checkpointing.save()
             yield number
 
-    def _forward_backward(self, batch: Batch, epoch: int) -> None:
+    def _do(self, batch: Batch, *, is_frozen: bool) -> None:
+        """Do what the device has to do for a micro-batch, and after the last one of a step the step."""
+        set_learning_rate(self.optimizer, learning_rate(self.recipe, self.plan, self.state.step))
+        self.state.sums.at_step(self.state.step + 1)
+
+        def work(batch: Batch) -> None:
+            """Nothing in it may depend on a number that changes from one step to the next: it may be replayed."""
+            self._forward_backward(batch)
+            if batch.ends_step:
+                self._optimizer_step(is_frozen=is_frozen)
+
+        if self.replayed is None or batch.images_in_step < self.plan.global_batch_size:
+            work(batch)
+        else:
+            self.replayed.do(work, batch, kind=is_frozen)
+
+    def _forward_backward(self, batch: Batch) -> None:
         """Add a micro-batch's gradient and sums."""
         if self.dropout is not None:
-            self.dropout.set_samples(batch.samples, derive_seed("dropout", self.recipe.seed, epoch))
+            self.dropout.set_samples(batch.samples)
         if self.state.groups is not None:
             self.state.groups.images = batch.images_together
         with self.runtime.gradient_sync(self.model, batch.ends_step):
@@ -148,19 +170,16 @@ class Trainer:
             loss = batch_loss(logits, batch, self.recipe.label_smoothing)
             # DDP averages over the ranks, which may have shares of different sizes.
             self.runtime.backward(loss * (self.plan.world_size / batch.images_in_step))
-        self.state.sums.add(loss.detach(), logits, batch.labels, step=self.state.step + 1)
+        self.state.sums.add(loss.detach(), logits, batch.labels)
 
-    def _optimizer_step(self, epoch: int) -> None:
-        set_learning_rate(self.optimizer, learning_rate(self.recipe, self.plan, self.state.step))
-        if epoch <= self.recipe.freeze_epochs:
+    def _optimizer_step(self, *, is_frozen: bool) -> None:
+        if is_frozen:
             for parameter in self.frozen:  # without a gradient it has neither a step, nor momentum, nor weight decay
                 parameter.grad = None
         if self.recipe.gradient_clipping is not None:
             self.runtime.clip_gradients(self.model, self.recipe.gradient_clipping)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.state.step += 1
-        self._average()
 
     def _average(self) -> None:
         state, every = self.state, self.recipe.lookahead_steps

@@ -31,14 +31,23 @@ class RunningSums:
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(3, device=device)  # float32: MPS has no float64; exact counts to 16.7 million
         self._count = torch.ones((), device=device)
-        self._first_bad_step = torch.full((), math.inf, device=device)
+        self._never = torch.full((), math.inf, device=device)
+        self._first_bad_step = self._never.clone()
+        self._step = torch.zeros((), device=device)
 
-    def add(self, loss_sum: Tensor, logits: Tensor, labels: Tensor, *, step: int = 0) -> None:
-        """Take in a batch of a step: its summed loss (), logits (B, num_classes) and labels (B,)."""
+    def at_step(self, step: int) -> None:
+        """Say which step the next batches are of."""
+        self._step.fill_(step)
+
+    def add(self, loss_sum: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Take in a batch: its summed loss (), logits (B, num_classes) and labels (B,).
+
+        Everything is done in place and with tensors, so that it can be replayed (`ReplayedSteps`).
+        """
         hits = (logits.argmax(1) == labels).sum()
         self._sums += torch.stack([loss_sum.float(), hits.float(), self._count * len(labels)])
-        bad = torch.where(torch.isfinite(loss_sum), math.inf, float(step)).float()
-        self._first_bad_step = torch.minimum(self._first_bad_step, bad)
+        bad = torch.where(torch.isfinite(loss_sum), self._never, self._step)
+        torch.minimum(self._first_bad_step, bad, out=self._first_bad_step)
 
     def read(self) -> tuple[float, float, float, float]:
         """Give loss, hits, images, and the first step with a bad loss (inf: none). The device is waited for."""

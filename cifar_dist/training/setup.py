@@ -29,6 +29,7 @@ from cifar_dist.training.early_stopping import EarlyStopping
 from cifar_dist.training.engine import Trainer
 from cifar_dist.training.evaluation import EvaluationSet
 from cifar_dist.training.metrics import RunningSums
+from cifar_dist.training.replay import ReplayedSteps
 from cifar_dist.training.state import TrainState
 
 
@@ -66,6 +67,11 @@ def build_trainer(
         groups=groups,
         sums=RunningSums(runtime.device),
     )
+    replayed = None
+    if runtime.record is not None and plan.gradient_accumulation_steps == 1:
+        replayed = ReplayedSteps(runtime.record, state.optimizer)
+    elif runtime.record is not None:
+        observer.on_note("steps of several micro-batches are not replayed as CUDA graphs")
     batches, validation = _data_path(recipe, plan, dataset, runtime)
     return Trainer(
         recipe=recipe,
@@ -78,6 +84,7 @@ def build_trainer(
         interrupt=interrupt or Interrupt(),
         frozen=frozen,
         dropout=HeadDropout(model, recipe.dropout) if recipe.dropout else None,
+        replayed=replayed,
     )
 
 

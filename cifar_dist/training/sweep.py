@@ -33,12 +33,12 @@ def sweep(
         if network in hopeless and not choice["is_chosen"]:  # whatever the optimiser's kernel
             continue
         layout = _LAYOUTS[choice["memory_format"]]
-        step = build_step(
-            precision=choice["precision"], layout=layout, fused=choice["fused"], compiler=choice["compiler"]
-        )
         row = {**choice, "images_per_second": None}
         rows.append(row)
         try:
+            step = build_step(
+                precision=choice["precision"], layout=layout, fused=choice["fused"], compiler=choice["compiler"]
+            )
             seconds_of(step, 1, runtime)  # kernels are chosen, or compiled
             taken = min(seconds_of(step, 1, runtime) for _ in range(3))  # one alone may meet other work
         except Exception as error:  # a compiler that is missing or fails, in any of its many ways
@@ -66,7 +66,7 @@ def _choices(runtime: Runtime) -> Iterator[dict[str, Any]]:
     """Give all that could be chosen on this device, and which of it the training loop has."""
     kind = runtime.device.type
     precisions = {"cpu": ("no", "bf16"), "mps": ("no", "fp16"), "cuda": ("no", "bf16", "fp16")}[kind]
-    compilers = (None,) if kind == "mps" else (None, "INDUCTOR")
+    compilers = {"cpu": (None, "INDUCTOR"), "mps": (None,), "cuda": (None, "INDUCTOR", "CUDAGRAPHS")}[kind]
     # What was asked for is among the choices, whatever it is.
     precisions = tuple(dict.fromkeys((*precisions, runtime.precision)))
     compilers = tuple(dict.fromkeys((*compilers, runtime.outlook.compiler)))

@@ -8,6 +8,7 @@ import sys
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from cifar_dist.config.world import World
 from cifar_dist.model.batch_norm import Groups, share_statistics, use_groups
 from cifar_dist.records import Observer
 from cifar_dist.runtime.distributed import connect, start
+from cifar_dist.runtime.graphs import EAGER_STEPS
 from cifar_dist.training.setup import build_trainer
 from tests.conftest import ROOT, make_dataset, make_recipe
 from tests.worlds.harness import ON_CPU, models_in_float64, run_world
@@ -28,15 +30,16 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 GPU = AccelerateConfig()
+GRAPHS = AccelerateConfig(path="graphs.yaml", dynamo_backend="CUDAGRAPHS")
 # A change of 1e-7 in the weights, a rounding of float32, grows to percents of the loss in eight steps of so few images.
 # What must be equal is therefore compared in float64 and after few steps.
 SMALL = ("global_batch_size=64", "early_stopping.enabled=false")
 SLOW, FAST = "optimizer.learning_rate=0.0001", "optimizer.learning_rate=0.02"
 
 
-def train(runtime, *assignments, num_train: int = 512, float64: bool = False):
+def train(runtime, *assignments, num_train: int = 512, float64: bool = False, base: str = "original"):
     """Train on brightness; give the records, the trainer, and by how much each weight changed (float64, on the CPU)."""
-    dataset, recipe = make_dataset(num_train=num_train, num_test=64), make_recipe(*SMALL, *assignments)
+    dataset, recipe = make_dataset(num_train=num_train, num_test=64), make_recipe(*SMALL, *assignments, base=base)
     plan = make_plan(recipe, world_size=runtime.world.size, sizes=dataset.sizes, device_type=runtime.device.type)
     with models_in_float64() if float64 else nullcontext():
         trainer = build_trainer(recipe, plan, dataset, runtime, Observer())
@@ -89,24 +92,58 @@ def test_reduced_precision_learns_and_is_what_it_says(precision):
     assert records[-1].train_loss < records[0].train_loss
 
 
+@pytest.mark.parametrize("config", [GPU, GRAPHS], ids=["eager", "replayed"])
 @pytest.mark.parametrize("recipe", ["original", "standard", "long"])
-def test_no_step_makes_the_host_wait_for_the_device(recipe):
+def test_no_step_makes_the_host_wait_for_the_device(recipe, config):
     """torch raises where anything synchronises; only the reports, once in many steps, may."""
-    dataset, settings = make_dataset(num_train=2048), make_recipe("validation_size=0", "ema_decay=0.9", base=recipe)
-    with connect(World(), GPU) as ranks:
-        runtime = start(ranks, GPU)
+    # Of one size: a recording itself waits, and each size has its own.
+    changes = ("validation_size=0", "ema_decay=0.9", "image_size_schedule=null")
+    dataset, settings = make_dataset(num_train=4096), make_recipe(*changes, base=recipe)
+    with connect(World(), config) as ranks:
+        runtime = start(ranks, config)
         plan = make_plan(settings, world_size=1, sizes=dataset.sizes, device_type="cuda")
         plan = replace(plan, report_every_steps=1_000_000)
-        steps = build_trainer(settings, plan, dataset, runtime, Observer()).steps(1)
-        next(steps)  # kernels are chosen, and the first pinned memory is taken
+        trainer = build_trainer(settings, plan, dataset, runtime, Observer())
+        assert (trainer.replayed is not None) == (config is GRAPHS)
+        steps = trainer.steps(1)
+        done = len(list(islice(steps, EAGER_STEPS + 1)))  # kernels are chosen, pinned memory taken, a step recorded
         torch.cuda.synchronize()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the mode is a prototype, as it says once
                 torch.cuda.set_sync_debug_mode("error")
-            assert len(list(steps)) == plan.steps_per_epoch - 1
+            assert len(list(steps)) == plan.steps_per_epoch - done > 0
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+REPLAYED = {
+    "original": ("original", ("stem=small", "gradient_clipping=1.0", "dropout=0.2", "augmentation.mixup=0.5")),
+    "standard": ("standard", ("image_size_schedule=[[16, 0.5], [32, 1.0]]",)),
+    "adamw": ("original", ("stem=small", "optimizer.name=adamw", "optimizer.nesterov=false")),
+    "groups": ("original", ("stem=small", "batch_norm_group_size=16", "ema_decay=0.9")),
+}
+
+
+@pytest.mark.parametrize("case", REPLAYED)
+def test_replayed_steps_train_what_steps_do(case):
+    """Five steps of a size, two of them replayed, and the epoch's short last one."""
+    base, settings = REPLAYED[case]
+    sizes = 2 if case == "standard" else 1
+    settings = ("epochs=1", "validation_size=0", SLOW, *settings)
+    named = {"num_train": 64 * 5 * sizes + 20, "float64": True, "base": base}
+    (eager,), expected, _ = on_one(GPU, "no", *settings, **named)
+    (replayed,), changed, runtime = on_one(GRAPHS, "no", *settings, **named)
+    assert runtime.outlook.replays
+    assert replayed.train_loss == pytest.approx(eager.train_loss, rel=1e-5)
+    assert replayed.train_acc == pytest.approx(eager.train_acc, abs=0.01)
+    assert float((changed - expected).norm() / expected.norm()) < 0.01
+
+
+def test_replayed_steps_learn_in_reduced_precision():
+    records, _, runtime = on_one(GRAPHS, "bf16", FAST, "epochs=3")
+    assert (runtime.precision, runtime.outlook.replays) == ("bf16", True)
+    assert records[-1].train_loss < records[0].train_loss
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own use

@@ -37,13 +37,40 @@ from cifar_dist.runtime.threads import choose_num_threads
 def test_what_cannot_be_compiled_is_not_and_is_said(monkeypatch, device, backend, found, reason):
     monkeypatch.setattr("cifar_dist.runtime.device.probe", lambda **_: {"cpu": CPU, "mps": MPS}[device])
     monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/c++" if found else None)
-    outlook = look_ahead(AccelerateConfig(path="x.yaml", dynamo_backend=backend), {}, local_processes=1)
+    outlook = look_ahead(AccelerateConfig(path="x.yaml", dynamo_backend=backend), {}, World())
     assert outlook.compiler == (backend if reason is None else None)
     assert ("compiled by" in outlook.line) == (reason is None)
     threads = f"{outlook.num_threads} thread{'s' if outlook.num_threads > 1 else ''}"
     assert outlook.short == f"{device} · float32 · {threads}" + ("" if reason else " · compiled")
     assert any((reason or "?") in note and note.endswith(": not compiled") for note in outlook.notes) == bool(reason)
     assert any("first step compiles" in note for note in outlook.notes) == (reason is None), "a wait is announced"
+
+
+ALONE = "CUDAGRAPHS replays the steps of one process, and there are 2: not compiled"
+
+
+@pytest.mark.parametrize(
+    ("precision", "world", "obstacle"),
+    [
+        ("bf16", World(), None),
+        ("no", World(), None),
+        ("fp16", World(), "CUDAGRAPHS cannot replay fp16's scaler, which asks the device: not compiled"),
+        (
+            "no",
+            World(size=2, local_size=2),
+            "CUDAGRAPHS replays the steps of one process, and there are 2: not compiled",
+        ),
+        ("no", World(size=2), "CUDAGRAPHS replays the steps of one process, and there are 2: not compiled"),
+    ],
+)
+def test_steps_are_replayed_where_they_can_be(monkeypatch, precision, world, obstacle):
+    monkeypatch.setattr("cifar_dist.runtime.device.probe", lambda **_: AMPERE)
+    config = AccelerateConfig(path="x.yaml", dynamo_backend="CUDAGRAPHS")
+    outlook = look_ahead(config, {}, world, typed_precision=precision)
+    assert outlook.notes == (() if obstacle is None else (obstacle,))
+    assert outlook.replays == (obstacle is None)
+    assert outlook.line.endswith(", steps replayed as CUDA graphs") == outlook.replays
+    assert outlook.short.endswith(" · replayed") == outlook.replays
 
 
 ON_CPU = AccelerateConfig(use_cpu=True)

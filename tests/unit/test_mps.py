@@ -205,10 +205,10 @@ def mac(monkeypatch):
 
 
 def test_a_mac_trains_on_mps_in_float32(mac):
-    outlook = look_ahead(AccelerateConfig(), {}, local_processes=1)
+    outlook = look_ahead(AccelerateConfig(), {}, World())
     assert (outlook.device_type, outlook.precision, outlook.notes) == ("mps", "no", ())
-    assert look_ahead(AccelerateConfig(use_cpu=True), {}, local_processes=1).device_type == "cpu"
-    wish = look_ahead(AccelerateConfig(mixed_precision="fp16"), {}, local_processes=1)
+    assert look_ahead(AccelerateConfig(use_cpu=True), {}, World()).device_type == "cpu"
+    wish = look_ahead(AccelerateConfig(mixed_precision="fp16"), {}, World())
     assert (wish.precision, wish.notes) == ("fp16", ())
     assert device.memory_format("mps") is torch.contiguous_format
 

@@ -1,0 +1,169 @@
+"""Replayed steps, with a recorder that stands in for a CUDA graph on a CPU: the same memory, Python's values frozen."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torchvision.models.resnet import BasicBlock
+
+from cifar_dist.config.plan import make_plan
+from cifar_dist.model.resnet import build_resnet
+from cifar_dist.model.schedule import learning_rate
+from cifar_dist.records import Observer
+from cifar_dist.training import engine, setup
+from cifar_dist.training.engine import DivergedError
+from cifar_dist.training.setup import build_trainer
+from tests.conftest import make_dataset, make_recipe
+
+FORBIDDEN = ("aten._local_scalar_dense.default", "aten.lift_fresh.default", "aten.nonzero.default")
+"""What makes the host wait for a device, or brings it a number from the host: neither can be recorded."""
+
+
+class Operations(TorchDispatchMode):
+    """Keeps the operations that are done in its context, with the tensors that they read and write."""
+
+    def __init__(self):
+        super().__init__()
+        self.done, self.before, self.made = [], {}, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert str(function) not in FORBIDDEN, f"{function} cannot be recorded"
+        kwargs = kwargs or {}
+        for each in self._written(function, args, kwargs):
+            if memory(each) not in self.made:  # it was there before
+                self.before.setdefault(memory(each), (each, each.detach().clone()))
+        results = function(*args, **kwargs)
+        self.done.append((function, args, kwargs, tensors(results)))
+        self.made |= {memory(each) for each in tensors(results)} - {memory(each) for each in tensors((args, kwargs))}
+        return results
+
+    def _written(self, function, args, kwargs):
+        if "batch_norm" in str(function):  # its schema does not say that it changes the running statistics
+            return tensors(args[3:5])
+        values = dict(zip([each.name for each in function._schema.arguments], args, strict=False)) | kwargs
+        written = [each.name for each in function._schema.arguments if each.alias_info and each.alias_info.is_write]
+        return tensors([values.get(name) for name in written])
+
+
+def tensors(values):
+    return [each for each in tree_leaves(values) if isinstance(each, Tensor)]
+
+
+def memory(tensor):
+    return tensor.untyped_storage().data_ptr()
+
+
+class Recorder:
+    """What CudaGraphs is to a GPU."""
+
+    def __init__(self):
+        self.recorded, self.replayed = 0, 0
+
+    def __call__(self, work):
+        self.recorded += 1
+        with Operations() as operations:
+            work()
+        with torch.no_grad():
+            for tensor, values in operations.before.values():
+                tensor.copy_(values)
+
+        @torch.no_grad()
+        def replay():
+            self.replayed += 1
+            for function, args, kwargs, results in operations.done:
+                for old, new in zip(results, tensors(function(*args, **kwargs)), strict=True):
+                    if old.data_ptr() != new.data_ptr() or old.shape != new.shape:
+                        old.copy_(new)
+
+        return replay
+
+
+def narrow_resnet(stem, num_classes, *, seed):
+    """A ResNet with two blocks, and filters of 8 and 16 channels: it is the steps that are tested."""
+    model = build_resnet(stem, num_classes, seed=seed)
+    torch.manual_seed(seed)
+    model.conv1, model.bn1 = nn.Conv2d(3, 8, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(8)
+    shortcut = nn.Sequential(nn.Conv2d(8, 16, 1, stride=2, bias=False), nn.BatchNorm2d(16))
+    model.layer1, model.layer2 = BasicBlock(8, 8), BasicBlock(8, 16, 2, shortcut)
+    model.layer3, model.layer4, model.fc = nn.Identity(), nn.Identity(), nn.Linear(16, num_classes)
+    return model
+
+
+def trained(runtime, monkeypatch, recipe, *assignments, record=None, num_train=84, spoil=None):
+    monkeypatch.setattr(runtime, "record", record)
+    monkeypatch.setattr(setup, "build_resnet", narrow_resnet)
+    # Of few digits, so that nothing is rounded where it becomes a float32 on the device: what is equal has equal bits.
+    monkeypatch.setattr(engine, "learning_rate", lambda *now: float(torch.tensor(learning_rate(*now)).bfloat16()))
+    settings = ("global_batch_size=8", "early_stopping.enabled=false", "validation_size=0", *assignments)
+    recipe, dataset = make_recipe(*settings, base=recipe), make_dataset(num_train=num_train)
+    plan = make_plan(recipe, world_size=1, sizes=dataset.sizes, device_type="cpu")
+    heard = []
+
+    class Heard(Observer):
+        def on_note(self, text):
+            heard.append(text)
+
+    trainer = build_trainer(recipe, replace(plan, report_every_steps=4), dataset, runtime, Heard())
+    if spoil is not None:
+        spoil(trainer)
+    records = list(trainer.epochs())
+    weights = torch.cat([each.detach().flatten() for each in trainer.state.evaluated_model.parameters()])
+    statistics = [each.running_var for each in trainer.state.model.modules() if hasattr(each, "running_var")]
+    return records, weights, torch.cat(statistics), trainer, heard
+
+
+COLOURS = ("augmentation.mixup=0.4", "dropout=0.3")
+DECAY = "optimizer.weight_decay=0.03125"
+CASES = {  # recipe, what else is set, and how many kinds of steps there are
+    "sgd": ("original", ("epochs=4",), 1),
+    "muon": ("standard", ("epochs=1", "image_size_schedule=[[16, 0.5], [32, 1.0]]", DECAY), 2),
+    "averaged": ("original", ("epochs=2", "ema_decay=0.8", "lookahead_steps=2"), 1),
+    "adamw": (
+        "original",
+        ("epochs=2", "optimizer.name=adamw", "optimizer.momentum=0.9", "optimizer.nesterov=false", *COLOURS),
+        1,
+    ),
+    "groups": ("original", ("epochs=2", "batch_norm_group_size=4", "gradient_clipping=0.5"), 1),
+    "frozen": ("finetune", ("epochs=2", "freeze_epochs=1", "image_size=32"), 2),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_replayed_steps_train_what_steps_do(runtime, monkeypatch, case):
+    recipe, settings, kinds = CASES[case]
+    settings = ("stem=imagenet", "optimizer.learning_rate=0.01", *settings)
+    expected, weights, statistics, _, _ = trained(runtime, monkeypatch, recipe, *settings)
+    record = Recorder()
+    records, own_weights, own_statistics, trainer, _ = trained(runtime, monkeypatch, recipe, *settings, record=record)
+    assert record.recorded == kinds
+    assert record.replayed == 10 * trainer.plan.epochs - 3 * kinds, "not the first three, nor an epoch's short last one"
+    for one, other in zip(records, expected, strict=True):
+        assert (one.train_loss, one.train_acc) == (other.train_loss, other.train_acc)
+    assert torch.equal(own_weights, weights)
+    assert torch.equal(own_statistics, statistics)
+    assert all(type(group["lr"]) is float for group in trainer.optimizer.param_groups), "a checkpoint holds numbers"
+
+
+def test_a_loss_that_is_not_finite_is_found_in_its_replayed_step(runtime, monkeypatch):
+    def spoil(trainer):
+        normalize, seen = trainer.batches.normalize, []
+
+        def spoiled(pixels):
+            seen.append(pixels)
+            return normalize(pixels) * (float("nan") if len(seen) == 6 else 1)
+
+        monkeypatch.setattr(trainer.batches, "normalize", spoiled)
+
+    with pytest.raises(DivergedError, match="epoch 1, step 6,"):
+        trained(runtime, monkeypatch, "original", "epochs=1", record=Recorder(), spoil=spoil)
+
+
+def test_steps_of_several_micro_batches_are_not_replayed_and_that_is_said(runtime, monkeypatch):
+    record = Recorder()
+    settings = ("epochs=1", "gradient_accumulation_steps=2")
+    *_, heard = trained(runtime, monkeypatch, "original", *settings, record=record)
+    assert record.recorded == 0
+    assert heard == ["steps of several micro-batches are not replayed as CUDA graphs"]
