@@ -4,9 +4,10 @@
     python benchmarks/accuracy.py time PROGRAMME [--only ROW ...] [--seconds S]
     python benchmarks/accuracy.py table PROGRAMME
 
-A programme (benchmarks/programmes/*.yaml) is a list of rows: a name, a recipe, what is `set` otherwise, and how many
-`seeds` (0, 1, ...). Its rows are for tuning (`test: false`: the validation split decides, and what the test images say
-is not kept) or for the table (`test: true`: trained on all images, the last weights, the test images used once).
+A programme (benchmarks/programmes/*.yaml) is a list of rows: a name, a recipe, what is `set` otherwise, how many
+`seeds` (0, 1, ...), and perhaps an Accelerate `config`. Its rows are for tuning (`test: false`: the validation split decides,
+and what the test images say is not kept) or for the table (`test: true`: trained on all images, the last weights, the
+test images used once).
 
 `run` appends a line to benchmarks/results/PROGRAMME.jsonl as soon as a run ends, and does no run again that has a line
 there with the same recipe: stopped at any moment, it goes on, on this machine or on another. With `--minutes` it stops
@@ -56,6 +57,7 @@ class Row:
     settings: dict[str, Any]
     seeds: int
     test: bool
+    config: str | None
 
     def resolved(self, seed: int) -> Recipe:
         """Give the whole recipe of a run."""
@@ -88,6 +90,7 @@ def read_programme(path: Path) -> list[Row]:
             settings=nested(row.get("set", {})),
             seeds=row.get("seeds", 1),
             test=row.get("test", True),
+            config=row.get("config"),
         )
         for row in rows
     ]
@@ -154,7 +157,7 @@ def run(rows: list[Row], results: Path, typed: argparse.Namespace) -> int:
         return failures.pop() if failures else max(codes, default=0)
     for row, seed in left:
         recipe = row.resolved(seed)
-        folder = typed.work / f"{typed.programme.stem}-seed{seed}-{digest(recipe)}"
+        folder = typed.work / f"{row.name.replace(' ', '-')}-seed{seed}-{digest(recipe)}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_to_mapping(recipe)))
         minutes = (until - time.monotonic()) / 60
@@ -163,6 +166,7 @@ def run(rows: list[Row], results: Path, typed: argparse.Namespace) -> int:
         print(f"== {row.name}, seed {seed}", flush=True)
         command = ["--recipe", str(folder / "recipe.yaml"), "--run-dir", str(folder / "run"), "--resume"]
         command += ["--data-dir", str(typed.data_dir), "--max-minutes", f"{minutes:.2f}", *typed.launcher]
+        command += ["--config", str(ROOT / row.config)] if row.config else []
         code = launch(*command)
         if code:
             return code
@@ -267,9 +271,16 @@ def measure(rows: list[Row], results: Path, typed: argparse.Namespace) -> int:
 def table(rows: list[Row], results: Path) -> int:
     """Print the results in Markdown: means on each machine, and the standard error where there are several seeds."""
     lines = read_lines(results)
-    tested = any(row.test for row in rows)
-    keys = ("plain", "mirror") if tested else ("val_acc",)
-    heads = ["row", "n", *(keys if tested else ["validation"]), "script epochs", "train seconds, alone", "machine"]
+    keys = ["plain", "mirror"] if any(row.test for row in rows) else []
+    keys += ["val_acc"] if not all(row.test for row in rows) else []
+    heads = [
+        "row",
+        "n",
+        *({"val_acc": "validation"}.get(key, key) for key in keys),
+        "script epochs",
+        "train seconds, alone",
+        "machine",
+    ]
     print("| " + " | ".join(heads) + " |")
     print("|" + "---|" * len(heads))
     for row in rows:
@@ -278,7 +289,11 @@ def table(rows: list[Row], results: Path) -> int:
         times = [line for line in lines if line.get("timed") == digest(row.resolved(0))]
         for machine in sorted({line["hardware"] for line in done}) or [""]:
             here = [line for line in done if line["hardware"] == machine]
-            cells = [row.name, str(len(here)), *(mean([line[key] for line in here]) for key in keys)]
+            cells = [
+                row.name,
+                str(len(here)),
+                *(mean([line[key] for line in here if line.get(key) is not None]) for key in keys),
+            ]
             cells += [", ".join(f"{each['script_epochs']:.1f} ({each['precision']})" for each in times)]
             alone = [line["train_seconds"] for line in here if line.get("at_once", 1) == 1]
             cells += [f"{statistics.mean(alone):.0f} (n = {len(alone)})" if alone else "", machine]

@@ -34,10 +34,8 @@ step() {
   esac
 }
 
-for backend in INDUCTOR CUDAGRAPHS; do
-  printf "distributed_type: 'NO'\nnum_processes: 1\nuse_cpu: false\ndynamo_config: {dynamo_backend: %s}\n" $backend \
-    >"$out/$backend.yaml"
-done
+cp benchmarks/cuda_graphs.yaml "$out/CUDAGRAPHS.yaml"
+sed s/CUDAGRAPHS/INDUCTOR/ benchmarks/cuda_graphs.yaml >"$out/INDUCTOR.yaml"
 
 # train NAME ARGUMENTS...: a run on the official files; what became of it is in its metrics.jsonl and summary.json
 train() {
@@ -59,9 +57,11 @@ accuracy() {
 # What is asked first of a machine that is there for half an hour: does it work, how near is the limit, what is learned.
 step doctor python launch.py doctor ${data:+--data-dir "$data"}
 step tests python -m pytest tests/gpu -p no:cacheprovider
+accuracy replayed gpu --only standard-replayed strong-replayed --seeds 0 1 2 # these give the times
 step trace-standard python benchmarks/trace.py --recipe standard
+step trace-standard-CUDAGRAPHS python benchmarks/trace.py --recipe standard --config "$out/CUDAGRAPHS.yaml"
 step limit-standard python benchmarks/limit.py --recipe standard --precision bf16
-accuracy alone gpu --only standard strong --seeds 0 1 2 # these give the times
+accuracy alone gpu --only standard strong --seeds 0 1 2 # likewise, without graphs
 accuracy tuning gpu-tuning --jobs 12
 train epochs --recipe standard --epochs 4 --set validation_size=0 image_size_schedule=null augmentation.flip=random
 for backend in INDUCTOR CUDAGRAPHS; do

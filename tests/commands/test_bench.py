@@ -1,6 +1,7 @@
 """What `bench` measures, and that its floor is one."""
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cifar_dist.baselines.bare import BareStep
 from cifar_dist.cli import main
 from cifar_dist.commands import bench
 from cifar_dist.config.accelerate_config import AccelerateConfig
@@ -82,6 +84,13 @@ def test_a_sweep_measures_every_choice_and_goes_on_where_a_compiler_fails(capsys
     shown = capsys.readouterr().out
     assert shown.count("no compiler here") == 4
     assert shown.count("chosen") == 1
+
+
+def test_the_floor_of_replayed_steps_is_replayed(monkeypatch, runtime):
+    monkeypatch.setattr(bench, "recorded", lambda step: ("recorded", type(step).__name__))
+    floor = functools.partial(bench._bare_step, make_recipe(), runtime, precision="no", layout=torch.contiguous_format)
+    assert floor(compiler="CUDAGRAPHS") == ("recorded", "BareStep")
+    assert isinstance(floor(), BareStep)
 
 
 def test_what_was_asked_for_is_among_the_choices_of_a_sweep():

@@ -1,0 +1,65 @@
+"""The programmes of runs behind the tables of docs/accuracy.md: they go on where they were stopped."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.commands.test_train import small_world
+from tests.conftest import ROOT
+
+__all__ = ["small_world"]  # a fixture that every test here uses
+
+PROGRAMME = """
+- {name: tuned, recipe: original, test: false, set: {global_batch_size: 16, epochs: 1, validation_size: 16}}
+- {name: shown, recipe: original, seeds: 2, set: {global_batch_size: 16, epochs: 1}, config: graphs.yaml}
+"""
+
+
+def accuracy(monkeypatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "benchmarks" / "accuracy.py"), run_name="__main__")
+    return ended.value.code
+
+
+def test_a_programme_is_done_run_by_run_and_no_run_twice(capsys, monkeypatch, tmp_path):
+    graphs = tmp_path / "graphs.yaml"
+    graphs.write_text("use_cpu: true\ndynamo_config: {dynamo_backend: CUDAGRAPHS}\n")
+    Path("small.yaml").write_text(PROGRAMME.replace("graphs.yaml", str(graphs)))
+    run = ("run", "small.yaml", "--results", "small.jsonl", "--work", "work", "--dataset", "shapes")
+
+    assert accuracy(monkeypatch, *run, "--minutes", "0.1") == 75
+    assert not Path("small.jsonl").exists()
+
+    assert accuracy(monkeypatch, *run, "--seeds", "0") == 0
+    tuned, shown = map(json.loads, Path("small.jsonl").read_text().splitlines())
+    assert (tuned["name"], tuned["test"], tuned["seed"], shown["name"], shown["test"]) == (
+        "tuned",
+        False,
+        0,
+        "shown",
+        True,
+    )
+    assert "plain" not in tuned and tuned["val_acc"] is not None, "while tuning, the validation images alone decide"
+    assert shown["val_acc"] is None and 0 <= shown["plain"] <= 1 and 0 <= shown["mirror"] <= 1
+    assert (shown["epochs"], shown["at_once"], shown["torch"]) == (1, 1, torch.__version__.split("+")[0])
+    said = capsys.readouterr()
+    assert said.out.count("CUDAGRAPHS needs a CUDA device") == 1, "the row's own config, and no other's"
+
+    assert accuracy(monkeypatch, *run) == 0
+    lines = [json.loads(line) for line in Path("small.jsonl").read_text().splitlines()]
+    assert [(line["name"], line["seed"]) for line in lines] == [("tuned", 0), ("shown", 0), ("shown", 1)]
+    assert accuracy(monkeypatch, *run) == 0
+    assert len(Path("small.jsonl").read_text().splitlines()) == 3
+    capsys.readouterr()
+
+    assert accuracy(monkeypatch, "table", "small.yaml", "--results", "small.jsonl") == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [(row[0], row[1]) for row in rows] == [("| tuned", "1"), ("| shown", "2")]
+    assert rows[0][2:5] == ["", "", f"{tuned['val_acc']:.2%}"]
+    mean = sum(line["plain"] for line in lines[1:]) / 2
+    assert rows[1][2].startswith(f"{mean:.2%} ± ")
