@@ -5,9 +5,9 @@
     python benchmarks/accuracy.py table PROGRAMME
 
 A programme (benchmarks/programmes/*.yaml) is a list of rows: a name, a recipe, what is `set` otherwise, how many
-`seeds` (0, 1, ...), and perhaps an Accelerate `config`. Its rows are for tuning (`test: false`: the validation split decides,
-and what the test images say is not kept) or for the table (`test: true`: trained on all images, the last weights, the
-test images used once).
+`seeds` (0, 1, ...), and perhaps an Accelerate `config`. Its rows are for tuning (`test: false`: the validation split
+decides, and what the test images say is not kept) or for the table (`test: true`: trained on all images, the last
+weights, the test images used once).
 
 `run` appends a line to benchmarks/results/PROGRAMME.jsonl as soon as a run ends, and does no run again that has a line
 there with the same recipe: stopped at any moment, it goes on, on this machine or on another. With `--minutes` it stops
