@@ -317,6 +317,8 @@ def test_muon_goes_on_where_it_was():
     step(0)
     models[1].load_state_dict(models[0].state_dict())
     optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    for optimizer in optimizers:
+        set_learning_rate(optimizer, 0.003)  # of both its parts
     step(0)
     step(1)
     for mine, yours in zip(*(model.parameters() for model in models), strict=True):

@@ -1,6 +1,8 @@
 """Replayed steps, with a recorder that stands in for a CUDA graph on a CPU: the same memory, Python's values frozen."""
 
+import copy
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
@@ -92,13 +94,14 @@ def narrow_resnet(stem, num_classes, *, seed):
     return model
 
 
-def trained(runtime, monkeypatch, recipe, *assignments, record=None, num_train=84, spoil=None):
+def trained(runtime, monkeypatch, recipe, *assignments, record=None, spoil=None, stop_after=0):
+    """Train 84 images; with `stop_after`, by a trainer that is left after so many steps and another that goes on."""
     monkeypatch.setattr(runtime, "record", record)
     monkeypatch.setattr(setup, "build_resnet", narrow_resnet)
     # Of few digits, so that nothing is rounded where it becomes a float32 on the device: what is equal has equal bits.
     monkeypatch.setattr(engine, "learning_rate", lambda *now: float(torch.tensor(learning_rate(*now)).bfloat16()))
     settings = ("global_batch_size=8", "early_stopping.enabled=false", "validation_size=0", *assignments)
-    recipe, dataset = make_recipe(*settings, base=recipe), make_dataset(num_train=num_train)
+    recipe, dataset = make_recipe(*settings, base=recipe), make_dataset(num_train=84)
     plan = make_plan(recipe, world_size=1, sizes=dataset.sizes, device_type="cpu")
     heard = []
 
@@ -106,7 +109,16 @@ def trained(runtime, monkeypatch, recipe, *assignments, record=None, num_train=8
         def on_note(self, text):
             heard.append(text)
 
-    trainer = build_trainer(recipe, replace(plan, report_every_steps=4), dataset, runtime, Heard())
+    def build():
+        return build_trainer(recipe, replace(plan, report_every_steps=4), dataset, runtime, Heard())
+
+    trainer = build()
+    if stop_after:
+        assert len(list(islice(trainer.steps(1), stop_after))) == stop_after
+        saved, sums = copy.deepcopy(trainer.state.to_mapping()), trainer.state.sums.read()[:3]
+        trainer = build()
+        trainer.state.restore(saved)
+        trainer.state.sums.set(*sums)
     if spoil is not None:
         spoil(trainer)
     records = list(trainer.epochs())
@@ -145,6 +157,18 @@ def test_replayed_steps_train_what_steps_do(runtime, monkeypatch, case):
     assert torch.equal(own_weights, weights)
     assert torch.equal(own_statistics, statistics)
     assert all(type(group["lr"]) is float for group in trainer.optimizer.param_groups), "a checkpoint holds numbers"
+
+
+@pytest.mark.parametrize("case", ["sgd", "muon", "adamw"])
+def test_a_replayed_run_goes_on_in_another_process(runtime, monkeypatch, case):
+    recipe, settings, _ = CASES[case]
+    settings = ("stem=imagenet", "optimizer.learning_rate=0.01", *settings)
+    expected, weights, *_ = trained(runtime, monkeypatch, recipe, *settings)
+    record = Recorder()
+    records, own_weights, *_ = trained(runtime, monkeypatch, recipe, *settings, record=record, stop_after=5)
+    assert record.recorded == 2, "before and after"
+    assert torch.equal(own_weights, weights)
+    assert [one.train_loss for one in records] == [one.train_loss for one in expected]
 
 
 def test_a_loss_that_is_not_finite_is_found_in_its_replayed_step(runtime, monkeypatch):
