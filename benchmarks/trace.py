@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, count, islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -34,12 +34,12 @@ WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize
 
 
 def training_steps(recipe_name: str, runtime: Runtime) -> Iterator[int]:
-    """Give an epoch's steps, as a user's run does them, without a report between them."""
+    """Do steps as a user's run does them, without a report between them, epoch after epoch."""
     recipe = resolve_recipe(read_recipe(recipe_name), FOR_SPEED, {})
     dataset = random_dataset(recipe.image_size, recipe.global_batch_size)
     plan = make_plan(recipe, world_size=1, sizes=dataset.sizes, device_type=runtime.device.type)
     trainer = build_trainer(recipe, replace(plan, report_every_steps=1_000_000), dataset, runtime, Observer())
-    return trainer.steps(1)
+    return chain.from_iterable(trainer.steps(epoch) for epoch in count(1))
 
 
 def main() -> None:

@@ -42,6 +42,7 @@ FOR_SPEED: dict[str, Any] = {
     "early_stopping": {"enabled": False},
     "epochs": 1_000_000,
     "image_size_schedule": None,  # all loops see images of one size
+    "freeze_epochs": 0,
 }
 """Fields of a recipe whose loop is measured: an endless run of equal steps."""
 

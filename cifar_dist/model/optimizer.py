@@ -30,10 +30,12 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, fused: bool | 
         {"params": each, "weight_decay": config.weight_decay if decays else 0.0, "lr_scale": scale}
         for decays, each in members.items()
     ]
-    if fused is None and next(model.parameters()).device.type in ("cpu", "cuda"):  # MPS keeps torch's own choice
+    kind = next(model.parameters()).device.type
+    if fused is None and kind in ("cpu", "cuda"):  # MPS keeps torch's own choice
         fused = True
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.momentum, 0.999), fused=fused)
+        how: dict[str, Any] = {"fused": fused, "capturable": kind == "cuda"}  # its steps may be recorded
+        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.momentum, 0.999), **how)
     options: dict[str, Any] = {"lr": config.learning_rate, "momentum": config.momentum, "nesterov": config.nesterov}
     if config.name == "muon":
         options |= {"weight_decay": config.weight_decay, "normalized": config.normalize_filters}
@@ -60,7 +62,8 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, A
         optimizer.load_state_dict(dict(saved))
         return
     groups = zip(saved["param_groups"], optimizer.param_groups, strict=True)
-    own_kernel = [group | {"fused": mine["fused"]} if "fused" in mine else group for group, mine in groups]
+    own = ("fused", "capturable")
+    own_kernel = [group | {name: mine[name] for name in own if name in mine} for group, mine in groups]
     optimizer.load_state_dict({**saved, "param_groups": own_kernel})
     for parameter, values in optimizer.state.items():
         for name, value in values.items():

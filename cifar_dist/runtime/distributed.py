@@ -18,8 +18,8 @@ from cifar_dist.config.accelerate_config import AccelerateConfig, wants_cpu
 from cifar_dist.config.errors import SharedError, UserError
 from cifar_dist.config.world import World
 from cifar_dist.runtime import device as device_module
+from cifar_dist.runtime import graphs
 from cifar_dist.runtime.device import SHARE_GPU, Outlook
-from cifar_dist.runtime.graphs import CudaGraphs
 from cifar_dist.runtime.ranks import Ranks
 from cifar_dist.runtime.threads import choose_num_threads, usable_cores
 
@@ -38,7 +38,7 @@ class Runtime:
         self.record: Callable[[Callable[[], object]], Callable[[], object]] | None = None
         """Records work of the device, which can then be repeated; None: the host gives it each step anew."""
         if outlook.replays:
-            self.record = CudaGraphs()
+            self.record = graphs.record
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Wrap a model (already on the device) and its optimiser for this world and precision."""

@@ -122,11 +122,10 @@ class Trainer:
         number = self.state.step - (epoch - 1) * self.plan.steps_per_epoch
         loss_before, images_before = 0.0, 0.0
         for batch in self.batches.epoch(epoch, steps_done=number):
-            self._do(batch, is_frozen=epoch <= self.recipe.freeze_epochs)
+            self._train_on(batch, is_frozen=epoch <= self.recipe.freeze_epochs)
             if not batch.ends_step:
                 continue
-            self.state.step += 1
-            self._average()
+            self._end_step()
             number += 1
             shown = None
             if number % self.plan.report_every_steps == 0:
@@ -143,7 +142,7 @@ class Trainer:
                 self.checkpointing.save()
             yield number
 
-    def _do(self, batch: Batch, *, is_frozen: bool) -> None:
+    def _train_on(self, batch: Batch, *, is_frozen: bool) -> None:
         """Do what the device has to do for a micro-batch, and after the last one of a step the step."""
         set_learning_rate(self.optimizer, learning_rate(self.recipe, self.plan, self.state.step))
         self.state.sums.at_step(self.state.step + 1)
@@ -181,8 +180,10 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def _average(self) -> None:
+    def _end_step(self) -> None:
+        """Count a step, and average its weights."""
         state, every = self.state, self.recipe.lookahead_steps
+        state.step += 1
         if state.ema is None or (every and state.step % every):
             return
         state.ema.update(state.model, state.step)

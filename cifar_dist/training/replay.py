@@ -31,7 +31,7 @@ class ReplayedSteps:
     def __init__(
         self, record: Callable[[Callable[[], object]], Callable[[], object]], optimizer: torch.optim.Optimizer
     ) -> None:
-        """`record` takes work and gives what repeats it, such as CudaGraphs."""
+        """`record` takes work and gives what repeats it, as runtime/graphs.py does."""
         self._record = record
         self._optimizer = optimizer
         self._done: Counter[Hashable] = Counter()
@@ -58,16 +58,14 @@ class ReplayedSteps:
         own = replace(batch, **copies)
         groups = self._optimizer.param_groups
         rates = tuple(torch.zeros((), device=batch.images.device) for _ in groups)
-        before = [dict(group) for group in groups]
+        before = [group["lr"] for group in groups]
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate
-            if "capturable" in group:  # AdamW's word for it
-                group["capturable"] = True
         try:
             replay = self._record(lambda: work(own))
         finally:
-            for group, values in zip(groups, before, strict=True):
-                group.update(values)
+            for group, number in zip(groups, before, strict=True):
+                group["lr"] = number
         return _Recording(batch=own, rates=rates, replay=replay)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from itertools import product
 from pathlib import Path
@@ -26,6 +28,7 @@ from cifar_dist.config.errors import UserError
 from cifar_dist.config.options import BenchOptions
 from cifar_dist.config.world import World
 from cifar_dist.records import Observer
+from cifar_dist.runtime import graphs
 from cifar_dist.runtime.interrupt import StoppedBeforeTraining
 from cifar_dist.runtime.timing import Contender, alternate
 from cifar_dist.training import sweep
@@ -86,10 +89,21 @@ def test_a_sweep_measures_every_choice_and_goes_on_where_a_compiler_fails(capsys
     assert shown.count("chosen") == 1
 
 
-def test_the_floor_of_replayed_steps_is_replayed(monkeypatch, runtime):
-    monkeypatch.setattr(bench, "recorded", lambda step: ("recorded", type(step).__name__))
+def test_the_floor_of_replayed_steps_is_replayed_and_keeps_its_model(monkeypatch, runtime):
+    """A recorded step writes to memory that the recording itself does not keep."""
+    done = []
+
+    def record(work):
+        alive = weakref.ref(work.model)
+        return lambda: done.append(alive() is not None)
+
+    monkeypatch.setattr(graphs, "record", record)
     floor = functools.partial(bench._bare_step, make_recipe(), runtime, precision="no", layout=torch.contiguous_format)
-    assert floor(compiler="CUDAGRAPHS") == ("recorded", "BareStep")
+    step = floor(compiler="CUDAGRAPHS")
+    gc.collect()
+    step()
+    step()
+    assert done == [True, True]
     assert isinstance(floor(), BareStep)
 
 

@@ -29,14 +29,14 @@ class Killed(BaseException):
 
 
 def kill_after(monkeypatch, step: int) -> None:
-    original = Trainer._optimizer_step
+    original = Trainer._end_step
 
-    def killed(trainer, epoch):
+    def killed(trainer):
         if trainer.state.step == step:
             raise Killed
-        original(trainer, epoch)
+        original(trainer)
 
-    monkeypatch.setattr(Trainer, "_optimizer_step", killed)
+    monkeypatch.setattr(Trainer, "_end_step", killed)
 
 
 @pytest.mark.parametrize(

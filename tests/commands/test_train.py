@@ -196,15 +196,15 @@ def test_a_code_page_without_bars_is_no_reason_to_fail(monkeypatch):
 @pytest.mark.parametrize("often", [["--checkpoint-every-steps", "1"], []], ids=["each step", "epochs"])
 def test_weights_that_are_lost_are_not_saved(monkeypatch, often):
     """Neither in the step that lost them, whose own loss was still a number, nor in those after it."""
-    original = Trainer._optimizer_step
+    original = Trainer._end_step
 
-    def step(trainer, epoch):
-        original(trainer, epoch)
+    def end(trainer):
+        original(trainer)
         if trainer.state.step == 6:  # the last of the second epoch
             with torch.no_grad():
                 trainer.state.model.fc.bias[0] = torch.nan
 
-    monkeypatch.setattr(Trainer, "_optimizer_step", step)
+    monkeypatch.setattr(Trainer, "_end_step", end)
     train("--epochs", "4", "--run-dir", "x", *often, "--set", "validation_size=0", code=1)
     for name in ("last", "previous") if often else ():
         weights = load_checkpoint(Path(f"x/checkpoints/{name}.pt"))["model"]

@@ -127,19 +127,23 @@ REPLAYED = {
 
 @pytest.mark.parametrize("case", REPLAYED)
 def test_replayed_steps_train_what_steps_do(case):
-    """Five steps of a size, two of them replayed, and the epoch's short last one."""
+    """Five steps of a size, about two of them replayed, and the epoch's short last one; the rate changes each time."""
     base, settings = REPLAYED[case]
     sizes = 2 if case == "standard" else 1
-    settings = ("epochs=1", "validation_size=0", SLOW, *settings)
+    settings = ("epochs=1", "validation_size=0", SLOW, "schedule.name=cosine", *settings)
     named = {"num_train": 64 * 5 * sizes + 20, "float64": True, "base": base}
     (eager,), expected, _ = on_one(GPU, "no", *settings, **named)
     (replayed,), changed, runtime = on_one(GRAPHS, "no", *settings, **named)
     assert runtime.outlook.replays
     assert replayed.train_loss == pytest.approx(eager.train_loss, rel=1e-5)
     assert replayed.train_acc == pytest.approx(eager.train_acc, abs=0.01)
-    assert float((changed - expected).norm() / expected.norm()) < 0.01
+    # In float64 but for the rates: with Muon one step alone is 3e-4 of the change, most of which is the first norm.
+    assert float((changed - expected).norm() / expected.norm()) < 1e-5
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0), reason="this GPU has no bf16 arithmetic"
+)
 def test_replayed_steps_learn_in_reduced_precision():
     records, _, runtime = on_one(GRAPHS, "bf16", FAST, "epochs=3")
     assert (runtime.precision, runtime.outlook.replays) == ("bf16", True)

@@ -238,26 +238,26 @@ def one_divergence(runtime):
     trainer = trainer_of(runtime)
     add = trainer.state.sums.add
 
-    def bad(loss, logits, labels, *, step):
-        broken = runtime.world.rank == runtime.world.size - 1 and step == 2
-        add(loss * math.nan if broken else loss, logits, labels, step=step)
+    def bad(loss, logits, labels):
+        broken = runtime.world.rank == runtime.world.size - 1 and trainer.state.step == 1
+        add(loss * math.nan if broken else loss, logits, labels)
 
     trainer.state.sums.add = bad
     return ending(trainer)
 
 
 def one_interruption(runtime):
-    """A signal reaches the last rank alone, before step 7; ranks look at each other every second step."""
+    """A signal reaches the last rank alone, in step 7; ranks look at each other every second step."""
     trainer = trainer_of(runtime)
     object.__setattr__(trainer.plan, "report_every_steps", 2)
-    step = trainer._optimizer_step
+    end = trainer._end_step
 
-    def signalled(epoch):
+    def signalled():
         if trainer.state.step == 6 and runtime.world.rank == runtime.world.size - 1:
             trainer.interrupt.requested = "SIGTERM"
-        step(epoch)
+        end()
 
-    trainer._optimizer_step = signalled
+    trainer._end_step = signalled
     return ending(trainer)
 
 
@@ -274,14 +274,14 @@ def interrupted(runtime, *, folder):
             if start_again:
                 session.restore(load_checkpoint(directory.last))
             elif stop:
-                step = trainer._optimizer_step
+                end = trainer._end_step
 
-                def signalled(epoch, *, trainer=trainer, step=step, stop=stop):
-                    step(epoch)
+                def signalled(*, trainer=trainer, end=end, stop=stop):
+                    end()
                     if trainer.state.step == stop:
                         trainer.interrupt.requested = "SIGTERM"
 
-                trainer._optimizer_step = signalled
+                trainer._end_step = signalled
             session.begin({})
             with suppress(InterruptedRun):
                 session.train()

@@ -50,9 +50,9 @@ def train(runtime, *, folder: Path, variant: str):
     trainer, seen = in_float64(runtime, VARIANTS[variant]), []
     forward = trainer._forward_backward
 
-    def listening(batch, epoch):
-        seen.append((epoch, trainer.state.step, batch.samples.tolist()))
-        forward(batch, epoch)
+    def listening(batch):
+        seen.append((trainer.state.epoch + 1, trainer.state.step, batch.samples.tolist()))
+        forward(batch)
 
     trainer._forward_backward = listening
     records = list(trainer.epochs())
@@ -121,13 +121,13 @@ def run_part(runtime, *, folder: Path, stop_after: int | None = None):
     object.__setattr__(trainer.plan, "report_every_steps", 1)
     directory = (RunDirectory if runtime.is_main else UnwrittenRun)(folder)
     session = Session(CheckpointWriter(directory, {"dataset": {"fingerprint": "x"}}), trainer, make_dataset())
-    step = trainer._optimizer_step
+    end = trainer._end_step
 
-    def signalled(epoch):
-        step(epoch)
+    def signalled():
+        end()
         trainer.interrupt.requested = "SIGTERM" if trainer.state.step == stop_after else None
 
-    trainer._optimizer_step = signalled
+    trainer._end_step = signalled
     if directory.last.exists():
         session.restore(load_checkpoint(directory.last))
     session.begin({})
