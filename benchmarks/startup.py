@@ -36,11 +36,11 @@ FIRST_STEP = """
 import os, sys
 import cifar_dist.cli
 from cifar_dist.training import engine
-step = engine.Trainer._optimizer_step
-def first_step(trainer, epoch):
-    step(trainer, epoch)
+end = engine.Trainer._end_step
+def first_step(trainer):
+    end(trainer)
     os._exit(0)
-engine.Trainer._optimizer_step = first_step
+engine.Trainer._end_step = first_step
 cifar_dist.cli.main(sys.argv[1:])
 """
 LOAD = """
@@ -102,17 +102,17 @@ def decoding(count: int) -> None:
 
 def boundary(recipe: str, epochs: int = 6) -> None:
     """Print what lies between two epochs."""
-    ends, begins, step = [], [], Trainer._optimizer_step
+    ends, begins, end = [], [], Trainer._end_step
 
-    def forward(trainer: Trainer, batch: Batch, epoch: int) -> None:
+    def forward(trainer: Trainer, batch: Batch) -> None:
         """Note when a batch arrives; compute nothing."""
-        begins.append((epoch, time.perf_counter()))
+        begins.append((trainer.state.epoch + 1, time.perf_counter()))
         trainer.state.sums.add(torch.ones(()), torch.zeros(len(batch.labels), 10), batch.labels)
 
-    def timed_step(trainer: Trainer, epoch: int) -> None:
+    def timed_step(trainer: Trainer) -> None:
         """Note when a step is done."""
-        step(trainer, epoch)
-        ends.append((epoch, time.perf_counter()))
+        end(trainer)
+        ends.append((trainer.state.epoch + 1, time.perf_counter()))
 
     def random_images(*_: Any, **__: Any) -> Dataset:
         """Stand in for CIFAR-10."""
@@ -121,7 +121,7 @@ def boundary(recipe: str, epochs: int = 6) -> None:
         few = LabelledImages(images=images[:100], labels=part.labels[:100])
         return Dataset(name="random", class_names=tuple("0123456789"), train=part, test=few)
 
-    Trainer._forward_backward, Trainer._optimizer_step, datasets.load_archive = forward, timed_step, random_images
+    Trainer._forward_backward, Trainer._end_step, datasets.load_archive = forward, timed_step, random_images
     with tempfile.TemporaryDirectory() as folder:
         typed = ["--recipe", recipe, "--epochs", str(epochs), "--run-dir", f"{folder}/run"]
         cifar_dist([*typed, "--set", "validation_size=0", "early_stopping.enabled=false"])

@@ -51,15 +51,15 @@ def test_an_interrupted_run_ends_with_the_same_bits(capsys, monkeypatch, steps):
     """Interrupted in the first step, at the end of an epoch, after the last step, and several times."""
     everything = (*VALIDATION, "ema_decay=0.9", "dropout=0.2", "optimizer.nesterov=true", "augmentation.mixup=0.5")
     train("--epochs", "3", "--run-dir", "whole", *everything)
-    original = Trainer._optimizer_step
+    original = Trainer._end_step
     for number, step in enumerate(steps):
 
-        def signalled(trainer, epoch, *, stop=step):
-            original(trainer, epoch)
+        def signalled(trainer, *, stop=step):
+            original(trainer)
             if trainer.state.step == stop:
                 trainer.interrupt.requested = "SIGTERM"
 
-        monkeypatch.setattr(Trainer, "_optimizer_step", signalled)
+        monkeypatch.setattr(Trainer, "_end_step", signalled)
         argv = (
             ["--resume", "parts"] if number else ["train", *SMALL, *everything, "--epochs", "3", "--run-dir", "parts"]
         )
@@ -68,7 +68,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(capsys, monkeypatch, steps):
         assert capsys.readouterr().err.endswith("and saved; go on with: python launch.py --resume parts\n")
         summary = RunDirectory(Path("parts")).read_summary()
         assert (summary.status, summary.test) == ("interrupted", None)
-    monkeypatch.setattr(Trainer, "_optimizer_step", original)
+    monkeypatch.setattr(Trainer, "_end_step", original)
     assert main(["--resume", "parts"]) == 0
     assert_same_run("whole", "parts")
 
@@ -290,13 +290,13 @@ def test_a_run_whose_folder_was_taken_over_stops(capsys, monkeypatch):
 
 def test_random_states_are_saved_and_restored(monkeypatch):
     """Nothing of ours draws from torch's global generator; what somebody adds may, here in each step."""
-    original = Trainer._optimizer_step
+    original = Trainer._end_step
 
-    def drawing(trainer, epoch):
+    def drawing(trainer):
         trainer.state.model.fc.bias.data.add_(torch.rand(10) / 10)
-        original(trainer, epoch)
+        original(trainer)
 
-    monkeypatch.setattr(Trainer, "_optimizer_step", drawing)
+    monkeypatch.setattr(Trainer, "_end_step", drawing)
     train("--epochs", "3", "--run-dir", "whole")
     train("--epochs", "2", "--run-dir", "parts")
     torch.rand(5)
@@ -313,13 +313,13 @@ def test_a_step_that_the_scaler_skips_is_not_divergence(monkeypatch):
         runtime.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1e38, growth_interval=3)
         return runtime
 
-    def noted(trainer, epoch):
-        step(trainer, epoch)
+    def noted(trainer):
+        end(trainer)
         scales.append(trainer.runtime.accelerator.scaler.get_scale())
 
-    step = Trainer._optimizer_step
+    end = Trainer._end_step
     monkeypatch.setattr(train_command, "start", with_scaler)
-    monkeypatch.setattr(Trainer, "_optimizer_step", noted)
+    monkeypatch.setattr(Trainer, "_end_step", noted)
     train("--epochs", "3", "--run-dir", "whole")
     assert scales[0] < 1e38, "no step was skipped"
     assert len(scales) == 9
