@@ -30,6 +30,7 @@ from cifar_dist.data import datasets
 from cifar_dist.data.batches import Batch
 from cifar_dist.data.dataset import Dataset, LabelledImages
 from cifar_dist.training.engine import Trainer
+from cifar_dist.training.step import TrainingStep
 
 ROOT = Path(__file__).parent.parent
 FIRST_STEP = """
@@ -104,10 +105,10 @@ def boundary(recipe: str, epochs: int = 6) -> None:
     """Print what lies between two epochs."""
     ends, begins, end = [], [], Trainer._end_step
 
-    def forward(trainer: Trainer, batch: Batch) -> None:
+    def train_on(step: TrainingStep, batch: Batch, *, is_frozen: bool) -> None:
         """Note when a batch arrives; compute nothing."""
-        begins.append((trainer.state.epoch + 1, time.perf_counter()))
-        trainer.state.sums.add(torch.ones(()), torch.zeros(len(batch.labels), 10), batch.labels)
+        begins.append((step.state.epoch + 1, time.perf_counter()))
+        step.state.sums.add(torch.ones(()), torch.zeros(len(batch.labels), 10), batch.labels)
 
     def timed_step(trainer: Trainer) -> None:
         """Note when a step is done."""
@@ -121,7 +122,7 @@ def boundary(recipe: str, epochs: int = 6) -> None:
         few = LabelledImages(images=images[:100], labels=part.labels[:100])
         return Dataset(name="random", class_names=tuple("0123456789"), train=part, test=few)
 
-    Trainer._forward_backward, Trainer._end_step, datasets.load_archive = forward, timed_step, random_images
+    TrainingStep.train_on, Trainer._end_step, datasets.load_archive = train_on, timed_step, random_images
     with tempfile.TemporaryDirectory() as folder:
         typed = ["--recipe", recipe, "--epochs", str(epochs), "--run-dir", f"{folder}/run"]
         cifar_dist([*typed, "--set", "validation_size=0", "early_stopping.enabled=false"])

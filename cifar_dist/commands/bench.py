@@ -100,7 +100,7 @@ def _measure(
     )
     with display:
         loop = Loop(build_trainer(recipe, plan, dataset, runtime, display))
-        for _ in range(EAGER_STEPS + 1 if loop.trainer.replayed else 0):
+        for _ in range(EAGER_STEPS + 1 if loop.trainer.step.replayed else 0):
             loop()  # until its step is recorded
         bare = _bare_step(
             recipe,

@@ -40,7 +40,7 @@ def seconds_by_part(trainer: Trainer, *, count: int = 5) -> dict[str, float]:
 
     def forward() -> None:
         """Keep what the parts after it need."""
-        made["logits"] = trainer.model(batch.images)
+        made["logits"] = trainer.step.model(batch.images)
         made["loss"] = batch_loss(made["logits"], batch, trainer.recipe.label_smoothing)
 
     parts: dict[str, Callable[[], object]] = {
@@ -49,19 +49,19 @@ def seconds_by_part(trainer: Trainer, *, count: int = 5) -> dict[str, float]:
         "normalization": lambda: batches.normalize(pixels),
         "forward": forward,
         "backward": lambda: runtime.backward(made["loss"]),
-        "optimizer": trainer.optimizer.step,
+        "optimizer": trainer.step.optimizer.step,
         "metrics": lambda: sums.add(made["loss"].detach(), made["logits"], batch.labels),
         "progress": lambda: trainer.observer.on_step(1, None),
     }
     if state.ema is not None:
         average = state.ema
         parts["average"] = lambda: average.update(state.model, 1)
-    trainer.model.train()
+    trainer.step.model.train()
     seconds = dict.fromkeys(parts, 0.0)
     for _ in range(count):
         for name, action in parts.items():
             seconds[name] += seconds_of(action, 1, runtime) / count
-        trainer.optimizer.zero_grad()
+        trainer.step.optimizer.zero_grad()
     return seconds
 
 
@@ -87,9 +87,9 @@ def memory_by_part(trainer: Trainer) -> dict[str, float]:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    trainer.model.train()
+    trainer.step.model.train()
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        loss = batch_loss(trainer.model(batch.images), batch, trainer.recipe.label_smoothing)
+        loss = batch_loss(trainer.step.model(batch.images), batch, trainer.recipe.label_smoothing)
     parts["activations"] = sum(saved.values()) / 2**20
     del loss
     return parts

@@ -6,23 +6,18 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
 import torch
-from torch import nn
 
 from cifar_dist.config.plan import RunPlan
 from cifar_dist.config.recipe import Recipe
-from cifar_dist.data.batches import Batch, TrainingBatches
-from cifar_dist.data.order import derive_seed
-from cifar_dist.model.dropout import HeadDropout
-from cifar_dist.model.optimizer import set_learning_rate
+from cifar_dist.data.batches import TrainingBatches
 from cifar_dist.model.schedule import learning_rate
 from cifar_dist.records import EpochRecord, Evaluation, Observer
 from cifar_dist.runtime.distributed import Runtime
 from cifar_dist.runtime.interrupt import Interrupt
 from cifar_dist.training.early_stopping import monitored_value
 from cifar_dist.training.evaluation import EvaluationSet
-from cifar_dist.training.metrics import batch_loss
-from cifar_dist.training.replay import ReplayedSteps
-from cifar_dist.training.state import Best, TrainState, copy_weights
+from cifar_dist.training.state import Best, copy_weights
+from cifar_dist.training.step import TrainingStep
 
 
 class DivergedError(Exception):
@@ -53,25 +48,20 @@ class Checkpointing:
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Trainer:
-    """Trains a state by a plan, one epoch at a time; what is decided is decided by all ranks together."""
+    """Trains by a plan, one epoch at a time; what is decided is decided by all ranks together."""
 
     recipe: Recipe
     plan: RunPlan
     runtime: Runtime
-    state: TrainState
+    step: TrainingStep
     batches: TrainingBatches
     validation: EvaluationSet | None
     observer: Observer
     interrupt: Interrupt
-    frozen: tuple[nn.Parameter, ...] = ()
-    """The parameters that stay as they are in the first `freeze_epochs`."""
-    dropout: HeadDropout | None = None
-    replayed: ReplayedSteps | None = None
-    """None: each step is given to the device anew."""
     checkpointing: Checkpointing = field(default_factory=Checkpointing)
 
     def __post_init__(self) -> None:
-        self.model, self.optimizer = self.runtime.prepare(self.state.model, self.state.optimizer)
+        self.state = self.step.state
         self._time_to_save = False
         self._clock_started = 0.0
 
@@ -116,13 +106,11 @@ class Trainer:
 
     def steps(self, epoch: int) -> Iterator[int]:
         """Do what is left of an epoch's optimiser steps, one by one; give each step's number in the epoch."""
-        self.model.train()
-        if self.dropout is not None:
-            self.dropout.set_key(derive_seed("dropout", self.recipe.seed, epoch))
+        self.step.begin_epoch(epoch)
         number = self.state.step - (epoch - 1) * self.plan.steps_per_epoch
         loss_before, images_before = 0.0, 0.0
         for batch in self.batches.epoch(epoch, steps_done=number):
-            self._train_on(batch, is_frozen=epoch <= self.recipe.freeze_epochs)
+            self.step.train_on(batch, is_frozen=epoch <= self.recipe.freeze_epochs)
             if not batch.ends_step:
                 continue
             self._end_step()
@@ -141,44 +129,6 @@ class Trainer:
                 self._time_to_save = False
                 self.checkpointing.save()
             yield number
-
-    def _train_on(self, batch: Batch, *, is_frozen: bool) -> None:
-        """Do what the device has to do for a micro-batch, and after the last one of a step the step."""
-        set_learning_rate(self.optimizer, learning_rate(self.recipe, self.plan, self.state.step))
-        self.state.sums.at_step(self.state.step + 1)
-
-        def work(batch: Batch) -> None:
-            """Nothing in it may depend on a number that changes from one step to the next: it may be replayed."""
-            self._forward_backward(batch)
-            if batch.ends_step:
-                self._optimizer_step(is_frozen=is_frozen)
-
-        if self.replayed is None or batch.images_in_step < self.plan.global_batch_size:
-            work(batch)
-        else:
-            self.replayed.do(work, batch, kind=is_frozen)
-
-    def _forward_backward(self, batch: Batch) -> None:
-        """Add a micro-batch's gradient and sums."""
-        if self.dropout is not None:
-            self.dropout.set_samples(batch.samples)
-        if self.state.groups is not None:
-            self.state.groups.images = batch.images_together
-        with self.runtime.gradient_sync(self.model, batch.ends_step):
-            logits = self.model(batch.images)
-            loss = batch_loss(logits, batch, self.recipe.label_smoothing)
-            # DDP averages over the ranks, which may have shares of different sizes.
-            self.runtime.backward(loss * (self.plan.world_size / batch.images_in_step))
-        self.state.sums.add(loss.detach(), logits, batch.labels)
-
-    def _optimizer_step(self, *, is_frozen: bool) -> None:
-        if is_frozen:
-            for parameter in self.frozen:  # without a gradient it has neither a step, nor momentum, nor weight decay
-                parameter.grad = None
-        if self.recipe.gradient_clipping is not None:
-            self.runtime.clip_gradients(self.model, self.recipe.gradient_clipping)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
 
     def _end_step(self) -> None:
         """Count a step, and average its weights."""

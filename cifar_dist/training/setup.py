@@ -31,6 +31,7 @@ from cifar_dist.training.evaluation import EvaluationSet
 from cifar_dist.training.metrics import RunningSums
 from cifar_dist.training.replay import ReplayedSteps
 from cifar_dist.training.state import TrainState
+from cifar_dist.training.step import TrainingStep
 
 
 def build_trainer(
@@ -58,7 +59,6 @@ def build_trainer(
     # The average is only ever evaluated: it keeps torch's own BatchNorm.
     ema = ExponentialMovingAverage(model, recipe.ema_decay) if recipe.ema_decay else None
     model, groups = _with_statistics(model, recipe, plan)
-    frozen = parts_to_freeze(model, recipe.stem) if recipe.freeze_epochs else ()
     state = TrainState(
         model=model,
         optimizer=build_optimizer(model, recipe.optimizer),
@@ -67,23 +67,34 @@ def build_trainer(
         groups=groups,
         sums=RunningSums(runtime.device),
     )
-    replayed = None
-    if runtime.record is not None and plan.gradient_accumulation_steps == 1:
-        replayed = ReplayedSteps(runtime.record, state.optimizer)
-    elif runtime.record is not None:
-        observer.on_note("steps of several micro-batches are not replayed as CUDA graphs")
     batches, validation = _data_path(recipe, plan, dataset, runtime)
     return Trainer(
         recipe=recipe,
         plan=plan,
         runtime=runtime,
-        state=state,
+        step=_training_step(recipe, plan, runtime, observer, state),
         batches=batches,
         validation=validation,
         observer=observer,
         interrupt=interrupt or Interrupt(),
-        frozen=frozen,
-        dropout=HeadDropout(model, recipe.dropout) if recipe.dropout else None,
+    )
+
+
+def _training_step(
+    recipe: Recipe, plan: RunPlan, runtime: Runtime, observer: Observer, state: TrainState
+) -> TrainingStep:
+    replayed = None
+    if runtime.record is not None and plan.gradient_accumulation_steps == 1:
+        replayed = ReplayedSteps(runtime.record, state.optimizer)
+    elif runtime.record is not None:
+        observer.on_note("steps of several micro-batches are not replayed as CUDA graphs")
+    return TrainingStep(
+        recipe=recipe,
+        plan=plan,
+        runtime=runtime,
+        state=state,
+        frozen=parts_to_freeze(state.model, recipe.stem) if recipe.freeze_epochs else (),
+        dropout=HeadDropout(state.model, recipe.dropout) if recipe.dropout else None,
         replayed=replayed,
     )
 

@@ -104,7 +104,7 @@ def test_no_step_makes_the_host_wait_for_the_device(recipe, config):
         plan = make_plan(settings, world_size=1, sizes=dataset.sizes, device_type="cuda")
         plan = replace(plan, report_every_steps=1_000_000)
         trainer = build_trainer(settings, plan, dataset, runtime, Observer())
-        assert (trainer.replayed is not None) == (config is GRAPHS)
+        assert (trainer.step.replayed is not None) == (config is GRAPHS)
         steps = trainer.steps(1)
         done = len(list(islice(steps, EAGER_STEPS + 1)))  # kernels are chosen, pinned memory taken, a step recorded
         torch.cuda.synchronize()

@@ -15,7 +15,7 @@ from cifar_dist.config.plan import make_plan
 from cifar_dist.model.resnet import build_resnet
 from cifar_dist.model.schedule import learning_rate
 from cifar_dist.records import Observer
-from cifar_dist.training import engine, setup
+from cifar_dist.training import setup, step
 from cifar_dist.training.engine import DivergedError
 from cifar_dist.training.setup import build_trainer
 from tests.conftest import make_dataset, make_recipe
@@ -99,7 +99,7 @@ def trained(runtime, monkeypatch, recipe, *assignments, record=None, spoil=None,
     monkeypatch.setattr(runtime, "record", record)
     monkeypatch.setattr(setup, "build_resnet", narrow_resnet)
     # Of few digits, so that nothing is rounded where it becomes a float32 on the device: what is equal has equal bits.
-    monkeypatch.setattr(engine, "learning_rate", lambda *now: float(torch.tensor(learning_rate(*now)).bfloat16()))
+    monkeypatch.setattr(step, "learning_rate", lambda *now: float(torch.tensor(learning_rate(*now)).bfloat16()))
     settings = ("global_batch_size=8", "early_stopping.enabled=false", "validation_size=0", *assignments)
     recipe, dataset = make_recipe(*settings, base=recipe), make_dataset(num_train=84)
     plan = make_plan(recipe, world_size=1, sizes=dataset.sizes, device_type="cpu")
@@ -156,7 +156,9 @@ def test_replayed_steps_train_what_steps_do(runtime, monkeypatch, case):
         assert (one.train_loss, one.train_acc) == (other.train_loss, other.train_acc)
     assert torch.equal(own_weights, weights)
     assert torch.equal(own_statistics, statistics)
-    assert all(type(group["lr"]) is float for group in trainer.optimizer.param_groups), "a checkpoint holds numbers"
+    assert all(type(group["lr"]) is float for group in trainer.step.optimizer.param_groups), (
+        "a checkpoint holds numbers"
+    )
 
 
 @pytest.mark.parametrize("case", ["sgd", "muon", "adamw"])

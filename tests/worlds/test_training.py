@@ -48,13 +48,13 @@ def in_float64(runtime, assignments):
 def train(runtime, *, folder: Path, variant: str):
     """Train, write rank 0's weights, and tell what a rank saw and has: (samples of the epochs, epoch losses, hash)."""
     trainer, seen = in_float64(runtime, VARIANTS[variant]), []
-    forward = trainer._forward_backward
+    train_on = trainer.step.train_on
 
-    def listening(batch):
+    def listening(batch, **named):
         seen.append((trainer.state.epoch + 1, trainer.state.step, batch.samples.tolist()))
-        forward(batch)
+        train_on(batch, **named)
 
-    trainer._forward_backward = listening
+    trainer.step.train_on = listening
     records = list(trainer.epochs())
     weights = trainer.state.model.state_dict() | {
         f"ema.{name}": value for name, value in trainer.state.ema.model.state_dict().items()
