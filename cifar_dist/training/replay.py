@@ -24,8 +24,8 @@ class _Recording:
 class ReplayedSteps:
     """Does whole training steps by replaying them, where a step of that kind has been recorded.
 
-    A recorded step has Python's values as they were. The batch and the learning rates, which change from one step to the
-    next, are handed over in tensors of the recording's own; what else changes must lie in tensors already.
+    A recorded step has Python's values as they were. The batch and the learning rates, which change from one step to
+    the next, are handed over in tensors of the recording's own; what else changes must lie in tensors already.
     """
 
     def __init__(
