@@ -124,5 +124,5 @@ def test_the_trainer_uses_them(runtime):
     dataset = make_dataset()
     recipe = make_recipe("global_batch_size=16")
     plan = make_plan(recipe, world_size=1, sizes=dataset.sizes, device_type="cpu")
-    model = build_trainer(recipe, plan, dataset, runtime, Observer()).model
+    model = build_trainer(recipe, plan, dataset, runtime, Observer()).state.model
     assert sum(isinstance(module, SmallImageConv2d) for module in model.modules()) == 20
