@@ -28,7 +28,7 @@ class Clock:
 
     def __init__(self, saves: int) -> None:
         self.wanted, self.saves, self.steps, self.trainer = saves, [], [], None
-        save, step = Session.save, Trainer._optimizer_step
+        save, end = Session.save, Trainer._end_step
 
         def timed_save(session: Session) -> None:
             """Save as the largest checkpoint is saved, and end the run when there are enough."""
@@ -40,13 +40,13 @@ class Clock:
             if len(self.saves) > self.wanted:
                 session.trainer.interrupt.requested = "SIGTERM"
 
-        def timed_step(trainer: Trainer, epoch: int) -> None:
+        def timed_step(trainer: Trainer) -> None:
             """Note when a step is done."""
-            step(trainer, epoch)
+            end(trainer)
             self.trainer = trainer
             self.steps.append(time.perf_counter())
 
-        Session.save, Trainer._optimizer_step = timed_save, timed_step
+        Session.save, Trainer._end_step = timed_save, timed_step
 
     def step_seconds(self) -> float:
         """The median time of a step that has no save before it: every second one."""
