@@ -48,6 +48,22 @@ def trainer_for(runtime, *assignments, dataset=None, observer=None) -> Trainer:
     return build_trainer(recipe, plan, dataset, runtime, observer or Observer())
 
 
+def test_dropout_falls_otherwise_in_each_epoch_and_with_each_seed(runtime):
+    seen = {}
+    for seed in (0, 1):
+        trainer = trainer_for(runtime, "dropout=0.5", f"seed={seed}")
+        head, masks = trainer.state.model.train().fc, []
+        head.register_forward_pre_hook(lambda _, inputs, masks=masks: masks.append(inputs[0] == 0))
+        for epoch in (1, 1, 2):
+            trainer.step.begin_epoch(epoch)
+            trainer.step.dropout.set_samples(torch.arange(4))
+            head(torch.ones(4, 512))
+        seen[seed] = masks
+    assert torch.equal(seen[0][0], seen[0][1])
+    assert not torch.equal(seen[0][0], seen[0][2])
+    assert not torch.equal(seen[0][0], seen[1][0])
+
+
 def test_an_epoch_is_what_plain_torch_computes(runtime):
     """The same batches through a loop written down again: equal weights, equal sums."""
     trainer = trainer_for(runtime, "epochs=1", dataset=make_dataset(num_train=80))
