@@ -157,7 +157,7 @@ def run(rows: list[Row], results: Path, typed: argparse.Namespace) -> int:
         return failures.pop() if failures else max(codes, default=0)
     for row, seed in left:
         recipe = row.resolved(seed)
-        folder = typed.work / f"{row.name.replace(' ', '-')}-seed{seed}-{digest(recipe)}"
+        folder = typed.work / f"{typed.programme.stem}-{row.name.replace(' ', '-')}-seed{seed}-{digest(recipe)}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_to_mapping(recipe)))
         minutes = (until - time.monotonic()) / 60
@@ -271,16 +271,9 @@ def measure(rows: list[Row], results: Path, typed: argparse.Namespace) -> int:
 def table(rows: list[Row], results: Path) -> int:
     """Print the results in Markdown: means on each machine, and the standard error where there are several seeds."""
     lines = read_lines(results)
-    keys = ["plain", "mirror"] if any(row.test for row in rows) else []
-    keys += ["val_acc"] if not all(row.test for row in rows) else []
-    heads = [
-        "row",
-        "n",
-        *({"val_acc": "validation"}.get(key, key) for key in keys),
-        "script epochs",
-        "train seconds, alone",
-        "machine",
-    ]
+    columns = {"plain": "plain", "mirror": "mirror"} if any(row.test for row in rows) else {}
+    columns |= {} if all(row.test for row in rows) else {"val_acc": "validation"}
+    heads = ["row", "n", *columns.values(), "script epochs", "train seconds, alone", "machine"]
     print("| " + " | ".join(heads) + " |")
     print("|" + "---|" * len(heads))
     for row in rows:
@@ -289,11 +282,8 @@ def table(rows: list[Row], results: Path) -> int:
         times = [line for line in lines if line.get("timed") == digest(row.resolved(0))]
         for machine in sorted({line["hardware"] for line in done}) or [""]:
             here = [line for line in done if line["hardware"] == machine]
-            cells = [
-                row.name,
-                str(len(here)),
-                *(mean([line[key] for line in here if line.get(key) is not None]) for key in keys),
-            ]
+            cells = [row.name, str(len(here))]
+            cells += [mean([line[key] for line in here if line.get(key) is not None]) for key in columns]
             cells += [", ".join(f"{each['script_epochs']:.1f} ({each['precision']})" for each in times)]
             alone = [line["train_seconds"] for line in here if line.get("at_once", 1) == 1]
             cells += [f"{statistics.mean(alone):.0f} (n = {len(alone)})" if alone else "", machine]

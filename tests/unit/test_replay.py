@@ -59,7 +59,7 @@ def memory(tensor):
 
 
 class Recorder:
-    """What CudaGraphs is to a GPU."""
+    """What runtime/graphs.py is to a GPU."""
 
     def __init__(self):
         self.recorded, self.replayed = 0, 0

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -95,58 +95,65 @@ def evaluations(runtime):
 
 
 def batch_norm(runtime):
-    """The largest differences between our layer on shares and torch's on the whole batch, and the collectives."""
-    differences, collectives = [], []
-    original = distributed.all_reduce
-
-    def counting(*arguments, **named):
-        collectives.append(1)
-        return original(*arguments, **named)
-
-    own = SHARES[runtime.world.size][runtime.world.rank]
+    """The largest difference between our layer on shares and torch's on the whole batch; one collective a pass."""
+    own, differences = SHARES[runtime.world.size][runtime.world.rank], []
     generator = torch.Generator().manual_seed(1)
     for layout in (torch.contiguous_format, torch.channels_last):
         images, gradient = (torch.randn(7, 5, 6, 4, generator=generator, dtype=torch.float64) * 3 + 2 for _ in range(2))
-        torch_layer = nn.BatchNorm2d(5, dtype=torch.float64)
-        nn.init.normal_(torch_layer.weight, generator=generator)
-        nn.init.normal_(torch_layer.bias, generator=generator)
-        model = nn.Sequential(nn.BatchNorm2d(5, dtype=torch.float64))
-        model[0].load_state_dict(torch_layer.state_dict())
-        share_statistics(model, num_ranks=runtime.world.size)
-        assert isinstance(model[0], GlobalBatchNorm2d)
-        assert model[0].state_dict().keys() == torch_layer.state_dict().keys()
+        theirs, model = batch_norm_layers(generator, runtime.world.size)
         for _ in range(2):  # the second time the running statistics are not those of a new layer
             whole = images.clone(memory_format=layout).requires_grad_()
             part = images[own].clone(memory_format=layout).requires_grad_()
-            expected = torch_layer(whole)
+            expected = theirs(whole)
             expected.backward(gradient)
-            before = len(collectives)
-            distributed.all_reduce = counting
-            try:
+            with all_reduces() as calls:
                 output = model(part)
-                forwards = len(collectives) - before
+                assert len(calls) == 1
                 output.backward(gradient[own])
-            finally:
-                distributed.all_reduce = original
-            assert (forwards, len(collectives) - before) == (1, 2)
+                assert len(calls) == 2
             weight_gradients = torch.stack([model[0].weight.grad, model[0].bias.grad])
-            original(weight_gradients)
+            distributed.all_reduce(weight_gradients)
             differences += [
-                *(output - expected[own]).abs().flatten().tolist(),
-                *(part.grad - whole.grad[own]).abs().flatten().tolist(),
-                *(weight_gradients - torch.stack([torch_layer.weight.grad, torch_layer.bias.grad]))
-                .abs()
-                .flatten()
-                .tolist(),
-                *(model[0].running_mean - torch_layer.running_mean).abs().tolist(),
-                *(model[0].running_var - torch_layer.running_var).abs().tolist(),
+                output - expected[own],
+                part.grad - whole.grad[own],
+                weight_gradients - torch.stack([theirs.weight.grad, theirs.bias.grad]),
+                model[0].running_mean - theirs.running_mean,
+                model[0].running_var - theirs.running_var,
             ]
             model.zero_grad()
-            torch_layer.zero_grad()
+            theirs.zero_grad()
             images += 1
-        model.eval(), torch_layer.eval()
-        differences += (model(images) - torch_layer(images)).abs().flatten().tolist()
-    return max(differences)
+        model.eval(), theirs.eval()
+        differences.append(model(images) - theirs(images))
+    return float(torch.cat([each.detach().abs().flatten() for each in differences]).max())
+
+
+def batch_norm_layers(generator, num_ranks):
+    """A BatchNorm of torch's with weights of its own, and ours with the same, in a model."""
+    theirs, model = nn.BatchNorm2d(5, dtype=torch.float64), nn.Sequential(nn.BatchNorm2d(5, dtype=torch.float64))
+    nn.init.normal_(theirs.weight, generator=generator)
+    nn.init.normal_(theirs.bias, generator=generator)
+    model[0].load_state_dict(theirs.state_dict())
+    share_statistics(model, num_ranks=num_ranks)
+    assert isinstance(model[0], GlobalBatchNorm2d)
+    assert model[0].state_dict().keys() == theirs.state_dict().keys()
+    return theirs, model
+
+
+@contextmanager
+def all_reduces():
+    """The calls of all_reduce in this context, in a list that grows."""
+    calls, original = [], distributed.all_reduce
+
+    def counting(*arguments, **named):
+        calls.append(1)
+        return original(*arguments, **named)
+
+    distributed.all_reduce = counting
+    try:
+        yield calls
+    finally:
+        distributed.all_reduce = original
 
 
 def ghost_batch_norm(runtime):
