@@ -79,7 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str], world: World) -> int:
     """Do what was typed: in this process, or in several that are started for it."""
-    command, options = parse_arguments(argv)
+    try:
+        command, options = parse_arguments(argv)
+    finally:
+        with contextlib.suppress(AttributeError):  # there is none; else a help that nobody reads is noticed here
+            sys.stdout.flush()
     config = load_accelerate_config(options.config)
     if config.gpu_ids is not None and world.launcher == "none":
         os.environ["CUDA_VISIBLE_DEVICES"] = config.gpu_ids

@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 
 
 def with_nobody_who_reads(*words: str) -> subprocess.CompletedProcess:
-    """Run Python with a standard output that is closed at its other end."""
+    """Run Python with a standard output that is closed at its other end, and buffered as a user's is."""
     reader, writer = os.pipe()
     os.close(reader)
     try:
@@ -22,6 +22,7 @@ def with_nobody_who_reads(*words: str) -> subprocess.CompletedProcess:
             stderr=subprocess.PIPE,
             text=True,
             cwd=ROOT,
+            env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
             timeout=60,
             check=False,
         )
@@ -42,8 +43,9 @@ print("it went on", file=sys.stderr)
     assert (result.returncode, result.stderr) == (0, "it went on\n")
 
 
-def test_a_list_that_nobody_reads_to_its_end_is_no_accident():
-    result = with_nobody_who_reads("launch.py", "--completion")
+@pytest.mark.parametrize("words", ["--completion", "--help", "eval --help", "--version"])
+def test_what_nobody_reads_to_its_end_is_no_accident(words):
+    result = with_nobody_who_reads("launch.py", *words.split())
     assert (result.returncode, result.stderr) == (1, "")
 
 
