@@ -6,11 +6,22 @@ import pytest
 
 from cifar_dist.runtime.interrupt import Interrupt, StoppedBeforeTraining, UntilTraining
 
+NAMES = ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"]
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"])
+
+@pytest.fixture(autouse=True)
+def nothing_is_ignored():
+    """As a shell starts a program in front of a person; in the background, or under nohup, some are ignored."""
+    before = {name: signal.getsignal(getattr(signal, name)) for name in NAMES}
+    for name in NAMES:
+        signal.signal(getattr(signal, name), signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
+    yield
+    for name, handler in before.items():
+        signal.signal(getattr(signal, name), handler)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_signal_is_noted_and_the_handlers_are_put_back(name):
-    if signal.getsignal(getattr(signal, name)) is signal.SIG_IGN:
-        pytest.skip(f"{name} is ignored here, as under nohup")
     before = signal.getsignal(getattr(signal, name))
     with Interrupt() as interrupt:
         assert interrupt.requested is None
@@ -55,17 +66,11 @@ def test_systems_that_lack_a_signal_do_without(monkeypatch):
 
 def test_when_all_is_saved_signals_are_ignored_to_the_end():
     """Slurm ends the other processes as soon as one of them has left."""
-    names = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
-    before = {number: signal.getsignal(number) for number in names}
-    try:
-        with UntilTraining():
-            with Interrupt() as interrupt:
-                signal.raise_signal(signal.SIGUSR2)
-                interrupt.ignore()
-                signal.raise_signal(signal.SIGTERM)
+    with UntilTraining():
+        with Interrupt() as interrupt:
+            signal.raise_signal(signal.SIGUSR2)
+            interrupt.ignore()
             signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
-        assert interrupt.requested == "SIGUSR2"
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    signal.raise_signal(signal.SIGTERM)
+    assert interrupt.requested == "SIGUSR2"
