@@ -244,7 +244,7 @@ def measure(rows: list[Row], results: Path, typed: argparse.Namespace) -> int:
             total, parts, begun = 0.0, [], 0.0
             for side, end in recipe.image_size_schedule or ((recipe.image_size, 1.0),):
                 endless = {"epochs": 1_000_000, "validation_size": 0, "image_size_schedule": [[side, 1.0]]}
-                one = resolve_recipe(recipe_to_mapping(recipe), {}, endless)
+                one = resolve_recipe(recipe_to_mapping(recipe), endless)
                 plan = make_plan(one, world_size=1, sizes=dataset.sizes, device_type=runtime.device.type)
                 loop = Loop(build_trainer(one, plan, dataset, runtime, Observer()))
                 contenders = [Contender("loop", loop), Contender("script", other, script.PREFETCHED)]

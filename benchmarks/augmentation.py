@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=60)
     typed = parser.parse_args()
     torch.set_num_threads(typed.threads)
-    augmentation = Augmentation(resolve_recipe(read_recipe(typed.recipe), {}, {}).augmentation, seed=0)
+    augmentation = Augmentation(resolve_recipe(read_recipe(typed.recipe)).augmentation, seed=0)
     images = torch.randint(256, (50_000, 3, 32, 32), dtype=torch.uint8)
     table, order, rates = augmentation.draw_table(1, len(images)), torch.randperm(len(images)), []
     for number in range(typed.rounds + 5):

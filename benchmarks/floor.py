@@ -52,7 +52,7 @@ def bare_step(stem: str, batch: int, precision: str) -> Callable[[], None]:
     from cifar_dist.model.resnet import build_resnet
 
     assignments = parse_assignments(["optimizer.decay_norm_and_bias=false"])
-    optimizer = resolve_recipe(read_recipe("original"), {}, assignments).optimizer
+    optimizer = resolve_recipe(read_recipe("original"), assignments).optimizer
     model = build_resnet(stem, 10, seed=0).to(memory_format=torch.channels_last)
     use_dense_products(model)
     images = torch.rand(batch, 3, 32, 32).to(memory_format=torch.channels_last)

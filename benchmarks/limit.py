@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--compile", action="store_true", help="also the compiled step")
     typed = parser.parse_args()
-    recipe = resolve_recipe(read_recipe(typed.recipe), {}, {})
+    recipe = resolve_recipe(read_recipe(typed.recipe))
     batch, dtype = typed.batch or recipe.global_batch_size, DTYPES[typed.precision]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     matrix_rate, bandwidth = rates(device, dtype, typed.rounds)

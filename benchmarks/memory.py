@@ -45,7 +45,7 @@ def main() -> int:
     from cifar_dist.config.loading import read_recipe
     from cifar_dist.config.recipe import resolve_recipe
 
-    recipe = resolve_recipe(read_recipe(typed.recipe), {}, {})
+    recipe = resolve_recipe(read_recipe(typed.recipe))
     bare, _ = peak_mib(
         [sys.executable, "-c", BARE, str(ROOT), recipe.stem, str(recipe.global_batch_size), typed.precision]
     )

@@ -35,7 +35,7 @@ WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize
 
 def training_steps(recipe_name: str, runtime: Runtime) -> Iterator[int]:
     """Do steps as a user's run does them, without a report between them, epoch after epoch."""
-    recipe = resolve_recipe(read_recipe(recipe_name), FOR_SPEED, {})
+    recipe = resolve_recipe(read_recipe(recipe_name), FOR_SPEED)
     dataset = random_dataset(recipe.image_size, recipe.global_batch_size)
     plan = make_plan(recipe, world_size=1, sizes=dataset.sizes, device_type=runtime.device.type)
     trainer = build_trainer(recipe, replace(plan, report_every_steps=1_000_000), dataset, runtime, Observer())

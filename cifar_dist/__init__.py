@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cifar_dist.api import evaluate, load_model, train
+    from cifar_dist.config.errors import UserError
     from cifar_dist.config.recipe import Recipe
 
-__all__ = ["Recipe", "evaluate", "load_model", "train"]
+__all__ = ["Recipe", "UserError", "evaluate", "load_model", "train"]
 __version__ = "0.1.0"
 
 
@@ -20,5 +21,5 @@ def __getattr__(name: str) -> Any:
     """Import what is asked for when it is asked for: the command line's --help needs no torch."""
     if name not in __all__:
         raise AttributeError(f"module 'cifar_dist' has no attribute '{name}'")
-    module = "cifar_dist.config.recipe" if name == "Recipe" else "cifar_dist.api"
-    return getattr(importlib.import_module(module), name)
+    rooms = {"Recipe": "config.recipe", "UserError": "config.errors"}
+    return getattr(importlib.import_module(f"cifar_dist.{rooms.get(name, 'api')}"), name)

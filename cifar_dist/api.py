@@ -8,7 +8,6 @@ from typing import Literal
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
 
 import torch
-from rich.console import Console
 from torch import nn
 
 from cifar_dist.commands import evaluate as evaluate_command
@@ -18,6 +17,7 @@ from cifar_dist.config.errors import EXIT_DONE, UserError
 from cifar_dist.config.options import EvalOptions, TrainOptions
 from cifar_dist.config.recipe import Recipe
 from cifar_dist.config.world import World
+from cifar_dist.display.console import make_console
 from cifar_dist.records import Evaluation, Summary
 from cifar_dist.training.weights import read_weights
 
@@ -91,7 +91,7 @@ def evaluate(
         config=config,
     )
     world = World.from_environment(os.environ)
-    console = Console(quiet=quiet or world.rank > 0)
+    console = make_console(quiet=quiet or world.rank > 0)
     return evaluate_command.evaluate(options, world, _read_config(config), console)
 
 

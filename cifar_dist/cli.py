@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # who read has left (`| head`), and there is nothing to be said to nobody
         from cifar_dist.display.console import discard_output
 
-        discard_output()
+        discard_output(sys.stdout)
         code = EXIT_FAILED
     except Exception as error:  # what nobody foresaw: its traceback, from the process that it happened to
         if told_to_stop.requested is None:

@@ -29,7 +29,7 @@ def official_data() -> Path:
 
 
 def make_recipe(*assignments: str, base: str = "original") -> Recipe:
-    return resolve_recipe(read_recipe(base), {}, parse_assignments(assignments))
+    return resolve_recipe(read_recipe(base), parse_assignments(assignments))
 
 
 def make_dataset(num_train: int = 96, num_test: int = 40, num_classes: int = 10) -> Dataset:

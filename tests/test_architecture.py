@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "baselines": {"baselines"},
     "commands": {"data", "model", "runtime", "training", "display", "config", "records", "baselines"},
     "cli": {"config", "__init__"},
-    "api": {"commands", "training", "config", "records"},
+    "api": {"commands", "training", "display", "config", "records"},
     "__init__": {"api", "config"},
     "__main__": {"cli"},
 }
@@ -121,7 +121,7 @@ def test_a_forbidden_import_is_caught(path, source):
 def test_the_entry_file_is_a_stub():
     source = (PACKAGE.parent / "launch.py").read_text()
     assert set(imports(ast.parse(source), "launch.py")) == {"sys", "cifar_dist.cli", "cifar_dist.cli.main"}
-    assert len(source.splitlines()) < 15
+    assert len(source.splitlines()) < 18
 
 
 def test_the_launcher_and_every_help_come_without_torch():

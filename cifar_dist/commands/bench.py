@@ -2,7 +2,6 @@
 
 import functools
 import io
-import json
 import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +13,7 @@ from cifar_dist.baselines import peer, script
 from cifar_dist.baselines.bare import BareStep
 from cifar_dist.config.accelerate_config import AccelerateConfig, other_count_note
 from cifar_dist.config.errors import EXIT_DONE, UserError
+from cifar_dist.config.files import STANDARD_OUTPUT, check_json, write_json
 from cifar_dist.config.loading import read_recipe, recipe_label
 from cifar_dist.config.options import BenchOptions
 from cifar_dist.config.plan import make_plan
@@ -31,7 +31,6 @@ from cifar_dist.runtime.distributed import Runtime, connect, start
 from cifar_dist.runtime.graphs import EAGER_STEPS, recorded
 from cifar_dist.runtime.timing import Contender, alternate
 from cifar_dist.training.anatomy import flops_per_image, memory_by_part, peak_flops, seconds_by_part
-from cifar_dist.training.checkpoint import check_output, write_output
 from cifar_dist.training.engine import Trainer
 from cifar_dist.training.setup import build_trainer
 from cifar_dist.training.sweep import sweep
@@ -49,9 +48,8 @@ FOR_SPEED: dict[str, Any] = {
 
 def run(options: BenchOptions, world: World, config: AccelerateConfig) -> int:
     """Measure as asked; give the exit code."""
-    console = make_console(quiet=world.rank > 0)
-    if options.json is not None:
-        check_output("--json", options.json)
+    console = make_console(quiet=world.rank > 0, stderr=options.json == STANDARD_OUTPUT)
+    check_json(options.json)
     if options.sweep and world.size > 1:
         raise UserError(f"--sweep compares what one process can do, and there are {world.size}: start one")
     recipe = resolve_recipe(read_recipe(options.recipe), FOR_SPEED, options.assignments)
@@ -70,8 +68,8 @@ def run(options: BenchOptions, world: World, config: AccelerateConfig) -> int:
         else:
             result = _measure(recipe, runtime, options.seconds, heard)
     print_lines(console, (format_sweep if options.sweep else format_bench)(result), title="bench")
-    if world.rank == 0 and options.json is not None:
-        write_output(options.json, json.dumps(result, allow_nan=False).encode() + b"\n")
+    if world.rank == 0:
+        write_json(options.json, result)
     return EXIT_DONE
 
 

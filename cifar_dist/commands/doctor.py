@@ -68,7 +68,7 @@ def _training(options: DoctorOptions, world: World, config: AccelerateConfig) ->
     future = world_to_come(world, config, None)
     outlook = look_ahead(config, os.environ, future, typed_precision=options.precision)
     name = options.recipe or DEFAULT_RECIPE
-    wanted = resolve_recipe(read_recipe(name), {}, {})
+    wanted = resolve_recipe(read_recipe(name))
     lines = {"recipe": f"{recipe_label(name)} on {DEFAULT_DATASET}", "device": outlook.line}
     try:
         check_world(future, outlook.device_type, os.environ)
@@ -85,5 +85,5 @@ def _training(options: DoctorOptions, world: World, config: AccelerateConfig) ->
 def _download(console: Console, data_dir: Path) -> None:
     """Fetch CIFAR-10 and the ImageNet weights, where they are missing. Raises UserError."""
     with loading_progress(console, DEFAULT_DATASET) as progress:
-        load_dataset(DEFAULT_DATASET, data_dir, resolve_recipe(read_recipe(DEFAULT_RECIPE), {}, {}), progress=progress)
+        load_dataset(DEFAULT_DATASET, data_dir, resolve_recipe(read_recipe(DEFAULT_RECIPE)), progress=progress)
     imagenet_weights(lambda text: print_notes(console, [text]))

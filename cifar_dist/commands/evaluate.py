@@ -1,6 +1,5 @@
 """`eval`: how well saved weights do on a dataset, each image counted once."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ from torch import Tensor
 
 from cifar_dist.config.accelerate_config import AccelerateConfig, other_count_note
 from cifar_dist.config.errors import EXIT_DONE, UserError
+from cifar_dist.config.files import STANDARD_OUTPUT, check_json, write_json, writing
 from cifar_dist.config.options import EvalOptions
 from cifar_dist.config.plan import fit_to_dataset
-from cifar_dist.config.request import DEFAULT_DATA_DIR, DEFAULT_DATASET, check_dataset_name
+from cifar_dist.config.request import DEFAULT_DATA_DIR, DEFAULT_DATASET, check_dataset_name, computed_with
 from cifar_dist.config.world import World
 from cifar_dist.data.dataset import Dataset, LabelledImages
 from cifar_dist.data.datasets import load_dataset
@@ -24,7 +24,6 @@ from cifar_dist.display.progress import evaluation_display, loading_progress
 from cifar_dist.display.tables import format_class_bars, format_evaluation_totals, print_lines, print_notes
 from cifar_dist.records import Evaluation
 from cifar_dist.runtime.distributed import Runtime, connect, start
-from cifar_dist.training.checkpoint import check_output, write_output
 from cifar_dist.training.evaluation import EvaluationSet, what_figures_need
 from cifar_dist.training.metrics import summarize
 from cifar_dist.training.weights import SavedWeights, read_weights
@@ -32,7 +31,8 @@ from cifar_dist.training.weights import SavedWeights, read_weights
 
 def run(options: EvalOptions, world: World, config: AccelerateConfig) -> int:
     """Evaluate as asked; give the exit code."""
-    evaluate(options, world, config, make_console(quiet=world.rank > 0))
+    console = make_console(quiet=world.rank > 0, stderr=options.json == STANDARD_OUTPUT)
+    evaluate(options, world, config, console)
     return EXIT_DONE
 
 
@@ -41,9 +41,9 @@ def evaluate(options: EvalOptions, world: World, config: AccelerateConfig, conso
     with connect(world, config) as ranks:
         weights = ranks.from_main(lambda: _read(options))
         dataset = ranks.in_turn(lambda: _load_data(console, options, weights))
-        precision, threads = weights.computed_with(world.size)
-        precision = options.precision or precision
-        runtime = start(ranks, config, typed_precision=precision, num_threads=threads, doing="evaluating")
+        runtime = start(
+            ranks, config, **computed_with(weights.about, options.precision, world.size), doing="evaluating"
+        )
         print_notes(console, (*weights.notes, *runtime.outlook.notes, other_count_note(world, config, None)))
         with ranks.together():
             data, indices = _choose_split(options, weights, dataset)
@@ -55,8 +55,8 @@ def evaluate(options: EvalOptions, world: World, config: AccelerateConfig, conso
         title = f"{weights.path}, {dataset.name} {options.split}, tta {options.tta}, precision {runtime.precision}"
         lines = [format_evaluation_totals(evaluation), "", *format_class_bars(evaluation, width=console.width)]
         print_lines(console, lines, title=title)
-        if ranks.is_main and options.json is not None:
-            _write_json(options.json, evaluation, options, weights, dataset, runtime)
+        if ranks.is_main:
+            write_json(options.json, _in_json(evaluation, options, weights, dataset, runtime))
         if ranks.is_main and options.figures is not None:
             _draw(options.figures, title, evaluation, what_figures_need(predictions, data, names))
     return evaluation
@@ -64,8 +64,7 @@ def evaluate(options: EvalOptions, world: World, config: AccelerateConfig, conso
 
 def _check_outputs(options: EvalOptions) -> None:
     """Refuse places that cannot be written to before time is spent on what goes there."""
-    if options.json is not None:
-        check_output("--json", options.json)
+    check_json(options.json)
     if options.figures is not None and options.figures.exists() and not options.figures.is_dir():
         raise UserError(f"--figures {options.figures} is a file: name a folder")
 
@@ -114,10 +113,10 @@ def _choose_split(options: EvalOptions, weights: SavedWeights, dataset: Dataset)
     return dataset.train, held_out
 
 
-def _write_json(
-    path: Path, evaluation: Evaluation, options: EvalOptions, weights: SavedWeights, dataset: Dataset, runtime: Runtime
-) -> None:
-    content = {
+def _in_json(
+    evaluation: Evaluation, options: EvalOptions, weights: SavedWeights, dataset: Dataset, runtime: Runtime
+) -> dict[str, Any]:
+    return {
         **evaluation.to_mapping(),
         "checkpoint": str(weights.path),
         "dataset": dataset.name,
@@ -126,15 +125,12 @@ def _write_json(
         "precision": runtime.precision,
         "world_size": runtime.world.size,
     }
-    write_output(path, json.dumps(content, allow_nan=False).encode() + b"\n")
 
 
 def _draw(folder: Path, title: str, evaluation: Evaluation, saved: Mapping[str, NDArray[Any]]) -> None:
     # matplotlib takes its time to be imported, and most evaluations do not need it.
     from cifar_dist.display.figures import draw_evaluation
 
-    try:
+    with writing(folder, "folder"):
         folder.mkdir(parents=True, exist_ok=True)
         draw_evaluation(folder, evaluation, saved, title=title)
-    except OSError as error:
-        raise UserError(f"cannot write {error.filename or folder}: {error.strerror or error}") from None

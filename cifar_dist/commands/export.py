@@ -11,16 +11,15 @@ from torch import Tensor, nn
 
 from cifar_dist.config.accelerate_config import AccelerateConfig
 from cifar_dist.config.errors import EXIT_DONE, UserError
+from cifar_dist.config.files import check_output, write_output
 from cifar_dist.config.options import ExportOptions
 from cifar_dist.config.provenance import package_versions
 from cifar_dist.config.world import World
 from cifar_dist.data.batches import Normalizer
 from cifar_dist.display.console import make_console
 from cifar_dist.display.tables import print_notes
-from cifar_dist.training.checkpoint import check_output, write_output
 from cifar_dist.training.weights import SavedWeights, read_weights
 
-_NEEDED = {".pth": (), ".safetensors": ("safetensors",), ".onnx": ("onnx", "onnxscript", "onnxruntime")}
 _TOLERANCE = 1e-4
 """Of the logits that onnxruntime gives, against torch's."""
 
@@ -30,18 +29,17 @@ def run(options: ExportOptions, world: World, config: AccelerateConfig) -> int:
     if world.size > 1:
         raise UserError(f"export is the work of one process, and there are {world.size}: start one")
     out, kind = options.out, options.out.suffix
-    if kind not in _NEEDED:
-        raise UserError(f"--out {out} must end in {', '.join(_NEEDED)}, not in '{kind}'")
+    if kind not in _FORMATS:
+        raise UserError(f"--out {out} must end in {', '.join(_FORMATS)}, not in '{kind}'")
     if out.exists():
         raise UserError(f"--out {out} exists already: name a new file")
     check_output("--out", out)
-    for package in _NEEDED[kind]:
+    write, packages = _FORMATS[kind]
+    for package in packages:
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"{kind} needs the package {package}: pip install {' '.join(_NEEDED[kind])}")
+            raise UserError(f"{kind} needs the package {package}: pip install {' '.join(packages)}")
     weights = read_weights(options.checkpoint, options.recipe)
-    write: dict[str, Callable[[SavedWeights], bytes]] = {".pth": _pth, ".safetensors": _safetensors, ".onnx": _onnx}
-    content = write[kind](weights)
-    write_output(out, content)
+    write_output(out, write(weights))
     recipe = weights.recipe
     mean, std = list(recipe.normalization.mean), list(recipe.normalization.std)
     images = f"RGB images (N, 3, {recipe.image_size}, {recipe.image_size}) in [0, 1]"
@@ -135,3 +133,11 @@ def _onnx(weights: SavedWeights) -> bytes:
         if not difference <= _TOLERANCE:
             raise RuntimeError(f"onnxruntime's logits differ from torch's by {difference:.2g}: nothing was written")
     return content
+
+
+_FORMATS: dict[str, tuple[Callable[[SavedWeights], bytes], tuple[str, ...]]] = {
+    ".pth": (_pth, ()),
+    ".safetensors": (_safetensors, ("safetensors",)),
+    ".onnx": (_onnx, ("onnx", "onnxscript", "onnxruntime")),
+}
+"""What writes a format, and the packages that it needs."""

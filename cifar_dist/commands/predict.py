@@ -1,6 +1,5 @@
 """`predict`: the most likely classes of images that belong to no dataset."""
 
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,9 @@ from torch import Tensor, nn
 
 from cifar_dist.config.accelerate_config import AccelerateConfig, other_count_note
 from cifar_dist.config.errors import EXIT_DONE, EXIT_USER_ERROR
+from cifar_dist.config.files import STANDARD_OUTPUT, check_json, write_json
 from cifar_dist.config.options import PredictOptions
+from cifar_dist.config.request import computed_with
 from cifar_dist.config.world import World
 from cifar_dist.data.batches import Normalizer
 from cifar_dist.data.decoding import ImageFile
@@ -22,7 +23,6 @@ from cifar_dist.display.progress import evaluation_display
 from cifar_dist.display.tables import format_table, print_notes
 from cifar_dist.records import Observer
 from cifar_dist.runtime.distributed import Runtime, connect, start
-from cifar_dist.training.checkpoint import check_output, write_output
 from cifar_dist.training.evaluation import batch_size_for
 from cifar_dist.training.weights import SavedWeights, read_weights
 
@@ -32,14 +32,13 @@ _DECODED_AT_ONCE = 256
 
 def run(options: PredictOptions, world: World, config: AccelerateConfig) -> int:
     """Predict as asked; give the exit code: 2 where an image could not be read."""
-    to_stdout = options.json is not None and str(options.json) == "-"
-    console = make_console(quiet=world.rank > 0, stderr=to_stdout)
+    console = make_console(quiet=world.rank > 0, stderr=options.json == STANDARD_OUTPUT)
     with connect(world, config) as ranks:
-        weights = ranks.from_main(lambda: _read_weights(options, to_stdout))
+        weights = ranks.from_main(lambda: _read_weights(options))
         files, unreadable = ranks.from_main(lambda: find_images(options.images))
-        precision, threads = weights.computed_with(world.size)
-        precision = options.precision or precision
-        runtime = start(ranks, config, typed_precision=precision, num_threads=threads, doing="predicting")
+        runtime = start(
+            ranks, config, **computed_with(weights.about, options.precision, world.size), doing="predicting"
+        )
         unnamed = "the weights do not name their classes: they are numbered" if weights.class_names is None else None
         notes = (*weights.notes, unnamed, *runtime.outlook.notes, other_count_note(world, config, None))
         print_notes(console, notes)
@@ -55,15 +54,14 @@ def run(options: PredictOptions, world: World, config: AccelerateConfig) -> int:
                     _print_table(console, top)
                 else:
                     about = {"checkpoint": str(weights.path), "precision": runtime.precision, "world_size": world.size}
-                    _write_json(options, to_stdout, {**about, "predictions": top, "unreadable": _listed(unreadable)})
+                    write_json(options.json, {**about, "predictions": top, "unreadable": _listed(unreadable)})
                 for name, reason in unreadable.items():
                     print(f"error: {name} {reason}", file=sys.stderr, flush=True)
     return EXIT_USER_ERROR if unreadable else EXIT_DONE
 
 
-def _read_weights(options: PredictOptions, to_stdout: bool) -> SavedWeights:
-    if options.json is not None and not to_stdout:
-        check_output("--json", options.json)
+def _read_weights(options: PredictOptions) -> SavedWeights:
+    check_json(options.json)
     return read_weights(options.checkpoint, options.recipe)
 
 
@@ -112,11 +110,3 @@ def _print_table(console: Console, predictions: Sequence[Mapping[str, Any]]) -> 
 
 def _listed(unreadable: Mapping[str, str]) -> list[dict[str, str]]:
     return [{"file": name, "reason": reason} for name, reason in unreadable.items()]
-
-
-def _write_json(options: PredictOptions, to_stdout: bool, content: Mapping[str, Any]) -> None:
-    text = json.dumps(content, allow_nan=False) + "\n"
-    if to_stdout:
-        sys.stdout.write(text)
-    elif options.json is not None:
-        write_output(options.json, text.encode())

@@ -7,6 +7,7 @@ from typing import Any
 
 from cifar_dist.config.accelerate_config import AccelerateConfig
 from cifar_dist.config.errors import EXIT_DONE, UserError
+from cifar_dist.config.files import write_output, writing
 from cifar_dist.config.options import ReportOptions
 from cifar_dist.config.world import World
 from cifar_dist.display.comparison import (
@@ -88,12 +89,9 @@ def _up_to_now(summary: Summary, records: Sequence[EpochRecord], config: Mapping
 
 def _write_files(folder: Path, files: Iterator[Path]) -> list[Path]:
     """Write files into a folder. Raises UserError where that cannot be."""
-    try:
+    with writing(folder, "folder with --out"):
         folder.mkdir(parents=True, exist_ok=True)
         return list(files)
-    except OSError as error:
-        what = f"cannot write {error.filename or folder}: {error.strerror or error}"
-        raise UserError(f"{what}; name another folder with --out") from None
 
 
 def _one(run: ReportedRun, figures: Path, page: Path) -> Iterator[Path]:
@@ -106,7 +104,6 @@ def _one(run: ReportedRun, figures: Path, page: Path) -> Iterator[Path]:
 
 def _several(runs: Sequence[ReportedRun], folder: Path) -> Iterator[Path]:
     """Draw runs over each other, and write their table as CSV, as Markdown and on a page; give the files."""
-    from cifar_dist.display.canvas import replace_file
     from cifar_dist.display.figures import draw_overlay
     from cifar_dist.display.page import page_of_runs
 
@@ -118,7 +115,7 @@ def _several(runs: Sequence[ReportedRun], folder: Path) -> Iterator[Path]:
     texts = {"csv": format_csv(runs), "md": format_markdown(runs), "html": page_of_runs(runs, title)}
     for suffix, text in texts.items():
         path = folder / f"report.{suffix}"
-        replace_file(path, text.encode())
+        write_output(path, text.encode())
         yield path
 
 

@@ -17,7 +17,7 @@ from cifar_dist.config.options import TrainOptions
 from cifar_dist.config.plan import RunPlan, make_plan
 from cifar_dist.config.provenance import command_line
 from cifar_dist.config.recipe import Recipe
-from cifar_dist.config.request import TrainRequest, resolve_run, seconds_allowed
+from cifar_dist.config.request import TrainRequest, computed_with, resolve_run, seconds_allowed
 from cifar_dist.config.world import SlurmJob, World
 from cifar_dist.data.archives import ARCHIVES
 from cifar_dist.data.dataset import Dataset
@@ -35,7 +35,7 @@ from cifar_dist.runtime.interrupt import Interrupt
 from cifar_dist.runtime.ranks import Ranks
 from cifar_dist.training.engine import DivergedError, InterruptedRun
 from cifar_dist.training.lock import RunLock
-from cifar_dist.training.opening import begin, describe, new_directory, open_job, rhythm_of
+from cifar_dist.training.opening import begin_session, describe, new_directory, open_run, rhythm_of
 from cifar_dist.training.run_directory import RunDirectory, UnwrittenRun
 from cifar_dist.training.saving import CheckpointWriter
 from cifar_dist.training.session import Session
@@ -56,28 +56,22 @@ def train(options: TrainOptions, world: World, config: AccelerateConfig) -> tupl
     interrupt = Interrupt(seconds=seconds_allowed(options.max_minutes, os.environ, time.time()))
     slurm_job = SlurmJob.from_environment(os.environ)
     with connect(world, config) as ranks, RunLock(slurm_job) as lock:
-        job = ranks.from_main(
-            lambda: open_job(options, world, slurm_job, lock, lambda text: print_notes(console, [text]))
+        opened = ranks.from_main(
+            lambda: open_run(options, world, slurm_job, lock, lambda text: print_notes(console, [text]))
         )
-        if job.nothing_left is not None:
-            print_notes(console, [job.nothing_left])
-            return EXIT_DONE, ranks.from_main(RunDirectory(job.directory).read_summary)
-        request, stored = job.run.request, job.run.stored
+        if opened.nothing_left is not None:
+            print_notes(console, [opened.nothing_left])
+            return EXIT_DONE, ranks.from_main(RunDirectory(opened.directory).read_summary)
+        request, stored = opened.run.request, opened.run.stored
         dataset, fingerprint = _load_alike(console, request, ranks)
-        same_world = stored.get("world_size") == world.size
-        runtime = start(
-            ranks,
-            config,
-            typed_precision=options.precision or stored.get("precision"),
-            num_threads=stored.get("num_threads") if same_world else None,
-        )
+        runtime = start(ranks, config, **computed_with(stored, options.precision, world.size))
         with ranks.together():
             recipe = request.fit(dataset.sizes)
             plan = make_plan(recipe, world_size=world.size, sizes=dataset.sizes, device_type=runtime.device.type)
         if not options.quiet:
-            step, note = job.checkpoint.get("step"), other_count_note(world, config, options.num_processes)
-            where = f"{job.directory}" + (f", going on after step {step:,}" if step else "")
-            lines = _header(where, request, runtime.outlook, plan, recipe, note, job.damage)
+            step, note = opened.checkpoint.get("step"), other_count_note(world, config, options.num_processes)
+            where = f"{opened.directory}" + (f", going on after step {step:,}" if step else "")
+            lines = _header(where, request, runtime.outlook, plan, recipe, note, opened.damage)
             print_header(console, lines | _data_lines(dataset, recipe))
         display = training_display(
             console,
@@ -87,16 +81,17 @@ def train(options: TrainOptions, world: World, config: AccelerateConfig) -> tupl
             facts=f"{runtime.outlook.short} · {world.size} process{'es' if world.size > 1 else ''}",
             memory=runtime.peak_memory_mib,
         )
-        trainer = build_trainer(recipe, plan, dataset, runtime, display, interrupt=interrupt, pretrained=job.pretrained)
+        trainer = build_trainer(
+            recipe, plan, dataset, runtime, display, interrupt=interrupt, pretrained=opened.pretrained
+        )
         about = describe(request, recipe, dataset.class_names, fingerprint, runtime)
-        directory = RunDirectory(job.directory, lock) if ranks.is_main else UnwrittenRun(job.directory)
+        directory = RunDirectory(opened.directory, lock) if ranks.is_main else UnwrittenRun(opened.directory)
         every = rhythm_of(options, stored)
-        minutes, steps = every["checkpoint_every_minutes"], every["checkpoint_every_steps"]
-        checkpoints = CheckpointWriter(directory, about, minutes=minutes, steps=steps)
+        checkpoints = CheckpointWriter(directory, about, **every)
         session = Session(checkpoints, trainer, dataset, Trackers(display.on_note))
         with ranks.together():
-            begin(session, job, plan, slurm_job, every)
-        return _train_and_test(console, display, session, _how_to_go_on(options, job.directory))
+            begin_session(session, opened, plan, slurm_job, every)
+        return _train_and_test(console, display, session, _how_to_go_on(options, opened.directory))
 
 
 def _how_to_go_on(options: TrainOptions, directory: Path) -> str:
@@ -111,13 +106,7 @@ def _show_plan(console: Console, options: TrainOptions, world: World, config: Ac
     run = resolve_run(options)
     request, stored = run.request, run.stored
     future = world_to_come(world, config, options.num_processes)
-    outlook = look_ahead(
-        config,
-        os.environ,
-        future,
-        typed_precision=options.precision or stored.get("precision"),
-        num_threads=stored.get("num_threads") if stored.get("world_size") == future.size else None,
-    )
+    outlook = look_ahead(config, os.environ, future, **computed_with(stored, options.precision, future.size))
     check_world(future, outlook.device_type, os.environ)
     sizes = known_sizes(request.dataset, request.recipe)
     recipe = request.fit(sizes)

@@ -75,7 +75,7 @@ def load_accelerate_config(path: str | None) -> AccelerateConfig:
         main_process_ip=values.get("main_process_ip"),
         main_process_port=_number(values, "main_process_port", path) if values.get("main_process_port") else None,
         use_cpu=_flag(values, "use_cpu", path),
-        gpu_ids=None if values.get("gpu_ids") in (None, "all") else str(values["gpu_ids"]),
+        gpu_ids=_gpu_ids(values.get("gpu_ids"), path),
         mixed_precision=_mixed_precision(values.get("mixed_precision"), path),
         **_dynamo(values.get("dynamo_config"), path),
     )
@@ -124,6 +124,14 @@ def _flag(values: Mapping[str, Any], key: str, path: str) -> bool:
     return value
 
 
+def _gpu_ids(value: Any, path: str) -> str | None:
+    if value is None or value == "all":
+        return None
+    if type(value) not in (int, str):
+        raise UserError(f"Accelerate config {path}: gpu_ids must be like 0,1 or all, not {value!r}")
+    return str(value)
+
+
 def _mixed_precision(value: Any, path: str) -> Literal["no", "fp16", "bf16"] | None:
     if value is None or value in ("no", "fp16", "bf16"):
         return value
@@ -140,9 +148,11 @@ def _dynamo(values: Any, path: str) -> dict[str, str]:
     for key, value in (values or {}).items():
         name = f"dynamo_{str(key).removeprefix('dynamo_')}"
         text = str(value).upper() if name == "dynamo_backend" else str(value)
-        if text not in choices.get(name, (text,)) or name not in choices:
-            what = f"must be one of {', '.join(choices[name])}, not {value!r}" if name in choices else "is not served"
-            raise UserError(f"Accelerate config {path}: dynamo_config.{key} {what}")
+        what = f"Accelerate config {path}: dynamo_config.{key}"
+        if name not in choices:
+            raise UserError(f"{what} is not served")
+        if text not in choices[name]:
+            raise UserError(f"{what} must be one of {', '.join(choices[name])}, not {value!r}")
         chosen[name] = text
     return chosen
 

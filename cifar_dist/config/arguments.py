@@ -43,6 +43,8 @@ class _Parser(argparse.ArgumentParser):
 
 def parse_arguments(argv: list[str]) -> tuple[str, Options]:
     """Give the command (`train` where none is typed) and its options. Raises UserError."""
+    if any(word == "" or (word.startswith("--") and word.endswith("=")) for word in argv):
+        raise UserError("an argument is empty: is a variable of your script not set?")
     if argv[:1] in (["-h"], ["--help"], ["--version"]):
         _top_parser().parse_args(argv[:1])
     if argv[:1] == ["--completion"]:

@@ -131,7 +131,7 @@ class EvalOptions(DeviceOptions):
     split: str = flag("--split", "default: test", default="test", choices=("test", "validation"))
     recipe: str | None = flag("--recipe", **_RECIPE_OF_WEIGHTS)
     tta: str = flag("--tta", "average over the mirror image too", default="none", choices=("none", "mirror"))
-    json: Path | None = flag("--json", "write the result there", **_FILE)
+    json: Path | None = flag("--json", "write the result there; - for the standard output", **_FILE)
     figures: Path | None = flag(
         "--figures", "draw the confusion matrix, accuracy by class, predictions there", **_FOLDER
     )
@@ -177,7 +177,7 @@ class BenchOptions(DeviceOptions):
     assignments: Mapping[str, Any] = flag("--set", **_SET)
     seconds: float = flag("--seconds", "for each loop measured (default 10)", default=10.0, type=float, metavar="S")
     sweep: bool = switch("--sweep", "measure precisions, layouts, compilers; which is fastest")
-    json: Path | None = flag("--json", "write the figures there", **_FILE)
+    json: Path | None = flag("--json", "write the figures there; - for the standard output", **_FILE)
 
     def __post_init__(self) -> None:
         if not 0 < self.seconds < 86_400:

@@ -41,8 +41,14 @@ def package_versions() -> dict[str, str]:
 
 def git_commit() -> str | None:
     """Give the checkout's commit, with `-dirty` where tracked files differ from it; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    here = Path(__file__)
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
+        _git(here.parent, "ls-files", "--error-unmatch", here.name)  # else it only lies in somebody's checkout
+        return _git(here.parent, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*") or None
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _git(folder: Path, *words: str) -> str:
+    command = ["git", "-C", str(folder), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

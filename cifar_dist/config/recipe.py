@@ -4,6 +4,7 @@ A `Recipe` says nothing of devices or processes (that is the world, `config/worl
 here: the recipes in `config/recipes/*.yaml` are whole, and a user's file is laid over `standard`.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -188,7 +189,7 @@ class Recipe:
 
         A field of a field is changed by its dotted name: `**{"optimizer.learning_rate": 0.1}`. Raises UserError.
         """
-        return resolve_recipe(read_recipe(name_or_file), {}, nested(changes))
+        return resolve_recipe(read_recipe(name_or_file), nested(changes))
 
     def __post_init__(self) -> None:
         for field in ("epochs", "global_batch_size", "gradient_accumulation_steps", "image_size"):
@@ -230,9 +231,12 @@ class Recipe:
         _require(ok, "image_size_schedule", [list(pair) for pair in schedule], "[size, end] pairs, ends rising to 1.0")
 
 
-def resolve_recipe(base: Mapping[str, Any], flags: Mapping[str, Any], assignments: Mapping[str, Any]) -> Recipe:
-    """Lay the typed flags, then `--set`, over the base recipe and check the whole. Raises UserError."""
-    return build(Recipe, merge(merge(base, flags), assignments))
+def resolve_recipe(*layers: Mapping[str, Any]) -> Recipe:
+    """Lay a recipe's fields over each other (the base, typed flags, then `--set`) and check the whole.
+
+    Raises UserError.
+    """
+    return build(Recipe, functools.reduce(merge, layers))
 
 
 def recipe_to_mapping(recipe: Recipe) -> dict[str, Any]:

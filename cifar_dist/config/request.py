@@ -1,9 +1,9 @@
 """What a training run was asked to be: what was typed, over what the run being resumed was, over the defaults."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.loading import read_recipe, recipe_label, stated_fields
@@ -11,11 +11,9 @@ from cifar_dist.config.options import TrainOptions
 from cifar_dist.config.parsing import flatten, nearest
 from cifar_dist.config.plan import KNOWN_SIZES, DatasetSizes, fit_to_dataset, make_plan
 from cifar_dist.config.recipe import Recipe, recipe_to_mapping, resolve_recipe
-from cifar_dist.config.run_files import RunFiles, find_run, find_run_of_job, verify_checksums
+from cifar_dist.config.run_files import RunFiles, find_run, find_run_of_job, first_good, verify
 from cifar_dist.config.trackers import check_trackers
 from cifar_dist.config.world import SlurmJob
-
-T = TypeVar("T")
 
 DEFAULT_RECIPE, DEFAULT_DATASET, DEFAULT_DATA_DIR = "standard", "cifar10", Path("data")
 DEFAULT_RUNS = Path("runs")
@@ -92,33 +90,16 @@ def check_before_launch(options: TrainOptions, *, world_size: int, machine_rank:
     return run.request
 
 
-def verify(path: Path) -> None:
-    """Verify a checkpoint's checksums. Raises UserError."""
-    try:
-        with path.open("rb") as file:
-            verify_checksums(path, file)
-    except OSError as error:
-        raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from None
+def computed_with(about: Mapping[str, Any], typed_precision: str | None, world_size: int) -> dict[str, Any]:
+    """Give `typed_precision` and `num_threads`: as typed, else as what is gone on with was computed (`about`).
 
-
-def first_good(run: RunFiles, load: Callable[[Path], T]) -> tuple[T | None, str | None]:
-    """Load a run's last checkpoint, or where that is damaged the previous one, and what to say of that.
-
-    None where there is none yet. Raises UserError where none is good.
+    The number of threads counts in a world of the same size alone: with both, its bits come again.
     """
-    if not run.last.exists():
-        if not run.previous.exists():
-            return None, None
-        return load(run.previous), f"{run.last} is missing: going on from {run.previous.name}"
-    try:
-        return load(run.last), None
-    except UserError as error:
-        if not run.previous.exists():
-            raise
-        try:
-            return load(run.previous), f"{error}: going on from {run.previous.name}"
-        except UserError as second:
-            raise UserError(f"{error}; and {second}") from None
+    same_world = about.get("world_size") == world_size
+    return {
+        "typed_precision": typed_precision or about.get("precision"),
+        "num_threads": about.get("num_threads") if same_world else None,
+    }
 
 
 def seconds_allowed(max_minutes: float | None, environ: Mapping[str, str], now: float) -> float | None:

@@ -2,14 +2,16 @@
 
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import count, takewhile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.loading import read_yaml
+
+T = TypeVar("T")
 
 
 class RunFiles:
@@ -92,3 +94,32 @@ def verify_checksums(path: Path, file: BinaryIO) -> None:
         raise UserError(f"checkpoint {path} is damaged: it ends too early or its index is broken") from None
     if damaged is not None:
         raise UserError(f"checkpoint {path} is damaged: the checksum of {damaged} is wrong")
+
+
+def verify(path: Path) -> None:
+    """Verify a checkpoint's checksums. Raises UserError."""
+    try:
+        with path.open("rb") as file:
+            verify_checksums(path, file)
+    except OSError as error:
+        raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from None
+
+
+def first_good(run: RunFiles, load: Callable[[Path], T]) -> tuple[T | None, str | None]:
+    """Load a run's last checkpoint, or where that is damaged the previous one, and what to say of that.
+
+    None where there is none yet. Raises UserError where none is good.
+    """
+    if not run.last.exists():
+        if not run.previous.exists():
+            return None, None
+        return load(run.previous), f"{run.last} is missing: going on from {run.previous.name}"
+    try:
+        return load(run.last), None
+    except UserError as error:
+        if not run.previous.exists():
+            raise
+        try:
+            return load(run.previous), f"{error}: going on from {run.previous.name}"
+        except UserError as second:
+            raise UserError(f"{error}; and {second}") from None

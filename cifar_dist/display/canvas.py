@@ -1,7 +1,6 @@
 """Where a drawing goes: into a PNG, or into a page as SVG. And how names come into it as they are."""
 
 import io
-import os
 import re
 import warnings
 from pathlib import Path
@@ -10,6 +9,7 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from cifar_dist.config.files import write_atomically
 from cifar_dist.display.curves import PALETTE
 
 
@@ -27,17 +27,7 @@ def save_figure(figure: Figure, path: Path) -> None:
         # A name in a script that the font lacks is drawn as boxes; the page and the table have it.
         warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
         figure.savefig(file, dpi=110, format="png")
-    replace_file(path, file.getvalue())
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file, in place in one step; each process has a temporary name of its own."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, lambda png: png.write(file.getvalue()))
 
 
 def to_svg(figure: Figure) -> str:

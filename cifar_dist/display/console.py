@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-import sys
+from typing import IO
 
 from rich.console import Console
 
@@ -17,7 +17,7 @@ class SteadyConsole(Console):
     def on_broken_pipe(self) -> None:
         """Go on in silence: whoever read has left (`| head`), and a training is worth more than its lines."""
         self.quiet = True
-        discard_output()
+        discard_output(self.file)
 
 
 def make_console(*, quiet: bool = False, stderr: bool = False) -> Console:
@@ -33,7 +33,7 @@ def can_draw(console: Console) -> bool:
     return console.is_interactive and console.is_terminal and not console.is_dumb_terminal
 
 
-def discard_output() -> None:
-    """Send what is still to be written to the standard output nowhere."""
+def discard_output(stream: IO[str]) -> None:
+    """Send what is still to be written to a stream nowhere."""
     with contextlib.suppress(OSError, ValueError):  # it is no file, or closed
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

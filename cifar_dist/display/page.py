@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cifar_dist.config.files import write_atomically
 from cifar_dist.config.parsing import flatten
 from cifar_dist.config.provenance import command_line
-from cifar_dist.display.canvas import replace_file
 from cifar_dist.display.comparison import ReportedRun, comparison_notes, comparison_rows, short_names
 from cifar_dist.display.curves import overlaid_panels, run_panels, style_of
 from cifar_dist.display.figures import (
@@ -56,7 +56,7 @@ def write_run(run: ReportedRun, saved: Arrays | None, figures: Path, page: Path 
     if summary.test is not None and saved is not None:
         yield from draw_evaluation(figures, summary.test, saved, title=run.title)
     if page is not None:
-        replace_file(page, page_of_run(run, saved or {}).encode())
+        write_atomically(page, lambda file: file.write(page_of_run(run, saved or {}).encode()))
         yield page
 
 

@@ -6,7 +6,6 @@ from datetime import datetime, timedelta
 from typing import Self
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from cifar_dist.config.plan import KNOWN_SIZES, RunPlan
@@ -32,7 +31,7 @@ class Display(Observer):
 
     def on_note(self, text: str) -> None:
         """Print a line: whole in a pipe or a file, and on a terminal that is too narrow broken between words."""
-        self.console.print(escape(text), highlight=False, soft_wrap=not can_draw(self.console))
+        self.console.print(text, markup=False, highlight=False, soft_wrap=not can_draw(self.console))
 
 
 class PlainDisplay(Display):
@@ -84,7 +83,7 @@ class ExpectedEnd:
 def format_expected_end(plan: RunPlan, recipe_name: str, steps_left: int, step_seconds: float, now: datetime) -> str:
     """Say when training will end; where that is over half an hour away, say what would end sooner."""
     seconds = steps_left * step_seconds
-    end = now + timedelta(seconds=seconds)
+    end = now + timedelta(seconds=min(seconds, 1e11))  # 3,000 years: no calendar has all that can be typed
     day = "" if end.date() == now.date() else f" {end:%Y-%m-%d}"
     text = f"expected end{day} {end:%H:%M}, in {format_duration(seconds)}, evaluation not counted"
     epochs = int(_HALF_AN_HOUR / (step_seconds * plan.steps_per_epoch)) if step_seconds > 0 else 0
@@ -132,7 +131,7 @@ class CountProgress(PlainDisplay):
         super().__init__(console)
         self.what, self.unit, self.scale = what, unit, scale
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),  # a folder's name
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn("{task.fields[shown]}"),

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
-from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ def imagenet_weights(note: Callable[[str], None] = lambda text: None) -> dict[st
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # torch.hub's own line; a refusal is one line, and ours
             state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except (OSError, URLError, RuntimeError, EOFError, UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
         if place.exists() and not isinstance(error, OSError):  # torch does not look at a file that lies there already
             raise UserError(f"the ImageNet weights in {place} are damaged: remove the file") from None
         reason = str(getattr(error, "reason", error)) or type(error).__name__

@@ -1,4 +1,4 @@
-"""The one place that knows Accelerate: device placement, mixed precision, reductions, and what one process may do."""
+"""Accelerate, as the launcher uses it: device placement, mixed precision, reductions, and what one process may do."""
 
 import os
 import warnings
@@ -25,7 +25,7 @@ from cifar_dist.runtime.threads import choose_num_threads, usable_cores
 
 
 class Runtime:
-    """Where this process computes, and how precisely. Made by `start`; nobody else knows Accelerate."""
+    """Where this process computes, and how precisely. Made by `start`."""
 
     def __init__(self, accelerator: Accelerator, ranks: Ranks, outlook: Outlook) -> None:
         self.accelerator = accelerator

@@ -39,7 +39,8 @@ def launch(argv: Sequence[str], config: AccelerateConfig, num_processes: int) ->
             start_new_session=True,  # a Ctrl-C reaches this process alone, which passes it on once
             preexec_fn=partial(end_with_parent, signal.SIGTERM) if sys.platform == "linux" else None,
         )
-        signals.agent.wait()
+        if signals.code is None:  # else a signal came while it was started, and it is killed now
+            signals.agent.wait()
         with contextlib.suppress(OSError, ValueError):
             return int(code_file.read_text())
         return EXIT_FAILED if signals.code is None else signals.code

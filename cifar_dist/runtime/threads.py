@@ -31,7 +31,7 @@ def choose_num_threads(environ: Mapping[str, str], *, cores: int, local_processe
 
 
 def usable_cores() -> int:
-    """Count the physical cores that this process may run on."""
+    """Count the cores that this process may run on, at most as many as there are physical ones."""
     affinity = getattr(os, "sched_getaffinity", None)
     allowed = len(affinity(0)) if affinity else (os.cpu_count() or 1)
     return min(allowed, psutil.cpu_count(logical=False) or allowed)

@@ -1,5 +1,6 @@
 """What a training step is made of: its time and memory by part, and its arithmetic."""
 
+import re
 from collections.abc import Callable, Iterable
 
 import torch
@@ -17,6 +18,7 @@ from cifar_dist.training.metrics import RunningSums, batch_loss
 # Dense peak of the matrix units, 1e12 operations a second: in 16 bits, and in float32 (torch's convolutions use TF32
 # where there is any). From NVIDIA's data sheets.
 _PEAK_TERAFLOPS = {
+    "GH200": (989.4, 494.7),
     "H200": (989.4, 494.7),
     "H100 PCIe": (756.0, 378.0),
     "H100": (989.4, 494.7),
@@ -109,7 +111,7 @@ def peak_flops(runtime: Runtime) -> float | None:
     if runtime.device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(runtime.device)
-    known = next((peaks for model, peaks in _PEAK_TERAFLOPS.items() if model in name), None)
+    known = next((peaks for model, peaks in _PEAK_TERAFLOPS.items() if re.search(rf"\b{model}\b", name)), None)
     return None if known is None else 1e12 * known[runtime.precision == "no"]
 
 

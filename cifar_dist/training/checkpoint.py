@@ -4,12 +4,11 @@ Accelerate's `save_state` is not used: it is not atomic, reads some of its files
 states that do not survive a change of world size.
 """
 
-import errno
 import io
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,42 +16,17 @@ from typing import Any, BinaryIO
 import torch
 
 from cifar_dist.config.errors import UserError
+from cifar_dist.config.files import write_atomically
 from cifar_dist.config.run_files import verify_checksums
 
 FORMAT_VERSION = 1
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file under a temporary name in the same folder, fsync it, and put it in place in one step."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def check_output(option: str, path: Path) -> None:
-    """Refuse a place that cannot be written to before time is spent on what goes there. Raises UserError."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UserError(f"{option} {path} cannot be written: name a file in a folder that exists")
-
-
-def write_output(path: Path, content: bytes) -> None:
-    """Write a file that was asked for, atomically. Raises UserError where that cannot be."""
-    try:
-        write_atomically(path, lambda file: file.write(content))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; name another place") from None
-
-
 def save_checkpoint(path: Path, content: dict[str, Any], *, previous: Path | None = None) -> None:
-    """Write a checkpoint atomically; what was at `path` becomes `previous`, and `path` is never missing."""
+    """Write a checkpoint atomically; what was at `path` becomes `previous`.
+
+    One of the two is always there: `path` itself, where the file system knows hard links.
+    """
     if previous is not None and path.exists():
         link = previous.with_name(f".{previous.name}.{os.getpid()}.tmp")
         link.unlink(missing_ok=True)
@@ -108,6 +82,12 @@ def is_bare_weights(content: dict[str, Any]) -> bool:
     return "format_version" not in content and all(isinstance(value, torch.Tensor) for value in content.values())
 
 
+def averaged_weights(content: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Give the weights of a checkpoint of ours that are evaluated: the average, where there is one."""
+    weights: dict[str, torch.Tensor] = content.get("model_ema", content["model"])
+    return weights
+
+
 def _unpack(path: Path, data: bytes) -> dict[str, Any]:
     verify_checksums(path, io.BytesIO(data))
     try:
@@ -121,18 +101,3 @@ def _unpack(path: Path, data: bytes) -> dict[str, Any]:
     if not isinstance(content, dict) or not content or not all(isinstance(key, str) for key in content):
         raise UserError(f"checkpoint {path} holds no state dict")
     return content
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable; Windows has no such call on a folder and needs none."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):  # a file system that knows no such thing
-            raise
-    finally:
-        os.close(descriptor)

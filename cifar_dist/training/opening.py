@@ -1,4 +1,4 @@
-"""How a run opens: what was asked for becomes a job, its folder is locked, and what is known is written down."""
+"""How a run opens: what was asked for becomes a run, its folder is locked, and what is known is written down."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from cifar_dist.config.errors import UserError
 from cifar_dist.config.options import TrainOptions
 from cifar_dist.config.parsing import flatten, to_mapping
 from cifar_dist.config.plan import RunPlan
@@ -17,12 +18,11 @@ from cifar_dist.config.request import (
     RunRequest,
     TrainRequest,
     check_plan,
-    first_good,
     refuse_other_data,
     refuse_other_recipe,
     resolve_run,
 )
-from cifar_dist.config.run_files import names_in_turn
+from cifar_dist.config.run_files import RunFiles, first_good, names_in_turn
 from cifar_dist.config.world import SlurmJob, World
 from cifar_dist.runtime.distributed import Runtime
 from cifar_dist.training.checkpoint import load_checkpoint, understanding
@@ -33,7 +33,7 @@ from cifar_dist.training.setup import pretrained_weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Job:
+class OpenedRun:
     """All that was asked for, checked, and what rank 0 alone reads: the same on all ranks."""
 
     run: RunRequest
@@ -47,10 +47,10 @@ class Job:
     """Why there is nothing to do, where that is so."""
 
 
-def open_job(
+def open_run(
     options: TrainOptions, world: World, slurm_job: SlurmJob | None, lock: RunLock, note: Callable[[str], None]
-) -> Job:
-    """Turn what was typed into a job, and lock the run that goes on; `note` hears of a download.
+) -> OpenedRun:
+    """Resolve what was typed, and lock the run that goes on; `note` hears of a download.
 
     Raises UserError; nothing else is changed.
     """
@@ -59,21 +59,30 @@ def open_job(
     existing, checkpoint, damage, nothing_left = run.existing, None, None, None
     if existing is not None:
         nothing_left = RunDirectory(existing.path).nothing_left(run.request.recipe.epochs)
-        if nothing_left is None:
-            with preparing(existing.path):
-                lock.take(existing.path)
+    if existing is not None and nothing_left is None:
+        with preparing(existing.path):
+            lock.take(existing.path)
         checkpoint, damage = first_good(existing, load_checkpoint)
-        if checkpoint is not None:
+        if checkpoint is None:
+            _refuse_to_begin_again(existing)
+        else:
             with understanding(existing.last):
                 refuse_other_recipe(run.request, checkpoint)
-    return Job(
+    return OpenedRun(
         run=run,
         directory=new_directory(options, run.request) if existing is None else existing.path,
         checkpoint=checkpoint or {},
         damage=damage,
-        pretrained=None if checkpoint else pretrained_weights(run.request.recipe, note),
+        pretrained=None if checkpoint or nothing_left else pretrained_weights(run.request.recipe, note),
         nothing_left=nothing_left,
     )
+
+
+def _refuse_to_begin_again(run: RunFiles) -> None:
+    """Raise UserError where a run that has been tested has lost its checkpoints: from the start it would be another."""
+    summary = RunDirectory(run.path).read_summary()
+    if summary is not None and summary.test is not None:
+        raise UserError(f"the checkpoints of {run.path} are gone, and it cannot go on: type a new --run-dir")
 
 
 def new_directory(options: TrainOptions, request: TrainRequest) -> Path:
@@ -105,28 +114,28 @@ def rhythm_of(options: TrainOptions, stored: Mapping[str, Any]) -> dict[str, Any
     return {name: stored.get(name) if value is None else value for name, value in typed.items()}
 
 
-def begin(
-    session: Session, job: Job, plan: RunPlan, slurm_job: SlurmJob | None, rhythm: Mapping[str, float | None]
+def begin_session(
+    session: Session, opened: OpenedRun, plan: RunPlan, slurm_job: SlurmJob | None, rhythm: Mapping[str, float | None]
 ) -> None:
     """Go on from the checkpoint, where there is one, write what is known, and start the trackers. Raises UserError."""
     directory, about = session.directory, session.checkpoints.header
     with understanding(directory.last):
-        if then := job.checkpoint or job.run.stored:
+        if then := opened.checkpoint or opened.run.stored:
             refuse_other_data(about, then)
-        if job.checkpoint:
-            session.restore(job.checkpoint)
-    if job.damage is not None and directory.last.exists():
+        if opened.checkpoint:
+            session.restore(opened.checkpoint)
+    if opened.damage is not None and directory.last.exists():
         directory.set_aside(directory.last)
     marks = {
         **rhythm,
-        "trackers": list(job.run.request.trackers),
+        "trackers": list(opened.run.request.trackers),
         "plan": to_mapping(plan),
         "versions": package_versions(),
         "git_commit": git_commit(),
     }
     marks |= {} if slurm_job is None else {"slurm_job": slurm_job.name}
-    session.begin(about | marks, is_new=job.run.existing is None)
-    if session.runtime.is_main and job.run.request.trackers:
+    session.begin(about | marks, is_new=opened.run.existing is None)
+    if session.runtime.is_main and opened.run.request.trackers:
         parameters = flatten(about["recipe"]) | {name: about[name] for name in ("world_size", "device", "precision")}
-        folder, name = job.directory / "tracking", job.directory.name
-        session.trackers.start(job.run.request.trackers, folder, name, parameters, session.state.step)
+        folder, name = opened.directory / "tracking", opened.directory.name
+        session.trackers.start(opened.run.request.trackers, folder, name, parameters, session.state.step)

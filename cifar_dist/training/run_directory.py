@@ -12,6 +12,7 @@ import yaml
 from numpy.typing import NDArray
 
 from cifar_dist.config.errors import UserError
+from cifar_dist.config.files import write_atomically
 from cifar_dist.config.run_files import RunFiles
 from cifar_dist.records import EpochRecord, Summary
 from cifar_dist.training.lock import LockLostError, RunLock
@@ -30,7 +31,7 @@ class RunDirectory(RunFiles):
     """The files of one run, written and read. Nothing is made before `create`."""
 
     def __init__(self, path: Path, lock: RunLock | None = None) -> None:
-        """`lock` is taken by `create`, or was taken before; None for who only reads."""
+        """`lock` is taken by `create`, or was taken before; without one it is a lock of its own."""
         super().__init__(path)
         self._lock = lock or RunLock()
 
@@ -61,7 +62,7 @@ class RunDirectory(RunFiles):
         self.append(self.metrics, record.to_json().encode() + b"\n")
 
     def read_records(self) -> list[EpochRecord]:
-        """Read metrics.jsonl; a last line that was cut off is left out."""
+        """Read metrics.jsonl, up to a line that was cut off or is damaged."""
         records = []
         lines = self.metrics.read_bytes().splitlines() if self.metrics.exists() else []
         for line in lines:
@@ -146,8 +147,6 @@ class RunDirectory(RunFiles):
 
     def write(self, path: Path, write: Callable[[BinaryIO], Any]) -> None:
         """Write a file so that it is there whole or not at all."""
-        from cifar_dist.training.checkpoint import write_atomically
-
         self._lock.check()
         write_atomically(path, write)
 

@@ -17,15 +17,21 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, run: RunDirectory, header: Mapping[str, Any], *, minutes: float | None = None, steps: int | None = None
+        self,
+        run: RunDirectory,
+        header: Mapping[str, Any],
+        *,
+        checkpoint_every_minutes: float | None = None,
+        checkpoint_every_steps: int | None = None,
     ) -> None:
         """Take in `header` what every checkpoint says of its run (recipe, dataset, precision, …)."""
         self.run = run
         self.header = dict(header)
+        minutes = checkpoint_every_minutes
         self.within_epochs = minutes is not None
         self._every_seconds = 60 * (1 if minutes is None else minutes)
         self._largest_share = 0.01 if minutes is None else math.inf
-        self._every_steps = steps
+        self._every_steps = checkpoint_every_steps
         self._written_at = time.monotonic()
         self._seconds = 0.0
         self._written_step: int | None = None

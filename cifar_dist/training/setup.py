@@ -24,7 +24,7 @@ from cifar_dist.model.resnet import build_resnet, whiten_stem
 from cifar_dist.records import Observer
 from cifar_dist.runtime.distributed import Runtime
 from cifar_dist.runtime.interrupt import Interrupt
-from cifar_dist.training.checkpoint import is_bare_weights, load_checkpoint
+from cifar_dist.training.checkpoint import averaged_weights, is_bare_weights, load_checkpoint
 from cifar_dist.training.early_stopping import EarlyStopping
 from cifar_dist.training.engine import Trainer
 from cifar_dist.training.evaluation import EvaluationSet
@@ -125,10 +125,11 @@ def pretrained_weights(recipe: Recipe, note: Callable[[str], None] = lambda text
     if recipe.pretrained == "imagenet":
         return imagenet_weights(note)
     content = load_checkpoint(Path(recipe.pretrained))
-    weights = content if is_bare_weights(content) else content.get("model_ema", content.get("model"))
-    if not isinstance(weights, dict):
+    if is_bare_weights(content):
+        return content
+    if not isinstance(content.get("model"), dict):
         raise UserError(f"pretrained={recipe.pretrained} holds no weights")
-    return weights
+    return averaged_weights(content)
 
 
 def _data_path(

@@ -1,12 +1,13 @@
 """All that changes while a model is trained, and its way into a checkpoint and back."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cifar_dist.config.parsing import to_mapping
 from cifar_dist.model.batch_norm import Groups, running_statistics
 from cifar_dist.model.ema import ExponentialMovingAverage
 from cifar_dist.model.optimizer import load_optimizer_state
@@ -75,7 +76,6 @@ class TrainState:
 
     def to_mapping(self) -> dict[str, Any]:
         """Give the state as plain containers and tensors."""
-        best = self.best
         return {
             "model": dict(self.model.state_dict()),
             **({} if self.ema is None else {"model_ema": dict(self.ema.model.state_dict())}),
@@ -85,7 +85,7 @@ class TrainState:
             "step": self.step,
             "train_seconds": self.train_seconds,
             "epoch_seconds": self.epoch_seconds,
-            "best": None if best is None else {field.name: getattr(best, field.name) for field in fields(best)},
+            "best": to_mapping(self.best),
         }
 
     def restore(self, content: Mapping[str, Any]) -> None:

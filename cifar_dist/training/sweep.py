@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from cifar_dist.config.errors import UserError
 from cifar_dist.runtime.distributed import Runtime
 from cifar_dist.runtime.timing import Contender, alternate, seconds_of
 
@@ -24,6 +25,7 @@ def sweep(
     """Measure a bare step with every choice of precision, memory layout, compiler and optimiser kernel.
 
     `build_step` takes these by name and gives the step, of `batch_size` images; `heard` is `alternate`'s.
+    Raises UserError where none can be measured.
     """
     rows: list[dict[str, Any]] = []
     steps: list[tuple[dict[str, Any], Contender]] = []
@@ -50,6 +52,8 @@ def sweep(
             steps.append((row, Contender("", step)))
         else:
             hopeless.add(network)
+    if not steps:
+        raise UserError(f"nothing can be measured here: {rows[0]['failed']}")
     rounds = alternate([each for _, each in steps], batch_size, seconds, runtime, heard)
     for (row, _), rates in zip(steps, zip(*rounds, strict=True), strict=True):
         row |= {"images_per_second": statistics.median(rates), "min": min(rates), "max": max(rates)}

@@ -12,7 +12,7 @@ from cifar_dist.config.errors import UserError
 from cifar_dist.config.loading import read_recipe
 from cifar_dist.config.recipe import Recipe, resolve_recipe
 from cifar_dist.model.resnet import build_resnet, infer_architecture, load_weights
-from cifar_dist.training.checkpoint import is_bare_weights, load_checkpoint, understanding
+from cifar_dist.training.checkpoint import averaged_weights, is_bare_weights, load_checkpoint, understanding
 from cifar_dist.training.run_directory import RunDirectory
 
 
@@ -27,13 +27,8 @@ class SavedWeights:
     class_names: tuple[str, ...] | None
     """None for bare weights, which do not know."""
     about: Mapping[str, Any]
-    """The checkpoint's own words on dataset, precision and threads; empty for bare weights."""
+    """The checkpoint's own words on dataset, precision and threads; bare weights are taken to be float32."""
     notes: tuple[str, ...]
-
-    def computed_with(self, world_size: int) -> tuple[str, int | None]:
-        """Give their run's precision, and its threads in a world of the same size: with both, its bits come again."""
-        threads = self.about.get("num_threads") if self.about.get("world_size") == world_size else None
-        return self.about.get("precision", "no"), threads
 
     def build(self, device: torch.device, memory_format: torch.memory_format) -> nn.Module:
         """Give the network with these weights, in evaluation mode. Raises UserError where they do not fit it."""
@@ -73,9 +68,9 @@ def _checkpoint_file(path: Path) -> Path:
 def _own_weights(path: Path, content: dict[str, Any], recipe_name: str | None) -> SavedWeights:
     if "recipe" not in content or "model" not in content:
         raise UserError(f"checkpoint {path} is neither a checkpoint of this program nor a bare state dict")
-    recipe = resolve_recipe(content["recipe"], {}, {})
+    recipe = resolve_recipe(content["recipe"])
     if recipe_name is not None:
-        typed = resolve_recipe(read_recipe(recipe_name), {}, {})
+        typed = resolve_recipe(read_recipe(recipe_name))
         if typed.stem != recipe.stem:
             raise UserError(f"--recipe {recipe_name} has the stem {typed.stem}, and {path} has {recipe.stem}")
         # How images look; the split and its seed stay the run's own.
@@ -85,7 +80,7 @@ def _own_weights(path: Path, content: dict[str, Any], recipe_name: str | None) -
     names = tuple(content["class_names"])
     return SavedWeights(
         path=path,
-        tensors=content.get("model_ema", content["model"]),
+        tensors=averaged_weights(content),
         recipe=recipe,
         num_classes=len(names),
         class_names=names,
@@ -98,11 +93,17 @@ def _bare_weights(path: Path, tensors: dict[str, Tensor], recipe_name: str | Non
     """Infer from the tensors what they can tell, and take the rest from the recipe, typed or likely."""
     stem, num_classes = infer_architecture(tensors)
     name = recipe_name or ("original" if stem == "imagenet" else "standard")
-    recipe = resolve_recipe(read_recipe(name), {}, {} if recipe_name else {"stem": stem})
+    recipe = resolve_recipe(read_recipe(name), {} if recipe_name else {"stem": stem})
     if (recipe.stem == "imagenet") != (stem == "imagenet"):
         raise UserError(f"--recipe {name} has the stem {recipe.stem}, and {path} has {stem}")
     mean, std = list(recipe.normalization.mean), list(recipe.normalization.std)
     note = f"bare weights: stem {recipe.stem}, {num_classes} classes; normalisation of {name} (mean {mean}, std {std})"
     return SavedWeights(
-        path=path, tensors=tensors, recipe=recipe, num_classes=num_classes, class_names=None, about={}, notes=(note,)
+        path=path,
+        tensors=tensors,
+        recipe=recipe,
+        num_classes=num_classes,
+        class_names=None,
+        about={"precision": "no"},
+        notes=(note,),
     )

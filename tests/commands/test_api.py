@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import cifar_dist
 from cifar_dist import Recipe, evaluate, load_model, train
 from cifar_dist.config.errors import UserError
 from tests.conftest import ROOT, make_dataset
@@ -55,7 +56,17 @@ def test_the_first_blocks_train_evaluate_and_load(small, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_path_is_shown_as_it_is(monkeypatch, capsys):
+    def shown(options, world, config, console):
+        console.print(f"{options.checkpoint}")
+
+    monkeypatch.setattr("cifar_dist.api.evaluate_command.evaluate", shown)
+    evaluate("runs/:100:")
+    assert capsys.readouterr().out == "runs/:100:\n"
+
+
 def test_mistakes_are_exceptions(small):
+    assert issubclass(cifar_dist.UserError, Exception) and "UserError" in dir(cifar_dist)
     with pytest.raises(UserError, match="unknown recipe 'quik'"):
         train("quik")
     with pytest.raises(UserError, match="there is no checkpoint"):

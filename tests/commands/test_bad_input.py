@@ -197,6 +197,13 @@ def test_the_words_of_a_mistake(command, message):
     assert run(*argv) == (2, message)
 
 
+@pytest.mark.parametrize(
+    "argv", [["--dataset", ""], ["--recipe="], ["--resume", ""], ["predict", "--ckpt", "run", ""], ["eval", "--ckpt="]]
+)
+def test_an_empty_argument_is_no_default(argv):
+    assert run(*argv) == (2, "an argument is empty: is a variable of your script not set?")
+
+
 def test_weights_that_are_missing_are_one_line(monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: "nowhere")
     monkeypatch.setattr("torch.hub.download_url_to_file", no_network)

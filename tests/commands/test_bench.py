@@ -89,6 +89,15 @@ def test_a_sweep_measures_every_choice_and_goes_on_where_a_compiler_fails(capsys
     assert shown.count("chosen") == 1
 
 
+def test_a_sweep_in_which_nothing_can_be_computed_is_one_line(capsys, monkeypatch):
+    def out_of_memory(*_, **__):
+        raise RuntimeError("out of memory\nand much more")
+
+    monkeypatch.setattr(bench, "_bare_step", out_of_memory)
+    assert main([*BENCH, "--sweep"]) == 2
+    assert capsys.readouterr().err == "error: nothing can be measured here: out of memory\n"
+
+
 def test_the_floor_of_replayed_steps_is_replayed_and_keeps_its_model(monkeypatch, runtime):
     """A recorded step writes to memory that the recording itself does not keep."""
     done = []
@@ -123,7 +132,7 @@ def test_a_sweep_of_several_processes_is_refused():
 
 
 def test_an_image_size_schedule_does_not_make_our_loop_look_fast():
-    recipe = bench.resolve_recipe(bench.read_recipe("quick"), bench.FOR_SPEED, {})
+    recipe = bench.resolve_recipe(bench.read_recipe("quick"), bench.FOR_SPEED)
     assert recipe.image_size_schedule is None
 
 
@@ -221,7 +230,11 @@ def test_what_a_step_holds_and_computes(runtime):
         ("NVIDIA H100 80GB HBM3", "bf16", 989.4e12),
         ("NVIDIA H100 PCIe", "bf16", 756e12),
         ("NVIDIA A100-SXM4-40GB", "no", 156e12),
+        ("NVIDIA GH200 480GB", "bf16", 989.4e12),
         ("NVIDIA L40S", "fp16", 362e12),
+        ("NVIDIA L4", "fp16", 121e12),
+        ("NVIDIA L40", "fp16", None),
+        ("NVIDIA T400 4GB", "fp16", None),
         ("Some New Card", "bf16", None),
     ],
 )

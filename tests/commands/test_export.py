@@ -125,7 +125,7 @@ def test_a_full_disk_is_one_line(folder, capsys, monkeypatch):
     def full(path, write):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cifar_dist.training.checkpoint.write_atomically", full)
+    monkeypatch.setattr("cifar_dist.config.files.write_atomically", full)
     assert main(["export", "--ckpt", RUN, "--out", "no-space.pth"]) == 2
     error = capsys.readouterr().err
     assert error == "error: cannot write no-space.pth: No space left on device; name another place\n"

@@ -120,9 +120,9 @@ def test_a_config_of_a_run_runs_it_again():
 def test_how_often_a_run_is_saved_is_its_own(monkeypatch):
     rhythms, writer = [], train_command.CheckpointWriter
 
-    def noted(*of, minutes, steps):
-        rhythms.append((minutes, steps))
-        return writer(*of, minutes=minutes, steps=steps)
+    def noted(*of, **rhythm):
+        rhythms.append((rhythm["checkpoint_every_minutes"], rhythm["checkpoint_every_steps"]))
+        return writer(*of, **rhythm)
 
     monkeypatch.setattr(train_command, "CheckpointWriter", noted)
     train("--epochs", "1", "--run-dir", "x", "--checkpoint-every-steps", "2")
@@ -171,6 +171,26 @@ def test_a_completed_run_has_nothing_left_to_do(capsys):
     assert main(["--resume", "x"]) == 0
     assert "x is completed (1 epochs, accuracy " in capsys.readouterr().out
     assert Path("x/summary.json").read_text() == before
+
+
+def test_a_completed_run_does_not_need_its_checkpoints():
+    train("--epochs", "1", "--run-dir", "x", *VALIDATION)
+    for file in Path("x/checkpoints").iterdir():
+        file.write_bytes(b"no checkpoint")
+    files = files_of("x")
+    assert main(["--resume", "x"]) == 0
+    assert files_of("x") == files
+
+
+def test_a_tested_run_without_its_checkpoints_is_not_begun_again(capsys):
+    train("--epochs", "1", "--run-dir", "x")
+    for file in Path("x/checkpoints").iterdir():
+        file.unlink()
+    files = files_of("x")
+    capsys.readouterr()
+    assert main(["--resume", "x", "--epochs", "2"]) == 2
+    assert error_of(capsys) == "the checkpoints of x are gone, and it cannot go on: type a new --run-dir"
+    assert files_of("x") == files
 
 
 def test_an_early_stopped_run_has_nothing_left_to_do(capsys):

@@ -183,6 +183,16 @@ def test_a_diverged_run_says_so_and_keeps_its_checkpoint(capsys):
     assert good
 
 
+def test_the_result_alone_is_on_the_standard_output_where_it_was_asked_for(capsys):
+    train("--epochs", "1", "--run-dir", "x")
+    assert main(["eval", "--ckpt", "x", "--json", "result.json"]) == 0
+    capsys.readouterr()
+    assert main(["eval", "--ckpt", "x", "--json", "-"]) == 0
+    said = capsys.readouterr()
+    assert said.out == Path("result.json").read_text() and "top-1" in said.err
+    assert not Path("-").exists()
+
+
 def test_a_code_page_without_bars_is_no_reason_to_fail(monkeypatch):
     train("--epochs", "1", "--run-dir", "x")
     page = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from cifar_dist.config.errors import UserError
+from cifar_dist.config.files import write_atomically
 from cifar_dist.training import checkpoint as module
-from cifar_dist.training.checkpoint import is_bare_weights, load_checkpoint, save_checkpoint, write_atomically
+from cifar_dist.training.checkpoint import is_bare_weights, load_checkpoint, save_checkpoint
 
 CONTENT = {"model": {"weight": torch.arange(6.0)}, "epoch": 3, "best": None, "names": ["a", "b"]}
 

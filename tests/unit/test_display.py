@@ -18,6 +18,7 @@ from cifar_dist.display.progress import (
     PlainTraining,
     evaluation_display,
     format_expected_end,
+    loading_progress,
 )
 from cifar_dist.display.tables import (
     format_class_bars,
@@ -200,6 +201,7 @@ def test_a_long_run_is_told_what_would_be_shorter():
     assert format_expected_end(PLAN, "quick", PLAN.total_steps, 1.0, now).endswith(
         "(--epochs 4 would take half an hour)"
     )
+    assert "expected end 5" in format_expected_end(PLAN, "quick", 10**15, 1.0, now), "no calendar goes so far"
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -224,6 +226,16 @@ def test_a_download_shows_mebibytes(terminal, total, monkeypatch):
         progress(50 * 2**20, total)
     assert "downloading cifar10" in text_of(shown)
     assert "50" in text_of(shown)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_folders_name_is_shown_as_it_is(terminal, monkeypatch):
+    shown = console(terminal)
+    monkeypatch.setattr("cifar_dist.display.progress._SIGN_OF_LIFE_SECONDS", 0)
+    with loading_progress(shown, "a[/b]c[red]d") as progress:
+        progress(1, 2)
+        progress(2, 2)
+    assert "decoding a[/b]c[red]d" in text_of(shown)
 
 
 @pytest.mark.parametrize("terminal", [True, False])

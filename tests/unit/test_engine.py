@@ -153,6 +153,18 @@ def test_the_observer_hears_everything_in_order(runtime):
     assert listener.events[-1] == ("end", 1, True)
 
 
+def test_the_loss_that_is_shown_is_that_of_the_steps_since_the_last_one(runtime):
+    listener = Listener()
+    trainer = trainer_for(runtime, "epochs=1", dataset=make_dataset(num_train=80), observer=listener)
+    trainer.plan = dataclasses.replace(trainer.plan, report_every_steps=1)
+    (record,) = trainer.epochs()
+    shown = [event[2] for event in listener.events if event[0] == "step"]
+    assert len(shown) == 3 and shown[0] != shown[1]
+    assert sum(loss * images for loss, images in zip(shown, (32, 32, 16), strict=True)) / 80 == pytest.approx(
+        record.train_loss, rel=1e-5
+    )
+
+
 def test_the_best_epoch_is_kept_by_the_monitored_metric(runtime):
     trainer = trainer_for(runtime, "validation_size=16", "epochs=3", "early_stopping.monitor=val_acc")
     values, copies = [], []

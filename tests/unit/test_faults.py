@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cifar_dist.config.request import first_good
+from cifar_dist.config.run_files import first_good
 from cifar_dist.training.checkpoint import load_checkpoint, save_checkpoint
 from cifar_dist.training.run_directory import RunDirectory
 from cifar_dist.training.saving import CheckpointWriter
@@ -94,7 +94,7 @@ def begin(folder: Path) -> tuple[RunDirectory, CheckpointWriter]:
     run = RunDirectory(folder / "run")
     run.path.mkdir()
     run.last.parent.mkdir()
-    writer = CheckpointWriter(run, {"recipe": {}}, minutes=0)
+    writer = CheckpointWriter(run, {"recipe": {}}, checkpoint_every_minutes=0)
     for epoch in (1, 2):
         finish_epoch(run, writer, epoch)
     return run, writer

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from cifar_dist.config.accelerate_config import AccelerateConfig
-from cifar_dist.runtime.launch import NUM_THREADS, _Signals, agent_arguments, child_environment
+from cifar_dist.runtime.launch import NUM_THREADS, _Signals, agent_arguments, child_environment, launch
 
 CONFIG = AccelerateConfig(path="x.yaml", num_processes=2)
 
@@ -66,3 +66,17 @@ def test_a_signal_waits_for_nobody_who_does_not_hear_yet(tmp_path, heard_by):
             assert rest.read() == ("heard\n" if heard_by == 2 else "")
         signals.agent.wait()
     assert signals.code == (None if heard_by == 2 else 75)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR2"), reason="Windows has no such signals")
+def test_a_signal_while_the_agent_is_started_ends_it(monkeypatch):
+    start, agents = subprocess.Popen, []
+
+    def popen(*_, **__):
+        os.kill(os.getpid(), signal.SIGUSR2)
+        agents.append(start(["sleep", "60"]))
+        return agents[0]
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    assert launch([], CONFIG, 2) == 75
+    assert agents[0].wait() == -signal.SIGKILL

@@ -11,9 +11,9 @@ import psutil
 import pytest
 
 from cifar_dist.config.errors import UserError
+from cifar_dist.config.files import write_atomically
 from cifar_dist.config.world import SlurmJob
 from cifar_dist.training import lock as module
-from cifar_dist.training.checkpoint import write_atomically
 from cifar_dist.training.lock import LockLostError, RunLock
 from cifar_dist.training.run_directory import RunDirectory
 from tests.conftest import ROOT

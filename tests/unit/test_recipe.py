@@ -15,7 +15,7 @@ from tests.conftest import make_recipe
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_of_the_package_is_whole_and_works(name):
     recipe = make_recipe(base=name)
-    assert resolve_recipe(recipe_to_mapping(recipe), {}, {}) == recipe
+    assert resolve_recipe(recipe_to_mapping(recipe)) == recipe
 
 
 def test_original_is_the_script_as_printed():
@@ -93,7 +93,7 @@ def test_a_malformed_assignment_is_refused(assignment):
 def test_a_file_is_laid_over_standard(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("epochs: 7\noptimizer: {learning_rate: 0.5}\n")
-    recipe = resolve_recipe(read_recipe(str(file)), {}, {})
+    recipe = resolve_recipe(read_recipe(str(file)))
     standard = make_recipe(base="standard")
     expected = dataclasses.replace(
         standard, epochs=7, optimizer=dataclasses.replace(standard.optimizer, learning_rate=0.5)
@@ -106,7 +106,7 @@ def test_the_config_of_a_run_is_a_recipe_file(tmp_path):
     file = tmp_path / "config.yaml"
     recipe = make_recipe("epochs=5")
     file.write_text(yaml.safe_dump({"recipe": recipe_to_mapping(recipe), "dataset": {"name": "shapes"}}))
-    assert resolve_recipe(read_recipe(str(file)), {}, {}) == recipe
+    assert resolve_recipe(read_recipe(str(file))) == recipe
 
 
 @pytest.mark.parametrize(

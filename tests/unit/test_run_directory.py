@@ -124,7 +124,7 @@ def test_on_a_slow_disk_checkpoints_are_rarer(run, monkeypatch):
 
 
 def test_the_best_weights_have_a_file_of_their_own(run):
-    writer = CheckpointWriter(run, {"recipe": {"stem": "cifar"}}, minutes=0)
+    writer = CheckpointWriter(run, {"recipe": {"stem": "cifar"}}, checkpoint_every_minutes=0)
     save_if_due(writer, state_at(1))
     assert not run.best.exists()
     save_if_due(writer, state_at(2, best=1))

@@ -177,6 +177,7 @@ def test_each_config_is_a_genuine_accelerate_config(path):
         ("dynamo_config: {dynamo_use_fullgraph: true}", "dynamo_config.dynamo_use_fullgraph is not served"),
         ("dynamo_config: {1: 2}", "dynamo_config.1 is not served"),
         ("dynamo_config: INDUCTOR", "dynamo_config must be a mapping, not 'INDUCTOR'"),
+        ("gpu_ids: [0, 1]", "gpu_ids must be like 0,1 or all, not [0, 1]"),
         ("mixed_precision: fp8", "must be 'no', 'fp16' or 'bf16'"),
         ("num_processes: -1", "num_processes must be a whole number, 1 or more"),
         ("use_cpu: 1", "use_cpu must be true or false"),

@@ -276,7 +276,9 @@ def interrupted(runtime, *, folder):
         for start_again in (False, True) if stop else (False,):
             trainer = trainer_of(runtime, "batch_norm_group_size=4", "ema_decay=0.9", "selection=last")
             object.__setattr__(trainer.plan, "report_every_steps", 2)
-            writer = CheckpointWriter(directory, {"dataset": {"fingerprint": "x"}}, steps=None if stop else 3)
+            writer = CheckpointWriter(
+                directory, {"dataset": {"fingerprint": "x"}}, checkpoint_every_steps=None if stop else 3
+            )
             session = Session(writer, trainer, dataset)
             if start_again:
                 session.restore(load_checkpoint(directory.last))
