@@ -23,6 +23,7 @@ from cifar_dist.runtime.distributed import Runtime, connect, start
 from cifar_dist.training import setup
 
 TIMEOUT_S = 240
+"""In which some rank must end some check."""
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["cifar_dist.training.setup", "cifar_dist.training.session", "tests.worlds.harness"])
 
@@ -47,15 +48,18 @@ def run_world(
         pipes.append(here)
         processes.append(process)
     try:
-        returned = [None] * size
+        returned: list[list[Any]] = [[] for _ in range(size)]
         waiting = dict(zip(pipes, range(size), strict=True))
         while waiting:
             ready = wait(list(waiting), timeout=TIMEOUT_S)
-            assert ready, f"ranks {sorted(waiting.values())} of {size} hang"
+            assert ready, f"ranks {sorted(waiting.values())} of {size} hang in check {min(map(len, returned))}"
             for pipe in ready:
-                rank = waiting.pop(pipe)
-                failed, returned[rank] = pipe.recv()
-                assert not failed, f"rank {rank} of {size}:\n{returned[rank]}"
+                rank = waiting[pipe]
+                failed, result = pipe.recv()
+                assert not failed, f"rank {rank} of {size}:\n{result}"
+                returned[rank].append(result)
+                if len(returned[rank]) == len(checks):
+                    del waiting[pipe]
     finally:
         for process in processes:
             process.join(5)
@@ -101,7 +105,8 @@ def _rank(
         torch.set_num_threads(1)
         with connect(World.from_environment(os.environ), config) as ranks:
             runtime = start(ranks, config, typed_precision=precision, num_threads=1)
-            pipe.send((False, [check(runtime) for check in checks]))
+            for check in checks:
+                pipe.send((False, check(runtime)))
             ranks.exchange([])  # nobody leaves while another still talks
     except BaseException:
         pipe.send((True, traceback.format_exc()))
