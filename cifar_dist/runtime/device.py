@@ -2,7 +2,6 @@
 
 import os
 import platform
-import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -117,14 +116,12 @@ def _cannot_compile(device_type: str, compiler: str, precision: str, world: Worl
 
 def probe(*, use_cpu: bool) -> DeviceFacts:
     """Look at this machine: the best accelerator there is, or the CPU where that is asked for."""
-    version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
-    torch_version = (version[0], version[1])
     if not use_cpu and torch.cuda.is_available():
-        return DeviceFacts(type="cuda", torch_version=torch_version, cuda_capability=torch.cuda.get_device_capability())
+        return DeviceFacts(type="cuda", cuda_capability=torch.cuda.get_device_capability())
     if not use_cpu and torch.backends.mps.is_available():
         macos = int(platform.mac_ver()[0].split(".")[0] or 0)
-        return DeviceFacts(type="mps", torch_version=torch_version, macos_version=macos)
-    return DeviceFacts(type="cpu", torch_version=torch_version, cpu_has_fast_bf16=_cpu_has_fast_bf16())
+        return DeviceFacts(type="mps", macos_version=macos)
+    return DeviceFacts(type="cpu", cpu_has_fast_bf16=_cpu_has_fast_bf16())
 
 
 def _cpu_has_fast_bf16() -> bool:

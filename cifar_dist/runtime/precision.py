@@ -12,7 +12,6 @@ class DeviceFacts:
     """What decides how precise a device can be."""
 
     type: DeviceType
-    torch_version: tuple[int, int]
     cpu_has_fast_bf16: bool = False
     """Whether the processor computes faster in bfloat16 than in float32."""
     cuda_capability: tuple[int, int] = (0, 0)
@@ -26,9 +25,9 @@ FULL_NAMES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 def resolve_precision(wish: str, facts: DeviceFacts) -> tuple[Precision, str]:
     """Turn `auto`, `no`, `fp16` or `bf16` into what the device can serve; give it, and the reason in words.
 
-    fp16 needs a gradient scaler, which MPS has from torch 2.8 and a CPU does not use. bf16 is asked of compute
-    capability 8, since `is_bf16_supported()` counts emulation; on MPS it needs macOS 14 and was half as fast as
-    float32 on an M1 Pro, so that `auto` does not choose it there.
+    fp16 needs a gradient scaler, which a CPU does not use. bf16 is asked of compute capability 8, since
+    `is_bf16_supported()` counts emulation; on MPS it needs macOS 14 and was half as fast as float32 on an M1 Pro, so
+    that `auto` does not choose it there.
     """
     if wish == "no" or wish in _able(facts):
         return wish, FULL_NAMES[wish]  # type: ignore[return-value]
@@ -41,9 +40,7 @@ def _able(facts: DeviceFacts) -> set[str]:
     if facts.type == "cpu":
         return {"bf16"}
     if facts.type == "mps":
-        return ({"fp16"} if facts.torch_version >= (2, 8) else set()) | (
-            {"bf16"} if facts.macos_version >= 14 else set()
-        )
+        return {"fp16"} | ({"bf16"} if facts.macos_version >= 14 else set())
     return {"fp16"} | ({"bf16"} if facts.cuda_capability >= (8, 0) else set())
 
 

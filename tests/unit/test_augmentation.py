@@ -144,6 +144,20 @@ def test_the_recipes_affine_is_torchvisions():
     )
 
 
+@pytest.mark.parametrize(
+    "field",
+    "crop_padding=2 flip=random rotation_degrees=9 affine_degrees=9 affine_translate=0.2 affine_scale=0.3"
+    " brightness=0.3 contrast=0.3 saturation=0.3 hue=0.2 cutout=6".split(),
+)
+def test_each_operation_is_done_where_it_alone_is_asked_for(field):
+    off = ("crop_padding=0", "flip=none", "rotation_degrees=0", "brightness=0", "contrast=0", "saturation=0", "hue=0")
+    images = load_shapes().train.images[:20]
+    nothing, alone = (augmentation(*(f"augmentation.{each}" for each in wanted)) for wanted in (off, (*off, field)))
+    assert torch.equal(nothing.apply(images, nothing.draw_table(1, 20)), images.float() / 255)
+    changed = alone.apply(images, alone.draw_table(1, 20)) != images.float() / 255
+    assert changed.flatten(1).any(1).float().mean() > 0.3
+
+
 def test_cutout_is_the_papers():
     """A square of the fill colour about the centre, cut off at the border, as in the paper's code."""
     pixels = torch.rand(3, 3, 32, 32)

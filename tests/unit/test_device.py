@@ -75,13 +75,13 @@ def test_steps_are_replayed_where_they_can_be(monkeypatch, precision, world, obs
 
 ON_CPU = AccelerateConfig(use_cpu=True)
 
-CPU = DeviceFacts(type="cpu", torch_version=(2, 11))
-CPU_BF16 = DeviceFacts(type="cpu", torch_version=(2, 11), cpu_has_fast_bf16=True)
-MPS = DeviceFacts(type="mps", torch_version=(2, 11), macos_version=15)
-OLD_MPS = DeviceFacts(type="mps", torch_version=(2, 7), macos_version=13)
-AMPERE = DeviceFacts(type="cuda", torch_version=(2, 11), cuda_capability=(8, 0))
-VOLTA = DeviceFacts(type="cuda", torch_version=(2, 11), cuda_capability=(7, 0))
-PASCAL = DeviceFacts(type="cuda", torch_version=(2, 11), cuda_capability=(6, 1))
+CPU = DeviceFacts(type="cpu")
+CPU_BF16 = DeviceFacts(type="cpu", cpu_has_fast_bf16=True)
+MPS = DeviceFacts(type="mps", macos_version=15)
+OLD_MPS = DeviceFacts(type="mps", macos_version=13)
+AMPERE = DeviceFacts(type="cuda", cuda_capability=(8, 0))
+VOLTA = DeviceFacts(type="cuda", cuda_capability=(7, 0))
+PASCAL = DeviceFacts(type="cuda", cuda_capability=(6, 1))
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ PASCAL = DeviceFacts(type="cuda", torch_version=(2, 11), cuda_capability=(6, 1))
         ("auto", CPU, "no", False), ("auto", CPU_BF16, "bf16", False), ("no", CPU_BF16, "no", False),
         ("bf16", CPU, "bf16", False), ("fp16", CPU, "no", True), ("fp16", CPU_BF16, "bf16", True),
         ("auto", MPS, "no", False), ("bf16", MPS, "bf16", False), ("fp16", MPS, "fp16", False),
-        ("bf16", OLD_MPS, "no", True), ("fp16", OLD_MPS, "no", True),
+        ("bf16", OLD_MPS, "no", True), ("fp16", OLD_MPS, "fp16", False),
         ("auto", AMPERE, "bf16", False), ("fp16", AMPERE, "fp16", False), ("no", AMPERE, "no", False),
         ("auto", VOLTA, "fp16", False), ("bf16", VOLTA, "fp16", True), ("auto", PASCAL, "no", False),
         ("bf16", PASCAL, "no", True),
@@ -150,9 +150,7 @@ def test_memory_formats():
 
 
 def test_probing_finds_the_cpu_where_it_is_asked_for():
-    facts = probe(use_cpu=True)
-    assert facts.type == "cpu"
-    assert facts.torch_version >= (2, 11)
+    assert probe(use_cpu=True).type == "cpu"
 
 
 def test_an_accelerator_that_is_missing_is_named_and_a_wish_that_fails_is_explained(monkeypatch):

@@ -368,6 +368,12 @@ def test_sixteen_bits_keep_the_upper_eight(tmp_path: Path, suffix: str) -> None:
     assert np.array_equal(image, np.repeat((deep >> 8).astype(np.uint8)[..., None], 3, axis=2))
 
 
+def test_pixels_of_32_bits_are_taken_for_16_and_cut_off_at_their_ends(tmp_path: Path) -> None:
+    deep = np.tile(np.array([[-5, 0, 256, 65_535, 65_536, 70_000]], dtype=np.int32), (6, 1))
+    image = decoded(tmp_path, Image.fromarray(deep).resize((SIZE, SIZE), Image.Resampling.NEAREST), "tif")
+    assert np.unique(image).tolist() == [0, 1, 255]
+
+
 def test_floating_point_pixels_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="floating-point"):
         decoded(tmp_path, Image.new("F", (SIZE, SIZE), 0.5), "tif")

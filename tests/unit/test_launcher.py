@@ -1,5 +1,6 @@
 """What the launcher would start, and with which words; starting it is tests/launching's."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -25,6 +26,7 @@ def test_a_machine_starts_its_share():
         "--rdzv-conf=timeout=10800",
         "-m", "cifar_dist",
     ]  # fmt: skip
+    assert "--master-port=29500" in agent_arguments(dataclasses.replace(config, main_process_port=None), 8)
 
 
 def test_an_outer_launchers_words_do_not_leak():

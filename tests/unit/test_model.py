@@ -13,6 +13,7 @@ from cifar_dist.config.errors import UserError
 from cifar_dist.config.plan import DatasetSizes, make_plan
 from cifar_dist.data.order import derive_seed
 from cifar_dist.model import optimizer as optimizer_module
+from cifar_dist.model.batch_norm import Groups
 from cifar_dist.model.dropout import HeadDropout, uniform_hash
 from cifar_dist.model.ema import ExponentialMovingAverage
 from cifar_dist.model.optimizer import (
@@ -28,6 +29,13 @@ from cifar_dist.model.schedule import learning_rate, learning_rate_line
 from tests.conftest import make_recipe
 
 STEMS = ("imagenet", "cifar", "small")
+
+
+@pytest.mark.parametrize(("images", "ranks", "own"), [(8, 1, 4), (7, 1, 0), (8, 2, 2), (64, 4, 1)])
+def test_groups_have_two_images_each_or_are_one(images, ranks, own):
+    groups = Groups(count=4, num_ranks=ranks)
+    groups.images = images
+    assert groups.own == own
 
 
 def torchvisions(stem: str, num_classes: int) -> nn.Module:

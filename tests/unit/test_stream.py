@@ -55,6 +55,14 @@ def test_every_world_sees_the_same_bytes(num_images, world_size):
     assert stream(num_images, world_size) == alone
 
 
+def test_batches_are_augmented_together_until_there_is_enough_for_all_threads():
+    batches, together = batches_of(1320, 0, 1), []
+    apply = batches.augmentation.apply
+    batches.augmentation.apply = lambda images, rows: together.append(len(images)) or apply(images, rows)
+    assert len(list(batches.epoch(1))) == 11
+    assert together == [600] * 4 + [120] * 2, "512 of 32 pixels are enough; each window has its partners too"
+
+
 def test_batches_that_are_augmented_together_have_sizes_of_their_own():
     batches = batches_of(480, 0, 1)
     batches.image_size = lambda epoch, step: 8 * (step + epoch)
