@@ -31,7 +31,7 @@ from cifar_dist.config.recipe import resolve_recipe
 from cifar_dist.model.optimizer import build_optimizer
 from cifar_dist.model.resnet import build_resnet
 from cifar_dist.runtime.graphs import recorded
-from cifar_dist.training.anatomy import flops_per_image
+from cifar_dist.training.step_profile import flops_per_image
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

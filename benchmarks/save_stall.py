@@ -81,7 +81,7 @@ def main() -> int:
         f"| {arguments.recipe} | {size:.0f} MB | {median:.0f} ms ({stalls[0]:.0f}-{stalls[-1]:.0f}) | {len(stalls)} "
         f"| {epoch:.1f} s | {median / 10 / epoch:.2f} % | {median / 10 / minute:.2f} % |"
     )
-    print(f"\n{os.cpu_count()} cores, {clock.trainer.runtime.outlook.line}")
+    print(f"\n{os.cpu_count()} cores, {clock.trainer.runtime.compute.line}")
     return 0
 
 

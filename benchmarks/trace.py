@@ -66,7 +66,7 @@ def main() -> None:
         with profile(activities=[ProfilerActivity.CPU, *on_device], acc_events=True) as profiler:
             list(islice(steps, typed.steps))
             runtime.synchronize()
-        print(f"{typed.recipe} on {runtime.outlook.line}, {typed.steps} steps: {1e3 * taken:.2f} ms a step")
+        print(f"{typed.recipe} on {runtime.compute.line}, {typed.steps} steps: {1e3 * taken:.2f} ms a step")
         print(f"the host gives a step to the device in {1e3 * given:.2f} ms")
     events = [each for each in profiler.key_averages() if not each.is_user_annotation]  # such as a whole optimiser step
     side = DeviceType.CUDA if on_device else DeviceType.CPU

@@ -30,9 +30,9 @@ from cifar_dist.model.resnet import build_resnet
 from cifar_dist.runtime.distributed import Runtime, connect, start
 from cifar_dist.runtime.graphs import EAGER_STEPS, recorded
 from cifar_dist.runtime.timing import Contender, alternate
-from cifar_dist.training.anatomy import flops_per_image, memory_by_part, peak_flops, seconds_by_part
 from cifar_dist.training.engine import Trainer
 from cifar_dist.training.setup import build_trainer
+from cifar_dist.training.step_profile import flops_per_image, memory_by_part, peak_flops, seconds_by_part
 from cifar_dist.training.sweep import sweep
 
 _NUM_CLASSES = 10
@@ -57,16 +57,16 @@ def run(options: BenchOptions, world: World, config: AccelerateConfig) -> int:
         runtime = start(ranks, config, typed_precision=options.precision, doing="measuring")
         what = f"{recipe_label(options.recipe)}, stem {recipe.stem}, batch {recipe.global_batch_size}"
         processes = f"{world.size} process{'es' if world.size > 1 else ''}"
-        notes = (*runtime.outlook.notes, other_count_note(world, config, None))
+        notes = (*runtime.compute.notes, other_count_note(world, config, None))
         first = "each is tried first; what has to be compiled takes its time" if options.sweep else "each is warmed up"
-        print_notes(console, (*notes, f"{what}, {processes}, {runtime.outlook.line}", first))
-        heard = functools.partial(_say, PlainDisplay(console))
+        print_notes(console, (*notes, f"{what}, {processes}, {runtime.compute.line}", first))
+        on_round = functools.partial(_say, PlainDisplay(console))
         if options.sweep:
             build_step = functools.partial(_bare_step, recipe, runtime)
-            result = sweep(build_step, recipe.global_batch_size, runtime, options.seconds, heard)
+            result = sweep(build_step, recipe.global_batch_size, runtime, options.seconds, on_round)
             result |= _about(recipe, runtime)
         else:
-            result = _measure(recipe, runtime, options.seconds, heard)
+            result = _measure(recipe, runtime, options.seconds, on_round)
     print_lines(console, (format_sweep if options.sweep else format_bench)(result), title="bench")
     if world.rank == 0:
         write_json(options.json, result)
@@ -82,7 +82,7 @@ def _say(display: PlainDisplay, done: int, rounds: int, seconds: float) -> None:
 
 
 def _measure(
-    recipe: Recipe, runtime: Runtime, seconds: float, heard: Callable[[int, int, float], None]
+    recipe: Recipe, runtime: Runtime, seconds: float, on_round: Callable[[int, int, float], None]
 ) -> dict[str, Any]:
     """Measure each loop for `seconds`, in turns, and give what `--json` writes."""
     dataset = random_dataset(recipe.image_size, recipe.global_batch_size)
@@ -93,7 +93,7 @@ def _measure(
         plan,
         "bench",
         quiet=False,
-        facts=runtime.outlook.line,
+        facts=runtime.compute.line,
         memory=runtime.peak_memory_mib,
     )
     with display:
@@ -105,12 +105,12 @@ def _measure(
             runtime,
             precision=runtime.precision,
             layout=runtime.memory_format,
-            compiler=runtime.outlook.compiler,
+            compiler=runtime.compute.compiler,
         )
         contenders = [Contender("bare_step", bare), Contender("loop", loop)]
         if runtime.world.size == 1:  # neither of the others has a share for a process
             contenders += _others(recipe, runtime, dataset)
-        rounds = alternate(contenders, recipe.global_batch_size, seconds, runtime, heard)
+        rounds = alternate(contenders, recipe.global_batch_size, seconds, runtime, on_round)
         parts, memory = seconds_by_part(loop.trainer), memory_by_part(loop.trainer)
     compared, flops = _compared(contenders, rounds), flops_per_image(recipe, _NUM_CLASSES)
     peak = peak_flops(runtime)

@@ -23,7 +23,7 @@ from cifar_dist.display.progress import loading_progress
 from cifar_dist.display.tables import print_header, print_notes
 from cifar_dist.model.pretrained import imagenet_weights, imagenet_weights_place
 from cifar_dist.model.schedule import learning_rate_line
-from cifar_dist.runtime.device import check_world, describe_devices, look_ahead
+from cifar_dist.runtime.device import check_world, choose_compute, describe_devices
 from cifar_dist.runtime.threads import usable_cores
 
 
@@ -66,19 +66,19 @@ def _data(data_dir: Path) -> dict[str, str]:
 def _training(options: DoctorOptions, world: World, config: AccelerateConfig) -> dict[str, str]:
     """Say what `launch.py` with this config and recipe would do."""
     future = world_to_come(world, config, None)
-    outlook = look_ahead(config, os.environ, future, typed_precision=options.precision)
+    compute = choose_compute(config, os.environ, future, typed_precision=options.precision)
     name = options.recipe or DEFAULT_RECIPE
     wanted = resolve_recipe(read_recipe(name))
-    lines = {"recipe": f"{recipe_label(name)} on {DEFAULT_DATASET}", "device": outlook.line}
+    lines = {"recipe": f"{recipe_label(name)} on {DEFAULT_DATASET}", "device": compute.line}
     try:
-        check_world(future, outlook.device_type, os.environ)
+        check_world(future, compute.device_type, os.environ)
         sizes = KNOWN_SIZES[DEFAULT_DATASET]
         recipe = fit_to_dataset(wanted, sizes, validation_size_was_typed=False)
-        plan = make_plan(recipe, world_size=future.size, sizes=sizes, device_type=outlook.device_type)
+        plan = make_plan(recipe, world_size=future.size, sizes=sizes, device_type=compute.device_type)
         lines |= {**plan.lines, "learning rate": learning_rate_line(recipe, plan)}
     except UserError as error:
         lines["plan"] = f"none: {error}"
-    notes = {"note": "; ".join(outlook.notes)} if outlook.notes else {}
+    notes = {"note": "; ".join(compute.notes)} if compute.notes else {}
     return lines | notes | {"would start": started_line(world, config, None)}
 
 

@@ -44,7 +44,7 @@ def evaluate(options: EvalOptions, world: World, config: AccelerateConfig, conso
         runtime = start(
             ranks, config, **computed_with(weights.about, options.precision, world.size), doing="evaluating"
         )
-        print_notes(console, (*weights.notes, *runtime.outlook.notes, other_count_note(world, config, None)))
+        print_notes(console, (*weights.notes, *runtime.compute.notes, other_count_note(world, config, None)))
         with ranks.together():
             data, indices = _choose_split(options, weights, dataset)
         names, model = dataset.class_names, weights.build(runtime.device, runtime.memory_format)

@@ -17,7 +17,7 @@ from cifar_dist.config.request import computed_with
 from cifar_dist.config.world import World
 from cifar_dist.data.batches import Normalizer
 from cifar_dist.data.decoding import ImageFile
-from cifar_dist.data.loose import UNREADABLE, decode_images, find_images
+from cifar_dist.data.image_files import UNREADABLE, decode_images, find_images
 from cifar_dist.display.console import make_console
 from cifar_dist.display.progress import evaluation_display
 from cifar_dist.display.tables import format_table, print_notes
@@ -40,7 +40,7 @@ def run(options: PredictOptions, world: World, config: AccelerateConfig) -> int:
             ranks, config, **computed_with(weights.about, options.precision, world.size), doing="predicting"
         )
         unnamed = "the weights do not name their classes: they are numbered" if weights.class_names is None else None
-        notes = (*weights.notes, unnamed, *runtime.outlook.notes, other_count_note(world, config, None))
+        notes = (*weights.notes, unnamed, *runtime.compute.notes, other_count_note(world, config, None))
         print_notes(console, notes)
         model = weights.build(runtime.device, runtime.memory_format)
         with evaluation_display(console) as observer:

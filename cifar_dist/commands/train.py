@@ -29,13 +29,13 @@ from cifar_dist.display.progress import Display, loading_progress
 from cifar_dist.display.tables import print_header, print_notes, print_result
 from cifar_dist.model.schedule import learning_rate_line
 from cifar_dist.records import Summary
-from cifar_dist.runtime.device import Outlook, check_world, look_ahead
+from cifar_dist.runtime.device import ComputeSettings, check_world, choose_compute
 from cifar_dist.runtime.distributed import connect, start
 from cifar_dist.runtime.interrupt import Interrupt
 from cifar_dist.runtime.ranks import Ranks
 from cifar_dist.training.engine import DivergedError, InterruptedRun
 from cifar_dist.training.lock import RunLock
-from cifar_dist.training.opening import begin_session, describe, new_directory, open_run, rhythm_of
+from cifar_dist.training.opening import begin_session, checkpoint_intervals, describe, new_directory, open_run
 from cifar_dist.training.run_directory import RunDirectory, UnwrittenRun
 from cifar_dist.training.saving import CheckpointWriter
 from cifar_dist.training.session import Session
@@ -71,14 +71,14 @@ def train(options: TrainOptions, world: World, config: AccelerateConfig) -> tupl
         if not options.quiet:
             step, note = opened.checkpoint.get("step"), other_count_note(world, config, options.num_processes)
             where = f"{opened.directory}" + (f", going on after step {step:,}" if step else "")
-            lines = _header(where, request, runtime.outlook, plan, recipe, note, opened.damage)
+            lines = _header(where, request, runtime.compute, plan, recipe, note, opened.damage)
             print_header(console, lines | _data_lines(dataset, recipe))
         display = training_display(
             console,
             plan,
             request.recipe_name,
             quiet=options.quiet or not ranks.is_main,
-            facts=f"{runtime.outlook.short} · {world.size} process{'es' if world.size > 1 else ''}",
+            facts=f"{runtime.compute.short} · {world.size} process{'es' if world.size > 1 else ''}",
             memory=runtime.peak_memory_mib,
         )
         trainer = build_trainer(
@@ -86,11 +86,11 @@ def train(options: TrainOptions, world: World, config: AccelerateConfig) -> tupl
         )
         about = describe(request, recipe, dataset.class_names, fingerprint, runtime)
         directory = RunDirectory(opened.directory, lock) if ranks.is_main else UnwrittenRun(opened.directory)
-        every = rhythm_of(options, stored)
-        checkpoints = CheckpointWriter(directory, about, **every)
+        intervals = checkpoint_intervals(options, stored)
+        checkpoints = CheckpointWriter(directory, about, **intervals)
         session = Session(checkpoints, trainer, dataset, Trackers(display.on_note))
         with ranks.together():
-            begin_session(session, opened, plan, slurm_job, every)
+            begin_session(session, opened, plan, slurm_job, intervals)
         return _train_and_test(console, display, session, _how_to_go_on(options, opened.directory))
 
 
@@ -106,14 +106,14 @@ def _show_plan(console: Console, options: TrainOptions, world: World, config: Ac
     run = resolve_run(options)
     request, stored = run.request, run.stored
     future = world_to_come(world, config, options.num_processes)
-    outlook = look_ahead(config, os.environ, future, **computed_with(stored, options.precision, future.size))
-    check_world(future, outlook.device_type, os.environ)
+    compute = choose_compute(config, os.environ, future, **computed_with(stored, options.precision, future.size))
+    check_world(future, compute.device_type, os.environ)
     sizes = known_sizes(request.dataset, request.recipe)
     recipe = request.fit(sizes)
-    plan = make_plan(recipe, world_size=future.size, sizes=sizes, device_type=outlook.device_type)
+    plan = make_plan(recipe, world_size=future.size, sizes=sizes, device_type=compute.device_type)
     directory = run.existing.path if run.existing is not None else new_directory(options, request)
     note = other_count_note(world, config, options.num_processes)
-    lines = _header(f"{directory}", request, outlook, plan, recipe, note)
+    lines = _header(f"{directory}", request, compute, plan, recipe, note)
     if request.dataset in ARCHIVES:
         lines["data"] = where_found(ARCHIVES[request.dataset], request.data_dir)
     print_header(console, lines | {"would start": started_line(world, config, options.num_processes)})
@@ -137,17 +137,17 @@ def _load(console: Console, request: TrainRequest) -> Dataset:
 
 
 def _header(
-    run: str, request: TrainRequest, outlook: Outlook, plan: RunPlan, recipe: Recipe, *notes: str | None
+    run: str, request: TrainRequest, compute: ComputeSettings, plan: RunPlan, recipe: Recipe, *notes: str | None
 ) -> dict[str, str]:
     """Give what stands above a run: names and values."""
     lines = {
         "run": run,
         "recipe": f"{request.recipe_name} on {request.dataset}, seed {recipe.seed}, stem {recipe.stem}",
-        "device": outlook.line,
+        "device": compute.line,
         **plan.lines,
         "learning rate": learning_rate_line(recipe, plan),
     }
-    told = "; ".join(note for note in (*outlook.notes, *notes) if note)
+    told = "; ".join(note for note in (*compute.notes, *notes) if note)
     return lines | {"note": told} if told else lines
 
 

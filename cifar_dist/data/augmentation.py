@@ -19,7 +19,7 @@ from cifar_dist.config.errors import UserError
 from cifar_dist.config.recipe import AugmentationConfig
 from cifar_dist.data.color import jitter
 from cifar_dist.data.dataset import to_device
-from cifar_dist.data.geometry import Turn, move_pixels
+from cifar_dist.data.geometry import AffineMove, move_pixels
 from cifar_dist.data.mixing import cutout, mix
 from cifar_dist.data.order import derive_seed
 
@@ -54,9 +54,9 @@ class Augmentation:
         self.seed = seed
         self.image_size = image_size
         self.fill = torch.tensor(fill)
-        self.turns_affinely = max(config.affine_degrees, config.affine_translate, config.affine_scale) > 0
-        turns = config.rotation_degrees > 0 or self.turns_affinely
-        self.moves_pixels = config.crop_padding > 0 or config.flip != "none" or turns
+        self.moves_affinely = max(config.affine_degrees, config.affine_translate, config.affine_scale) > 0
+        rotates = config.rotation_degrees > 0 or self.moves_affinely
+        self.moves_pixels = config.crop_padding > 0 or config.flip != "none" or rotates
         self.changes_colors = max(config.brightness, config.contrast, config.saturation, config.hue) > 0
         self.mixes = max(config.mixup, config.cutmix) > 0
 
@@ -131,7 +131,7 @@ class Augmentation:
                 crop_x=column["crop_x"],
                 reflect=config.crop_mode == "reflect",
                 flip=column["flip"],
-                turns=self._turns(column),
+                moves=self._affine_moves(column),
             )
         pixels = images.to(torch.float32).div_(255)
         if self.changes_colors:
@@ -149,14 +149,14 @@ class Augmentation:
         is_box, y, x = column["is_box"].bool(), column["box_y"], column["box_x"]
         return mix(pixels, partners, weight=column["share"], is_box=is_box, center_y=y, center_x=x)
 
-    def _turns(self, column: dict[str, Tensor]) -> list[Turn]:
-        turns = []
+    def _affine_moves(self, column: dict[str, Tensor]) -> list[AffineMove]:
+        moves = []
         if self.config.rotation_degrees:
-            turns.append(Turn(angle=column["angle"]))
-        if self.turns_affinely:
+            moves.append(AffineMove(angle=column["angle"]))
+        if self.moves_affinely:
             shift = {"shift_y": column["affine_y"], "shift_x": column["affine_x"]}
-            turns.append(Turn(angle=column["affine_angle"], scale=column["affine_scale"], **shift))
-        return turns
+            moves.append(AffineMove(angle=column["affine_angle"], scale=column["affine_scale"], **shift))
+        return moves
 
     @staticmethod
     def _columns(rows: Tensor, device: torch.device) -> dict[str, Tensor]:

@@ -8,8 +8,8 @@ from torch.nn import functional
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Turn:
-    """A turn about the image's centre, with a move and a change of size; all (N,) float32."""
+class AffineMove:
+    """A rotation about the image's centre, with a shift and a change of size; all (N,) float32."""
 
     angle: Tensor
     """Counter-clockwise, in radians."""
@@ -21,11 +21,18 @@ class Turn:
 
 
 def move_pixels(
-    images: Tensor, *, padding: int, crop_y: Tensor, crop_x: Tensor, reflect: bool, flip: Tensor, turns: list[Turn]
+    images: Tensor,
+    *,
+    padding: int,
+    crop_y: Tensor,
+    crop_x: Tensor,
+    reflect: bool,
+    flip: Tensor,
+    moves: list[AffineMove],
 ) -> Tensor:
-    """Pad, crop, flip, then turn (once or more) a batch (N, 3, H, W) uint8; what lies outside becomes 0.
+    """Pad, crop, flip, then move (once or more) a batch (N, 3, H, W) uint8; what lies outside becomes 0.
 
-    A pixel of the result is followed back through the turns (each to the nearest pixel, ties to even, as `grid_sample`
+    A pixel of the result is followed back through the moves (each to the nearest pixel, ties to even, as `grid_sample`
     does), the flip and the crop. All are moves of whole pixels, so one gather equals the operations one after the
     other. `crop_y` and `crop_x` (N,), from 0 to 2 `padding`, are the window's corner in the padded image, whose border
     is 0, or with `reflect` the image's reflection about its border pixels; `flip` (N,) is 0 or 1.
@@ -34,11 +41,11 @@ def move_pixels(
     y = torch.arange(height, device=images.device, dtype=torch.float32).view(1, height, 1)
     x = torch.arange(width, device=images.device, dtype=torch.float32).view(1, 1, width)
     inside: Tensor | None = None
-    for turn in reversed(turns):
-        y, x = _source_of(turn, y, x, height, width)
+    for move in reversed(moves):
+        y, x = _source_of(move, y, x, height, width)
         within = _within(y, x, height, width)
         inside = within if inside is None else inside & within
-    if turns:
+    if moves:
         y, x = y.clamp_(0, height - 1), x.clamp_(0, width - 1)
     border = 0 if reflect else min(padding, max(height, width))  # farther out there are zeros, too
     excess = padding - border
@@ -55,14 +62,14 @@ def move_pixels(
     return moved if inside is None else moved.mul_(inside.unsqueeze(1))
 
 
-def _source_of(turn: Turn, y: Tensor, x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Give the nearest pixels from which a turn takes the pixels at (y, x)."""
-    cos, sin = turn.angle.cos().view(-1, 1, 1), turn.angle.sin().view(-1, 1, 1)
+def _source_of(move: AffineMove, y: Tensor, x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Give the nearest pixels from which a move takes the pixels at (y, x)."""
+    cos, sin = move.angle.cos().view(-1, 1, 1), move.angle.sin().view(-1, 1, 1)
     y, x = y - (height - 1) / 2, x - (width - 1) / 2
-    if turn.shift_y is not None and turn.shift_x is not None:
-        y, x = y - turn.shift_y.view(-1, 1, 1), x - turn.shift_x.view(-1, 1, 1)
-    if turn.scale is not None:
-        cos, sin = cos / turn.scale.view(-1, 1, 1), sin / turn.scale.view(-1, 1, 1)
+    if move.shift_y is not None and move.shift_x is not None:
+        y, x = y - move.shift_y.view(-1, 1, 1), x - move.shift_x.view(-1, 1, 1)
+    if move.scale is not None:
+        cos, sin = cos / move.scale.view(-1, 1, 1), sin / move.scale.view(-1, 1, 1)
     source_y = (x * sin).add(y * cos).add_((height - 1) / 2).round_()
     source_x = (x * cos).sub(y * sin).add_((width - 1) / 2).round_()
     return source_y, source_x

@@ -26,7 +26,7 @@ SHARE_GPU = "CIFAR_DIST_SHARE_GPU"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outlook:
+class ComputeSettings:
     """What a process would compute with: known before anything is started."""
 
     device_type: DeviceType
@@ -61,7 +61,7 @@ class Outlook:
         return f"{self.num_threads} thread{'s' if self.num_threads > 1 else ''}"
 
 
-def look_ahead(
+def choose_compute(
     config: AccelerateConfig,
     environ: Mapping[str, str],
     world: World,
@@ -69,7 +69,7 @@ def look_ahead(
     typed_precision: str | None = None,
     num_threads: int | None = None,
     doing: str = "training",
-) -> Outlook:
+) -> ComputeSettings:
     """Choose device, precision and threads; `num_threads` is that of a run which goes on, `doing` a word for notes."""
     asked_cpu = wants_cpu(config, environ)
     facts, notes = probe(use_cpu=asked_cpu), []
@@ -85,7 +85,7 @@ def look_ahead(
         notes.append(f"{obstacle}: not compiled")
     elif compiler not in (None, "CUDAGRAPHS") and doing == "training":
         notes.append("the first step compiles the model, which takes half a minute or more")
-    return Outlook(
+    return ComputeSettings(
         device_type=facts.type,
         precision=precision,
         precision_reason=reason,

@@ -19,7 +19,7 @@ from cifar_dist.config.errors import SharedError, UserError
 from cifar_dist.config.world import World
 from cifar_dist.runtime import device as device_module
 from cifar_dist.runtime import graphs
-from cifar_dist.runtime.device import SHARE_GPU, Outlook
+from cifar_dist.runtime.device import SHARE_GPU, ComputeSettings
 from cifar_dist.runtime.ranks import Ranks
 from cifar_dist.runtime.threads import choose_num_threads, usable_cores
 
@@ -27,17 +27,17 @@ from cifar_dist.runtime.threads import choose_num_threads, usable_cores
 class Runtime:
     """Where this process computes, and how precisely. Made by `start`."""
 
-    def __init__(self, accelerator: Accelerator, ranks: Ranks, outlook: Outlook) -> None:
+    def __init__(self, accelerator: Accelerator, ranks: Ranks, compute: ComputeSettings) -> None:
         self.accelerator = accelerator
         self.ranks = ranks
-        self.outlook = outlook
+        self.compute = compute
         self.world, self.is_main = ranks.world, ranks.is_main
-        self.precision, self.num_threads = outlook.precision, outlook.num_threads
+        self.precision, self.num_threads = compute.precision, compute.num_threads
         self.device: torch.device = accelerator.device
         self.memory_format = device_module.memory_format(self.device.type)
         self.record: Callable[[Callable[[], object]], Callable[[], object]] | None = None
         """Records work of the device, which can then be repeated; None: the host gives it each step anew."""
-        if outlook.replays:
+        if compute.replays:
             self.record = graphs.record
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -166,7 +166,7 @@ def start(
     Raises UserError where Accelerate cannot be started as asked.
     """
     world = ranks.world
-    outlook = device_module.look_ahead(
+    compute = device_module.choose_compute(
         config,
         os.environ,
         world,
@@ -174,36 +174,36 @@ def start(
         num_threads=num_threads,
         doing=doing,
     )
-    outlook = _common_precision(outlook, ranks)
-    torch.set_num_threads(outlook.num_threads)
+    compute = _common_precision(compute, ranks)
+    torch.set_num_threads(compute.num_threads)
     # The running statistics are equal on all ranks, or made so before they are used: DDP need not send them.
     wrapping = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     accelerator = Accelerator(
-        cpu=outlook.device_type == "cpu",
-        mixed_precision=outlook.precision,
+        cpu=compute.device_type == "cpu",
+        mixed_precision=compute.precision,
         dynamo_plugin=TorchDynamoPlugin(
-            backend="NO" if outlook.replays else outlook.compiler or "NO",
+            backend="NO" if compute.replays else compute.compiler or "NO",
             mode=config.dynamo_mode or "default",
             dynamic=False,
         ),
         kwargs_handlers=[wrapping] if world.size > 1 else [],
     )
-    if accelerator.device.type != outlook.device_type:
+    if accelerator.device.type != compute.device_type:
         raise UserError(
-            f"Accelerate chose {accelerator.device.type} where {outlook.device_type} was meant: name it in --config"
+            f"Accelerate chose {accelerator.device.type} where {compute.device_type} was meant: name it in --config"
         )
-    return Runtime(accelerator, ranks, outlook)
+    return Runtime(accelerator, ranks, compute)
 
 
-def _common_precision(outlook: Outlook, ranks: Ranks) -> Outlook:
+def _common_precision(compute: ComputeSettings, ranks: Ranks) -> ComputeSettings:
     """Give all ranks one precision: float32 where they would choose different ones, as on machines of several kinds."""
     names = ("no", "fp16", "bf16")
-    chosen = {names[int(number)] for (number,) in ranks.exchange([names.index(outlook.precision)])}
+    chosen = {names[int(number)] for (number,) in ranks.exchange([names.index(compute.precision)])}
     if len(chosen) == 1:
-        return outlook
+        return compute
     note = f"the processes could not all serve one precision ({', '.join(sorted(chosen))}): using no"
     reason = "the processes differ"
-    return replace(outlook, precision="no", precision_reason=reason, notes=(*outlook.notes, note))
+    return replace(compute, precision="no", precision_reason=reason, notes=(*compute.notes, note))
 
 
 def _tell_accelerate(world: World, *, cpu: bool) -> None:

@@ -34,11 +34,11 @@ def alternate(
     batch_size: int,
     seconds: float,
     runtime: Runtime,
-    heard: Callable[[int, int, float], None] = _unheard,
+    on_round: Callable[[int, int, float], None] = _unheard,
 ) -> list[tuple[float, ...]]:
     """Run the loops in turns, each for about `seconds`; give each round's images a second, in their order.
 
-    `heard` is called before the first round and after each: with the rounds that are done, their number, and the
+    `on_round` is called before the first round and after each: with the rounds that are done, their number, and the
     seconds that all take, about.
     """
     for contender in contenders:  # caches, allocators and kernels that are chosen at the first call
@@ -65,14 +65,14 @@ def alternate(
 
     steps = [ready + count for ready, count in zip(prefetched, counts, strict=True)]
     all_seconds = rounds * sum(count * each for count, each in zip(steps, times, strict=True))
-    heard(0, rounds, all_seconds)
+    on_round(0, rounds, all_seconds)
     result = []
     for number in range(rounds):
         places = range(len(contenders))
         in_turn = reversed(places) if number % 2 else places  # so that none always comes after the same one
         rates = {place: rate(place) for place in in_turn}
         result.append(tuple(rates[place] for place in places))
-        heard(number + 1, rounds, all_seconds)
+        on_round(number + 1, rounds, all_seconds)
     return result
 
 

@@ -68,7 +68,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def understanding(path: Path) -> Iterator[None]:
+def refusing_foreign_content(path: Path) -> Iterator[None]:
     """Turn what goes wrong while a loaded file's content is used into a UserError that names the file."""
     try:
         yield

@@ -25,9 +25,9 @@ from cifar_dist.config.request import (
 from cifar_dist.config.run_files import RunFiles, first_good, names_in_turn
 from cifar_dist.config.world import SlurmJob, World
 from cifar_dist.runtime.distributed import Runtime
-from cifar_dist.training.checkpoint import load_checkpoint, understanding
+from cifar_dist.training.checkpoint import load_checkpoint, refusing_foreign_content
 from cifar_dist.training.lock import RunLock
-from cifar_dist.training.run_directory import RunDirectory, preparing
+from cifar_dist.training.run_directory import RunDirectory, refusing_disk_errors
 from cifar_dist.training.session import Session
 from cifar_dist.training.setup import pretrained_weights
 
@@ -60,13 +60,13 @@ def open_run(
     if existing is not None:
         nothing_left = RunDirectory(existing.path).nothing_left(run.request.recipe.epochs)
     if existing is not None and nothing_left is None:
-        with preparing(existing.path):
+        with refusing_disk_errors(existing.path):
             lock.take(existing.path)
         checkpoint, damage = first_good(existing, load_checkpoint)
         if checkpoint is None:
             _refuse_to_begin_again(existing)
         else:
-            with understanding(existing.last):
+            with refusing_foreign_content(existing.last):
                 refuse_other_recipe(run.request, checkpoint)
     return OpenedRun(
         run=run,
@@ -107,7 +107,7 @@ def describe(
     }
 
 
-def rhythm_of(options: TrainOptions, stored: Mapping[str, Any]) -> dict[str, Any]:
+def checkpoint_intervals(options: TrainOptions, stored: Mapping[str, Any]) -> dict[str, Any]:
     """Give how often the run is saved: as typed now, else as typed when it began."""
     names = ("checkpoint_every_minutes", "checkpoint_every_steps")
     typed = {name: getattr(options, name) for name in names}
@@ -115,11 +115,15 @@ def rhythm_of(options: TrainOptions, stored: Mapping[str, Any]) -> dict[str, Any
 
 
 def begin_session(
-    session: Session, opened: OpenedRun, plan: RunPlan, slurm_job: SlurmJob | None, rhythm: Mapping[str, float | None]
+    session: Session,
+    opened: OpenedRun,
+    plan: RunPlan,
+    slurm_job: SlurmJob | None,
+    intervals: Mapping[str, float | None],
 ) -> None:
     """Go on from the checkpoint, where there is one, write what is known, and start the trackers. Raises UserError."""
-    directory, about = session.directory, session.checkpoints.header
-    with understanding(directory.last):
+    directory, about = session.directory, session.checkpoints.about
+    with refusing_foreign_content(directory.last):
         if then := opened.checkpoint or opened.run.stored:
             refuse_other_data(about, then)
         if opened.checkpoint:
@@ -127,7 +131,7 @@ def begin_session(
     if opened.damage is not None and directory.last.exists():
         directory.set_aside(directory.last)
     marks = {
-        **rhythm,
+        **intervals,
         "trackers": list(opened.run.request.trackers),
         "plan": to_mapping(plan),
         "versions": package_versions(),

@@ -19,7 +19,7 @@ from cifar_dist.training.lock import LockLostError, RunLock
 
 
 @contextmanager
-def preparing(path: Path) -> Iterator[None]:
+def refusing_disk_errors(path: Path) -> Iterator[None]:
     """Turn what the disk refuses before there is anything to lose into a UserError."""
     try:
         yield
@@ -41,7 +41,7 @@ class RunDirectory(RunFiles):
         Raises UserError where that cannot be, where a live run is in the folder, or where one came to be in what
         `is_new`.
         """
-        with preparing(self.path):
+        with refusing_disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.take(self.path)
             if is_new and self.holds_run:

@@ -10,23 +10,23 @@ from cifar_dist.training.state import Best, TrainState
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints, in its rhythm and whenever it is told to.
+    """Writes a run's checkpoints, at its intervals and whenever it is told to.
 
-    The rhythm is every so many `minutes` and `steps` of the run, wherever in an epoch they fall. Without `minutes` it
-    is each minute, at the end of an epoch alone, and rarer on a slow disk: saving takes 1 % of the time at most.
+    The intervals are so many minutes and steps of the run, wherever in an epoch they fall. Without minutes it is one
+    minute, at the end of an epoch alone, and more on a slow disk: saving takes 1 % of the time at most.
     """
 
     def __init__(
         self,
         run: RunDirectory,
-        header: Mapping[str, Any],
+        about: Mapping[str, Any],
         *,
         checkpoint_every_minutes: float | None = None,
         checkpoint_every_steps: int | None = None,
     ) -> None:
-        """Take in `header` what every checkpoint says of its run (recipe, dataset, precision, …)."""
+        """Take in `about` what every checkpoint says of its run (recipe, dataset, precision, …)."""
         self.run = run
-        self.header = dict(header)
+        self.about = dict(about)
         minutes = checkpoint_every_minutes
         self.within_epochs = minutes is not None
         self._every_seconds = 60 * (1 if minutes is None else minutes)
@@ -38,16 +38,16 @@ class CheckpointWriter:
         self._best_epoch: int | None = None
 
     def due(self, step: int) -> bool:
-        """Whether the rhythm has a checkpoint at the end of an epoch that ends with this step."""
+        """Whether a checkpoint is due at the end of an epoch that ends with this step."""
         return self.due_by_time() or self.due_by_step(step)
 
     def due_by_time(self) -> bool:
-        """Whether the last checkpoint is as old as the rhythm allows."""
+        """Whether the last checkpoint is as old as it may become."""
         rest = max(self._every_seconds, self._seconds / self._largest_share)
         return time.monotonic() - self._written_at >= rest
 
     def due_by_step(self, step: int) -> bool:
-        """Whether the rhythm has a checkpoint after this step."""
+        """Whether a checkpoint is due after this step."""
         return self._every_steps is not None and step % self._every_steps == 0
 
     def save(
@@ -67,7 +67,7 @@ class CheckpointWriter:
             return
         begun = time.monotonic()
         rows = {"epoch_sums": [list(row) for row in epoch_sums], "statistics": [list(row) for row in statistics]}
-        content = {**self.header, **machine, **rows, **state.to_mapping()}
+        content = {**self.about, **machine, **rows, **state.to_mapping()}
         self.run.write_checkpoint(self.run.last, content, previous=self.run.previous)
         if state.best is not None and state.best.epoch != self._best_epoch:
             self._save_best(state.best)
@@ -75,6 +75,6 @@ class CheckpointWriter:
         self._seconds = self._written_at - begun
 
     def _save_best(self, best: Best) -> None:
-        content = {**self.header, "epoch": best.epoch, "record": best.record, "model": best.weights}
+        content = {**self.about, "epoch": best.epoch, "record": best.record, "model": best.weights}
         self.run.write_checkpoint(self.run.best, content)
         self._best_epoch = best.epoch

@@ -13,7 +13,7 @@ from cifar_dist.records import Evaluation, Status, Summary
 from cifar_dist.training.engine import Checkpointing, DivergedError, InterruptedRun, Trainer
 from cifar_dist.training.evaluation import EvaluationSet, what_figures_need
 from cifar_dist.training.metrics import summarize
-from cifar_dist.training.run_directory import preparing
+from cifar_dist.training.run_directory import refusing_disk_errors
 from cifar_dist.training.saving import CheckpointWriter
 from cifar_dist.training.tracking import Trackers
 
@@ -57,7 +57,7 @@ class Session(Checkpointing):
     def begin(self, config: Mapping[str, Any], *, is_new: bool = False) -> None:
         """Make the folder and write what is known before the first step. Raises UserError where that cannot be."""
         self.directory.create(is_new=is_new)
-        with preparing(self.directory.path):
+        with refusing_disk_errors(self.directory.path):
             self.directory.write_config(config)
             records = self.directory.cut_records(self.state.epoch)
             self._write_summary("running")
@@ -104,11 +104,11 @@ class Session(Checkpointing):
         self.runtime.ranks.exchange([])
 
     def due_by_step(self, step: int) -> bool:
-        """Whether the rhythm has a checkpoint after this step."""
+        """Whether a checkpoint is due after this step."""
         return self.checkpoints.due_by_step(step)
 
     def due_by_time(self) -> bool:
-        """Whether the rhythm has one now, in the middle of an epoch."""
+        """Whether one is due now, in the middle of an epoch."""
         return self.checkpoints.within_epochs and self.checkpoints.due_by_time()
 
     def save(self) -> None:

@@ -20,11 +20,11 @@ def sweep(
     batch_size: int,
     runtime: Runtime,
     seconds: float,
-    heard: Callable[[int, int, float], None],
+    on_round: Callable[[int, int, float], None],
 ) -> dict[str, Any]:
     """Measure a bare step with every choice of precision, memory layout, compiler and optimiser kernel.
 
-    `build_step` takes these by name and gives the step, of `batch_size` images; `heard` is `alternate`'s.
+    `build_step` takes these by name and gives the step, of `batch_size` images; `on_round` is `alternate`'s.
     Raises UserError where none can be measured.
     """
     rows: list[dict[str, Any]] = []
@@ -54,7 +54,7 @@ def sweep(
             hopeless.add(network)
     if not steps:
         raise UserError(f"nothing can be measured here: {rows[0]['failed']}")
-    rounds = alternate([each for _, each in steps], batch_size, seconds, runtime, heard)
+    rounds = alternate([each for _, each in steps], batch_size, seconds, runtime, on_round)
     for (row, _), rates in zip(steps, zip(*rounds, strict=True), strict=True):
         row |= {"images_per_second": statistics.median(rates), "min": min(rates), "max": max(rates)}
     rows.sort(key=lambda row: -(row["images_per_second"] or 0))
@@ -73,9 +73,9 @@ def _choices(runtime: Runtime) -> Iterator[dict[str, Any]]:
     compilers = {"cpu": (None, "INDUCTOR"), "mps": (None,), "cuda": (None, "INDUCTOR", "CUDAGRAPHS")}[kind]
     # What was asked for is among the choices, whatever it is.
     precisions = tuple(dict.fromkeys((*precisions, runtime.precision)))
-    compilers = tuple(dict.fromkeys((*compilers, runtime.outlook.compiler)))
+    compilers = tuple(dict.fromkeys((*compilers, runtime.compute.compiler)))
     for precision, layout, compiler, fused in product(precisions, _LAYOUTS, compilers, (True, False)):
-        ours = (runtime.precision, runtime.memory_format, runtime.outlook.compiler, kind != "mps")
+        ours = (runtime.precision, runtime.memory_format, runtime.compute.compiler, kind != "mps")
         yield {
             "precision": precision,
             "memory_format": layout,

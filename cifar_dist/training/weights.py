@@ -12,7 +12,7 @@ from cifar_dist.config.errors import UserError
 from cifar_dist.config.loading import read_recipe
 from cifar_dist.config.recipe import Recipe, resolve_recipe
 from cifar_dist.model.resnet import build_resnet, infer_architecture, load_weights
-from cifar_dist.training.checkpoint import averaged_weights, is_bare_weights, load_checkpoint, understanding
+from cifar_dist.training.checkpoint import averaged_weights, is_bare_weights, load_checkpoint, refusing_foreign_content
 from cifar_dist.training.run_directory import RunDirectory
 
 
@@ -45,7 +45,7 @@ def read_weights(path: Path, recipe_name: str | None = None) -> SavedWeights:
     """
     file = _checkpoint_file(path)
     content = load_checkpoint(file)
-    with understanding(file):
+    with refusing_foreign_content(file):
         weights = (_bare_weights if is_bare_weights(content) else _own_weights)(file, content, recipe_name)
         if bad := [name for name, tensor in weights.tensors.items() if not tensor.isfinite().all()]:
             raise UserError(f"{file} holds numbers that are not finite ({bad[0]}): its training diverged, use another")

@@ -32,8 +32,8 @@ from cifar_dist.runtime import graphs
 from cifar_dist.runtime.interrupt import StoppedBeforeTraining
 from cifar_dist.runtime.timing import Contender, alternate
 from cifar_dist.training import sweep
-from cifar_dist.training.anatomy import flops_per_image, memory_by_part, peak_flops
 from cifar_dist.training.setup import build_trainer
+from cifar_dist.training.step_profile import flops_per_image, memory_by_part, peak_flops
 from tests.commands.test_train import small_world
 from tests.conftest import ROOT, make_dataset, make_recipe
 
@@ -120,7 +120,7 @@ def test_what_was_asked_for_is_among_the_choices_of_a_sweep():
     for precision, compiler in (("fp16", None), ("no", "EAGER"), ("bf16", "INDUCTOR")):
         runtime = SimpleNamespace(
             device=torch.device("cpu"), precision=precision, memory_format=torch.channels_last,
-            outlook=SimpleNamespace(compiler=compiler),
+            compute=SimpleNamespace(compiler=compiler),
         )  # fmt: skip
         (chosen,) = (choice for choice in sweep._choices(runtime) if choice["is_chosen"])
         assert (chosen["precision"], chosen["compiler"]) == (precision, compiler)

@@ -134,7 +134,7 @@ def test_replayed_steps_train_what_steps_do(case):
     named = {"num_train": 64 * 5 * sizes + 20, "float64": True, "base": base}
     (eager,), expected, _ = on_one(GPU, "no", *settings, **named)
     (replayed,), changed, runtime = on_one(GRAPHS, "no", *settings, **named)
-    assert runtime.outlook.replays
+    assert runtime.compute.replays
     assert replayed.train_loss == pytest.approx(eager.train_loss, rel=1e-5)
     assert replayed.train_acc == pytest.approx(eager.train_acc, abs=0.01)
     # In float64 but for the rates: with Muon one step alone is 3e-4 of the change, most of which is the first norm.
@@ -146,7 +146,7 @@ def test_replayed_steps_train_what_steps_do(case):
 )
 def test_replayed_steps_learn_in_reduced_precision():
     records, _, runtime = on_one(GRAPHS, "bf16", FAST, "epochs=3")
-    assert (runtime.precision, runtime.outlook.replays) == ("bf16", True)
+    assert (runtime.precision, runtime.compute.replays) == ("bf16", True)
     assert records[-1].train_loss < records[0].train_loss
 
 

@@ -13,7 +13,7 @@ from cifar_dist.data.archives import CIFAR10
 from cifar_dist.data.augmentation import COLUMNS, JITTER_ORDERS, Augmentation
 from cifar_dist.data.cifar import load_archive
 from cifar_dist.data.color import jitter, shift_hue_
-from cifar_dist.data.geometry import Turn, move_pixels
+from cifar_dist.data.geometry import AffineMove, move_pixels
 from cifar_dist.data.mixing import cutout, mix
 from cifar_dist.data.shapes import load_shapes
 from tests.conftest import make_recipe
@@ -75,7 +75,7 @@ def test_the_whole_augmentation_equals_torchvisions(images):
 
 def moved_by(images: Tensor, **how) -> Tensor:
     none = torch.zeros(len(images))
-    still = {"padding": 0, "crop_y": none, "crop_x": none, "reflect": False, "flip": none, "turns": []}
+    still = {"padding": 0, "crop_y": none, "crop_x": none, "reflect": False, "flip": none, "moves": []}
     return move_pixels(images, **{**still, **how})
 
 
@@ -107,7 +107,7 @@ def test_flip_equals_torchvisions(images):
 
 @pytest.mark.parametrize("degrees", [-180.0, -90.0, -10.0, -3.3, 0.0, 0.5, 7.7, 45.0, 90.0])
 def test_rotation_equals_torchvisions(images, degrees):
-    moved = moved_by(images, turns=[Turn(angle=torch.full((len(images),), math.radians(degrees)))])
+    moved = moved_by(images, moves=[AffineMove(angle=torch.full((len(images),), math.radians(degrees)))])
     different = (moved != vision.rotate(images, degrees)).any(1)
     # Where a source falls exactly between two pixels, rounding may go either way: only at multiples of 45 degrees.
     assert different.float().mean() <= (0.05 if degrees == 45 else 0)
@@ -118,15 +118,15 @@ def test_affine_equals_torchvisions(images, degrees, y, x, scale):
     def full(value: float) -> Tensor:
         return torch.full((len(images),), float(value))
 
-    turn = Turn(angle=full(-math.radians(degrees)), shift_y=full(y), shift_x=full(x), scale=full(scale))
+    move = AffineMove(angle=full(-math.radians(degrees)), shift_y=full(y), shift_x=full(x), scale=full(scale))
     expected = vision.affine(images, degrees, [x, y], scale, [0.0, 0.0])
-    assert (moved_by(images, turns=[turn]) != expected).any(1).float().mean() < 0.002
+    assert (moved_by(images, moves=[move]) != expected).any(1).float().mean() < 0.002
 
 
 def test_rotation_and_affine_follow_each_other_as_two_operations(images):
     angles = torch.full((2, len(images)), 0.2)
     expected = vision.rotate(vision.rotate(images, math.degrees(0.2)), math.degrees(0.2))
-    moved = moved_by(images, turns=[Turn(angle=angles[0]), Turn(angle=angles[1])])
+    moved = moved_by(images, moves=[AffineMove(angle=angles[0]), AffineMove(angle=angles[1])])
     assert (moved != expected).any(1).float().mean() < 0.002
 
 

@@ -14,8 +14,8 @@ from cifar_dist.runtime.device import (
     SHARE_GPU,
     DeviceFacts,
     check_world,
+    choose_compute,
     describe_devices,
-    look_ahead,
     memory_format,
     probe,
     resolve_precision,
@@ -37,13 +37,13 @@ from cifar_dist.runtime.threads import choose_num_threads
 def test_what_cannot_be_compiled_is_not_and_is_said(monkeypatch, device, backend, found, reason):
     monkeypatch.setattr("cifar_dist.runtime.device.probe", lambda **_: {"cpu": CPU, "mps": MPS}[device])
     monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/c++" if found else None)
-    outlook = look_ahead(AccelerateConfig(path="x.yaml", dynamo_backend=backend), {}, World())
-    assert outlook.compiler == (backend if reason is None else None)
-    assert ("compiled by" in outlook.line) == (reason is None)
-    threads = f"{outlook.num_threads} thread{'s' if outlook.num_threads > 1 else ''}"
-    assert outlook.short == f"{device} · float32 · {threads}" + ("" if reason else " · compiled")
-    assert any((reason or "?") in note and note.endswith(": not compiled") for note in outlook.notes) == bool(reason)
-    assert any("first step compiles" in note for note in outlook.notes) == (reason is None), "a wait is announced"
+    compute = choose_compute(AccelerateConfig(path="x.yaml", dynamo_backend=backend), {}, World())
+    assert compute.compiler == (backend if reason is None else None)
+    assert ("compiled by" in compute.line) == (reason is None)
+    threads = f"{compute.num_threads} thread{'s' if compute.num_threads > 1 else ''}"
+    assert compute.short == f"{device} · float32 · {threads}" + ("" if reason else " · compiled")
+    assert any((reason or "?") in note and note.endswith(": not compiled") for note in compute.notes) == bool(reason)
+    assert any("first step compiles" in note for note in compute.notes) == (reason is None), "a wait is announced"
 
 
 ALONE = "CUDAGRAPHS replays the steps of one process, and there are 2: not compiled"
@@ -66,11 +66,11 @@ ALONE = "CUDAGRAPHS replays the steps of one process, and there are 2: not compi
 def test_steps_are_replayed_where_they_can_be(monkeypatch, precision, world, obstacle):
     monkeypatch.setattr("cifar_dist.runtime.device.probe", lambda **_: AMPERE)
     config = AccelerateConfig(path="x.yaml", dynamo_backend="CUDAGRAPHS")
-    outlook = look_ahead(config, {}, world, typed_precision=precision)
-    assert outlook.notes == (() if obstacle is None else (obstacle,))
-    assert outlook.replays == (obstacle is None)
-    assert outlook.line.endswith(", steps replayed as CUDA graphs") == outlook.replays
-    assert outlook.short.endswith(" · replayed") == outlook.replays
+    compute = choose_compute(config, {}, world, typed_precision=precision)
+    assert compute.notes == (() if obstacle is None else (obstacle,))
+    assert compute.replays == (obstacle is None)
+    assert compute.line.endswith(", steps replayed as CUDA graphs") == compute.replays
+    assert compute.short.endswith(" · replayed") == compute.replays
 
 
 ON_CPU = AccelerateConfig(use_cpu=True)
@@ -161,7 +161,7 @@ def test_an_accelerator_that_is_missing_is_named_and_a_wish_that_fails_is_explai
         runtime = start(ranks, AccelerateConfig(), typed_precision="fp16")
         assert runtime.device.type == "cpu"
         assert runtime.precision == "no"
-        first, second = runtime.outlook.notes
+        first, second = runtime.compute.notes
         assert first == "no MPS or CUDA device here: training on cpu"
         assert second.startswith("fp16 is not served by this cpu")
         assert second.endswith("using no")
@@ -172,7 +172,7 @@ def test_two_runs_with_other_precisions_follow_each_other_in_one_process():
         with connect(World(), ON_CPU) as ranks:
             runtime = start(ranks, ON_CPU, typed_precision=precision)
             assert runtime.accelerator.mixed_precision == precision
-            assert runtime.outlook.notes == ()
+            assert runtime.compute.notes == ()
 
 
 def test_a_given_number_of_threads_is_used():

@@ -24,7 +24,7 @@ from cifar_dist.config.plan import make_plan
 from cifar_dist.config.world import World
 from cifar_dist.records import Observer
 from cifar_dist.runtime import device, distributed
-from cifar_dist.runtime.device import look_ahead
+from cifar_dist.runtime.device import choose_compute
 from cifar_dist.training import setup
 from cifar_dist.training.evaluation import EvaluationSet
 from cifar_dist.training.setup import build_trainer
@@ -205,10 +205,10 @@ def mac(monkeypatch):
 
 
 def test_a_mac_trains_on_mps_in_float32(mac):
-    outlook = look_ahead(AccelerateConfig(), {}, World())
-    assert (outlook.device_type, outlook.precision, outlook.notes) == ("mps", "no", ())
-    assert look_ahead(AccelerateConfig(use_cpu=True), {}, World()).device_type == "cpu"
-    wish = look_ahead(AccelerateConfig(mixed_precision="fp16"), {}, World())
+    compute = choose_compute(AccelerateConfig(), {}, World())
+    assert (compute.device_type, compute.precision, compute.notes) == ("mps", "no", ())
+    assert choose_compute(AccelerateConfig(use_cpu=True), {}, World()).device_type == "cpu"
+    wish = choose_compute(AccelerateConfig(mixed_precision="fp16"), {}, World())
     assert (wish.precision, wish.notes) == ("fp16", ())
     assert device.memory_format("mps") is torch.contiguous_format
 

@@ -307,9 +307,9 @@ def interrupted(runtime, *, folder):
 
 def precisions(runtime):
     """What ranks make of machines that would choose different precisions, and of equal ones."""
-    outlook = runtime.outlook
-    first = _common_precision(replace(outlook, precision="bf16" if runtime.is_main else "fp16"), runtime.ranks)
-    second = _common_precision(replace(outlook, precision="bf16"), runtime.ranks)
+    compute = runtime.compute
+    first = _common_precision(replace(compute, precision="bf16" if runtime.is_main else "fp16"), runtime.ranks)
+    second = _common_precision(replace(compute, precision="bf16"), runtime.ranks)
     return first.precision, first.notes, second.precision, second.notes
 
 
