@@ -289,7 +289,6 @@ def test_rank_0_that_fails_takes_the_others_with_it_and_says_why(images, tmp_pat
         "        real(descriptor)\n"
         "    os.fsync = fsync\n"
     )
-    started = time.monotonic()
     process = begin(
         sys.executable, LAUNCH, "--num-processes", "2", *QUICK, str(images), "--run-dir", "run", "--epochs", "100000",
         cwd=tmp_path, PYTHONPATH=str(tmp_path),
@@ -299,7 +298,6 @@ def test_rank_0_that_fails_takes_the_others_with_it_and_says_why(images, tmp_pat
     assert "No space left on device" in err
     assert "rank 1 ends: another process is gone" in err
     assert err.index("No space left on device") < err.index("rank 1 ends")
-    assert time.monotonic() - started < 90
 
 
 def test_a_killed_rank_is_restarted_by_torchrun_and_the_run_goes_on(images, tmp_path):

@@ -69,6 +69,11 @@ def test_the_flags_of_eval_and_bench_arrive():
     assert parsed("bench", *argv) == ("bench", options)
 
 
+def test_the_smallest_that_can_be_typed():
+    assert parsed("train", "--num-processes", "1")[1].num_processes == 1
+    assert parsed("predict", "--ckpt", "x.pt", "a.png", "--top", "1")[1].top == 1
+
+
 def test_what_is_not_typed_is_what_the_help_says():
     evaluation, prediction = parsed("eval", "--ckpt", "x.pt")[1], parsed("predict", "--ckpt", "x.pt", "a.png")[1]
     assert (evaluation.split, evaluation.tta, prediction.top) == ("test", "none", 5)

@@ -117,6 +117,7 @@ def test_a_wish_becomes_what_the_device_can_serve(wish, facts, precision, differ
         ({"SLURM_CPUS_PER_TASK": "99", "SLURM_STEP_ID": "0"}, 1, 8),
         ({"SLURM_CPUS_PER_TASK": "3"}, 2, 4),  # of the job, and this is no task of it
         ({}, 16, 1),
+        ({}, 3, 2),
         ({"OMP_NUM_THREADS": "many"}, 1, 6),
     ],
 )

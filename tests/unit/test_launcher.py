@@ -46,7 +46,7 @@ def test_what_somebody_wished_is_handed_down():
     child = child_environment({"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}, CONFIG)
     assert (child[NUM_THREADS], child["ACCELERATE_USE_CPU"]) == ("1", "true")
     child = child_environment({"ACCELERATE_MIXED_PRECISION": "bf16", "OMP_NUM_THREADS": "3"}, CONFIG)
-    assert (child[NUM_THREADS], child["ACCELERATE_MIXED_PRECISION"]) == ("3", "bf16")
+    assert (child[NUM_THREADS], child["OMP_NUM_THREADS"], child["ACCELERATE_MIXED_PRECISION"]) == ("3", "3", "bf16")
     config = AccelerateConfig(path="x.yaml", use_cpu=True, mixed_precision="fp16")
     child = child_environment({"PYTHONPATH": "/mine"}, config)
     assert (child["ACCELERATE_USE_CPU"], child["ACCELERATE_MIXED_PRECISION"]) == ("true", "fp16")

@@ -54,6 +54,11 @@ SLURM = {"SLURM_STEP_ID": "2", "SLURM_JOB_ID": "71", "SLURM_STEP_NODELIST": "gpu
             | {"SLURM_STEP_TASKS_PER_NODE": "2", "MASTER_PORT": "1234"},
             World(rank=1, size=2, local_rank=1, local_size=2, launcher="slurm"),
         ),
+        (
+            {**SLURM, "SLURM_PROCID": "2", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_NODEID": "1"}
+            | {"SLURM_STEP_TASKS_PER_NODE": "1,3", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+            World(rank=2, size=4, local_rank=1, local_size=3, launcher="slurm"),
+        ),
         ({**SLURM, "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, World()),  # one task may start processes itself
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "3"}, World()),  # a salloc shell is no task
         ({**SLURM, "SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}, World()),  # nor is this one
