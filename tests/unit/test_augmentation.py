@@ -216,6 +216,13 @@ def test_mixup_and_cutmix_share_the_images_when_both_are_on():
     assert column(only, "is_box").min() == 1
 
 
+def test_random_flips_know_nothing_of_the_last_epoch():
+    ours = augmentation("augmentation.flip=random")
+    first, second = (column(ours.draw_table(epoch, 1000), "flip") for epoch in (1, 2))
+    assert first.mean() == pytest.approx(0.5, abs=0.05)
+    assert (first == second).float().mean() == pytest.approx(0.5, abs=0.05)
+
+
 def test_alternating_flips_show_both_sides_in_two_epochs():
     ours = augmentation("augmentation.flip=alternating")
     flips = [column(ours.draw_table(epoch, 1000), "flip") for epoch in range(1, 5)]

@@ -39,10 +39,11 @@ SHARES = {2: [[0, 1, 2, 3], [4, 5, 6]], 3: [[0, 1, 2, 3], [], [4, 5, 6]]}
 
 def conversation(runtime):
     """Each way in which ranks talk, and what every one of them makes of a failure."""
-    ranks, rank = runtime.ranks, runtime.world.rank
+    ranks, rank, makers = runtime.ranks, runtime.world.rank, []
     told = {
         "exchange": ranks.exchange([rank, math.inf]),
-        "from main": ranks.from_main(lambda: {"rank": rank}),
+        "from main": ranks.from_main(lambda: makers.append(rank) or {"rank": rank}),
+        "makers": makers,
         "in turn": ranks.in_turn(lambda: rank),
     }
 
@@ -334,6 +335,7 @@ def test_ranks_hear_each_other(world):
     for rank, told in enumerate(results["conversation"]):
         assert told["exchange"] == [(float(each), math.inf) for each in range(size)]
         assert told["from main"] == {"rank": 0}
+        assert told["makers"] == ([0] if rank == 0 else []), "what only one may do was done by another"
         assert told["in turn"] == rank
         assert told["nothing"] == "none"
 
