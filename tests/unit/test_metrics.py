@@ -38,6 +38,13 @@ def script_stops_at(losses: list[float], patience: int) -> int | None:
     return None
 
 
+def test_an_improvement_by_just_min_delta_is_none():
+    state = stopping(patience=1, min_delta=0.25)
+    assert not state.update(record(train_loss=1.0))
+    assert state.update(record(train_loss=0.75))
+    assert state.best == 1.0
+
+
 @pytest.mark.parametrize(
     "losses",
     [

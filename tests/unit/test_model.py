@@ -255,15 +255,16 @@ def test_gram_matrices_of_one_size_are_multiplied_together(monkeypatch):
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_muon_steps_the_filters_as_matrices_and_sgd_the_rest(layout, nesterov):
-    config = make_recipe("optimizer.name=muon", "optimizer.learning_rate=0.1", f"optimizer.nesterov={nesterov}")
+    fields = ("name=muon", "learning_rate=0.1", f"nesterov={nesterov}", "weight_decay=2.0")  # so much that it is seen
+    config = make_recipe(*(f"optimizer.{field}" for field in fields))
     model = build_resnet("imagenet", 10, seed=0).to(memory_format=layout)
     optimizer = build_optimizer(model, config.optimizer)
     assert isinstance(optimizer, MuonWithSGD)
     filters = [model.layer1[0].conv1.weight, model.layer2[0].downsample[0].weight]
     matrices = [nn.Parameter(each.detach().flatten(1).clone()) for each in filters]
     head = nn.Parameter(model.fc.weight.detach().clone())
-    muon = torch.optim.Muon(matrices, lr=0.05, weight_decay=5e-4, momentum=0.9, nesterov=nesterov)
-    sgd = torch.optim.SGD([head], lr=0.05, weight_decay=5e-4, momentum=0.9, nesterov=nesterov)
+    muon = torch.optim.Muon(matrices, lr=0.05, weight_decay=2.0, momentum=0.9, nesterov=nesterov)
+    sgd = torch.optim.SGD([head], lr=0.05, weight_decay=2.0, momentum=0.9, nesterov=nesterov)
     before = filters[0].detach().clone()
     set_learning_rate(optimizer, 0.05)
     for _ in range(3):
