@@ -33,7 +33,7 @@ def train(
     resume: bool = False,
     precision: Literal["auto", "no", "fp16", "bf16"] | None = None,
     config: str | None = None,
-    trackers: Sequence[str] = (),
+    trackers: str | Sequence[str] = (),
     quiet: bool = False,
 ) -> Summary:
     """Train a recipe (a name, a file, or a `Recipe`), test it once, and give what became of it.
@@ -44,15 +44,17 @@ def train(
     Raises UserError for a mistake, and RuntimeError where training was interrupted or failed: stderr and `summary.json`
     say how.
     """
+    if run_dir is not None and not str(run_dir):
+        raise UserError("run_dir is empty: name a folder")
     options = TrainOptions(
         recipe=recipe,
-        dataset=None if dataset is None else str(dataset),
+        dataset=_name_or_folder(dataset),
         data_dir=None if data_dir is None else Path(data_dir),
         run_dir=None if run_dir is None else Path(run_dir),
         resume=resume,
         precision=precision,
         config=config,
-        trackers=tuple(trackers),
+        trackers=(trackers,) if isinstance(trackers, str) else tuple(trackers),
         quiet=quiet,
     )
     world, asked = World.from_environment(os.environ), _read_config(config)
@@ -82,7 +84,7 @@ def evaluate(
     """
     options = EvalOptions(
         checkpoint=Path(checkpoint),
-        dataset=None if dataset is None else str(dataset),
+        dataset=_name_or_folder(dataset),
         data_dir=None if data_dir is None else Path(data_dir),
         split=split,
         recipe=recipe,
@@ -93,6 +95,11 @@ def evaluate(
     world = World.from_environment(os.environ)
     console = make_console(quiet=quiet or world.rank > 0)
     return evaluate_command.evaluate(options, world, _read_config(config), console)
+
+
+def _name_or_folder(dataset: PathLike | None) -> str | None:
+    """Give a dataset as it is typed; `Path("./shapes")` is a folder, and as text it would be a dataset's name."""
+    return dataset if dataset is None or isinstance(dataset, str) else str(Path(dataset).absolute())
 
 
 def _read_config(path: str | None) -> AccelerateConfig:

@@ -1,13 +1,14 @@
 """What was typed -> one command, in this process or in several. Without torch, so that every --help is immediate."""
 
 import contextlib
+import errno
 import importlib
 import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -45,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         world = World.from_environment(os.environ)
         with told_to_stop:
             _say_that_signals_are_heard(world)
-            code = _run(list(sys.argv[1:] if argv is None else argv), world)
+            with _naming_what_may_not_be_read():
+                code = _run(list(sys.argv[1:] if argv is None else argv), world)
     except UserError as error:
         # One line: a mistake that all have made, or were told of, is said by rank 0; another by the first of a machine.
         if world.rank == 0 or (world.local_rank == 0 and not isinstance(error, SharedError)):
@@ -75,6 +77,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if world.size > 1 and code != EXIT_DONE:  # together: Slurm may kill the others as soon as one has ended
         _exit_now(left)
     return left
+
+
+@contextlib.contextmanager
+def _naming_what_may_not_be_read() -> Iterator[None]:
+    """Turn a path that somebody typed and may not look at, or that is too long, into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
 
 
 def _run(argv: list[str], world: World) -> int:

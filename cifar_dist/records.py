@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Status = Literal["running", "completed", "early_stopped", "interrupted", "diverged"]
 
@@ -35,7 +35,7 @@ class EpochRecord:
     @classmethod
     def from_json(cls, line: str) -> "EpochRecord":
         """Read a line of metrics.jsonl. Raises ValueError or TypeError where it is none."""
-        return cls(**json.loads(line))
+        return cls(**_known_fields(cls, json.loads(line)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,9 +84,21 @@ class Summary:
     @classmethod
     def from_json(cls, text: str) -> "Summary":
         """Read a summary.json. Raises ValueError or TypeError where it is none."""
-        values = json.loads(text)
+        values = _known_fields(cls, json.loads(text))
         test = values.pop("test")
-        return cls(**values, test=None if test is None else Evaluation(**test))
+        return cls(**values, test=None if test is None else Evaluation(**_known_fields(Evaluation, test)))
+
+
+def _known_fields(record: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Give a record's fields: others are of a later version, and one that may be None may be of a later one than this.
+
+    Raises TypeError where the values are no mapping.
+    """
+    if not isinstance(values, dict):
+        raise TypeError(f"{type(values).__name__} is no record")
+    fields = dataclasses.fields(record)
+    later = {field.name: None for field in fields if type(None) in get_args(field.type)}
+    return later | {field.name: values[field.name] for field in fields if field.name in values}
 
 
 class Observer:

@@ -115,7 +115,7 @@ def _several(runs: Sequence[ReportedRun], folder: Path) -> Iterator[Path]:
     texts = {"csv": format_csv(runs), "md": format_markdown(runs), "html": page_of_runs(runs, title)}
     for suffix, text in texts.items():
         path = folder / f"report.{suffix}"
-        write_output(path, text.encode())
+        write_output(path, text.encode(errors="backslashreplace"))
         yield path
 
 

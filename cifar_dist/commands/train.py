@@ -193,7 +193,9 @@ def _train_and_test(
 def _leave_early(session: Session, end: DivergedError | InterruptedRun, how_to_go_on: str) -> int:
     """Close what is open and say how a run ended that all processes leave together; give the exit code."""
     if isinstance(end, DivergedError):
-        text, code = f"diverged: {end}; the last good checkpoint stays: {session.directory.path}", EXIT_FAILED
+        path = session.directory.path
+        left = "the last good checkpoint stays" if session.directory.last.exists() else "there was no checkpoint yet"
+        text, code = f"diverged: {end}; {left}: {path}", EXIT_FAILED
     else:
         place = f"epoch {session.state.epoch + 1}, step {session.state.step}"
         text, code = f"interrupted in {place}, and saved; go on with: {how_to_go_on}", EXIT_INTERRUPTED
@@ -206,12 +208,18 @@ def _leave_early(session: Session, end: DivergedError | InterruptedRun, how_to_g
 
 def _draw_figures(session: Session, summary: Summary, saved: Mapping[str, NDArray[Any]]) -> None:
     """Draw the curves, the confusion matrix and the first predictions; a page that `report` has written is renewed."""
-    # matplotlib takes its time to be imported, and a run that fails does not need it.
-    from cifar_dist.display.comparison import ReportedRun
-    from cifar_dist.display.page import write_run
-
     directory = session.directory
     path, page = directory.path, directory.path / "report.html"
-    run = ReportedRun(path=path, config=directory.read_config(), summary=summary, records=directory.read_records())
-    for _ in write_run(run, saved, directory.figures, page if page.exists() else None):
-        pass  # each file is written as it is asked for
+    try:
+        # matplotlib takes its time to be imported, and a run that fails does not need it.
+        from cifar_dist.display.comparison import ReportedRun
+        from cifar_dist.display.page import write_run
+
+        run = ReportedRun(path=path, config=directory.read_config(), summary=summary, records=directory.read_records())
+        for _ in write_run(run, saved, directory.figures, page if page.exists() else None):
+            pass  # each file is written as it is asked for
+    except OSError:
+        raise
+    except Exception as error:  # somebody's backend or fonts: a result is worth more than its figures
+        reason = " ".join(str(error).split())[:200]
+        session.trainer.observer.on_note(f"the figures could not be drawn: {type(error).__name__}: {reason}")

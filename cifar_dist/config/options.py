@@ -5,7 +5,7 @@ The docstring of a class is what --help says of its command; `config/arguments.p
 # ruff: noqa: RUF009  (flag gives a dataclasses.field)
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,13 @@ class Options:
 
     config: str | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse what is not among a flag's choices, from Python too. Raises UserError."""
+        for each in fields(self):
+            choices, value = each.metadata.get("arguments", {}).get("choices"), getattr(self, each.name)
+            if choices and value is not None and value not in choices:
+                raise UserError(f"{each.name} must be one of {', '.join(choices)}, not {value!r}")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceOptions(Options):
@@ -105,6 +112,7 @@ class TrainOptions(DeviceOptions):
     quiet: bool = switch("--quiet", "no progress, only the result")
 
     def __post_init__(self) -> None:
+        Options.__post_init__(self)
         if self.num_processes is not None and self.num_processes < 1:
             raise UserError(f"--num-processes must be 1 or more, not {self.num_processes}")
         for name in ("checkpoint_every_steps", "checkpoint_every_minutes", "max_minutes"):
@@ -148,6 +156,7 @@ class PredictOptions(DeviceOptions):
     json: Path | None = flag("--json", "write the result there; - for the standard output", **_FILE)
 
     def __post_init__(self) -> None:
+        Options.__post_init__(self)
         if self.top < 1:
             raise UserError(f"--top must be 1 or more, not {self.top}")
 
@@ -180,6 +189,7 @@ class BenchOptions(DeviceOptions):
     json: Path | None = flag("--json", "write the figures there; - for the standard output", **_FILE)
 
     def __post_init__(self) -> None:
+        Options.__post_init__(self)
         if not 0 < self.seconds < 86_400:
             raise UserError(f"--seconds must be above 0 and below a day, not {self.seconds:g}")
 

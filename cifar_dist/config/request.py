@@ -137,7 +137,8 @@ def resolve_request(options: TrainOptions, stored: Mapping[str, Any]) -> TrainRe
     data, stated = stored.get("dataset", {}), dict[str, Any]()
     if isinstance(options.recipe, Recipe):
         name, base = "recipe", recipe_to_mapping(options.recipe)
-        if base["validation_size"] != read_recipe(DEFAULT_RECIPE)["validation_size"]:  # somebody has chosen it
+        # Else it is a recipe's own, which was not written with this dataset in mind.
+        if base["validation_size"] not in (0, read_recipe(DEFAULT_RECIPE)["validation_size"]):
             stated = {"validation_size": base["validation_size"]}
     elif options.recipe is not None or not stored:
         name = recipe_label(options.recipe or DEFAULT_RECIPE)

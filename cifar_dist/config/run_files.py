@@ -33,6 +33,11 @@ class RunFiles:
         """Whether a run has left something here."""
         return any(file.exists() for file in (self.config, self.metrics, self.summary, self.last))
 
+    def find_in_the_way(self) -> Path | None:
+        """Give a file that a new run would overwrite, where there is one."""
+        named = (self.predictions, self.previous, self.best, self.path / "report.html")
+        return next((file for file in (*named, *self.figures.glob("*.png")) if file.exists()), None)
+
     def read_config(self) -> dict[str, Any]:
         """Read config.yaml. Raises UserError where it is missing or damaged."""
         config = read_yaml(self.config, "run configuration")
@@ -58,6 +63,8 @@ def find_run(*, run_dir: Path | None, resume: bool, resume_dir: Path | None) -> 
         raise UserError(f"there is no run in {path} to resume")
     if run.holds_run and not resume:
         raise UserError(f"{path} holds a run already: add --resume to go on with it, or name another --run-dir")
+    if not run.holds_run and (file := run.find_in_the_way()) is not None:
+        raise UserError(f"{path} is no run, and a run would overwrite {file}: name another --run-dir")
     return run if run.holds_run else None
 
 

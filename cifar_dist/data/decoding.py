@@ -2,11 +2,13 @@
 
 import os
 import signal
+import sys
 import threading
+import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import get_context, parent_process
 from typing import NamedTuple
@@ -36,6 +38,7 @@ class ImageFile(NamedTuple):
     name: str  # relative to the folder of the dataset, with '/': the same on every system
     size: int  # bytes
     mtime_ns: int
+    ctime_ns: int  # changes with a file's name too, on systems other than Windows
 
 
 def name_some(names: Sequence[str]) -> str:
@@ -47,7 +50,7 @@ def decode_all(files: Sequence[ImageFile], images: Pixels, progress: Progress | 
     """Fill `images`, (N, 3, S, S), and give the range of the sizes. Raises UserError naming what cannot be read."""
     try:
         sizes = decode_by(pool_for(len(files)), files, images, progress)
-    except BrokenExecutor:  # a worker was killed, or cannot import the script that is running
+    except BrokenExecutor:  # a worker was killed
         sizes = decode_by(ThreadPoolExecutor(1), files, images, progress)
     if unreadable := [file.name for file, size in zip(files, sizes, strict=True) if not size]:
         raise UserError(
@@ -68,7 +71,8 @@ def decode_by(
     with warnings.catch_warnings():  # here, for all threads at once: it is not theirs to change
         _choose_warnings()
         try:
-            chunks = pool.map(partial(_decode_chunk, size=side), paths, chunksize=8)
+            with _without_main():
+                chunks = pool.map(partial(_decode_chunk, size=side), paths, chunksize=8)
             for start, (pixels, found) in zip(starts, chunks, strict=True):
                 images[start : start + len(found)] = pixels
                 sizes += found
@@ -86,6 +90,17 @@ def pool_for(num_files: int) -> Executor:
         return ThreadPoolExecutor(workers)
     # Not forked: torch's threads may run already.
     return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin_worker)
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Hide the program that is running from worker processes, which would run a script without a guard once more."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _choose_warnings() -> None:

@@ -176,10 +176,10 @@ def files_below(
             try:
                 status = entry.stat()
             except OSError:  # a broken link, to be named with the other files that cannot be read
-                yield ImageFile(entry.path, name, -1, -1)
+                yield ImageFile(entry.path, name, -1, -1, -1)
             else:
                 if stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-                    yield ImageFile(entry.path, name, status.st_size, status.st_mtime_ns)
+                    yield ImageFile(entry.path, name, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def _entries(folder: Path | str) -> list[os.DirEntry[str]]:

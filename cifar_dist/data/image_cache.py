@@ -50,7 +50,9 @@ def read_images(
     # The cache has an order of its own, so that another order of the same files (another seed) finds it, too. It is
     # copied to and from in blocks, as a whole would have all pixels in memory twice.
     order = sorted(range(len(files)), key=lambda index: (files[index].name, files[index].path))
-    listed = "".join(f"\0{file.name}\0{file.size}\0{file.mtime_ns}" for file in map(files.__getitem__, order))
+    listed = "".join(
+        f"\0{file.name}\0{file.size}\0{file.mtime_ns}\0{file.ctime_ns}" for file in map(files.__getitem__, order)
+    )
     key = blake2b(f"{_FORMAT}\0{images.shape[-1]}{listed}".encode(), digest_size=16).digest()
     stem = blake2b(os.fsencode(folder.resolve()), digest_size=8).hexdigest()
     cache_file = cache_dir / f"{stem}-{key.hex()}.pixels"

@@ -22,8 +22,8 @@ def find_images(paths: Sequence[Path]) -> tuple[list[ImageFile], dict[str, str]]
     refused: dict[str, str] = {}
     for path in paths:
         shown = os.fsencode(path).decode(errors="backslashreplace")  # a name may be any bytes, and is to be printed
-        members = [ImageFile(str(path), shown, -1, -1)]
-        if path.is_dir():
+        members = [ImageFile(str(path), shown, -1, -1, -1)]
+        if os.path.isdir(path):  # noqa: PTH112 - a Path would raise where nobody may look
             below = files_below(str(path), f"{shown}/", unreadable=refused)
             members = sorted(below, key=lambda file: file.name)
             if not members:
@@ -32,7 +32,7 @@ def find_images(paths: Sequence[Path]) -> tuple[list[ImageFile], dict[str, str]]
             if file.name.lower().endswith(OTHER_SUFFIXES):
                 refused[file.name] = "cannot be read, as no HEIC or AVIF image can: convert it to PNG or JPEG"
             elif not os.path.isfile(file.path):  # noqa: PTH113 - a name may hold bytes that no Path can show
-                refused[file.name] = "is no file" if Path(file.path).exists() else "does not exist"
+                refused[file.name] = "is no file" if os.path.exists(file.path) else "does not exist"  # noqa: PTH110
             else:
                 found.setdefault(Path(file.path).resolve(), file)
     if not found:

@@ -15,6 +15,7 @@ from cifar_dist.display.curves import PALETTE
 
 def plain(text: str, width: int = 200) -> str:
     """Give text that matplotlib draws as it is, without taking dollars for formulas; what is longer is cut."""
+    text = text.encode(errors="backslashreplace").decode()  # a folder's name may be any bytes
     short = text if len(text) <= width else f"{text[: width - 1]}…"
     return short.replace("$", r"\$")
 

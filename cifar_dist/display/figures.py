@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -19,9 +20,11 @@ from cifar_dist.records import EpochRecord, Evaluation
 # From nothing to blue, so that what is under it shows: white paper or a dark page.
 _BLUES = LinearSegmentedColormap.from_list("blues", [f"{BLUE}00", BLUE])
 MANY_CLASSES = 20  # from which on there is no room for a number in each cell
+_OWN_STYLE = matplotlib.style.context("default")  # whatever somebody's matplotlibrc says
 _BARS, _COLUMNS = 34, 3  # of classes: in a column, and columns
 
 
+@_OWN_STYLE
 def draw_curves(
     records: Sequence[EpochRecord], path: Path, *, title: str, best_epoch: int | None, stopped_early: bool = False
 ) -> None:
@@ -34,6 +37,7 @@ def draw_curves(
     save_figure(figure, path)
 
 
+@_OWN_STYLE
 def draw_overlay(runs: Mapping[str, Sequence[EpochRecord]], path: Path, *, title: str) -> None:
     """Draw the curves of runs, by their names, over each other."""
     panels = overlaid_panels({plain(name): records for name, records in runs.items()})
@@ -54,6 +58,7 @@ def draw_overlay(runs: Mapping[str, Sequence[EpochRecord]], path: Path, *, title
     save_figure(figure, path)
 
 
+@_OWN_STYLE
 def draw_confusion(evaluation: Evaluation, path: Path, *, title: str) -> None:
     """Draw the confusion matrix, each row in percent of its true class."""
     many = len(evaluation.confusion_matrix) > MANY_CLASSES
@@ -65,6 +70,7 @@ def draw_confusion(evaluation: Evaluation, path: Path, *, title: str) -> None:
     save_figure(figure, path)
 
 
+@_OWN_STYLE
 def confusion_svg(evaluation: Evaluation) -> str:
     """Give the confusion matrix as a part of a page."""
     many = len(evaluation.confusion_matrix) > MANY_CLASSES
@@ -73,6 +79,7 @@ def confusion_svg(evaluation: Evaluation) -> str:
     return to_svg(figure)
 
 
+@_OWN_STYLE
 def panel_svg(panel: Panel, *, legend: bool) -> str:
     """Give curves as a part of a page, wide enough for a phone."""
     figure = Figure(figsize=(4.2, 3), layout="constrained")
@@ -80,6 +87,7 @@ def panel_svg(panel: Panel, *, legend: bool) -> str:
     return to_svg(figure)
 
 
+@_OWN_STYLE
 def draw_per_class(evaluation: Evaluation, path: Path, *, title: str) -> None:
     """Draw each class's accuracy as a bar, the worst first; a line shows that of all images.
 
@@ -110,6 +118,7 @@ def draw_per_class(evaluation: Evaluation, path: Path, *, title: str) -> None:
     save_figure(figure, path)
 
 
+@_OWN_STYLE
 def draw_predictions(
     images: NDArray[np.uint8],
     labels: NDArray[Any],

@@ -56,7 +56,7 @@ def write_run(run: ReportedRun, saved: Arrays | None, figures: Path, page: Path 
     if summary.test is not None and saved is not None:
         yield from draw_evaluation(figures, summary.test, saved, title=run.title)
     if page is not None:
-        write_atomically(page, lambda file: file.write(page_of_run(run, saved or {}).encode()))
+        write_atomically(page, lambda file: file.write(page_of_run(run, saved or {}).encode(errors="backslashreplace")))
         yield page
 
 

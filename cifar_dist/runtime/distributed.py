@@ -126,7 +126,7 @@ def connect(world: World, config: AccelerateConfig) -> Iterator[Ranks]:
     """
     facts = device_module.probe(use_cpu=wants_cpu(config, os.environ))
     device_module.check_world(world, facts.type, os.environ)
-    before = dict(os.environ)
+    before, threads = dict(os.environ), torch.get_num_threads()
     try:
         _tell_accelerate(world, cpu=facts.type == "cpu")
         # Accelerate would take MPI where torch has it, and NCCL where ranks share a GPU, which it refuses.
@@ -148,6 +148,7 @@ def connect(world: World, config: AccelerateConfig) -> Iterator[Ranks]:
             state.destroy_process_group()
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
+        torch.set_num_threads(threads)  # those of a checkpoint are not those of what this process does next
         os.environ.clear()
         os.environ.update(before)
 

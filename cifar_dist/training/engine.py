@@ -134,7 +134,7 @@ class Trainer:
         """Count a step, and average its weights."""
         state, every = self.state, self.recipe.lookahead_steps
         state.step += 1
-        if state.ema is None or (every and state.step % every):
+        if state.ema is None or (every and state.step % every and state.step < self.plan.total_steps):
             return
         state.ema.update(state.model, state.step)
         if every:

@@ -3,7 +3,7 @@
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -49,8 +49,9 @@ class RunDirectory(RunFiles):
             self.last.parent.mkdir(exist_ok=True)
             self.figures.mkdir(exist_ok=True)
             for folder in (self.path, self.last.parent, self.figures):
-                for leftover in folder.glob(".*.tmp"):
-                    leftover.unlink()
+                for leftover in folder.glob(".*.*.tmp"):
+                    if leftover.suffixes[-2][1:].isdecimal():  # the number of a process, as write_atomically names them
+                        leftover.unlink()
 
     def write_config(self, content: Mapping[str, Any]) -> None:
         """Write config.yaml: all that is needed to run it again."""
@@ -62,22 +63,20 @@ class RunDirectory(RunFiles):
         self.append(self.metrics, record.to_json().encode() + b"\n")
 
     def read_records(self) -> list[EpochRecord]:
-        """Read metrics.jsonl, up to a line that was cut off or is damaged."""
-        records = []
+        """Read metrics.jsonl; a line that was cut off or is damaged is left out."""
+        return [record for record, _ in self._read_lines()]
+
+    def _read_lines(self) -> Iterator[tuple[EpochRecord, bytes]]:
         lines = self.metrics.read_bytes().splitlines() if self.metrics.exists() else []
         for line in lines:
-            try:
-                records.append(EpochRecord.from_json(line.decode()))
-            except (ValueError, TypeError):
-                break
-        return records
+            with suppress(ValueError, TypeError):
+                yield EpochRecord.from_json(line.decode()), line
 
     def cut_records(self, epochs: int) -> list[EpochRecord]:
         """Cut metrics.jsonl back to so many epochs, which is what a checkpoint knows; give what is left."""
-        kept = [record for record in self.read_records() if record.epoch <= epochs]
-        text = "".join(record.to_json() + "\n" for record in kept)
-        self.write(self.metrics, lambda file: file.write(text.encode()))
-        return kept
+        kept = [(record, line) for record, line in self._read_lines() if record.epoch <= epochs]
+        self.write(self.metrics, lambda file: file.writelines(line + b"\n" for _, line in kept))
+        return [record for record, _ in kept]
 
     def write_summary(self, summary: Summary) -> None:
         """Write summary.json."""

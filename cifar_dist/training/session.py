@@ -41,9 +41,13 @@ class Session(Checkpointing):
         if len(checkpoint["statistics"]) == self.runtime.world.size:
             self.state.set_own_statistics(checkpoint["statistics"][self.runtime.world.rank])
         self.runtime.load_state(checkpoint)
-        epochs = self.trainer.plan.epochs
-        if epochs < self.state.epoch:
-            raise UserError(f"epochs={epochs} is below the {self.state.epoch} that are done: set it to that or more")
+        plan = self.trainer.plan
+        if plan.epochs < self.state.epoch:
+            done = f"the {self.state.epoch} that are done"
+            raise UserError(f"epochs={plan.epochs} is below {done}: set it to that or more")
+        if plan.total_steps < self.state.step:
+            begun = self.state.epoch + 1
+            raise UserError(f"epochs={plan.epochs} is below epoch {begun}, which has begun: set it to that or more")
 
     def _restore_sums(self, rows: Sequence[Sequence[float]]) -> None:
         """Take this process's part of the sums of an epoch in progress; in another world rank 0 takes them all."""

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import cifar_dist
 from cifar_dist import Recipe, evaluate, load_model, train
@@ -73,6 +74,13 @@ def test_mistakes_are_exceptions(small):
         load_model("nowhere")
     with pytest.raises(UserError, match="asks for 2 processes, and this is one"):
         train("original", dataset="shapes", config=str(ROOT / "accelerate_configs" / "multi_cpu.yaml"))
+    for wrong in ({"split": "train"}, {"tta": "Mirror"}, {"precision": "fp32"}):
+        with pytest.raises(UserError, match=rf"{next(iter(wrong))} must be one of "):
+            evaluate("x", **wrong)
+    with pytest.raises(UserError, match="run_dir is empty"):
+        train("original", dataset="shapes", run_dir="")
+    with pytest.raises(UserError, match="unknown tracker 'tensorbord'"):
+        train("original", dataset="shapes", trackers="tensorbord")
     diverging = Recipe.load("original", epochs=1, **{"optimizer.learning_rate": 1e30})
     with pytest.raises(RuntimeError, match="exit code 1"):
         train(diverging, dataset="shapes", run_dir="diverged", quiet=True)
@@ -123,3 +131,25 @@ def test_a_notebook_launches_two_processes(tmp_path):
     config = (tmp_path / "runs" / "notebook" / "config.yaml").read_text()
     assert "world_size: 2" in config
     assert "completed" in (tmp_path / "runs" / "notebook" / "summary.json").read_text()
+
+
+def test_a_path_is_a_folder_whatever_it_is_called(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    heard = []
+    monkeypatch.setattr(
+        "cifar_dist.api.train_command.train", lambda options, *_: heard.append(options.dataset) or (0, 1)
+    )
+    train("quick", dataset="shapes")
+    train("quick", dataset=Path("./shapes"))
+    assert heard == ["shapes", str(tmp_path / "shapes")]
+
+
+def test_threads_of_a_checkpoint_are_not_those_of_what_follows(small):
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        recipe = Recipe.load("original", epochs=1, global_batch_size=48)
+        summary = train(recipe, dataset="shapes", run_dir="runs/threads", quiet=True)
+        assert summary.num_threads != 3 and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

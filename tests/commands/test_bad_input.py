@@ -204,6 +204,13 @@ def test_an_empty_argument_is_no_default(argv):
     assert run(*argv) == (2, "an argument is empty: is a variable of your script not set?")
 
 
+@pytest.mark.parametrize("typed", ["eval --ckpt", "report", "--dry-run --run-dir", "--dry-run --recipe"])
+def test_a_path_that_may_not_be_looked_at_is_one_line(typed):
+    """A name that is too long stands for it: whoever runs these tests may be allowed everything."""
+    code, line = run(*typed.split(), "x" * 300)
+    assert code == 2 and "File name too long" in line
+
+
 def test_weights_that_are_missing_are_one_line(monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: "nowhere")
     monkeypatch.setattr("torch.hub.download_url_to_file", no_network)

@@ -159,6 +159,32 @@ def test_a_requeued_slurm_job_goes_on_with_its_own_run(monkeypatch, capsys):
     assert RunDirectory(Path("runs/original-shapes-seed0-4")).read_summary().status == "completed"
 
 
+@pytest.mark.parametrize("name", ["checkpoints/best.pt", "test_predictions.npz", "report.html", "figures/curves.png"])
+def test_somebodys_own_files_are_in_the_way(capsys, name):
+    file = Path("own") / name
+    file.parent.mkdir(parents=True)
+    file.write_text("precious")
+    train("--epochs", "1", "--run-dir", "own", code=2)
+    assert error_of(capsys) == f"own is no run, and a run would overwrite {file}: name another --run-dir"
+    assert files_of("own") == {file: b"precious"}
+
+
+def test_an_epoch_that_has_begun_is_ended_or_not_resumed(capsys, monkeypatch):
+    train("--epochs", "1", "--run-dir", "x")
+    end_step = Trainer._end_step
+
+    def signalled(trainer):
+        end_step(trainer)
+        trainer.interrupt.requested = "SIGTERM" if trainer.state.step == 4 else None
+
+    monkeypatch.setattr(Trainer, "_end_step", signalled)
+    assert main(["--resume", "x", "--epochs", "3"]) == 75
+    capsys.readouterr()
+    assert main(["--resume", "x", "--epochs", "1"]) == 2
+    assert error_of(capsys) == "epochs=1 is below epoch 2, which has begun: set it to that or more"
+    assert main(["--resume", "x", "--epochs", "2"]) == 0
+
+
 def test_run_dir_with_resume_starts_when_there_is_nothing_yet():
     train("--epochs", "1", "--run-dir", "new", "--resume")
     assert RunDirectory(Path("new")).read_summary().status == "completed"

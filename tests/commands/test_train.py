@@ -193,6 +193,17 @@ def test_the_result_alone_is_on_the_standard_output_where_it_was_asked_for(capsy
     assert not Path("-").exists()
 
 
+def test_figures_that_cannot_be_drawn_cost_no_result(capsys, monkeypatch):
+    def no_latex(*_):
+        raise RuntimeError("latex was not able to\nprocess this")
+        yield
+
+    monkeypatch.setattr("cifar_dist.display.page.write_run", no_latex)
+    train("--epochs", "1", "--run-dir", "x")
+    assert "the figures could not be drawn: RuntimeError: latex was not able to process this" in capsys.readouterr().out
+    assert RunDirectory(Path("x")).read_summary().test is not None
+
+
 def test_a_code_page_without_bars_is_no_reason_to_fail(monkeypatch):
     train("--epochs", "1", "--run-dir", "x")
     page = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")

@@ -1,11 +1,14 @@
 """What stands in the figures and on the page: which number beside which name."""
 
 import html
+import os
 import re
 
+import matplotlib
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from cifar_dist.cli import main
 from cifar_dist.display.comparison import ReportedRun
@@ -57,6 +60,12 @@ def test_a_row_of_the_confusion_matrix_is_a_true_class(drawn, tmp_path):
     assert numbers[2, 0] == "25.0" and numbers[0, 2] == "10.0" and (1, 2) not in numbers, "(column, row)"
     for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
         assert [label.get_text() for label in labels] == ["cat", "dog", "ship"]
+
+
+def test_somebodys_own_style_and_names_of_any_bytes_do_no_harm(tmp_path):
+    with matplotlib.rc_context({"text.usetex": True, "figure.facecolor": "red"}):
+        draw_confusion(TEST, tmp_path / "confusion.png", title=os.fsdecode(b"d\xff"))
+    assert Image.open(tmp_path / "confusion.png").getpixel((0, 0))[:3] == (255, 255, 255)
 
 
 def test_each_bar_stands_beside_its_class_the_worst_on_top(drawn, tmp_path):

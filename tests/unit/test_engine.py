@@ -379,6 +379,15 @@ def test_the_body_is_frozen_while_the_head_is_trained(runtime):
     assert not torch.equal(body["conv1.weight"], weights["conv1.weight"])
 
 
+def test_the_last_steps_of_a_run_reach_its_averaged_weights(runtime):
+    """Else a run of fewer steps than `lookahead_steps` would test the network that it began with."""
+    trainer = trainer_for(runtime, "epochs=1", "ema_decay=0.5", "lookahead_steps=5")
+    before = copy.deepcopy(trainer.state.model.state_dict())
+    list(trainer.epochs())
+    assert trainer.state.step == 3
+    assert not torch.equal(trainer.state.ema.model.fc.weight, before["fc.weight"])
+
+
 def test_images_grow_during_training_and_are_whole_at_evaluation(runtime):
     fields = ("epochs=4", "image_size_schedule=[[16, 0.5], [24, 0.75], [32, 1.0]]", "validation_size=16")
     trainer = trainer_for(runtime, *fields)

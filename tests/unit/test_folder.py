@@ -5,6 +5,7 @@ import io
 import os
 import re
 import struct
+import subprocess
 import sys
 import threading
 import tracemalloc
@@ -31,6 +32,7 @@ from cifar_dist.data.dataset import Dataset, LabelledImages
 from cifar_dist.data.decoding import Progress, decode
 from cifar_dist.data.folder import load_folder
 from cifar_dist.data.image_cache import default_cache_dir
+from tests.conftest import ROOT
 
 SIZE = 8
 
@@ -805,3 +807,39 @@ def test_official_images_in_folders_are_those_of_the_official_files(official_dat
             assert len(found) == len(wanted)
             assert {image.numpy().tobytes() for image in found} == {image.numpy().tobytes() for image in wanted}
     assert from_cache(dataset)
+
+
+def test_files_that_change_places_are_decoded_again(tmp_path: Path) -> None:
+    """Of equal size and equal age, as an archive may unpack them."""
+    for name, color in (("dark", 10), ("light", 240)):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for number in range(2):
+            Image.new("L", (SIZE, SIZE), color).save(tmp_path / "train" / name / f"{number}.bmp")
+            os.utime(tmp_path / "train" / name / f"{number}.bmp", (1, 1))
+    put(tmp_path / "test" / "dark", "0.png")
+    put(tmp_path / "test" / "light", "0.png")
+    before = load(tmp_path).train.images
+    dark, light = (tmp_path / "train" / name / "0.bmp" for name in ("dark", "light"))
+    dark.rename(tmp_path / "x")
+    light.rename(dark)
+    (tmp_path / "x").rename(light)
+    after = load(tmp_path).train.images
+    assert sorted(before[:, 0, 0, 0].tolist()) == [10, 10, 240, 240]
+    assert [before[0, 0, 0, 0], after[0, 0, 0, 0]] == [10, 240]
+
+
+def test_a_script_without_a_guard_is_not_run_again_by_the_processes_that_decode(tmp_path: Path) -> None:
+    put(tmp_path, *(f"{number}.png" for number in range(40)))
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "from cifar_dist.data import decoding, image_files\n"
+        "print('ran')\n"
+        "decoding._MANY = 1\n"
+        "files, _ = image_files.find_images(sorted(Path(__file__).parent.glob('*.png')))\n"
+        "print(image_files.decode_images(files, 8)[1] == [True] * 40)\n"
+    )
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(script)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environ, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "ran\nTrue\n", "")

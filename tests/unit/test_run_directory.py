@@ -1,5 +1,6 @@
 """What a run leaves on disk."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,6 +10,7 @@ from torch import nn
 
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.recipe import EarlyStoppingConfig
+from cifar_dist.records import Summary
 from cifar_dist.training.checkpoint import load_checkpoint
 from cifar_dist.training.early_stopping import EarlyStopping
 from cifar_dist.training.metrics import RunningSums
@@ -51,6 +53,37 @@ def test_records_are_appended_read_and_cut_back(run):
     run.append_record(record(3, train_loss=0.25))
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert [(line["epoch"], line["train_loss"]) for line in lines] == [(1, 1.0), (2, 1.0), (3, 0.25)]
+
+
+def test_the_words_of_another_version_are_kept_and_a_damaged_line_alone_is_lost(run):
+    lines = [record(epoch).to_json() for epoch in (1, 2, 3, 4)]
+    lines[0] = lines[0][:-1] + ', "grad_norm": 1.5}'
+    lines[1] = lines[1][:30]
+    run.metrics.write_text("\n".join(lines) + "\n")
+    assert [each.epoch for each in run.cut_records(epochs=3)] == [1, 3]
+    assert run.metrics.read_text() == f"{lines[0]}\n{lines[2]}\n"
+
+
+def test_a_summary_of_another_version_is_read(run):
+    summary = Summary(
+        status="running", epochs=1, best_epoch=None, train_seconds=1.0, world_size=1, device="cpu", precision="no",
+        num_threads=1, peak_memory_mib=7, test=None,
+    )  # fmt: skip
+    values = json.loads(summary.to_json()) | {"energy_joules": 3}
+    del values["peak_memory_mib"]  # it may be None
+    run.summary.write_text(json.dumps(values))
+    assert run.read_summary() == dataclasses.replace(summary, peak_memory_mib=None)
+    del values["epochs"]
+    run.summary.write_text(json.dumps(values))
+    with pytest.raises(UserError, match="is damaged"):
+        run.read_summary()
+
+
+def test_only_what_a_killed_process_left_half_written_is_removed(run):
+    for name in (".metrics.jsonl.123.tmp", ".mine.tmp", ".my.notes.tmp"):
+        (run.path / name).touch()
+    run.create()
+    assert {path.name for path in run.path.glob("*.tmp")} == {".mine.tmp", ".my.notes.tmp"}
 
 
 def test_a_line_that_was_cut_off_is_left_out(run):
