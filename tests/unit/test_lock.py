@@ -195,7 +195,7 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
     run = RunDirectory(tmp_path)
     run.last.parent.mkdir()
     run.figures.mkdir()
-    halves = (tmp_path / ".summary.json.1.tmp", run.last.parent / ".last.pt.1.tmp", run.figures / ".curves.png.tmp")
+    halves = (tmp_path / ".summary.json.1.tmp", run.last.parent / ".last.pt.1.tmp", run.figures / ".curves.png.1.tmp")
     for leftover in halves:
         leftover.write_bytes(b"half")
     write_atomically(run.last, lambda file: file.write(b"whole"))
