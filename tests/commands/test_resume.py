@@ -175,6 +175,7 @@ def test_an_epoch_that_has_begun_is_ended_or_not_resumed(capsys, monkeypatch):
 
     def signalled(trainer):
         end_step(trainer)
+        object.__setattr__(trainer.plan, "report_every_steps", 1)
         trainer.interrupt.requested = "SIGTERM" if trainer.state.step == 4 else None
 
     monkeypatch.setattr(Trainer, "_end_step", signalled)
