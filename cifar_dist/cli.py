@@ -87,7 +87,7 @@ def _naming_what_may_not_be_read() -> Iterator[None]:
     except OSError as error:
         if error.filename is None or error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP):
             raise
-        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
+        raise UserError(f"cannot use {error.filename}: {error.strerror}") from None
 
 
 def _run(argv: list[str], world: World) -> int:

@@ -90,7 +90,7 @@ class Summary:
 
 
 def _known_fields(record: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Give a record's fields: others are of a later version, and one that may be None may be of a later one than this.
+    """Give a record's fields. A newer version may have written more of them, and an older one none that may be None.
 
     Raises TypeError where the values are no mapping.
     """

@@ -45,10 +45,12 @@ def evaluate(options: EvalOptions, world: World, config: AccelerateConfig, conso
             ranks, config, **computed_with(weights.about, options.precision, world.size), doing="evaluating"
         )
         print_notes(console, (*weights.notes, *runtime.compute.notes, other_count_note(world, config, None)))
+        is_other = weights.about.get("dataset", {}).get("fingerprint") != dataset.fingerprint()
+        has_changed = is_other and _is_own_folder(options, weights, dataset)
         with ranks.together():
-            data, indices = _choose_split(options, weights, dataset)
-        if _has_changed(options, weights, dataset):
-            print_notes(console, [f"{dataset.name} has changed since the training: was one of these images in it?"])
+            data, indices = _choose_split(options, weights, dataset, is_other=is_other, has_changed=has_changed)
+        if has_changed:
+            print_notes(console, [f"{dataset.name} has changed since the training, which may have seen these images"])
         names, model = dataset.class_names, weights.build(runtime.device, runtime.memory_format)
         split = EvaluationSet(data=data, indices=indices, class_names=names, recipe=weights.recipe, runtime=runtime)
         with evaluation_display(console) as observer:
@@ -100,23 +102,24 @@ def _load_data(console: Console, options: EvalOptions, weights: SavedWeights) ->
     return dataset
 
 
-def _has_changed(options: EvalOptions, weights: SavedWeights, dataset: Dataset) -> bool:
-    """Whether the folder that the weights were trained on has other images now, so that its parts may be others too."""
-    about = weights.about.get("dataset", {})
-    is_own = dataset.origin is not None and options.dataset in (None, about.get("name"))
-    return is_own and about.get("fingerprint") != dataset.fingerprint()
+def _is_own_folder(options: EvalOptions, weights: SavedWeights, dataset: Dataset) -> bool:
+    """Whether the images lie in the folder that the weights were trained on."""
+    name = weights.about.get("dataset", {}).get("name")
+    return dataset.origin is not None and (options.dataset is None or str(Path(options.dataset).absolute()) == name)
 
 
-def _choose_split(options: EvalOptions, weights: SavedWeights, dataset: Dataset) -> tuple[LabelledImages, Tensor]:
-    """Give the images, and which of them to evaluate."""
+def _choose_split(
+    options: EvalOptions, weights: SavedWeights, dataset: Dataset, *, is_other: bool, has_changed: bool
+) -> tuple[LabelledImages, Tensor]:
+    """Give the images, and which of them to evaluate; of those that have changed the parts may be others too."""
     if options.split == "test":
         return dataset.test, torch.arange(len(dataset.test))
     if dataset.validation is not None:
         return dataset.validation, torch.arange(len(dataset.validation))
-    if _has_changed(options, weights, dataset):
+    if has_changed:
         raise UserError(f"{dataset.name} has changed since the training: which images were held out is not known")
     recipe = weights.recipe
-    if weights.about.get("dataset", {}).get("fingerprint") != dataset.fingerprint():  # nobody has cut it to these yet
+    if is_other:  # nobody has cut it to these yet
         recipe = fit_to_dataset(recipe, dataset.sizes, validation_size_was_typed=False)
     _, held_out = stratified_split(dataset.train.labels, recipe.validation_size, seed=recipe.seed)
     if not len(held_out):

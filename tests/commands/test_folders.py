@@ -41,6 +41,22 @@ def evaluate(*argv: str) -> dict:
     return json.loads(Path("result.json").read_text())
 
 
+@pytest.mark.parametrize("typed", [(), ("--dataset", "zoo")])
+def test_a_folder_that_has_changed_since_the_training_is_told_of(capsys, typed):
+    for name in ("ant", "bee"):
+        write_images(Path("zoo") / name, 20)
+    settings = ["--set", "global_batch_size=8", "stem=small", "validation_size=4"]
+    assert main([*QUICKLY, *settings, "--dataset", "zoo", "--run-dir", "run"]) == 0
+    capsys.readouterr()
+    assert main(["eval", "--ckpt", "run", *typed]) == main(["eval", "--ckpt", "run", "--split", "validation"]) == 0
+    assert "has changed" not in capsys.readouterr().out
+    (Path("zoo") / "ant" / "0000.png").unlink()
+    assert main(["eval", "--ckpt", "run", *typed]) == 0
+    assert "zoo has changed since the training, which may have seen these images" in capsys.readouterr().out
+    assert main(["eval", "--ckpt", "run", "--split", "validation", *typed]) == 2
+    assert "which images were held out is not known" in capsys.readouterr().err
+
+
 def test_1237_images_in_seven_classes_one_of_three_images(capsys):
     counts = {"ant": 3, "bee": 190, "cow": 211, "doe": 200, "eel": 211, "fox": 211, "gnu": 211}
     assert sum(counts.values()) == 1237

@@ -141,6 +141,11 @@ def test_a_folder_that_cannot_be_listed_is_named_and_the_rest_done(folder, capsy
     assert re.search(r"error: images/secret is left out: cannot read the folder \S+/secret: Permission denied\n", err)
 
 
+def test_a_path_that_may_not_be_looked_at_keeps_no_other_from_its_prediction(folder, capsys):
+    result, _ = predict(capsys, "images", "x" * 300, code=2)
+    assert result["predictions"] and [each["file"] for each in result["unreadable"]] == ["x" * 300]
+
+
 def test_a_name_of_any_bytes_is_printed(folder, capsys):
     name = os.fsdecode(b"caf\xe9.png")
     try:

@@ -7,8 +7,11 @@ import yaml
 
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.loading import parse_assignments, read_recipe, recipe_label, recipe_names
+from cifar_dist.config.options import TrainOptions
 from cifar_dist.config.parsing import flatten
+from cifar_dist.config.plan import DatasetSizes
 from cifar_dist.config.recipe import AugmentationConfig, Recipe, recipe_to_mapping, resolve_recipe
+from cifar_dist.config.request import resolve_request
 from tests.conftest import make_recipe
 
 
@@ -140,3 +143,14 @@ def test_recipes_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         make_recipe().epochs = 3  # type: ignore[misc]
     assert dataclasses.fields(Recipe)
+
+
+def test_a_recipe_without_a_validation_split_takes_the_datasets_own():
+    """Whether it comes by its name or, from Python, whole."""
+    sizes = DatasetSizes(num_train=90, num_test=10, num_validation=8)
+    for recipe in ("original", Recipe.load("original")):
+        request = resolve_request(TrainOptions(recipe=recipe, dataset="shapes"), {})
+        assert request.fit(sizes).validation_size == 8
+    chosen = resolve_request(TrainOptions(recipe=Recipe.load("original", validation_size=7), dataset="shapes"), {})
+    with pytest.raises(UserError, match="the dataset brings its own 8"):
+        chosen.fit(sizes)
