@@ -1,7 +1,8 @@
 """The optimiser of a recipe, with its weight decay where the recipe wants it."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -148,10 +149,11 @@ def orthogonalized(matrices: Sequence[Tensor]) -> list[Tensor]:
     Five of Muon's Newton-Schulz steps X <- (a + b G + c G G) X with G = X X', which bring the singular values near 1.
     Every factor is a polynomial of the first G, so they are multiplied up in its shape, all that have one size
     together, and the matrix itself is met twice instead of ten times: a third of the work for a ResNet-18's largest
-    filters. That squares the singular values, for which bfloat16 would be too coarse: it is done in the matrices' own
-    precision. A matrix with more rows than columns is met from the right, with G = X'X.
+    filters. That squares the singular values, for which bfloat16 and TF32 would be too coarse: the factors are
+    multiplied in the matrices' own precision. A matrix with more rows than columns is met from the right, with G = X'X.
     """
-    grams = [each.mT @ each if len(each) > each.shape[1] else each @ each.mT for each in matrices]
+    with _as_exact_as_convolutions():  # X is a little rounded then, but G is still that of a matrix
+        grams = [each.mT @ each if len(each) > each.shape[1] else each @ each.mT for each in matrices]
     alike: dict[int, list[int]] = {}
     for place, gram in enumerate(grams):
         alike.setdefault(len(gram), []).append(place)
@@ -159,10 +161,23 @@ def orthogonalized(matrices: Sequence[Tensor]) -> list[Tensor]:
     for places in alike.values():
         for place, factor in zip(places, _polar_factors(torch.stack([grams[i] for i in places])), strict=True):
             factors[place] = factor
-    return [
-        each @ factor if len(each) > each.shape[1] else factor @ each
-        for each, factor in zip(matrices, factors, strict=True)
-    ]
+    with _as_exact_as_convolutions():
+        return [
+            each @ factor if len(each) > each.shape[1] else factor @ each
+            for each, factor in zip(matrices, factors, strict=True)
+        ]
+
+
+@contextmanager
+def _as_exact_as_convolutions() -> Iterator[None]:
+    """Multiply on CUDA as the convolutions do whose gradients these are: float32 in TF32, unless that is switched off."""
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    products.fp32_precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
 
 
 def _polar_factors(gram: Tensor) -> Tensor:

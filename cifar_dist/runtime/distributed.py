@@ -35,10 +35,10 @@ class Runtime:
         self.precision, self.num_threads = compute.precision, compute.num_threads
         self.device: torch.device = accelerator.device
         self.memory_format = device_module.memory_format(self.device.type)
-        self.record: Callable[[Callable[[], object]], Callable[[], object]] | None = None
-        """Records work of the device, which can then be repeated; None: the host gives it each step anew."""
+        self.recorder: Callable[[], Callable[[Callable[[], object]], Callable[[], object]]] | None = None
+        """Gives what records work of the device, to be repeated; None: the host gives the device each step anew."""
         if compute.replays:
-            self.record = graphs.record
+            self.recorder = graphs.recorder
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Wrap a model (already on the device) and its optimiser for this world and precision."""

@@ -11,12 +11,20 @@ EAGER_STEPS = 3
 """How often work is done before it is recorded, so that kernels are chosen and what is allocated once is there."""
 
 
-def record(work: Callable[[], object]) -> Callable[[], object]:
+def recorder() -> Callable[[Callable[[], object]], Callable[[], object]]:
+    """Give a `record` whose recordings share their memory, so that they must be replayed one at a time.
+
+    Each training needs its own: torch gives the memory back with the last recording, and then refuses it.
+    """
+    return functools.partial(record, pool=torch.cuda.graph_pool_handle())
+
+
+def record(work: Callable[[], object], *, pool: Any = None) -> Callable[[], object]:
     """Record `work` on the current CUDA device without doing it; give what does it.
 
-    It is done in the same memory each time, which all recordings share, so that what `work` makes is lost with the
-    next one, but for what it writes to tensors that were there before. Those must stay: the recording does not keep
-    them. `work` must have been done EAGER_STEPS times without being recorded. After
+    It is done in the same memory each time, so that what `work` makes is lost with the next one, but for what it writes
+    to tensors that were there before. Those must stay: the recording does not keep them. `work` must have been done
+    EAGER_STEPS times without being recorded. After
     https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs. Raises RuntimeError where `work` makes the host
     wait.
     """
@@ -25,17 +33,12 @@ def record(work: Callable[[], object]) -> Callable[[], object]:
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        with torch.cuda.graph(graph, pool=_shared_pool()):
+        with torch.cuda.graph(graph, pool=pool):
             work()
     finally:
         if was_enabled:
             gc.enable()
     return graph.replay
-
-
-@functools.cache
-def _shared_pool() -> Any:
-    return torch.cuda.graph_pool_handle()
 
 
 def recorded(work: Callable[[], object]) -> Callable[[], object]:

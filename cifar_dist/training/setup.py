@@ -84,9 +84,9 @@ def _training_step(
     recipe: Recipe, plan: RunPlan, runtime: Runtime, observer: Observer, state: TrainState
 ) -> TrainingStep:
     replayed = None
-    if runtime.record is not None and plan.gradient_accumulation_steps == 1:
-        replayed = ReplayedSteps(runtime.record, state.optimizer)
-    elif runtime.record is not None:
+    if runtime.recorder is not None and plan.gradient_accumulation_steps == 1:
+        replayed = ReplayedSteps(runtime.recorder(), state.optimizer)
+    elif runtime.recorder is not None:
         observer.on_note("steps of several micro-batches are not replayed as CUDA graphs")
     return TrainingStep(
         recipe=recipe,

@@ -96,7 +96,7 @@ def narrow_resnet(stem, num_classes, *, seed):
 
 def trained(runtime, monkeypatch, recipe, *assignments, record=None, spoil=None, stop_after=0):
     """Train 84 images; with `stop_after`, by a trainer that is left after so many steps and another that goes on."""
-    monkeypatch.setattr(runtime, "record", record)
+    monkeypatch.setattr(runtime, "recorder", None if record is None else lambda: record)
     monkeypatch.setattr(setup, "build_resnet", narrow_resnet)
     # Of few digits, so that nothing is rounded where it becomes a float32 on the device: what is equal has equal bits.
     monkeypatch.setattr(step, "learning_rate", lambda *now: float(torch.tensor(learning_rate(*now)).bfloat16()))
