@@ -170,7 +170,7 @@ def orthogonalized(matrices: Sequence[Tensor]) -> list[Tensor]:
 
 @contextmanager
 def _as_exact_as_convolutions() -> Iterator[None]:
-    """Multiply on CUDA as the convolutions do whose gradients these are: float32 in TF32, unless that is switched off."""
+    """Multiply on CUDA as the convolutions do whose gradients these are: in TF32, unless that is switched off."""
     products = torch.backends.cuda.matmul
     before = products.fp32_precision
     products.fp32_precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
