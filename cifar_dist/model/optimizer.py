@@ -1,12 +1,12 @@
 """The optimiser of a recipe, with its weight decay where the recipe wants it."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from cifar_dist.config.recipe import OptimizerConfig
 
@@ -147,45 +147,53 @@ def orthogonalized(matrices: Sequence[Tensor]) -> list[Tensor]:
     """Give, about, the nearest orthogonal matrix of each of (rows, columns): U V' where it is U S V'.
 
     Five of Muon's Newton-Schulz steps X <- (a + b G + c G G) X with G = X X', which bring the singular values near 1.
-    Every factor is a polynomial of the first G, so they are multiplied up in its shape, all that have one size
-    together, and the matrix itself is met twice instead of ten times: a third of the work for a ResNet-18's largest
-    filters. That squares the singular values, for which bfloat16 and TF32 would be too coarse: the factors are
-    multiplied in the matrices' own precision. A matrix with more rows than columns is met from the right, with G = X'X.
+    On CUDA the products are as exact as the convolutions that gave the gradients: in TF32, unless that is switched off.
     """
-    with _as_exact_as_convolutions():  # X is a little rounded then, but G is still that of a matrix
-        grams = [each.mT @ each if len(each) > each.shape[1] else each @ each.mT for each in matrices]
-    alike: dict[int, list[int]] = {}
-    for place, gram in enumerate(grams):
-        alike.setdefault(len(gram), []).append(place)
-    factors = list(grams)
-    for places in alike.values():
-        for place, factor in zip(places, _polar_factors(torch.stack([grams[i] for i in places])), strict=True):
-            factors[place] = factor
-    with _as_exact_as_convolutions():
-        return [
-            each @ factor if len(each) > each.shape[1] else factor @ each
-            for each, factor in zip(matrices, factors, strict=True)
-        ]
-
-
-@contextmanager
-def _as_exact_as_convolutions() -> Iterator[None]:
-    """Multiply on CUDA as the convolutions do whose gradients these are: in TF32, unless that is switched off."""
-    products = torch.backends.cuda.matmul
-    before = products.fp32_precision
-    products.fp32_precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    if not (matrices[0].is_cuda and convolutions.fp32_precision == "tf32"):
+        return _newton_schulz(matrices, 5)
+    before, products.fp32_precision = products.fp32_precision, "tf32"
     try:
-        yield
+        # The squares of small singular values are lost in TF32's 11 bits, and what is there instead grows with each
+        # step, by up to twelve times: begun again from X after three, it has no time to.
+        return _newton_schulz(_newton_schulz(matrices, 3, least_side=128), 2, scales=False, least_side=128)
     finally:
         products.fp32_precision = before
 
 
-def _polar_factors(gram: Tensor) -> Tensor:
-    """Give what makes each X orthogonal, of the X X' (k, side, side): the product of the five steps' factors."""
-    length = gram.diagonal(dim1=1, dim2=2).sum(1).sqrt_().add_(1e-7)[:, None, None]  # of X: G's trace is its square
-    gram = gram / length.square()
+def _newton_schulz(matrices: Sequence[Tensor], steps: int, *, scales: bool = True, least_side: int = 0) -> list[Tensor]:
+    """Do so many steps, the first ones with `scales`, which brings the singular values below 1.
+
+    Every factor is a polynomial of the first G, so they are multiplied up in its shape, all that have one size
+    together, and the matrix itself is met twice instead of twice a step: a third of the work for a ResNet-18's largest
+    filters. That squares the singular values, for which bfloat16 would be too coarse. A matrix with more rows than
+    columns is met from the right, with G = X'X. What is smaller than `least_side` is given zeros up to it: on a GPU it
+    is the number of products that costs.
+    """
+    grams = [each.mT @ each if len(each) > each.shape[1] else each @ each.mT for each in matrices]
+    alike: dict[int, list[int]] = {}
+    for place, gram in enumerate(grams):
+        alike.setdefault(max(len(gram), least_side), []).append(place)
+    factors = list(grams)
+    for side, places in alike.items():
+        more = [side - len(grams[place]) for place in places]
+        stack = torch.stack([functional.pad(grams[i], (0, n, 0, n)) for i, n in zip(places, more, strict=True)])
+        for place, factor in zip(places, _product_of_factors(stack, steps, scales=scales), strict=True):
+            factors[place] = factor[: len(grams[place]), : len(grams[place])]
+    return [
+        each @ factor if len(each) > each.shape[1] else factor @ each
+        for each, factor in zip(matrices, factors, strict=True)
+    ]
+
+
+def _product_of_factors(gram: Tensor, steps: int, *, scales: bool) -> Tensor:
+    """Give what does the steps on each X, of the X X' (k, side, side): the product of their factors."""
+    length = torch.ones_like(gram[:, :1, :1])
+    if scales:
+        length = gram.diagonal(dim1=1, dim2=2).sum(1).sqrt_().add_(1e-7)[:, None, None]  # of X: G's trace is its square
+        gram = gram / length.square()
     product = factor = _newton_schulz_factor(gram)
-    for _ in range(4):
+    for _ in range(steps - 1):
         gram = factor @ gram @ factor
         factor = _newton_schulz_factor(gram)
         product = factor @ product

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import lr_scheduler
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import ResNet18_Weights, resnet18
 
 from cifar_dist.config.errors import UserError
@@ -242,14 +243,54 @@ def test_matrices_are_orthogonalized_as_muon_does_it(shape):
 
 
 def test_gram_matrices_of_one_size_are_multiplied_together(monkeypatch):
-    def listening(gram):
+    def listening(gram, steps, **how):
         seen.append(tuple(gram.shape))
-        return factors(gram)
+        return factors(gram, steps, **how)
 
-    seen, factors = [], optimizer_module._polar_factors
-    monkeypatch.setattr(optimizer_module, "_polar_factors", listening)
-    orthogonalized([torch.randn(*shape) for shape in ((4, 9), (4, 7), (7, 4), (3, 5))])
+    seen, factors = [], optimizer_module._product_of_factors
+    monkeypatch.setattr(optimizer_module, "_product_of_factors", listening)
+    matrices = [torch.randn(*shape) for shape in ((4, 9), (4, 7), (7, 4), (3, 5))]
+    orthogonalized(matrices)
     assert seen == [(3, 4, 4), (1, 3, 3)]
+    optimizer_module._newton_schulz(matrices, 2, least_side=4)
+    assert seen[2:] == [(4, 4, 4)]
+
+
+def test_the_way_of_a_gpu_gives_the_same():
+    """In two stages, small matrices beside large ones; with TF32's rounding, and singular values that it loses."""
+    way = optimizer_module._newton_schulz
+    matrices = [torch.randn(*shape) for shape in ((64, 27), (128, 64), (64, 576), (160, 300))]
+    expected = [plain_newton_schulz(each) for each in matrices]
+    done = way(way(matrices, 3, least_side=128), 2, scales=False, least_side=128)
+    for one, other in zip(done, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=1e-5)
+    matrix = torch.randn(64, 576)
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    matrix = left * torch.logspace(0, -5, 64) @ right
+    with RoundedProducts():
+        (staged,) = way(way([matrix], 3), 2, scales=False)
+        (at_once,) = way([matrix], 5)
+    assert relative(staged, plain_newton_schulz(matrix)) < 0.03
+    assert relative(at_once, plain_newton_schulz(matrix)) > 0.1, "why there are two stages"
+
+
+def relative(values, expected):
+    return float((values.double() - expected).norm() / expected.norm())
+
+
+class RoundedProducts(TorchDispatchMode):
+    """Rounds what is multiplied to TF32's eleven bits, as a GPU does."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(name in str(function) for name in ("aten.mm", "aten.bmm")):
+            args = [rounded(each) for each in args]
+        elif "aten.baddbmm" in str(function):
+            args = [args[0], *(rounded(each) for each in args[1:])]
+        return function(*args, **(kwargs or {}))
+
+
+def rounded(values):
+    return ((values.contiguous().view(torch.int32) + (1 << 12)) & ~0x1FFF).view(torch.float32)
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
