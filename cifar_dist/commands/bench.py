@@ -105,7 +105,7 @@ def _measure(
             runtime,
             precision=runtime.precision,
             layout=runtime.memory_format,
-            compiler=runtime.compute.compiler,
+            compiler=runtime.compute.backends,
         )
         contenders = [Contender("bare_step", bare), Contender("loop", loop)]
         if runtime.world.size == 1:  # neither of the others has a share for a process
@@ -171,17 +171,18 @@ def _bare_step(
 ) -> Callable[[], object]:
     """Build the floor; with several processes each does its share by itself and hears nothing of the others."""
     batch, device, side = recipe.global_batch_size // runtime.world.size, runtime.device, recipe.image_size
+    names = set(compiler.split("+")) if compiler else set()
     model = build_resnet(recipe.stem, _NUM_CLASSES, seed=recipe.seed)
     use_dense_products(model)
     model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
     optimizer = build_optimizer(model, recipe.optimizer, fused=fused)
-    if compiler not in (None, "CUDAGRAPHS"):
-        model = runtime.compile(model, compiler)
+    for name in names - {"CUDAGRAPHS"}:
+        model = runtime.compile(model, name)
     images = torch.rand(batch, 3, side, side).to(device, memory_format=layout)
     labels = (torch.arange(batch) % _NUM_CLASSES).to(device)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}[precision]
     step = BareStep(model, optimizer, images, labels, dtype)
-    return recorded(step) if compiler == "CUDAGRAPHS" else step
+    return recorded(step) if "CUDAGRAPHS" in names else step
 
 
 class Loop:

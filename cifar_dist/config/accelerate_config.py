@@ -23,7 +23,8 @@ _ACCELERATE_KEYS = frozenset(
 _COMPILERS = ("EAGER", "AOT_EAGER", "INDUCTOR", "CUDAGRAPHS")
 """Backends of torch.compile that Accelerate names and that train; two of them only test the tracing.
 
-CUDAGRAPHS here is more than torch's: whole training steps, with the optimiser's part, are recorded and replayed.
+CUDAGRAPHS here is more than torch's: whole training steps, with the optimiser's part, are recorded and replayed. On one
+GPU that is done anyway, unless a config says NO; named, it says where it cannot be done.
 """
 
 
@@ -44,8 +45,8 @@ class AccelerateConfig:
     """The GPUs to use, as CUDA_VISIBLE_DEVICES names them; None: all that are visible."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """None where the file does not say."""
-    dynamo_backend: str = "NO"
-    """What compiles the model (`dynamo_config`): NO for nothing."""
+    dynamo_backend: str | None = None
+    """What compiles the model (`dynamo_config`): NO for nothing, None where the file does not say."""
     dynamo_mode: str | None = None
     """torch.compile's `mode`."""
 
@@ -152,7 +153,8 @@ def _dynamo(values: Any, path: str) -> dict[str, str]:
         if name not in choices:
             raise UserError(f"{what} is not served")
         if text not in choices[name]:
-            raise UserError(f"{what} must be one of {', '.join(choices[name])}, not {value!r}")
+            quoted = " (quote it: unquoted NO is a YAML boolean)" if value is False else ""
+            raise UserError(f"{what} must be one of {', '.join(choices[name])}, not {value!r}{quoted}")
         chosen[name] = text
     return chosen
 
@@ -160,7 +162,7 @@ def _dynamo(values: Any, path: str) -> dict[str, str]:
 def wished_compiler(config: AccelerateConfig, environ: Mapping[str, str]) -> str | None:
     """Give the backend that is to compile the model: the config's, else that of an outer `accelerate launch`."""
     outer = environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper()
-    wish = config.dynamo_backend if config.path is not None else outer
+    wish = config.dynamo_backend or "NO" if config.path is not None else outer
     return wish if wish in _COMPILERS else None
 
 

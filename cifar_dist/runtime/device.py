@@ -34,7 +34,9 @@ class ComputeSettings:
     precision_reason: str
     num_threads: int
     compiler: str | None
-    """torch.compile's backend, or CUDAGRAPHS; None: the model is not compiled."""
+    """torch.compile's backend; None: the model is not compiled."""
+    replays: bool
+    """Whether whole training steps are recorded as CUDA graphs and replayed."""
     notes: tuple[str, ...]
     """Lines that a person should read: what was asked for and cannot be had."""
 
@@ -42,19 +44,20 @@ class ComputeSettings:
     def line(self) -> str:
         """Device, precision and threads in words."""
         how = f", compiled by {self.compiler.lower()}" if self.compiler else ""
-        how = ", steps replayed as CUDA graphs" if self.replays else how
+        how += ", steps replayed as CUDA graphs" if self.replays else ""
         return f"{self.device_type}, precision {self.precision} ({self.precision_reason}), {self._threads}{how}"
 
     @property
     def short(self) -> str:
         """The same without reasons."""
-        how = " · replayed" if self.replays else " · compiled" if self.compiler else ""
+        how = (" · compiled" if self.compiler else "") + (" · replayed" if self.replays else "")
         return f"{self.device_type} · {FULL_NAMES[self.precision]} · {self._threads}{how}"
 
     @property
-    def replays(self) -> bool:
-        """Whether each step is recorded as a CUDA graph and replayed, instead of compiled."""
-        return self.compiler == "CUDAGRAPHS"
+    def backends(self) -> str | None:
+        """What there is of both, as `bench --sweep` names it."""
+        names = [name for name in (self.compiler, "CUDAGRAPHS" if self.replays else None) if name]
+        return "+".join(names) or None
 
     @property
     def _threads(self) -> str:
@@ -80,11 +83,16 @@ def choose_compute(
     if wish not in ("auto", precision):
         notes.append(f"{reason}: using {precision}")
     compiler = wished_compiler(config, environ)
-    if compiler and (obstacle := _cannot_compile(facts.type, compiler, precision, world)):
+    wants_replays = compiler == "CUDAGRAPHS"
+    compiler = None if wants_replays else compiler
+    if compiler and (obstacle := _cannot_compile(facts.type, compiler)):
         compiler = None
         notes.append(f"{obstacle}: not compiled")
-    elif compiler not in (None, "CUDAGRAPHS") and doing == "training":
+    elif compiler and doing == "training":
         notes.append("the first step compiles the model, which takes half a minute or more")
+    obstacle = _cannot_replay(facts.type, precision, world)
+    if wants_replays and obstacle:
+        notes.append(f"{obstacle}: steps are not replayed")
     return ComputeSettings(
         device_type=facts.type,
         precision=precision,
@@ -94,24 +102,28 @@ def choose_compute(
             environ, cores=usable_cores(), local_processes=world.local_size, default=torch.get_num_threads()
         ),
         compiler=compiler,
+        replays=obstacle is None and config.dynamo_backend != "NO" and doing in ("training", "measuring"),
         notes=tuple(notes),
     )
 
 
-def _cannot_compile(device_type: str, compiler: str, precision: str, world: World) -> str | None:
+def _cannot_compile(device_type: str, compiler: str) -> str | None:
     """Say why a model cannot be compiled here."""
-    if compiler == "CUDAGRAPHS":
-        if device_type != "cuda":
-            return "CUDAGRAPHS needs a CUDA device"
-        if world.size > 1:
-            return f"CUDAGRAPHS replays the steps of one process, and there are {world.size}"
-        return "CUDAGRAPHS cannot replay fp16's scaler, which asks the device" if precision == "fp16" else None
     if device_type == "mps":
         return "compiled training is slower on MPS (pytorch#192551)"
     names = [os.environ.get("CXX", "g++"), "g++", "clang++", "cl"]
     if compiler == "INDUCTOR" and not any(map(shutil.which, names)):
         return "INDUCTOR needs a C++ compiler (g++), and there is none"
     return None
+
+
+def _cannot_replay(device_type: str, precision: str, world: World) -> str | None:
+    """Say why steps cannot be replayed as CUDA graphs here."""
+    if device_type != "cuda":
+        return "CUDAGRAPHS needs a CUDA device"
+    if world.size > 1:
+        return f"CUDAGRAPHS replays the steps of one process, and there are {world.size}"
+    return "CUDAGRAPHS cannot replay fp16's scaler, which asks the device" if precision == "fp16" else None
 
 
 def probe(*, use_cpu: bool) -> DeviceFacts:

@@ -183,7 +183,7 @@ def start(
         cpu=compute.device_type == "cpu",
         mixed_precision=compute.precision,
         dynamo_plugin=TorchDynamoPlugin(
-            backend="NO" if compute.replays else compute.compiler or "NO",
+            backend=compute.compiler or "NO",
             mode=config.dynamo_mode or "default",
             dynamic=False,
         ),

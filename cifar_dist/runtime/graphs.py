@@ -29,9 +29,8 @@ def record(work: Callable[[], object], *, pool: Any = None) -> Callable[[], obje
     wait.
     """
     graph = torch.cuda.CUDAGraph()
-    gc.collect()  # an earlier graph that is only now destroyed would spoil the recording (pytorch#161037)
     was_enabled = gc.isenabled()
-    gc.disable()
+    gc.disable()  # an earlier graph that is destroyed meanwhile would spoil the recording (pytorch#161037)
     try:
         with torch.cuda.graph(graph, pool=pool):
             work()

@@ -120,7 +120,7 @@ def test_what_was_asked_for_is_among_the_choices_of_a_sweep():
     for precision, compiler in (("fp16", None), ("no", "EAGER"), ("bf16", "INDUCTOR")):
         runtime = SimpleNamespace(
             device=torch.device("cpu"), precision=precision, memory_format=torch.channels_last,
-            compute=SimpleNamespace(compiler=compiler),
+            compute=SimpleNamespace(backends=compiler),
         )  # fmt: skip
         (chosen,) = (choice for choice in sweep._choices(runtime) if choice["is_chosen"])
         assert (chosen["precision"], chosen["compiler"]) == (precision, compiler)

@@ -23,6 +23,14 @@ from cifar_dist.runtime.device import (
 from cifar_dist.runtime.distributed import _tell_accelerate, connect, start
 from cifar_dist.runtime.threads import choose_num_threads
 
+CPU = DeviceFacts(type="cpu")
+CPU_BF16 = DeviceFacts(type="cpu", cpu_has_fast_bf16=True)
+MPS = DeviceFacts(type="mps", macos_version=15)
+OLD_MPS = DeviceFacts(type="mps", macos_version=13)
+AMPERE = DeviceFacts(type="cuda", cuda_capability=(8, 0))
+VOLTA = DeviceFacts(type="cuda", cuda_capability=(7, 0))
+PASCAL = DeviceFacts(type="cuda", cuda_capability=(6, 1))
+
 
 @pytest.mark.parametrize(
     ("device", "backend", "found", "reason"),
@@ -30,7 +38,6 @@ from cifar_dist.runtime.threads import choose_num_threads
         ("cpu", "INDUCTOR", True, None),
         ("cpu", "INDUCTOR", False, "INDUCTOR needs a C++ compiler"),
         ("cpu", "EAGER", False, None),
-        ("cpu", "CUDAGRAPHS", True, "CUDAGRAPHS needs a CUDA device"),
         ("mps", "INDUCTOR", True, "compiled training is slower on MPS"),
     ],
 )
@@ -46,7 +53,7 @@ def test_what_cannot_be_compiled_is_not_and_is_said(monkeypatch, device, backend
     assert any("first step compiles" in note for note in compute.notes) == (reason is None), "a wait is announced"
 
 
-ALONE = "CUDAGRAPHS replays the steps of one process, and there are 2: not compiled"
+ALONE = "CUDAGRAPHS replays the steps of one process, and there are 2: steps are not replayed"
 
 
 @pytest.mark.parametrize(
@@ -54,34 +61,46 @@ ALONE = "CUDAGRAPHS replays the steps of one process, and there are 2: not compi
     [
         ("bf16", World(), None),
         ("no", World(), None),
-        ("fp16", World(), "CUDAGRAPHS cannot replay fp16's scaler, which asks the device: not compiled"),
-        (
-            "no",
-            World(size=2, local_size=2),
-            "CUDAGRAPHS replays the steps of one process, and there are 2: not compiled",
-        ),
-        ("no", World(size=2), "CUDAGRAPHS replays the steps of one process, and there are 2: not compiled"),
+        ("fp16", World(), "CUDAGRAPHS cannot replay fp16's scaler, which asks the device: steps are not replayed"),
+        ("no", World(size=2, local_size=2), ALONE),
+        ("no", World(size=2), ALONE),
     ],
 )
 def test_steps_are_replayed_where_they_can_be(monkeypatch, precision, world, obstacle):
     monkeypatch.setattr("cifar_dist.runtime.device.probe", lambda **_: AMPERE)
-    config = AccelerateConfig(path="x.yaml", dynamo_backend="CUDAGRAPHS")
-    compute = choose_compute(config, {}, world, typed_precision=precision)
-    assert compute.notes == (() if obstacle is None else (obstacle,))
-    assert compute.replays == (obstacle is None)
-    assert compute.line.endswith(", steps replayed as CUDA graphs") == compute.replays
-    assert compute.short.endswith(" · replayed") == compute.replays
+    for config in (AccelerateConfig(), AccelerateConfig(path="x.yaml", dynamo_backend="CUDAGRAPHS")):
+        compute = choose_compute(config, {}, world, typed_precision=precision)
+        said = config.path is not None and obstacle is not None  # nobody else asked for it
+        assert compute.notes == ((obstacle,) if said else ())
+        assert compute.replays == (obstacle is None)
+        assert compute.compiler is None
+        assert compute.line.endswith(", steps replayed as CUDA graphs") == compute.replays
+        assert compute.short.endswith(" · replayed") == compute.replays
+
+
+@pytest.mark.parametrize(
+    ("backend", "doing", "device", "backends"),
+    [
+        (None, "training", AMPERE, "CUDAGRAPHS"),
+        (None, "measuring", AMPERE, "CUDAGRAPHS"),
+        (None, "evaluating", AMPERE, None),
+        ("CUDAGRAPHS", "predicting", AMPERE, None),
+        ("NO", "training", AMPERE, None),
+        ("INDUCTOR", "training", AMPERE, "INDUCTOR+CUDAGRAPHS"),
+        ("INDUCTOR", "evaluating", AMPERE, "INDUCTOR"),
+        (None, "training", CPU, None),
+        ("INDUCTOR", "training", CPU, "INDUCTOR"),
+        (None, "training", MPS, None),
+    ],
+)
+def test_a_config_that_says_no_trains_without_recording(monkeypatch, backend, doing, device, backends):
+    monkeypatch.setattr("cifar_dist.runtime.device.probe", lambda **_: device)
+    monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/c++")
+    config = AccelerateConfig(path="x.yaml", dynamo_backend=backend)
+    assert choose_compute(config, {"ACCELERATE_DYNAMO_BACKEND": "no"}, World(), doing=doing).backends == backends
 
 
 ON_CPU = AccelerateConfig(use_cpu=True)
-
-CPU = DeviceFacts(type="cpu")
-CPU_BF16 = DeviceFacts(type="cpu", cpu_has_fast_bf16=True)
-MPS = DeviceFacts(type="mps", macos_version=15)
-OLD_MPS = DeviceFacts(type="mps", macos_version=13)
-AMPERE = DeviceFacts(type="cuda", cuda_capability=(8, 0))
-VOLTA = DeviceFacts(type="cuda", cuda_capability=(7, 0))
-PASCAL = DeviceFacts(type="cuda", cuda_capability=(6, 1))
 
 
 @pytest.mark.parametrize(
