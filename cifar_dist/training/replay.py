@@ -11,6 +11,11 @@ from torch import Tensor
 from cifar_dist.data.batches import Batch
 from cifar_dist.runtime.graphs import EAGER_STEPS
 
+_WAY_OUT = (
+    "A training step could not be recorded as a CUDA graph: something in it makes the host wait for the GPU (.item(),"
+    " .cpu(), a print). With dynamo_config: {dynamo_backend: 'NO'} in --config steps are not recorded."
+)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Recording:
@@ -63,6 +68,9 @@ class ReplayedSteps:
             group["lr"] = rate
         try:
             replay = self._record(lambda: work(own))
+        except RuntimeError as error:
+            error.add_note(_WAY_OUT)
+            raise
         finally:
             for group, number in zip(groups, before, strict=True):
                 group["lr"] = number

@@ -187,6 +187,15 @@ def test_a_loss_that_is_not_finite_is_found_in_its_replayed_step(runtime, monkey
         trained(runtime, monkeypatch, "original", "epochs=1", record=Recorder(), spoil=spoil)
 
 
+def test_a_step_that_cannot_be_recorded_says_what_to_do(runtime, monkeypatch):
+    def record(work):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted") as failure:
+        trained(runtime, monkeypatch, "original", "epochs=1", record=record)
+    assert "dynamo_backend: 'NO'" in failure.value.__notes__[0]
+
+
 def test_steps_of_several_micro_batches_are_not_replayed_and_that_is_said(runtime, monkeypatch):
     record = Recorder()
     settings = ("epochs=1", "gradient_accumulation_steps=2")
