@@ -62,6 +62,8 @@ def resolve_run(options: TrainOptions, job: SlurmJob | None = None) -> RunReques
     """
     existing = find_run(run_dir=options.run_dir, resume=options.resume, resume_dir=options.resume_dir)
     stored = {} if existing is None else existing.read_config()
+    if existing is not None:
+        resolve_stored_recipe(stored, f"run configuration {existing.config}")
     request = resolve_request(options, stored)
     check_dataset_name(request.dataset)
     if existing is None and options.run_dir is None and job is not None and job.restarts > 0:
@@ -162,6 +164,14 @@ def resolve_request(options: TrainOptions, stored: Mapping[str, Any]) -> TrainRe
     if stored:
         refuse_other_recipe(request, stored)
     return request
+
+
+def resolve_stored_recipe(about: Mapping[str, Any], where: str) -> Recipe:
+    """Give the recipe that a run's own words hold. Raises UserError that says where they are."""
+    try:
+        return resolve_recipe(about["recipe"])
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _absolute_folder(dataset: str) -> str:

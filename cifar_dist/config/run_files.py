@@ -2,7 +2,7 @@
 
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from itertools import count, takewhile
 from pathlib import Path
@@ -43,7 +43,52 @@ class RunFiles:
         config = read_yaml(self.config, "run configuration")
         if not isinstance(config.get("recipe"), dict) or not isinstance(config.get("dataset"), dict):
             raise UserError(f"run configuration {self.config} lacks its recipe or dataset")
+        check_stored(config, f"run configuration {self.config}")
         return config
+
+
+_FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "recipe_name": ("a text", lambda value: isinstance(value, str)),
+    "recipe": ("a mapping", lambda value: isinstance(value, dict)),
+    "dataset": ("a mapping", lambda value: isinstance(value, dict)),
+    "dataset.name": ("a text", lambda value: isinstance(value, str)),
+    "dataset.data_dir": ("a text", lambda value: isinstance(value, str)),
+    "dataset.fingerprint": ("a text", lambda value: isinstance(value, str)),
+    "class_names": ("a list of texts", lambda value: _are_texts(value)),
+    "world_size": ("a whole number above 0", lambda value: _is_number(value, whole=True)),
+    "num_threads": ("a whole number above 0", lambda value: _is_number(value, whole=True)),
+    "precision": ("no, fp16 or bf16", lambda value: value in ("no", "fp16", "bf16")),
+    "checkpoint_every_minutes": ("a number above 0", lambda value: value is None or _is_number(value)),
+    "checkpoint_every_steps": ("a whole number above 0", lambda value: value is None or _is_number(value, whole=True)),
+    "trackers": ("a list of texts", lambda value: _are_texts(value)),
+    "plan": ("a mapping", lambda value: isinstance(value, dict)),
+    "versions": ("a mapping", lambda value: isinstance(value, dict)),
+}
+"""What a run writes of itself, in config.yaml and in its checkpoints, as far as it is used again."""
+
+
+def check_stored(about: Mapping[str, Any], where: str) -> None:
+    """Raise UserError, which names the field and `where` it is, where a run's own words have a form that none writes.
+
+    That is so where somebody has edited them. A field may be missing, but for the name of a dataset.
+    """
+    for field, (form, has_it) in _FORMS.items():
+        outer, _, inner = field.partition(".")
+        values = about.get(outer, {}) if inner else about
+        name = inner or outer
+        if name not in values:
+            if field == "dataset.name" and outer in about:
+                raise UserError(f"{where} is damaged: dataset lacks its name")
+        elif not has_it(values[name]):
+            raise UserError(f"{where} is damaged: {field} must be {form}, not {values[name]!r}")
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(each, str) for each in value)
+
+
+def _is_number(value: Any, *, whole: bool = False) -> bool:
+    return type(value) in ((int,) if whole else (int, float)) and 0 < value < float("inf")
 
 
 def find_run(*, run_dir: Path | None, resume: bool, resume_dir: Path | None) -> RunFiles | None:

@@ -36,10 +36,13 @@ def whiten_stem(model: nn.Module, images: Tensor) -> None:
 
     After Page's fast ResNets (https://myrtle.ai/how-to-train-your-resnet-8-bag-of-tricks) and airbench94. They keep the
     norm of the filters in whose place they are put, as the BatchNorm behind them is what brings them to one variance.
+    Raises UserError where the images are smaller than a filter.
     """
     conv = model.conv1
     assert isinstance(conv, nn.Conv2d)
     size, filters = conv.kernel_size[0], conv.weight.detach()
+    if min(images.shape[2:]) < size:
+        raise UserError(f"whitened_stem=true needs images of {size} pixels or more, and these have {images.shape[-1]}")
     patches = images.double().unfold(2, size, 1).unfold(3, size, 1).transpose(1, 3).flatten(3).flatten(0, 2)
     components = torch.linalg.eigh(patches.T.cov()).eigenvectors.T.flip(0)  # the largest first
     count = min(len(filters) // 2, len(components))

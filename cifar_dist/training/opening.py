@@ -22,7 +22,7 @@ from cifar_dist.config.request import (
     refuse_other_recipe,
     resolve_run,
 )
-from cifar_dist.config.run_files import RunFiles, first_good, names_in_turn
+from cifar_dist.config.run_files import RunFiles, check_stored, first_good, names_in_turn
 from cifar_dist.config.world import SlurmJob, World
 from cifar_dist.runtime.distributed import Runtime
 from cifar_dist.training.checkpoint import load_checkpoint, refusing_foreign_content
@@ -67,6 +67,7 @@ def open_run(
             _refuse_to_begin_again(existing)
         else:
             with refusing_foreign_content(existing.last):
+                check_stored(checkpoint, f"checkpoint {existing.last}")
                 refuse_other_recipe(run.request, checkpoint)
     return OpenedRun(
         run=run,

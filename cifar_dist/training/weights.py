@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.loading import read_recipe
 from cifar_dist.config.recipe import Recipe, resolve_recipe
+from cifar_dist.config.request import resolve_stored_recipe
+from cifar_dist.config.run_files import check_stored
 from cifar_dist.model.resnet import build_resnet, infer_architecture, load_weights
 from cifar_dist.training.checkpoint import averaged_weights, is_bare_weights, load_checkpoint, refusing_foreign_content
 from cifar_dist.training.run_directory import RunDirectory
@@ -68,7 +70,8 @@ def _checkpoint_file(path: Path) -> Path:
 def _own_weights(path: Path, content: dict[str, Any], recipe_name: str | None) -> SavedWeights:
     if "recipe" not in content or "model" not in content:
         raise UserError(f"checkpoint {path} is neither a checkpoint of this program nor a bare state dict")
-    recipe = resolve_recipe(content["recipe"])
+    check_stored(content, f"checkpoint {path}")
+    recipe = resolve_stored_recipe(content, f"checkpoint {path}")
     if recipe_name is not None:
         typed = resolve_recipe(read_recipe(recipe_name))
         if typed.stem != recipe.stem:

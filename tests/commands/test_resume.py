@@ -292,6 +292,38 @@ def test_a_changed_config_file_is_compared_with_the_checkpoint(capsys):
     assert "this differs: optimizer.momentum 0.9 -> 0.8" in error_of(capsys)
 
 
+def test_what_somebody_edited_is_named_with_its_file(capsys):
+    """In config.yaml and in a checkpoint: a field of another version, and one that has become something else."""
+    train("--epochs", "1", "--run-dir", "x")
+    config, last = Path("x/config.yaml"), Path("x/checkpoints/last.pt")
+    good, content = config.read_text(), load_checkpoint(last)
+    capsys.readouterr()
+    values = yaml.safe_load(good)
+    for changed, message in (
+        ({"recipe": {**values["recipe"], "stemm": 1}}, "stemm"),
+        ({"num_threads": -1}, "is damaged: num_threads must be a whole number above 0, not -1"),
+    ):
+        config.write_text(yaml.safe_dump({**values, **changed}))
+        assert main(["--resume", "x", "--epochs", "2"]) == 2
+        line = error_of(capsys)
+        assert f"run configuration {config}" in line
+        assert message in line
+    config.write_text(good)
+    for changed, message in (
+        ({"recipe": {**content["recipe"], "stemm": 1}}, "stemm"),
+        ({"num_threads": -1}, "is damaged: num_threads must be a whole number above 0, not -1"),
+        ({"dataset": None}, "is damaged: dataset must be a mapping, not None"),
+    ):
+        torch.save({**content, **changed}, last)
+        assert main(["eval", "--ckpt", str(last)]) == 2
+        line = error_of(capsys)
+        assert f"checkpoint {last}" in line
+        assert message in line
+        if "recipe" not in changed:  # there the two differ, and that is said
+            assert main(["--resume", "x", "--epochs", "2"]) == 2
+            assert message in error_of(capsys)
+
+
 def test_what_may_change_may(capsys):
     """More epochs, another precision, another place of the run and of the data."""
     train("--epochs", "1", "--run-dir", "x")

@@ -375,6 +375,13 @@ def test_muon_goes_on_where_it_was():
         assert torch.equal(mine, yours)
 
 
+def test_a_whitened_stem_needs_images_as_large_as_its_filters():
+    model = build_resnet("imagenet", 10, seed=0)
+    whiten_stem(model, torch.randn(64, 3, 7, 7))
+    with pytest.raises(UserError, match="whitened_stem=true needs images of 7 pixels or more, and these have 6"):
+        whiten_stem(model, torch.randn(64, 3, 6, 6))
+
+
 @pytest.mark.parametrize(("stem", "count"), [("cifar", 27), ("small", 27), ("imagenet", 32)])
 def test_a_whitened_stem_sees_uncorrelated_directions_the_strongest_first(stem, count):
     model, other = (build_resnet(stem, 10, seed=0) for _ in range(2))

@@ -104,6 +104,43 @@ def test_the_config_comes_back(run):
         run.read_config()
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("recipe_name", 3, "recipe_name must be a text, not 3"),
+        ("dataset.name", None, "dataset.name must be a text, not None"),
+        ("dataset.name", "missing", "dataset lacks its name"),
+        ("dataset.data_dir", 7, "dataset.data_dir must be a text, not 7"),
+        ("dataset.fingerprint", [], "dataset.fingerprint must be a text"),
+        ("class_names", "cat", "class_names must be a list of texts, not 'cat'"),
+        ("class_names", [1], r"class_names must be a list of texts, not \[1\]"),
+        ("world_size", True, "world_size must be a whole number above 0, not True"),
+        ("num_threads", "two", "num_threads must be a whole number above 0, not 'two'"),
+        ("num_threads", -1, "num_threads must be a whole number above 0, not -1"),
+        ("precision", "half", "precision must be no, fp16 or bf16, not 'half'"),
+        ("checkpoint_every_minutes", 0, "checkpoint_every_minutes must be a number above 0, not 0"),
+        ("checkpoint_every_minutes", float("inf"), "checkpoint_every_minutes must be a number above 0"),
+        ("checkpoint_every_steps", 2.5, "checkpoint_every_steps must be a whole number above 0, not 2.5"),
+        ("trackers", None, "trackers must be a list of texts, not None"),
+        ("plan", None, "plan must be a mapping, not None"),
+        ("versions", 1, "versions must be a mapping, not 1"),
+    ],
+)
+def test_a_config_in_which_a_field_has_become_something_else_is_refused(run, field, value, message):
+    good = {
+        "recipe_name": "x", "recipe": {}, "dataset": {"name": "shapes", "data_dir": "d", "fingerprint": "f"},
+        "class_names": ["a"], "world_size": 1, "num_threads": 2, "precision": "no", "checkpoint_every_minutes": 0.5,
+        "checkpoint_every_steps": None, "trackers": [], "plan": {}, "versions": {},
+    }  # fmt: skip
+    run.write_config(good)
+    assert run.read_config() == good
+    outer, _, inner = field.partition(".")
+    changed = {**good[outer], inner: value} if inner else value
+    run.write_config({**good, outer: {} if value == "missing" else changed})
+    with pytest.raises(UserError, match=rf"^run configuration .*config\.yaml is damaged: {message}"):
+        run.read_config()
+
+
 def test_a_damaged_summary_is_named(run):
     assert run.read_summary() is None
     run.summary.write_text('{"status": "comp')
