@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import DistributedDataParallelKwargs, TorchDynamoPlugin
 from torch import Tensor, nn
@@ -127,6 +127,7 @@ def connect(world: World, config: AccelerateConfig) -> Iterator[Ranks]:
     facts = device_module.probe(use_cpu=wants_cpu(config, os.environ))
     device_module.check_world(world, facts.type, os.environ)
     before, threads = dict(os.environ), torch.get_num_threads()
+    others = _set_accelerate_aside()
     try:
         _tell_accelerate(world, cpu=facts.type == "cpu")
         # Accelerate would take MPI where torch has it, and NCCL where ranks share a GPU, which it refuses.
@@ -147,10 +148,24 @@ def connect(world: World, config: AccelerateConfig) -> Iterator[Ranks]:
         if not ranks.abandoned:
             state.destroy_process_group()
     finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+        _set_accelerate_aside()
+        for state, values in others:
+            state.update(values)
         torch.set_num_threads(threads)  # those of a checkpoint are not those of what this process does next
         os.environ.clear()
         os.environ.update(before)
+
+
+def _set_accelerate_aside() -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Empty what Accelerate knows of this process, all of whose Accelerators share it; give each part and its content.
+
+    A caller's own Accelerator would decide about ours, and ours about that.
+    """
+    states: list[dict[str, Any]] = [kind._shared_state for kind in (PartialState, AcceleratorState, GradientState)]
+    contents = [dict(state) for state in states]
+    for state in states:
+        state.clear()
+    return list(zip(states, contents, strict=True))
 
 
 def start(

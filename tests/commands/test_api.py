@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
 
 import cifar_dist
 from cifar_dist import Recipe, evaluate, load_model, train
@@ -142,6 +144,23 @@ def test_a_path_is_a_folder_whatever_it_is_called(monkeypatch, tmp_path):
     train("quick", dataset="shapes")
     train("quick", dataset=Path("./shapes"))
     assert heard == ["shapes", str(tmp_path / "shapes")]
+
+
+def test_an_accelerator_of_the_caller_and_ours_do_not_hear_of_each_other(small):
+    own = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=4)
+    try:
+        recipe = Recipe.load("original", epochs=1, validation_size=24, global_batch_size=24)
+        summary = train(recipe, dataset="shapes", run_dir="run", precision="no", quiet=True)
+        assert summary.precision == "no"
+        assert (own.mixed_precision, own.device.type, own.num_processes) == ("bf16", "cpu", 1)
+        assert own.gradient_state.num_steps == 4
+        model = own.prepare(torch.nn.Linear(2, 2))
+        with own.accumulate(model):
+            assert not own.sync_gradients
+            own.backward(model(torch.ones(1, 2)).sum())
+    finally:
+        for kind in (PartialState, AcceleratorState, GradientState):
+            kind._shared_state.clear()
 
 
 def test_threads_of_a_checkpoint_are_not_those_of_what_follows(small):
