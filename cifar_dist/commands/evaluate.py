@@ -19,7 +19,7 @@ from cifar_dist.config.world import World
 from cifar_dist.data.dataset import Dataset, LabelledImages
 from cifar_dist.data.datasets import load_dataset
 from cifar_dist.data.split import stratified_split
-from cifar_dist.display.console import make_console
+from cifar_dist.display.console import check_drawing, make_console
 from cifar_dist.display.progress import evaluation_display, loading_progress
 from cifar_dist.display.tables import format_class_bars, format_evaluation_totals, print_lines, print_notes
 from cifar_dist.records import Evaluation
@@ -68,9 +68,11 @@ def evaluate(options: EvalOptions, world: World, config: AccelerateConfig, conso
 
 def _check_outputs(options: EvalOptions) -> None:
     """Refuse places that cannot be written to before time is spent on what goes there."""
-    check_json(options.json)
+    check_json(options.json, [options.checkpoint])
     if options.figures is not None and options.figures.exists() and not options.figures.is_dir():
         raise UserError(f"--figures {options.figures} is a file: name a folder")
+    if options.figures is not None:
+        check_drawing()
 
 
 def _read(options: EvalOptions) -> SavedWeights:

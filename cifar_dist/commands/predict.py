@@ -61,7 +61,7 @@ def run(options: PredictOptions, world: World, config: AccelerateConfig) -> int:
 
 
 def _read_weights(options: PredictOptions) -> SavedWeights:
-    check_json(options.json)
+    check_json(options.json, [options.checkpoint, *options.images])
     return read_weights(options.checkpoint, options.recipe)
 
 

@@ -18,7 +18,7 @@ from cifar_dist.display.comparison import (
     format_markdown,
     short_names,
 )
-from cifar_dist.display.console import make_console
+from cifar_dist.display.console import check_drawing, make_console
 from cifar_dist.display.tables import (
     format_class_bars,
     format_evaluation_totals,
@@ -39,6 +39,8 @@ def run(options: ReportOptions, world: World, config: AccelerateConfig) -> int:
     if world.rank > 0:
         return EXIT_DONE
     console = make_console()
+    if len(runs) == 1 or options.out is not None:
+        check_drawing()
     if len(runs) == 1:
         figures = options.out or RunDirectory(runs[0].path).figures
         written = _write_files(figures, _one(runs[0], figures, (options.out or runs[0].path) / "report.html"))

@@ -4,12 +4,13 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from cifar_dist.config.errors import UserError
+from cifar_dist.config.run_files import RunFiles
 
 STANDARD_OUTPUT = Path("-")
 """What `--json` may name instead of a file."""
@@ -45,16 +46,26 @@ def write_output(path: Path, content: bytes) -> None:
         write_atomically(path, lambda file: file.write(content))
 
 
-def check_output(option: str, path: Path) -> None:
-    """Refuse a place that cannot be written to before time is spent on what goes there. Raises UserError."""
+def check_output(option: str, path: Path, read: Sequence[Path] = ()) -> None:
+    """Refuse a place that cannot be written to before time is spent on what goes there. Raises UserError.
+
+    Nor are the files overwritten that the command reads, nor those of a run.
+    """
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise UserError(f"{option} {path} cannot be written: name a file in a folder that exists")
+    if not path.exists():
+        return
+    if any(os.path.exists(each) and path.samefile(each) for each in read):  # noqa: PTH110 - a Path raises where nobody may look
+        raise UserError(f"{option} {path} would overwrite what is read: name another file")
+    whole = path.resolve()
+    if any(run.holds_run and whole in run.files for run in map(RunFiles, list(whole.parents)[:2])):
+        raise UserError(f"{option} {path} would overwrite a run's own file: name another file")
 
 
-def check_json(path: Path | None) -> None:
-    """Refuse a `--json` that cannot be written, where one was typed. Raises UserError."""
-    if path not in (None, STANDARD_OUTPUT):
-        check_output("--json", path)
+def check_json(path: Path | None, read: Sequence[Path] = ()) -> None:
+    """Refuse a `--json` that was typed where it cannot be written, as `check_output` does. Raises UserError."""
+    if path is not None and path != STANDARD_OUTPUT:
+        check_output("--json", path, read)
 
 
 def write_json(path: Path | None, content: Mapping[str, Any]) -> None:

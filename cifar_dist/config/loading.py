@@ -46,7 +46,11 @@ def stated_fields(name_or_file: str) -> dict[str, Any]:
         names = recipe_names()
         raise UserError(f"unknown recipe '{name_or_file}'{nearest(name_or_file, names)} (recipes: {', '.join(names)})")
     values = read_yaml(path, "recipe file")
-    return dict(values["recipe"]) if isinstance(values.get("recipe"), Mapping) else values
+    if not isinstance(values.get("recipe"), Mapping):
+        return values
+    if beside := sorted(values.keys() & read_recipe("standard").keys()):
+        raise UserError(f"recipe file {path} holds a whole recipe under 'recipe', and beside it {', '.join(beside)}")
+    return dict(values["recipe"])
 
 
 def recipe_label(name_or_file: str) -> str:

@@ -29,6 +29,11 @@ class RunFiles:
         self.best = path / "checkpoints" / "best.pt"
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """Give all that cannot be made again from the others."""
+        return self.config, self.metrics, self.summary, self.predictions, self.last, self.previous, self.best
+
+    @property
     def holds_run(self) -> bool:
         """Whether a run has left something here."""
         return any(file.exists() for file in (self.config, self.metrics, self.summary, self.last))

@@ -32,12 +32,22 @@ def find_images(paths: Sequence[Path]) -> tuple[list[ImageFile], dict[str, str]]
             if file.name.lower().endswith(OTHER_SUFFIXES):
                 refused[file.name] = "cannot be read, as no HEIC or AVIF image can: convert it to PNG or JPEG"
             elif not os.path.isfile(file.path):  # noqa: PTH113 - a name may hold bytes that no Path can show
-                refused[file.name] = "is no file" if os.path.exists(file.path) else "does not exist"  # noqa: PTH110
+                refused[file.name] = _why_no_file(file.path)
             else:
                 found.setdefault(Path(file.path).resolve(), file)
     if not found:
         raise UserError(f"no image is left: {name_some([f'{name} {reason}' for name, reason in refused.items()])}")
     return list(found.values()), refused
+
+
+def _why_no_file(path: str) -> str:
+    try:
+        os.stat(path)  # noqa: PTH116 - a name may hold bytes that no Path can show
+    except (FileNotFoundError, NotADirectoryError):
+        return "does not exist"
+    except (OSError, ValueError) as error:
+        return f"cannot be read: {getattr(error, 'strerror', None) or error}"
+    return "is no file"
 
 
 def decode_images(files: Sequence[ImageFile], size: int) -> tuple[Pixels, list[bool]]:

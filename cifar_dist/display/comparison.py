@@ -61,8 +61,9 @@ class ReportedRun:
     @property
     def experiment(self) -> Mapping[str, Any]:
         """What it shares with the runs of other seeds."""
-        summary, dataset = self.summary, self.config["dataset"]["name"]
-        fields = flatten(self.recipe) | {"dataset": dataset, "device": summary.device, "precision": summary.precision}
+        summary, data = self.summary, self.config["dataset"]
+        fields = flatten(self.recipe) | {"device": summary.device, "precision": summary.precision}
+        fields |= {"dataset": data["name"], "content of the dataset": data.get("fingerprint")}
         return {name: value for name, value in fields.items() if name != "seed"}
 
     @property
@@ -152,7 +153,7 @@ def format_csv(runs: Sequence[ReportedRun]) -> str:
 
 def format_markdown(runs: Sequence[ReportedRun]) -> str:
     """Give the table in Markdown."""
-    head, *rows = [[cell.replace("|", "\\|") for cell in row] for row in comparison_rows(runs)]
+    head, *rows = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in comparison_rows(runs)]
     lines = [head, [":--", *["--:"] * (len(head) - 1)], *rows]
     notes = [f"\n{note}" for note in comparison_notes(runs)]
     return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), *notes]) + "\n"

@@ -6,6 +6,8 @@ from typing import IO
 
 from rich.console import Console
 
+from cifar_dist.config.errors import UserError
+
 
 class SteadyConsole(Console):
     """A Rich console for programs that must not end because nobody reads on.
@@ -31,6 +33,15 @@ def make_console(*, quiet: bool = False, stderr: bool = False) -> Console:
 def can_draw(console: Console) -> bool:
     """Whether this is a terminal that can move its cursor."""
     return console.is_interactive and console.is_terminal and not console.is_dumb_terminal
+
+
+def check_drawing() -> None:
+    """Raise UserError where matplotlib cannot be used, as with an MPLBACKEND that it does not know."""
+    try:
+        import matplotlib  # noqa: F401 - it takes its time, and most commands do not need it
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"matplotlib cannot be used: {reason}") from None
 
 
 def discard_output(stream: IO[str]) -> None:

@@ -197,6 +197,33 @@ def test_the_words_of_a_mistake(command, message):
     assert run(*argv) == (2, message)
 
 
+def test_a_recipe_file_of_two_minds_is_refused():
+    Path("mine.yaml").write_text("epochs: 3\nstem: small\nrecipe: {epochs: 4}\n")
+    message = "recipe file mine.yaml holds a whole recipe under 'recipe', and beside it epochs, stem"
+    assert run("--dry-run", "--recipe", "mine.yaml") == (2, message)
+
+
+@pytest.mark.parametrize(
+    ("place", "why"),
+    [
+        ("model.pth", "would overwrite what is read"),
+        ("link.json", "would overwrite what is read"),
+        ("run/summary.json", "would overwrite a run's own file"),
+        ("run/checkpoints/last.pt", "would overwrite a run's own file"),
+    ],
+)
+@pytest.mark.parametrize("command", ["eval", "predict"])
+def test_what_is_read_and_what_a_run_wrote_is_not_overwritten(good_checkpoint, command, place, why):
+    Path("model.pth").write_bytes(good_checkpoint)
+    Path("link.json").symlink_to("model.pth")
+    Path("run/checkpoints").mkdir(parents=True)
+    for name in ("summary.json", "checkpoints/last.pt"):
+        Path("run", name).write_text("{}")
+    images = ["run"] if command == "predict" else []
+    argv = [command, "--ckpt", "model.pth", "--json", place, *images]
+    assert run(*argv) == (2, f"--json {place} {why}: name another file")
+
+
 @pytest.mark.parametrize(
     "argv", [["--dataset", ""], ["--recipe="], ["--resume", ""], ["predict", "--ckpt", "run", ""], ["eval", "--ckpt="]]
 )

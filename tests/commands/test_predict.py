@@ -144,6 +144,10 @@ def test_a_folder_that_cannot_be_listed_is_named_and_the_rest_done(folder, capsy
 def test_a_path_that_may_not_be_looked_at_keeps_no_other_from_its_prediction(folder, capsys):
     result, _ = predict(capsys, "images", "x" * 300, code=2)
     assert result["predictions"] and [each["file"] for each in result["unreadable"]] == ["x" * 300]
+    assert result["unreadable"][0]["reason"] == "cannot be read: File name too long"
+    (folder / "loop.png").symlink_to("loop.png")
+    result, _ = predict(capsys, "images", "loop.png", code=2)
+    assert result["unreadable"][0]["reason"] == "cannot be read: Too many levels of symbolic links"
 
 
 def test_a_name_of_any_bytes_is_printed(folder, capsys):

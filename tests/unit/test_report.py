@@ -3,6 +3,7 @@
 import csv
 import html
 import html.parser
+import os
 import re
 import shutil
 import subprocess
@@ -268,6 +269,36 @@ def test_a_mean_is_over_one_precision(tmp_path, capsys):
     assert "mean ± sd of 2 runs (precision=no)" in text and "mean ± sd of 2 runs (precision=bf16)" in text
 
 
+def test_a_mean_is_over_one_content_of_a_folder(tmp_path, capsys):
+    runs = [make_run(tmp_path / f"{n}", f"seed={n}") for n in range(4)]
+    for number, run in enumerate(runs):
+        text = (run / "config.yaml").read_text()
+        (run / "config.yaml").write_text(text.replace("name: shapes", f"name: shapes\n  fingerprint: f{number // 2}"))
+    assert main(["report", *map(str, runs)]) == 0
+    text = capsys.readouterr().out
+    assert "mean ± sd of 2 runs (content of the dataset=f0)" in text
+    assert "the runs differ in content of the dataset\n" in text
+
+
+def test_a_name_of_several_lines_is_one_cell(tmp_path):
+    runs = [str(make_run(tmp_path / name)) for name in ("a\nb|c", "d")]
+    assert main(["report", *runs, "--out", str(tmp_path / "out")]) == 0
+    lines = (tmp_path / "out" / "report.md").read_text().splitlines()
+    assert lines[2].startswith("| a b\\|c | completed |")
+    assert lines[3].startswith("| d | ")
+
+
+@pytest.mark.parametrize("words", [["report", "run"], ["eval", "--ckpt", "run", "--figures", "figures"]])
+def test_a_backend_that_matplotlib_does_not_know_is_one_line(tmp_path, words):
+    make_run(tmp_path / "run")
+    command, environ = [sys.executable, str(ROOT / "launch.py"), *words], {**os.environ, "MPLBACKEND": "broken"}
+    ended = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: matplotlib cannot be used: Key backend: 'broken' is not a valid value")
+    assert ended.stderr.count("\n") == 1
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
 MISTAKES = {
     "nowhere": ("there is no run in", lambda run: shutil.rmtree(run)),
     "no summary": ("has no summary.json", lambda run: (run / "summary.json").unlink()),
@@ -277,7 +308,11 @@ MISTAKES = {
     ),
     "no seed": (
         "is damaged: it lacks 'seed'",
-        lambda run: (run / "config.yaml").write_text("{recipe: {}, dataset: {}}"),
+        lambda run: (run / "config.yaml").write_text("{recipe: {}, dataset: {name: shapes}}"),
+    ),
+    "no plan": (
+        "is damaged: plan must be a mapping, not None",
+        lambda run: (run / "config.yaml").write_text("{recipe: {}, dataset: {name: shapes}, plan: null}"),
     ),
     "figures is a file": ("cannot write", lambda run: (run / "figures").write_text("here already")),
 }
