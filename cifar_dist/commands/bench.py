@@ -130,6 +130,7 @@ def _about(recipe: Recipe, runtime: Runtime) -> dict[str, Any]:
     return {
         "device": runtime.device.type,
         "precision": runtime.precision,
+        "compiler": runtime.compute.backends,
         "num_threads": runtime.num_threads,
         "global_batch_size": recipe.global_batch_size,
         "world_size": runtime.world.size,

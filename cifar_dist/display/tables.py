@@ -115,12 +115,13 @@ def format_bench(result: Mapping[str, Any]) -> list[str]:
     work = f"{result['flops_per_image'] * result['loop_images_per_second'] / 1e12:.3g} TFLOP/s of the model"
     if result["model_flop_utilisation"] is not None:
         work += f", {result['model_flop_utilisation']:.1%} of the device's peak"
+    how = "each given to the GPU by itself, not replayed, and" if "CUDAGRAPHS" in (result["compiler"] or "") else "each"
     return [
         *format_table(rows),
         "",
         f"medians of {result['rounds']} rounds; {work}",
         "",
-        "milliseconds a step, by part, each waited for:",
+        f"milliseconds a step, by part, {how} waited for:",
         *(f"{name:<14}{1000 * each:>9.2f}  {each / total:>6.1%}" for name, each in parts.items()),
         "",
         "MiB by part: " + ", ".join(f"{name} {each:,.0f}" for name, each in memory.items() if each),

@@ -27,6 +27,7 @@ from cifar_dist.config.accelerate_config import AccelerateConfig
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.options import BenchOptions
 from cifar_dist.config.world import World
+from cifar_dist.display.tables import format_bench
 from cifar_dist.records import Observer
 from cifar_dist.runtime import graphs
 from cifar_dist.runtime.interrupt import StoppedBeforeTraining
@@ -59,6 +60,9 @@ def test_it_measures_and_writes_its_figures(capsys):
     for name in ("bare step", "our loop", "original script", "common peer"):
         assert re.search(rf"^{name} +[\d,]+", shown, re.MULTILINE), shown
     assert "TFLOP/s of the model" in shown
+    assert result["compiler"] is None and "milliseconds a step, by part, each waited for:" in shown
+    replayed = format_bench({**result, "compiler": "CUDAGRAPHS"})
+    assert any("each given to the GPU by itself, not replayed, and waited for" in line for line in replayed)
     assert re.search(r"^\d+ rounds, in which each has its turn: about [\d.]+ (s|min)", shown, re.MULTILINE), shown
     assert "MiB by part: images 59, model 43, gradients 43, optimizer 43, average 43" in shown
 
