@@ -13,7 +13,7 @@ from cifar_dist.baselines import peer, script
 from cifar_dist.baselines.bare import BareStep
 from cifar_dist.config.accelerate_config import AccelerateConfig, other_count_note
 from cifar_dist.config.errors import EXIT_DONE, UserError
-from cifar_dist.config.files import STANDARD_OUTPUT, check_json, write_json
+from cifar_dist.config.files import STANDARD_OUTPUT, check_json, typed_files, write_json
 from cifar_dist.config.loading import read_recipe, recipe_label
 from cifar_dist.config.options import BenchOptions
 from cifar_dist.config.plan import make_plan
@@ -49,12 +49,18 @@ FOR_SPEED: dict[str, Any] = {
 def run(options: BenchOptions, world: World, config: AccelerateConfig) -> int:
     """Measure as asked; give the exit code."""
     console = make_console(quiet=world.rank > 0, stderr=options.json == STANDARD_OUTPUT)
-    check_json(options.json)
+    check_json(options.json, typed_files(options.recipe, options.config))
     if options.sweep and world.size > 1:
         raise UserError(f"--sweep compares what one process can do, and there are {world.size}: start one")
     recipe = resolve_recipe(read_recipe(options.recipe), FOR_SPEED, options.assignments)
     with connect(world, config) as ranks:
-        runtime = start(ranks, config, typed_precision=options.precision, doing="measuring")
+        runtime = start(
+            ranks,
+            config,
+            typed_precision=options.precision,
+            doing="measuring",
+            micro_batches=recipe.gradient_accumulation_steps,
+        )
         what = f"{recipe_label(options.recipe)}, stem {recipe.stem}, batch {recipe.global_batch_size}"
         processes = f"{world.size} process{'es' if world.size > 1 else ''}"
         notes = (*runtime.compute.notes, other_count_note(world, config, None))
@@ -105,7 +111,7 @@ def _measure(
             runtime,
             precision=runtime.precision,
             layout=runtime.memory_format,
-            compiler=runtime.compute.backends,
+            compiler=runtime.compute.backend,
         )
         contenders = [Contender("bare_step", bare), Contender("loop", loop)]
         if runtime.world.size == 1:  # neither of the others has a share for a process
@@ -130,7 +136,7 @@ def _about(recipe: Recipe, runtime: Runtime) -> dict[str, Any]:
     return {
         "device": runtime.device.type,
         "precision": runtime.precision,
-        "compiler": runtime.compute.backends,
+        "compiler": runtime.compute.backend,
         "num_threads": runtime.num_threads,
         "global_batch_size": recipe.global_batch_size,
         "world_size": runtime.world.size,
@@ -172,18 +178,17 @@ def _bare_step(
 ) -> Callable[[], object]:
     """Build the floor; with several processes each does its share by itself and hears nothing of the others."""
     batch, device, side = recipe.global_batch_size // runtime.world.size, runtime.device, recipe.image_size
-    names = set(compiler.split("+")) if compiler else set()
     model = build_resnet(recipe.stem, _NUM_CLASSES, seed=recipe.seed)
     use_dense_products(model)
     model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
     optimizer = build_optimizer(model, recipe.optimizer, fused=fused)
-    for name in names - {"CUDAGRAPHS"}:
-        model = runtime.compile(model, name)
+    if compiler not in (None, "CUDAGRAPHS"):
+        model = runtime.compile(model, compiler)
     images = torch.rand(batch, 3, side, side).to(device, memory_format=layout)
     labels = (torch.arange(batch) % _NUM_CLASSES).to(device)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}[precision]
     step = BareStep(model, optimizer, images, labels, dtype)
-    return recorded(step) if "CUDAGRAPHS" in names else step
+    return recorded(step) if compiler == "CUDAGRAPHS" else step
 
 
 class Loop:

@@ -66,9 +66,10 @@ def _data(data_dir: Path) -> dict[str, str]:
 def _training(options: DoctorOptions, world: World, config: AccelerateConfig) -> dict[str, str]:
     """Say what `launch.py` with this config and recipe would do."""
     future = world_to_come(world, config, None)
-    compute = choose_compute(config, os.environ, future, typed_precision=options.precision)
     name = options.recipe or DEFAULT_RECIPE
     wanted = resolve_recipe(read_recipe(name))
+    micro_batches = wanted.gradient_accumulation_steps
+    compute = choose_compute(config, os.environ, future, typed_precision=options.precision, micro_batches=micro_batches)
     lines = {"recipe": f"{recipe_label(name)} on {DEFAULT_DATASET}", "device": compute.line}
     try:
         check_world(future, compute.device_type, os.environ)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cifar_dist.config.accelerate_config import AccelerateConfig, other_count_note
 from cifar_dist.config.errors import EXIT_DONE, UserError
-from cifar_dist.config.files import STANDARD_OUTPUT, check_json, write_json, writing
+from cifar_dist.config.files import STANDARD_OUTPUT, check_json, typed_files, write_json, writing
 from cifar_dist.config.options import EvalOptions
 from cifar_dist.config.plan import fit_to_dataset
 from cifar_dist.config.request import DEFAULT_DATA_DIR, DEFAULT_DATASET, check_dataset_name, computed_with
@@ -68,7 +68,7 @@ def evaluate(options: EvalOptions, world: World, config: AccelerateConfig, conso
 
 def _check_outputs(options: EvalOptions) -> None:
     """Refuse places that cannot be written to before time is spent on what goes there."""
-    check_json(options.json, [options.checkpoint])
+    check_json(options.json, [options.checkpoint, *typed_files(options.recipe, options.config)])
     if options.figures is not None and options.figures.exists() and not options.figures.is_dir():
         raise UserError(f"--figures {options.figures} is a file: name a folder")
     if options.figures is not None:

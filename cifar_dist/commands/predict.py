@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from cifar_dist.config.accelerate_config import AccelerateConfig, other_count_note
 from cifar_dist.config.errors import EXIT_DONE, EXIT_USER_ERROR
-from cifar_dist.config.files import STANDARD_OUTPUT, check_json, write_json
+from cifar_dist.config.files import STANDARD_OUTPUT, check_json, typed_files, write_json
 from cifar_dist.config.options import PredictOptions
 from cifar_dist.config.request import computed_with
 from cifar_dist.config.world import World
@@ -35,7 +36,7 @@ def run(options: PredictOptions, world: World, config: AccelerateConfig) -> int:
     console = make_console(quiet=world.rank > 0, stderr=options.json == STANDARD_OUTPUT)
     with connect(world, config) as ranks:
         weights = ranks.from_main(lambda: _read_weights(options))
-        files, unreadable = ranks.from_main(lambda: find_images(options.images))
+        files, unreadable = ranks.from_main(lambda: _find_images(options))
         runtime = start(
             ranks, config, **computed_with(weights.about, options.precision, world.size), doing="predicting"
         )
@@ -61,8 +62,14 @@ def run(options: PredictOptions, world: World, config: AccelerateConfig) -> int:
 
 
 def _read_weights(options: PredictOptions) -> SavedWeights:
-    check_json(options.json, [options.checkpoint, *options.images])
+    check_json(options.json, [options.checkpoint, *typed_files(options.recipe, options.config)])
     return read_weights(options.checkpoint, options.recipe)
+
+
+def _find_images(options: PredictOptions) -> tuple[list[ImageFile], dict[str, str]]:
+    files, unreadable = find_images(options.images)
+    check_json(options.json, [Path(file.path) for file in files])
+    return files, unreadable
 
 
 def _predict(

@@ -64,7 +64,8 @@ def train(options: TrainOptions, world: World, config: AccelerateConfig) -> tupl
             return EXIT_DONE, ranks.from_main(RunDirectory(opened.directory).read_summary)
         request, stored = opened.run.request, opened.run.stored
         dataset, fingerprint = _load_alike(console, request, ranks)
-        runtime = start(ranks, config, **computed_with(stored, options.precision, world.size))
+        how = computed_with(stored, options.precision, world.size)
+        runtime = start(ranks, config, **how, micro_batches=request.recipe.gradient_accumulation_steps)
         with ranks.together():
             recipe = request.fit(dataset.sizes)
             plan = make_plan(recipe, world_size=world.size, sizes=dataset.sizes, device_type=runtime.device.type)
@@ -106,7 +107,9 @@ def _show_plan(console: Console, options: TrainOptions, world: World, config: Ac
     run = resolve_run(options)
     request, stored = run.request, run.stored
     future = world_to_come(world, config, options.num_processes)
-    compute = choose_compute(config, os.environ, future, **computed_with(stored, options.precision, future.size))
+    how = computed_with(stored, options.precision, future.size)
+    micro_batches = request.recipe.gradient_accumulation_steps
+    compute = choose_compute(config, os.environ, future, **how, micro_batches=micro_batches)
     check_world(future, compute.device_type, os.environ)
     sizes = known_sizes(request.dataset, request.recipe)
     recipe = request.fit(sizes)

@@ -24,7 +24,7 @@ _COMPILERS = ("EAGER", "AOT_EAGER", "INDUCTOR", "CUDAGRAPHS")
 """Backends of torch.compile that Accelerate names and that train; two of them only test the tracing.
 
 CUDAGRAPHS here is more than torch's: whole training steps, with the optimiser's part, are recorded and replayed. On one
-GPU that is done anyway, unless a config says NO; named, it says where it cannot be done.
+GPU that is done anyway, unless a config says NO or compiles; named, it says where it cannot be done.
 """
 
 
@@ -46,7 +46,7 @@ class AccelerateConfig:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """None where the file does not say."""
     dynamo_backend: str | None = None
-    """What compiles the model (`dynamo_config`): NO for nothing, None where the file does not say."""
+    """What compiles the model (`dynamo_config`). NO: nothing, nor are steps replayed; None: the file does not say."""
     dynamo_mode: str | None = None
     """torch.compile's `mode`."""
 

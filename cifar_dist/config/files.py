@@ -57,9 +57,13 @@ def check_output(option: str, path: Path, read: Sequence[Path] = ()) -> None:
         return
     if any(os.path.exists(each) and path.samefile(each) for each in read):  # noqa: PTH110 - a Path raises where nobody may look
         raise UserError(f"{option} {path} would overwrite what is read: name another file")
-    whole = path.resolve()
-    if any(run.holds_run and whole in run.files for run in map(RunFiles, list(whole.parents)[:2])):
+    if any(RunFiles(folder).owns(one) for one in (path.absolute(), path.resolve()) for folder in list(one.parents)[:2]):
         raise UserError(f"{option} {path} would overwrite a run's own file: name another file")
+
+
+def typed_files(*typed: str | None) -> list[Path]:
+    """Give what may be files of what was typed, where a name would do too."""
+    return [Path(each) for each in typed if each is not None]
 
 
 def check_json(path: Path | None, read: Sequence[Path] = ()) -> None:

@@ -151,7 +151,7 @@ def resolve_request(options: TrainOptions, stored: Mapping[str, Any]) -> TrainRe
     if stored and not typed_size:  # the run's was cut to its dataset
         base = {**base, "validation_size": stored["recipe"].get("validation_size", base["validation_size"])}
     data_dir = options.data_dir or Path(data.get("data_dir", DEFAULT_DATA_DIR))
-    trackers = tuple(dict.fromkeys(options.trackers or stored.get("trackers", ())))
+    trackers = tuple(dict.fromkeys(options.trackers or stored.get("trackers") or ()))
     check_trackers(trackers)
     request = TrainRequest(
         trackers=trackers,

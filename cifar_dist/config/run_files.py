@@ -28,10 +28,10 @@ class RunFiles:
         self.previous = path / "checkpoints" / "previous.pt"
         self.best = path / "checkpoints" / "best.pt"
 
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """Give all that cannot be made again from the others."""
-        return self.config, self.metrics, self.summary, self.predictions, self.last, self.previous, self.best
+    def owns(self, file: Path) -> bool:
+        """Whether a file that is there is one that a run here wrote, and that cannot be made again from the others."""
+        names = (self.config, self.metrics, self.summary, self.predictions, self.last, self.previous, self.best)
+        return file in names and (self.metrics if file == self.config else self.config).exists()
 
     @property
     def holds_run(self) -> bool:
@@ -65,7 +65,7 @@ _FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "precision": ("no, fp16 or bf16", lambda value: value in ("no", "fp16", "bf16")),
     "checkpoint_every_minutes": ("a number above 0", lambda value: value is None or _is_number(value)),
     "checkpoint_every_steps": ("a whole number above 0", lambda value: value is None or _is_number(value, whole=True)),
-    "trackers": ("a list of texts", lambda value: _are_texts(value)),
+    "trackers": ("a list of texts", lambda value: value is None or _are_texts(value)),
     "plan": ("a mapping", lambda value: isinstance(value, dict)),
     "versions": ("a mapping", lambda value: isinstance(value, dict)),
 }
@@ -129,7 +129,8 @@ def find_run_of_job(path: Path, job: str) -> RunFiles | None:
     """Give the run that a Slurm job began under this name, or under the name with a number, before it was requeued."""
     for candidate in takewhile(Path.exists, names_in_turn(path)):
         with suppress(UserError):  # somebody else's, and damaged
-            if (run := RunFiles(candidate)).read_config().get("slurm_job") == job:
+            run = RunFiles(candidate)
+            if read_yaml(run.config, "run configuration").get("slurm_job") == job:
                 return run
     return None
 

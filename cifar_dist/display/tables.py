@@ -115,7 +115,7 @@ def format_bench(result: Mapping[str, Any]) -> list[str]:
     work = f"{result['flops_per_image'] * result['loop_images_per_second'] / 1e12:.3g} TFLOP/s of the model"
     if result["model_flop_utilisation"] is not None:
         work += f", {result['model_flop_utilisation']:.1%} of the device's peak"
-    how = "each given to the GPU by itself, not replayed, and" if "CUDAGRAPHS" in (result["compiler"] or "") else "each"
+    how = "each given to the GPU by itself, not replayed, and" if result["compiler"] == "CUDAGRAPHS" else "each"
     return [
         *format_table(rows),
         "",

@@ -154,11 +154,18 @@ def orthogonalized(matrices: Sequence[Tensor]) -> list[Tensor]:
         return _newton_schulz(matrices, 5)
     before, products.fp32_precision = products.fp32_precision, "tf32"
     try:
-        # The squares of small singular values are lost in TF32's 11 bits, and what is there instead grows with each
-        # step, by up to twelve times: begun again from X after three, it has no time to.
-        return _newton_schulz(_newton_schulz(matrices, 3, least_side=128), 2, scales=False, least_side=128)
+        return _newton_schulz_coarsely(matrices)
     finally:
         products.fp32_precision = before
+
+
+def _newton_schulz_coarsely(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Do the five steps in two stages, as TF32 needs it.
+
+    The squares of small singular values are lost in its 11 bits, and what is there instead grows with each step, by up
+    to twelve times: begun again from X after three, it has no time to.
+    """
+    return _newton_schulz(_newton_schulz(matrices, 3, least_side=128), 2, scales=False, least_side=128)
 
 
 def _newton_schulz(matrices: Sequence[Tensor], steps: int, *, scales: bool = True, least_side: int = 0) -> list[Tensor]:
@@ -188,16 +195,15 @@ def _newton_schulz(matrices: Sequence[Tensor], steps: int, *, scales: bool = Tru
 
 def _product_of_factors(gram: Tensor, steps: int, *, scales: bool) -> Tensor:
     """Give what does the steps on each X, of the X X' (k, side, side): the product of their factors."""
-    length = torch.ones_like(gram[:, :1, :1])
+    length = gram.diagonal(dim1=1, dim2=2).sum(1).sqrt_().add_(1e-7)[:, None, None]  # of X: G's trace is its square
     if scales:
-        length = gram.diagonal(dim1=1, dim2=2).sum(1).sqrt_().add_(1e-7)[:, None, None]  # of X: G's trace is its square
         gram = gram / length.square()
     product = factor = _newton_schulz_factor(gram)
     for _ in range(steps - 1):
         gram = factor @ gram @ factor
         factor = _newton_schulz_factor(gram)
         product = factor @ product
-    return product / length
+    return product / length if scales else product
 
 
 def _newton_schulz_factor(gram: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class ComputeSettings:
     compiler: str | None
     """torch.compile's backend; None: the model is not compiled."""
     replays: bool
-    """Whether whole training steps are recorded as CUDA graphs and replayed."""
+    """Whether whole training steps are recorded as CUDA graphs and replayed; never with a compiler."""
     notes: tuple[str, ...]
     """Lines that a person should read: what was asked for and cannot be had."""
 
@@ -44,20 +44,19 @@ class ComputeSettings:
     def line(self) -> str:
         """Device, precision and threads in words."""
         how = f", compiled by {self.compiler.lower()}" if self.compiler else ""
-        how += ", steps replayed as CUDA graphs" if self.replays else ""
+        how = ", steps replayed as CUDA graphs" if self.replays else how
         return f"{self.device_type}, precision {self.precision} ({self.precision_reason}), {self._threads}{how}"
 
     @property
     def short(self) -> str:
         """The same without reasons."""
-        how = (" · compiled" if self.compiler else "") + (" · replayed" if self.replays else "")
+        how = " · replayed" if self.replays else " · compiled" if self.compiler else ""
         return f"{self.device_type} · {FULL_NAMES[self.precision]} · {self._threads}{how}"
 
     @property
-    def backends(self) -> str | None:
-        """What there is of both, as `bench --sweep` names it."""
-        names = [name for name in (self.compiler, "CUDAGRAPHS" if self.replays else None) if name]
-        return "+".join(names) or None
+    def backend(self) -> str | None:
+        """The compiler, or CUDAGRAPHS where steps are replayed: what `bench` calls the compiler."""
+        return "CUDAGRAPHS" if self.replays else self.compiler
 
     @property
     def _threads(self) -> str:
@@ -72,8 +71,12 @@ def choose_compute(
     typed_precision: str | None = None,
     num_threads: int | None = None,
     doing: str = "training",
+    micro_batches: int = 1,
 ) -> ComputeSettings:
-    """Choose device, precision and threads; `num_threads` is that of a run which goes on, `doing` a word for notes."""
+    """Choose device, precision and threads.
+
+    `num_threads` is that of a run which goes on, `doing` a word for notes; a step has so many `micro_batches`.
+    """
     asked_cpu = wants_cpu(config, environ)
     facts, notes = probe(use_cpu=asked_cpu), []
     if facts.type == "cpu" and not asked_cpu:
@@ -82,16 +85,16 @@ def choose_compute(
     precision, reason = resolve_precision(wish, facts)
     if wish not in ("auto", precision):
         notes.append(f"{reason}: using {precision}")
-    compiler = wished_compiler(config, environ)
-    wants_replays = compiler == "CUDAGRAPHS"
-    compiler = None if wants_replays else compiler
+    wished = wished_compiler(config, environ)
+    compiler = None if wished == "CUDAGRAPHS" else wished
     if compiler and (obstacle := _cannot_compile(facts.type, compiler)):
         compiler = None
         notes.append(f"{obstacle}: not compiled")
     elif compiler and doing == "training":
         notes.append("the first step compiles the model, which takes half a minute or more")
-    obstacle = _cannot_replay(facts.type, precision, world)
-    if wants_replays and obstacle:
+    has_steps = doing in ("training", "measuring")
+    obstacle = _cannot_replay(facts.type, precision, world, micro_batches)
+    if wished == "CUDAGRAPHS" and obstacle and has_steps:
         notes.append(f"{obstacle}: steps are not replayed")
     return ComputeSettings(
         device_type=facts.type,
@@ -102,7 +105,7 @@ def choose_compute(
             environ, cores=usable_cores(), local_processes=world.local_size, default=torch.get_num_threads()
         ),
         compiler=compiler,
-        replays=obstacle is None and config.dynamo_backend != "NO" and doing in ("training", "measuring"),
+        replays=has_steps and obstacle is None and wished in (None, "CUDAGRAPHS") and config.dynamo_backend != "NO",
         notes=tuple(notes),
     )
 
@@ -117,12 +120,14 @@ def _cannot_compile(device_type: str, compiler: str) -> str | None:
     return None
 
 
-def _cannot_replay(device_type: str, precision: str, world: World) -> str | None:
+def _cannot_replay(device_type: str, precision: str, world: World, micro_batches: int) -> str | None:
     """Say why steps cannot be replayed as CUDA graphs here."""
     if device_type != "cuda":
         return "CUDAGRAPHS needs a CUDA device"
     if world.size > 1:
         return f"CUDAGRAPHS replays the steps of one process, and there are {world.size}"
+    if micro_batches > 1:
+        return f"CUDAGRAPHS replays steps of one micro-batch, and they have {micro_batches}"
     return "CUDAGRAPHS cannot replay fp16's scaler, which asks the device" if precision == "fp16" else None
 
 

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import DistributedDataParallelKwargs, TorchDynamoPlugin
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from cifar_dist.config.accelerate_config import AccelerateConfig, wants_cpu
 from cifar_dist.config.errors import SharedError, UserError
@@ -22,6 +22,10 @@ from cifar_dist.runtime import graphs
 from cifar_dist.runtime.device import SHARE_GPU, ComputeSettings
 from cifar_dist.runtime.ranks import Ranks
 from cifar_dist.runtime.threads import choose_num_threads, usable_cores
+
+_ACCELERATE_KNOWS: list[dict[str, Any]] = [
+    kind._shared_state for kind in (PartialState, AcceleratorState, GradientState)
+]
 
 
 class Runtime:
@@ -35,10 +39,10 @@ class Runtime:
         self.precision, self.num_threads = compute.precision, compute.num_threads
         self.device: torch.device = accelerator.device
         self.memory_format = device_module.memory_format(self.device.type)
-        self.recorder: Callable[[], Callable[[Callable[[], object]], Callable[[], object]]] | None = None
+        self.new_recorder: Callable[[], Callable[[Callable[[], object]], Callable[[], object]]] | None = None
         """Gives what records work of the device, to be repeated; None: the host gives the device each step anew."""
         if compute.replays:
-            self.recorder = graphs.recorder
+            self.new_recorder = graphs.new_recorder
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Wrap a model (already on the device) and its optimiser for this world and precision."""
@@ -127,7 +131,7 @@ def connect(world: World, config: AccelerateConfig) -> Iterator[Ranks]:
     facts = device_module.probe(use_cpu=wants_cpu(config, os.environ))
     device_module.check_world(world, facts.type, os.environ)
     before, threads = dict(os.environ), torch.get_num_threads()
-    others = _set_accelerate_aside()
+    others, others_group = _set_accelerate_aside(), distributed.is_available() and distributed.is_initialized()
     try:
         _tell_accelerate(world, cpu=facts.type == "cpu")
         # Accelerate would take MPI where torch has it, and NCCL where ranks share a GPU, which it refuses.
@@ -142,10 +146,11 @@ def connect(world: World, config: AccelerateConfig) -> Iterator[Ranks]:
         try:
             yield ranks
         except SharedError:
-            state.destroy_process_group()
+            if not others_group:
+                state.destroy_process_group()
             raise
         # After any other exception the others may be gone, and a clean end would wait for them.
-        if not ranks.abandoned:
+        if not (ranks.abandoned or others_group):
             state.destroy_process_group()
     finally:
         _set_accelerate_aside()
@@ -161,11 +166,10 @@ def _set_accelerate_aside() -> list[tuple[dict[str, Any], dict[str, Any]]]:
 
     A caller's own Accelerator would decide about ours, and ours about that.
     """
-    states: list[dict[str, Any]] = [kind._shared_state for kind in (PartialState, AcceleratorState, GradientState)]
-    contents = [dict(state) for state in states]
-    for state in states:
+    contents = [dict(state) for state in _ACCELERATE_KNOWS]
+    for state in _ACCELERATE_KNOWS:
         state.clear()
-    return list(zip(states, contents, strict=True))
+    return list(zip(_ACCELERATE_KNOWS, contents, strict=True))
 
 
 def start(
@@ -175,10 +179,12 @@ def start(
     typed_precision: str | None = None,
     num_threads: int | None = None,
     doing: str = "training",
+    micro_batches: int = 1,
 ) -> Runtime:
     """Choose device, precision and threads, and start Accelerate on them.
 
-    `num_threads` is a resumed run's or a checkpoint's; None: chosen for this machine. `doing` is a word for the notes.
+    `num_threads` is a resumed run's or a checkpoint's; None: chosen for this machine. `doing` is a word for the notes,
+    and a step has so many `micro_batches`.
     Raises UserError where Accelerate cannot be started as asked.
     """
     world = ranks.world
@@ -189,6 +195,7 @@ def start(
         typed_precision=typed_precision,
         num_threads=num_threads,
         doing=doing,
+        micro_batches=micro_batches,
     )
     compute = _common_precision(compute, ranks)
     torch.set_num_threads(compute.num_threads)

@@ -11,7 +11,7 @@ EAGER_STEPS = 3
 """How often work is done before it is recorded, so that kernels are chosen and what is allocated once is there."""
 
 
-def recorder() -> Callable[[Callable[[], object]], Callable[[], object]]:
+def new_recorder() -> Callable[[Callable[[], object]], Callable[[], object]]:
     """Give a `record` whose recordings share their memory, so that they must be replayed one at a time.
 
     Each training needs its own: torch gives the memory back with the last recording, and then refuses it.

@@ -11,10 +11,12 @@ from torch import Tensor
 from cifar_dist.data.batches import Batch
 from cifar_dist.runtime.graphs import EAGER_STEPS
 
-_WAY_OUT = (
+_CANNOT_BE_RECORDED = (
     "A training step could not be recorded as a CUDA graph: something in it makes the host wait for the GPU (.item(),"
-    " .cpu(), a print). With dynamo_config: {dynamo_backend: 'NO'} in --config steps are not recorded."
+    " .cpu(), a print)."
 )
+_NEEDS_MEMORY = "A recorded step has memory of its own, beside that of the steps before it."
+_WAY_OUT = " With dynamo_config: {dynamo_backend: 'NO'} in --config steps are not recorded."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -69,7 +71,8 @@ class ReplayedSteps:
         try:
             replay = self._record(lambda: work(own))
         except RuntimeError as error:
-            error.add_note(_WAY_OUT)
+            out_of_memory = isinstance(error, torch.OutOfMemoryError)
+            error.add_note((_NEEDS_MEMORY if out_of_memory else _CANNOT_BE_RECORDED) + _WAY_OUT)
             raise
         finally:
             for group, number in zip(groups, before, strict=True):

@@ -72,7 +72,7 @@ def build_trainer(
         recipe=recipe,
         plan=plan,
         runtime=runtime,
-        step=_training_step(recipe, plan, runtime, observer, state),
+        step=_training_step(recipe, plan, runtime, state),
         batches=batches,
         validation=validation,
         observer=observer,
@@ -80,14 +80,10 @@ def build_trainer(
     )
 
 
-def _training_step(
-    recipe: Recipe, plan: RunPlan, runtime: Runtime, observer: Observer, state: TrainState
-) -> TrainingStep:
+def _training_step(recipe: Recipe, plan: RunPlan, runtime: Runtime, state: TrainState) -> TrainingStep:
     replayed = None
-    if runtime.recorder is not None and plan.gradient_accumulation_steps == 1:
-        replayed = ReplayedSteps(runtime.recorder(), state.optimizer)
-    elif runtime.recorder is not None:
-        observer.on_note("steps of several micro-batches are not replayed as CUDA graphs")
+    if runtime.new_recorder is not None and plan.gradient_accumulation_steps == 1:
+        replayed = ReplayedSteps(runtime.new_recorder(), state.optimizer)
     return TrainingStep(
         recipe=recipe,
         plan=plan,

@@ -70,13 +70,12 @@ def _choices(runtime: Runtime) -> Iterator[dict[str, Any]]:
     """Give all that could be chosen on this device, and which of it the training loop has."""
     kind = runtime.device.type
     precisions = {"cpu": ("no", "bf16"), "mps": ("no", "fp16"), "cuda": ("no", "bf16", "fp16")}[kind]
-    on_cuda = (None, "INDUCTOR", "CUDAGRAPHS", "INDUCTOR+CUDAGRAPHS")
-    compilers = {"cpu": (None, "INDUCTOR"), "mps": (None,), "cuda": on_cuda}[kind]
+    compilers = {"cpu": (None, "INDUCTOR"), "mps": (None,), "cuda": (None, "INDUCTOR", "CUDAGRAPHS")}[kind]
     # What was asked for is among the choices, whatever it is.
     precisions = tuple(dict.fromkeys((*precisions, runtime.precision)))
-    compilers = tuple(dict.fromkeys((*compilers, runtime.compute.backends)))
+    compilers = tuple(dict.fromkeys((*compilers, runtime.compute.backend)))
     for precision, layout, compiler, fused in product(precisions, _LAYOUTS, compilers, (True, False)):
-        ours = (runtime.precision, runtime.memory_format, runtime.compute.backends, kind != "mps")
+        ours = (runtime.precision, runtime.memory_format, runtime.compute.backend, kind != "mps")
         yield {
             "precision": precision,
             "memory_format": layout,

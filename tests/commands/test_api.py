@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch import distributed
 
 import cifar_dist
 from cifar_dist import Recipe, evaluate, load_model, train
@@ -161,6 +162,16 @@ def test_an_accelerator_of_the_caller_and_ours_do_not_hear_of_each_other(small):
     finally:
         for kind in (PartialState, AcceleratorState, GradientState):
             kind._shared_state.clear()
+
+
+def test_a_process_group_of_the_caller_stays(small, tmp_path):
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        recipe = Recipe.load("original", epochs=1, validation_size=24, global_batch_size=24)
+        train(recipe, dataset="shapes", run_dir="run", quiet=True)
+        assert distributed.is_initialized()
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_threads_of_a_checkpoint_are_not_those_of_what_follows(small):

@@ -12,9 +12,11 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torchvision.models import resnet18
 
 from cifar_dist.cli import main
+from cifar_dist.config.files import check_json
 from cifar_dist.config.loading import recipe_names
 from cifar_dist.config.parsing import flatten
 from cifar_dist.config.recipe import recipe_to_mapping
@@ -208,20 +210,42 @@ def test_a_recipe_file_of_two_minds_is_refused():
     [
         ("model.pth", "would overwrite what is read"),
         ("link.json", "would overwrite what is read"),
+        ("mine.yaml", "would overwrite what is read"),
+        ("images/a.png", "would overwrite what is read"),
+        ("run/config.yaml", "would overwrite a run's own file"),
         ("run/summary.json", "would overwrite a run's own file"),
         ("run/checkpoints/last.pt", "would overwrite a run's own file"),
     ],
 )
 @pytest.mark.parametrize("command", ["eval", "predict"])
 def test_what_is_read_and_what_a_run_wrote_is_not_overwritten(good_checkpoint, command, place, why):
+    if (command, place) == ("eval", "images/a.png"):
+        return  # it reads none
     Path("model.pth").write_bytes(good_checkpoint)
     Path("link.json").symlink_to("model.pth")
-    Path("run/checkpoints").mkdir(parents=True)
-    for name in ("summary.json", "checkpoints/last.pt"):
+    Path("mine.yaml").write_text("stem: imagenet")
+    Path("images").mkdir()
+    Image.new("RGB", (4, 4)).save("images/a.png")
+    Path("elsewhere").mkdir()
+    Path("run").mkdir()
+    Path("run/checkpoints").symlink_to(Path("elsewhere").absolute())
+    for name in ("config.yaml", "metrics.jsonl", "summary.json", "checkpoints/last.pt"):
         Path("run", name).write_text("{}")
-    images = ["run"] if command == "predict" else []
-    argv = [command, "--ckpt", "model.pth", "--json", place, *images]
+    images = ["images"] if command == "predict" else []
+    argv = [command, "--ckpt", "model.pth", "--recipe", "mine.yaml", "--json", place, *images]
     assert run(*argv) == (2, f"--json {place} {why}: name another file")
+
+
+def test_what_is_nobodys_is_overwritten():
+    """A result of before, in a run's folder too, and a file that is only called as a run's."""
+    Path("run").mkdir()
+    Path("run/config.yaml").write_text("{}")
+    for name in ("summary.json", "metrics.jsonl", "config.yaml", "run/eval.json"):
+        if not Path(name).exists():
+            Path(name).write_text("{}")
+        check_json(Path(name), [Path("absent")])
+        if name != "run/eval.json":
+            Path(name).unlink()
 
 
 @pytest.mark.parametrize(

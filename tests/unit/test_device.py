@@ -84,20 +84,36 @@ def test_steps_are_replayed_where_they_can_be(monkeypatch, precision, world, obs
         (None, "training", AMPERE, "CUDAGRAPHS"),
         (None, "measuring", AMPERE, "CUDAGRAPHS"),
         (None, "evaluating", AMPERE, None),
+        ("CUDAGRAPHS", "training", AMPERE, "CUDAGRAPHS"),
         ("CUDAGRAPHS", "predicting", AMPERE, None),
         ("NO", "training", AMPERE, None),
-        ("INDUCTOR", "training", AMPERE, "INDUCTOR+CUDAGRAPHS"),
-        ("INDUCTOR", "evaluating", AMPERE, "INDUCTOR"),
+        ("INDUCTOR", "training", AMPERE, "INDUCTOR"),
         (None, "training", CPU, None),
         ("INDUCTOR", "training", CPU, "INDUCTOR"),
         (None, "training", MPS, None),
     ],
 )
-def test_a_config_that_says_no_trains_without_recording(monkeypatch, backend, doing, device, backends):
+def test_steps_are_replayed_by_default_but_where_a_config_compiles_or_says_no(
+    monkeypatch, backend, doing, device, backends
+):
     monkeypatch.setattr("cifar_dist.runtime.device.probe", lambda **_: device)
     monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/c++")
     config = AccelerateConfig(path="x.yaml", dynamo_backend=backend)
-    assert choose_compute(config, {"ACCELERATE_DYNAMO_BACKEND": "no"}, World(), doing=doing).backends == backends
+    for environ in ({}, {"ACCELERATE_DYNAMO_BACKEND": "no"}):  # the latter is what accelerate launch sets
+        compute = choose_compute(config, environ, World(), doing=doing)
+        assert compute.backend == backends
+        assert not any("not replayed" in note for note in compute.notes)
+
+
+def test_an_outer_launcher_that_compiles_is_heard_and_micro_batches_are_not_replayed(monkeypatch):
+    monkeypatch.setattr("cifar_dist.runtime.device.probe", lambda **_: AMPERE)
+    monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/c++")
+    outer = {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}
+    assert choose_compute(AccelerateConfig(), outer, World()).backend == "INDUCTOR"
+    quiet = choose_compute(AccelerateConfig(), {}, World(), micro_batches=2)
+    assert (quiet.replays, quiet.notes) == (False, ())
+    asked = choose_compute(AccelerateConfig(path="x.yaml", dynamo_backend="CUDAGRAPHS"), {}, World(), micro_batches=2)
+    assert asked.notes == ("CUDAGRAPHS replays steps of one micro-batch, and they have 2: steps are not replayed",)
 
 
 ON_CPU = AccelerateConfig(use_cpu=True)

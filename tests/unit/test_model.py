@@ -258,18 +258,17 @@ def test_gram_matrices_of_one_size_are_multiplied_together(monkeypatch):
 
 def test_the_way_of_a_gpu_gives_the_same():
     """In two stages, small matrices beside large ones; with TF32's rounding, and singular values that it loses."""
-    way = optimizer_module._newton_schulz
     matrices = [torch.randn(*shape) for shape in ((64, 27), (128, 64), (64, 576), (160, 300))]
     expected = [plain_newton_schulz(each) for each in matrices]
-    done = way(way(matrices, 3, least_side=128), 2, scales=False, least_side=128)
+    done = optimizer_module._newton_schulz_coarsely(matrices)
     for one, other in zip(done, expected, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=0, atol=1e-5)
     matrix = torch.randn(64, 576)
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
     matrix = left * torch.logspace(0, -5, 64) @ right
     with RoundedProducts():
-        (staged,) = way(way([matrix], 3), 2, scales=False)
-        (at_once,) = way([matrix], 5)
+        (staged,) = optimizer_module._newton_schulz_coarsely([matrix])
+        (at_once,) = optimizer_module._newton_schulz([matrix], 5)
     assert relative(staged, plain_newton_schulz(matrix)) < 0.03
     assert relative(at_once, plain_newton_schulz(matrix)) > 0.1, "why there are two stages"
 

@@ -94,23 +94,18 @@ def narrow_resnet(stem, num_classes, *, seed):
     return model
 
 
-def trained(runtime, monkeypatch, recipe, *assignments, record=None, spoil=None, stop_after=0):
+def trained(runtime, monkeypatch, recipe, *assignments, record=None, spoil=None, stop_after=0, new_recorder=None):
     """Train 84 images; with `stop_after`, by a trainer that is left after so many steps and another that goes on."""
-    monkeypatch.setattr(runtime, "recorder", None if record is None else lambda: record)
+    monkeypatch.setattr(runtime, "new_recorder", new_recorder or (record and (lambda: record)))
     monkeypatch.setattr(setup, "build_resnet", narrow_resnet)
     # Of few digits, so that nothing is rounded where it becomes a float32 on the device: what is equal has equal bits.
     monkeypatch.setattr(step, "learning_rate", lambda *now: float(torch.tensor(learning_rate(*now)).bfloat16()))
     settings = ("global_batch_size=8", "early_stopping.enabled=false", "validation_size=0", *assignments)
     recipe, dataset = make_recipe(*settings, base=recipe), make_dataset(num_train=84)
     plan = make_plan(recipe, world_size=1, sizes=dataset.sizes, device_type="cpu")
-    heard = []
-
-    class Heard(Observer):
-        def on_note(self, text):
-            heard.append(text)
 
     def build():
-        return build_trainer(recipe, replace(plan, report_every_steps=4), dataset, runtime, Heard())
+        return build_trainer(recipe, replace(plan, report_every_steps=4), dataset, runtime, Observer())
 
     trainer = build()
     if stop_after:
@@ -124,7 +119,7 @@ def trained(runtime, monkeypatch, recipe, *assignments, record=None, spoil=None,
     records = list(trainer.epochs())
     weights = torch.cat([each.detach().flatten() for each in trainer.state.evaluated_model.parameters()])
     statistics = [each.running_var for each in trainer.state.model.modules() if hasattr(each, "running_var")]
-    return records, weights, torch.cat(statistics), trainer, heard
+    return records, weights, torch.cat(statistics), trainer
 
 
 COLOURS = ("augmentation.mixup=0.4", "dropout=0.3")
@@ -147,9 +142,9 @@ CASES = {  # recipe, what else is set, and how many kinds of steps there are
 def test_replayed_steps_train_what_steps_do(runtime, monkeypatch, case):
     recipe, settings, kinds = CASES[case]
     settings = ("stem=imagenet", "optimizer.learning_rate=0.01", *settings)
-    expected, weights, statistics, _, _ = trained(runtime, monkeypatch, recipe, *settings)
+    expected, weights, statistics, _ = trained(runtime, monkeypatch, recipe, *settings)
     record = Recorder()
-    records, own_weights, own_statistics, trainer, _ = trained(runtime, monkeypatch, recipe, *settings, record=record)
+    records, own_weights, own_statistics, trainer = trained(runtime, monkeypatch, recipe, *settings, record=record)
     assert record.recorded == kinds
     assert record.replayed == 10 * trainer.plan.epochs - 3 * kinds, "not the first three, nor an epoch's short last one"
     for one, other in zip(records, expected, strict=True):
@@ -196,9 +191,31 @@ def test_a_step_that_cannot_be_recorded_says_what_to_do(runtime, monkeypatch):
     assert "dynamo_backend: 'NO'" in failure.value.__notes__[0]
 
 
-def test_steps_of_several_micro_batches_are_not_replayed_and_that_is_said(runtime, monkeypatch):
+def test_what_a_recording_lacks_in_memory_is_said(runtime, monkeypatch):
+    def record(work):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError) as failure:
+        trained(runtime, monkeypatch, "original", "epochs=1", record=record)
+    (note,) = failure.value.__notes__
+    assert "memory of its own" in note
+    assert "dynamo_backend: 'NO'" in note
+
+
+def test_steps_of_several_micro_batches_are_not_replayed(runtime, monkeypatch):
     record = Recorder()
-    settings = ("epochs=1", "gradient_accumulation_steps=2")
-    *_, heard = trained(runtime, monkeypatch, "original", *settings, record=record)
+    trained(runtime, monkeypatch, "original", "epochs=1", "gradient_accumulation_steps=2", record=record)
     assert record.recorded == 0
-    assert heard == ["steps of several micro-batches are not replayed as CUDA graphs"]
+
+
+def test_each_training_has_a_recorder_of_its_own(runtime, monkeypatch):
+    """CUDA refuses memory that the last recording of an earlier training has given back."""
+    made = []
+
+    def new_recorder():
+        made.append(Recorder())
+        return made[-1]
+
+    for _ in range(2):
+        trained(runtime, monkeypatch, "original", "epochs=1", new_recorder=new_recorder)
+    assert [each.recorded for each in made] == [1, 1]

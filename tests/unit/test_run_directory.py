@@ -121,7 +121,7 @@ def test_the_config_comes_back(run):
         ("checkpoint_every_minutes", 0, "checkpoint_every_minutes must be a number above 0, not 0"),
         ("checkpoint_every_minutes", float("inf"), "checkpoint_every_minutes must be a number above 0"),
         ("checkpoint_every_steps", 2.5, "checkpoint_every_steps must be a whole number above 0, not 2.5"),
-        ("trackers", None, "trackers must be a list of texts, not None"),
+        ("trackers", "wandb", "trackers must be a list of texts, not 'wandb'"),
         ("plan", None, "plan must be a mapping, not None"),
         ("versions", 1, "versions must be a mapping, not 1"),
     ],
