@@ -63,7 +63,7 @@ class ReportedRun:
         """What it shares with the runs of other seeds."""
         summary, data = self.summary, self.config["dataset"]
         fields = flatten(self.recipe) | {"device": summary.device, "precision": summary.precision}
-        fields |= {"dataset": data["name"], "content of the dataset": data.get("fingerprint")}
+        fields |= {"dataset": data["name"], "content of the dataset": str(data.get("fingerprint"))[:8]}
         return {name: value for name, value in fields.items() if name != "seed"}
 
     @property

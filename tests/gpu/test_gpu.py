@@ -139,7 +139,8 @@ def test_replayed_steps_train_what_steps_do(case):
     assert runtime.compute.replays
     assert replayed.train_loss == pytest.approx(eager.train_loss, rel=1e-5)
     assert replayed.train_acc == pytest.approx(eager.train_acc, abs=0.01)
-    # In float64 but for the rates: with Muon one step alone is 3e-4 of the change, most of which is the first norm.
+    # In float64 but for the rates. Most of Muon's change is that of the first step, which brings the filters to their
+    # norm; any other step left out would be 3e-4 of it.
     assert float((changed - expected).norm() / expected.norm()) < 1e-5
 
 
@@ -154,13 +155,12 @@ def test_replayed_steps_learn_in_reduced_precision():
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own use
 def test_a_compiled_model_trains_as_an_eager_one():
-    """Six steps, of which the last ones are replayed."""
     compiled = AccelerateConfig(path="x.yaml", dynamo_backend="INDUCTOR")
     settings, named = (SLOW, "epochs=1", "validation_size=0"), {"num_train": 64 * 6, "float64": True}
     (eager, expected, _), (other, changed, runtime) = (
         on_one(config, "no", *settings, **named) for config in (GPU, compiled)
     )
-    assert (runtime.compute.compiler, runtime.compute.replays) == ("INDUCTOR", True)
+    assert (runtime.compute.compiler, runtime.compute.replays) == ("INDUCTOR", False)
     assert other[0].train_loss == pytest.approx(eager[0].train_loss, rel=1e-5)
     assert float((changed - expected).norm() / expected.norm()) < 1e-3
 
