@@ -158,7 +158,7 @@ def test_a_killed_rank_and_a_killed_node_end_the_step_and_the_job_goes_on(cluste
     cluster.wait_until(job_id, "end", lambda job: read_log(job).count("rank 0 ends: another") == 2, timeout=20)
     cluster.restore("n2")
     (job,) = cluster.wait_until(
-        job_id, "a second going on", lambda job: read_log(job).count("going on after step") == 2, timeout=120
+        job_id, "a second going on", lambda job: read_log(job).count("going on after step") == 2, timeout=300
     )
     assert job["Restarts"] == "2"
 
