@@ -52,22 +52,41 @@ class RunFiles:
         return config
 
 
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(map(_is_text, value))
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
 _FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "recipe_name": ("a text", lambda value: isinstance(value, str)),
-    "recipe": ("a mapping", lambda value: isinstance(value, dict)),
-    "dataset": ("a mapping", lambda value: isinstance(value, dict)),
-    "dataset.name": ("a text", lambda value: isinstance(value, str)),
-    "dataset.data_dir": ("a text", lambda value: isinstance(value, str)),
-    "dataset.fingerprint": ("a text", lambda value: isinstance(value, str)),
-    "class_names": ("a list of texts", lambda value: _are_texts(value)),
-    "world_size": ("a whole number above 0", lambda value: _is_number(value, whole=True)),
-    "num_threads": ("a whole number above 0", lambda value: _is_number(value, whole=True)),
+    "recipe_name": ("a text", _is_text),
+    "recipe": ("a mapping", _is_mapping),
+    "dataset": ("a mapping", _is_mapping),
+    "dataset.name": ("a text", _is_text),
+    "dataset.data_dir": ("a text", _is_text),
+    "dataset.fingerprint": ("a text", _is_text),
+    "class_names": ("a list of texts", _are_texts),
+    "world_size": ("a whole number above 0", _is_count),
+    "num_threads": ("a whole number above 0", _is_count),
     "precision": ("no, fp16 or bf16", lambda value: value in ("no", "fp16", "bf16")),
-    "checkpoint_every_minutes": ("a number above 0", lambda value: value is None or _is_number(value)),
-    "checkpoint_every_steps": ("a whole number above 0", lambda value: value is None or _is_number(value, whole=True)),
+    "checkpoint_every_minutes": (
+        "a number above 0",
+        lambda value: value is None or (type(value) in (int, float) and 0 < value < float("inf")),
+    ),
+    "checkpoint_every_steps": ("a whole number above 0", lambda value: value is None or _is_count(value)),
     "trackers": ("a list of texts", lambda value: value is None or _are_texts(value)),
-    "plan": ("a mapping", lambda value: isinstance(value, dict)),
-    "versions": ("a mapping", lambda value: isinstance(value, dict)),
+    "plan": ("a mapping", _is_mapping),
+    "versions": ("a mapping", _is_mapping),
 }
 """What a run writes of itself, in config.yaml and in its checkpoints, as far as it is used again."""
 
@@ -86,14 +105,6 @@ def check_stored(about: Mapping[str, Any], where: str) -> None:
                 raise UserError(f"{where} is damaged: dataset lacks its name")
         elif not has_it(values[name]):
             raise UserError(f"{where} is damaged: {field} must be {form}, not {values[name]!r}")
-
-
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(each, str) for each in value)
-
-
-def _is_number(value: Any, *, whole: bool = False) -> bool:
-    return type(value) in ((int,) if whole else (int, float)) and 0 < value < float("inf")
 
 
 def find_run(*, run_dir: Path | None, resume: bool, resume_dir: Path | None) -> RunFiles | None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from cifar_dist.config.recipe import OptimizerConfig
 
@@ -183,14 +182,23 @@ def _newton_schulz(matrices: Sequence[Tensor], steps: int, *, scales: bool = Tru
         alike.setdefault(max(len(gram), least_side), []).append(place)
     factors = list(grams)
     for side, places in alike.items():
-        more = [side - len(grams[place]) for place in places]
-        stack = torch.stack([functional.pad(grams[i], (0, n, 0, n)) for i, n in zip(places, more, strict=True)])
+        stack = _stacked([grams[place] for place in places], side)
         for place, factor in zip(places, _product_of_factors(stack, steps, scales=scales), strict=True):
             factors[place] = factor[: len(grams[place]), : len(grams[place])]
     return [
         each @ factor if len(each) > each.shape[1] else factor @ each
         for each, factor in zip(matrices, factors, strict=True)
     ]
+
+
+def _stacked(squares: Sequence[Tensor], side: int) -> Tensor:
+    """Stack square matrices as (k, side, side); smaller ones in the corner of zeros."""
+    if all(len(square) == side for square in squares):
+        return torch.stack(list(squares))
+    stack = squares[0].new_zeros(len(squares), side, side)
+    for place, square in zip(stack, squares, strict=True):
+        place[: len(square), : len(square)] = square
+    return stack
 
 
 def _product_of_factors(gram: Tensor, steps: int, *, scales: bool) -> Tensor:
