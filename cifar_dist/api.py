@@ -58,7 +58,7 @@ def train(
         quiet=quiet,
     )
     world, asked = World.from_environment(os.environ), _read_config(config)
-    if (count := processes_to_start(world, asked, None)) > 1:
+    if (count := processes_to_start(world, asked)) > 1:
         raise UserError(f"{config} asks for {count} processes, and this is one: start them by notebook_launcher")
     code, summary = train_command.train(options, world, asked)
     if code != EXIT_DONE or summary is None:

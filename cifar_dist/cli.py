@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from cifar_dist.config.accelerate_config import load_accelerate_config, processes_to_start
+from cifar_dist.config.accelerate_config import load_accelerate_config, processes_to_start, with_processes
 from cifar_dist.config.arguments import parse_arguments
 from cifar_dist.config.errors import (
     EXIT_CODE_FILE,
@@ -100,7 +100,8 @@ def _run(argv: list[str], world: World) -> int:
     config = load_accelerate_config(options.config)
     if config.gpu_ids is not None and world.launcher == "none":
         os.environ["CUDA_VISIBLE_DEVICES"] = config.gpu_ids
-    count = processes_to_start(world, config, getattr(options, "num_processes", None))
+    config = with_processes(config, getattr(options, "num_processes", None), world)
+    count = processes_to_start(world, config)
     if count > 1 and command != "doctor" and not getattr(options, "dry_run", False):
         from cifar_dist.runtime import launch
 

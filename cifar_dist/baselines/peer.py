@@ -5,10 +5,9 @@ import itertools
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from cifar_dist.baselines.script import NUM_WORKERS, TransformedImages, end_quietly
+from cifar_dist.baselines.script import TransformedImages, make_loader
 
 
 class PeerLoop:
@@ -28,15 +27,8 @@ class PeerLoop:
         )
         self.accelerator = Accelerator()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
-        loader = DataLoader(
-            TransformedImages(images, labels.tolist(), transform),
-            batch_size=batch_size,
-            shuffle=True,
-            num_workers=NUM_WORKERS,
-            worker_init_fn=end_quietly,
-            pin_memory=self.accelerator.device.type == "cuda",
-            drop_last=True,
-        )
+        samples = TransformedImages(images, labels.tolist(), transform)
+        loader = make_loader(samples, batch_size, self.accelerator.device)
         self.model, self.optimizer, self.loader = self.accelerator.prepare(model.train(), optimizer, loader)
         self._batches = (batch for _ in itertools.count() for batch in self.loader)  # again and again
 

@@ -42,6 +42,19 @@ def end_quietly(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
+def make_loader(samples: TransformedImages, batch_size: int, device: torch.device) -> DataLoader[tuple[Tensor, int]]:
+    """Give what the script loads its batches by."""
+    return DataLoader(
+        samples,
+        batch_size=batch_size,
+        shuffle=True,
+        num_workers=NUM_WORKERS,
+        worker_init_fn=end_quietly,
+        pin_memory=device.type == "cuda",
+        drop_last=True,  # so that every step is as long as any other
+    )
+
+
 class ScriptLoop:
     """The script's training step, called again and again; in float32 and contiguous, on one process."""
 
@@ -65,15 +78,7 @@ class ScriptLoop:
         self.model = model.to(device).train()
         self.criterion = nn.CrossEntropyLoss()
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
-        self.loader = DataLoader(
-            TransformedImages(pixels, labels.tolist(), transform),
-            batch_size=batch_size,
-            shuffle=True,
-            num_workers=NUM_WORKERS,
-            worker_init_fn=end_quietly,
-            pin_memory=device.type == "cuda",
-            drop_last=True,  # so that every step is as long as any other
-        )
+        self.loader = make_loader(TransformedImages(pixels, labels.tolist(), transform), batch_size, device)
         self.epoch_loss = 0.0
         self._batches = (batch for _ in itertools.count() for batch in self.loader)  # again and again
 

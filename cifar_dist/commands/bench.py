@@ -11,9 +11,9 @@ from rich.console import Console
 
 from cifar_dist.baselines import peer, script
 from cifar_dist.baselines.bare import BareStep
-from cifar_dist.config.accelerate_config import AccelerateConfig, other_count_note
+from cifar_dist.config.accelerate_config import AccelerateConfig
 from cifar_dist.config.errors import EXIT_DONE, UserError
-from cifar_dist.config.files import STANDARD_OUTPUT, check_json, typed_files, write_json
+from cifar_dist.config.files import STANDARD_OUTPUT, check_json, write_json
 from cifar_dist.config.loading import read_recipe, recipe_label
 from cifar_dist.config.options import BenchOptions
 from cifar_dist.config.plan import make_plan
@@ -49,7 +49,7 @@ FOR_SPEED: dict[str, Any] = {
 def run(options: BenchOptions, world: World, config: AccelerateConfig) -> int:
     """Measure as asked; give the exit code."""
     console = make_console(quiet=world.rank > 0, stderr=options.json == STANDARD_OUTPUT)
-    check_json(options.json, typed_files(options.recipe, options.config))
+    check_json(options.json, options.recipe, options.config)
     if options.sweep and world.size > 1:
         raise UserError(f"--sweep compares what one process can do, and there are {world.size}: start one")
     recipe = resolve_recipe(read_recipe(options.recipe), FOR_SPEED, options.assignments)
@@ -63,9 +63,8 @@ def run(options: BenchOptions, world: World, config: AccelerateConfig) -> int:
         )
         what = f"{recipe_label(options.recipe)}, stem {recipe.stem}, batch {recipe.global_batch_size}"
         processes = f"{world.size} process{'es' if world.size > 1 else ''}"
-        notes = (*runtime.compute.notes, other_count_note(world, config, None))
         first = "each is tried first; what has to be compiled takes its time" if options.sweep else "each is warmed up"
-        print_notes(console, (*notes, f"{what}, {processes}, {runtime.compute.line}", first))
+        print_notes(console, (*runtime.compute.notes, f"{what}, {processes}, {runtime.compute.line}", first))
         on_round = functools.partial(_say, PlainDisplay(console))
         if options.sweep:
             build_step = functools.partial(_bare_step, recipe, runtime)

@@ -65,7 +65,7 @@ def _data(data_dir: Path) -> dict[str, str]:
 
 def _training(options: DoctorOptions, world: World, config: AccelerateConfig) -> dict[str, str]:
     """Say what `launch.py` with this config and recipe would do."""
-    future = world_to_come(world, config, None)
+    future = world_to_come(world, config)
     name = options.recipe or DEFAULT_RECIPE
     wanted = resolve_recipe(read_recipe(name))
     micro_batches = wanted.gradient_accumulation_steps
@@ -80,7 +80,7 @@ def _training(options: DoctorOptions, world: World, config: AccelerateConfig) ->
     except UserError as error:
         lines["plan"] = f"none: {error}"
     notes = {"note": "; ".join(compute.notes)} if compute.notes else {}
-    return lines | notes | {"would start": started_line(world, config, None)}
+    return lines | notes | {"would start": started_line(world, config)}
 
 
 def _download(console: Console, data_dir: Path) -> None:

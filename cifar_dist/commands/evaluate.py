@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
-from cifar_dist.config.accelerate_config import AccelerateConfig, other_count_note
+from cifar_dist.config.accelerate_config import AccelerateConfig
 from cifar_dist.config.errors import EXIT_DONE, UserError
-from cifar_dist.config.files import STANDARD_OUTPUT, check_json, typed_files, write_json, writing
+from cifar_dist.config.files import STANDARD_OUTPUT, check_json, write_json, writing
 from cifar_dist.config.options import EvalOptions
 from cifar_dist.config.plan import fit_to_dataset
 from cifar_dist.config.request import DEFAULT_DATA_DIR, DEFAULT_DATASET, check_dataset_name, computed_with
@@ -44,7 +44,7 @@ def evaluate(options: EvalOptions, world: World, config: AccelerateConfig, conso
         runtime = start(
             ranks, config, **computed_with(weights.about, options.precision, world.size), doing="evaluating"
         )
-        print_notes(console, (*weights.notes, *runtime.compute.notes, other_count_note(world, config, None)))
+        print_notes(console, (*weights.notes, *runtime.compute.notes))
         is_other = weights.about.get("dataset", {}).get("fingerprint") != dataset.fingerprint()
         has_changed = is_other and _is_own_folder(options, weights, dataset)
         with ranks.together():
@@ -68,7 +68,7 @@ def evaluate(options: EvalOptions, world: World, config: AccelerateConfig, conso
 
 def _check_outputs(options: EvalOptions) -> None:
     """Refuse places that cannot be written to before time is spent on what goes there."""
-    check_json(options.json, [options.checkpoint, *typed_files(options.recipe, options.config)])
+    check_json(options.json, options.checkpoint, options.recipe, options.config)
     if options.figures is not None and options.figures.exists() and not options.figures.is_dir():
         raise UserError(f"--figures {options.figures} is a file: name a folder")
     if options.figures is not None:
@@ -147,6 +147,6 @@ def _draw(folder: Path, title: str, evaluation: Evaluation, saved: Mapping[str, 
     # matplotlib takes its time to be imported, and most evaluations do not need it.
     from cifar_dist.display.figures import draw_evaluation
 
-    with writing(folder, "folder"):
+    with writing(folder, "name another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         draw_evaluation(folder, evaluation, saved, title=title)

@@ -3,16 +3,15 @@
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from cifar_dist.config.accelerate_config import AccelerateConfig, other_count_note
+from cifar_dist.config.accelerate_config import AccelerateConfig
 from cifar_dist.config.errors import EXIT_DONE, EXIT_USER_ERROR
-from cifar_dist.config.files import STANDARD_OUTPUT, check_json, typed_files, write_json
+from cifar_dist.config.files import STANDARD_OUTPUT, check_json, write_json
 from cifar_dist.config.options import PredictOptions
 from cifar_dist.config.request import computed_with
 from cifar_dist.config.world import World
@@ -35,14 +34,12 @@ def run(options: PredictOptions, world: World, config: AccelerateConfig) -> int:
     """Predict as asked; give the exit code: 2 where an image could not be read."""
     console = make_console(quiet=world.rank > 0, stderr=options.json == STANDARD_OUTPUT)
     with connect(world, config) as ranks:
-        weights = ranks.from_main(lambda: _read_weights(options))
-        files, unreadable = ranks.from_main(lambda: _find_images(options))
+        weights, files, unreadable = ranks.from_main(lambda: _read(options))
         runtime = start(
             ranks, config, **computed_with(weights.about, options.precision, world.size), doing="predicting"
         )
         unnamed = "the weights do not name their classes: they are numbered" if weights.class_names is None else None
-        notes = (*weights.notes, unnamed, *runtime.compute.notes, other_count_note(world, config, None))
-        print_notes(console, notes)
+        print_notes(console, (*weights.notes, unnamed, *runtime.compute.notes))
         model = weights.build(runtime.device, runtime.memory_format)
         with evaluation_display(console) as observer:
             probabilities, was_read = _predict(model, weights, files, runtime, observer)
@@ -55,21 +52,19 @@ def run(options: PredictOptions, world: World, config: AccelerateConfig) -> int:
                     _print_table(console, top)
                 else:
                     about = {"checkpoint": str(weights.path), "precision": runtime.precision, "world_size": world.size}
-                    write_json(options.json, {**about, "predictions": top, "unreadable": _listed(unreadable)})
+                    listed = [{"file": name, "reason": reason} for name, reason in unreadable.items()]
+                    write_json(options.json, {**about, "predictions": top, "unreadable": listed})
                 for name, reason in unreadable.items():
                     print(f"error: {name} {reason}", file=sys.stderr, flush=True)
     return EXIT_USER_ERROR if unreadable else EXIT_DONE
 
 
-def _read_weights(options: PredictOptions) -> SavedWeights:
-    check_json(options.json, [options.checkpoint, *typed_files(options.recipe, options.config)])
-    return read_weights(options.checkpoint, options.recipe)
-
-
-def _find_images(options: PredictOptions) -> tuple[list[ImageFile], dict[str, str]]:
+def _read(options: PredictOptions) -> tuple[SavedWeights, list[ImageFile], dict[str, str]]:
+    """Give the weights, the images, and those files, with the reason, that cannot be looked at."""
     files, unreadable = find_images(options.images)
-    check_json(options.json, [Path(file.path) for file in files])
-    return files, unreadable
+    typed = (options.checkpoint, options.recipe, options.config)
+    check_json(options.json, *typed, *(file.path for file in files))
+    return read_weights(options.checkpoint, options.recipe), files, unreadable
 
 
 def _predict(
@@ -113,7 +108,3 @@ def _print_table(console: Console, predictions: Sequence[Mapping[str, Any]]) -> 
         [each["file"], *(f"{one['name']} {one['probability']:.1%}" for one in each["classes"])] for each in predictions
     ]
     print_notes(console, format_table(rows) if rows else ())
-
-
-def _listed(unreadable: Mapping[str, str]) -> list[dict[str, str]]:
-    return [{"file": name, "reason": reason} for name, reason in unreadable.items()]

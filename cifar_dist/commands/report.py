@@ -91,7 +91,7 @@ def _up_to_now(summary: Summary, records: Sequence[EpochRecord], config: Mapping
 
 def _write_files(folder: Path, files: Iterator[Path]) -> list[Path]:
     """Write files into a folder. Raises UserError where that cannot be."""
-    with writing(folder, "folder with --out"):
+    with writing(folder, "name another folder with --out"):
         folder.mkdir(parents=True, exist_ok=True)
         return list(files)
 

@@ -11,7 +11,7 @@ from typing import Any
 from numpy.typing import NDArray
 from rich.console import Console
 
-from cifar_dist.config.accelerate_config import AccelerateConfig, other_count_note, started_line, world_to_come
+from cifar_dist.config.accelerate_config import AccelerateConfig, started_line, world_to_come
 from cifar_dist.config.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_KEYBOARD_INTERRUPT, UserError
 from cifar_dist.config.options import TrainOptions
 from cifar_dist.config.plan import RunPlan, make_plan
@@ -40,7 +40,6 @@ from cifar_dist.training.run_directory import RunDirectory, UnwrittenRun
 from cifar_dist.training.saving import CheckpointWriter
 from cifar_dist.training.session import Session
 from cifar_dist.training.setup import build_trainer
-from cifar_dist.training.tracking import Trackers
 
 
 def run(options: TrainOptions, world: World, config: AccelerateConfig) -> int:
@@ -70,9 +69,9 @@ def train(options: TrainOptions, world: World, config: AccelerateConfig) -> tupl
             recipe = request.fit(dataset.sizes)
             plan = make_plan(recipe, world_size=world.size, sizes=dataset.sizes, device_type=runtime.device.type)
         if not options.quiet:
-            step, note = opened.checkpoint.get("step"), other_count_note(world, config, options.num_processes)
+            step = opened.checkpoint.get("step")
             where = f"{opened.directory}" + (f", going on after step {step:,}" if step else "")
-            lines = _header(where, request, runtime.compute, plan, recipe, note, opened.damage)
+            lines = _header(where, request, runtime.compute, plan, recipe, opened.damage)
             print_header(console, lines | _data_lines(dataset, recipe))
         display = training_display(
             console,
@@ -89,9 +88,9 @@ def train(options: TrainOptions, world: World, config: AccelerateConfig) -> tupl
         directory = RunDirectory(opened.directory, lock) if ranks.is_main else UnwrittenRun(opened.directory)
         intervals = checkpoint_intervals(options, stored)
         checkpoints = CheckpointWriter(directory, about, **intervals)
-        session = Session(checkpoints, trainer, dataset, Trackers(display.on_note))
+        session = Session(checkpoints, trainer, dataset)
         with ranks.together():
-            begin_session(session, opened, plan, slurm_job, intervals)
+            begin_session(session, opened, slurm_job, intervals)
         return _train_and_test(console, display, session, _how_to_go_on(options, opened.directory))
 
 
@@ -106,7 +105,7 @@ def _show_plan(console: Console, options: TrainOptions, world: World, config: Ac
     """Print what would be done, and by whom; nothing is started, read or written, and no data is needed."""
     run = resolve_run(options)
     request, stored = run.request, run.stored
-    future = world_to_come(world, config, options.num_processes)
+    future = world_to_come(world, config)
     how = computed_with(stored, options.precision, future.size)
     micro_batches = request.recipe.gradient_accumulation_steps
     compute = choose_compute(config, os.environ, future, **how, micro_batches=micro_batches)
@@ -115,11 +114,10 @@ def _show_plan(console: Console, options: TrainOptions, world: World, config: Ac
     recipe = request.fit(sizes)
     plan = make_plan(recipe, world_size=future.size, sizes=sizes, device_type=compute.device_type)
     directory = run.existing.path if run.existing is not None else new_directory(options, request)
-    note = other_count_note(world, config, options.num_processes)
-    lines = _header(f"{directory}", request, compute, plan, recipe, note)
+    lines = _header(f"{directory}", request, compute, plan, recipe)
     if request.dataset in ARCHIVES:
         lines["data"] = where_found(ARCHIVES[request.dataset], request.data_dir)
-    print_header(console, lines | {"would start": started_line(world, config, options.num_processes)})
+    print_header(console, lines | {"would start": started_line(world, config)})
     return EXIT_DONE
 
 
@@ -140,7 +138,7 @@ def _load(console: Console, request: TrainRequest) -> Dataset:
 
 
 def _header(
-    run: str, request: TrainRequest, compute: ComputeSettings, plan: RunPlan, recipe: Recipe, *notes: str | None
+    run: str, request: TrainRequest, compute: ComputeSettings, plan: RunPlan, recipe: Recipe, damage: str | None = None
 ) -> dict[str, str]:
     """Give what stands above a run: names and values."""
     lines = {
@@ -150,7 +148,7 @@ def _header(
         **plan.lines,
         "learning rate": learning_rate_line(recipe, plan),
     }
-    told = "; ".join(note for note in (*compute.notes, *notes) if note)
+    told = "; ".join(note for note in (*compute.notes, damage) if note)
     return lines | {"note": told} if told else lines
 
 

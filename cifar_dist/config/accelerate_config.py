@@ -1,13 +1,13 @@
 """What an Accelerate config asks for, and what that means beside the processes that are there and the environment."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.loading import read_yaml
-from cifar_dist.config.parsing import nearest
+from cifar_dist.config.parsing import convert, nearest
 from cifar_dist.config.world import World
 
 # What `accelerate launch --config_file` reads; another key is a ValueError there, so it is refused here too.
@@ -35,6 +35,8 @@ class AccelerateConfig:
     path: str | None = None
     num_processes: int = 1
     """Of all machines together, as Accelerate counts them."""
+    processes_typed: bool = False
+    """Whether that number was typed, and is not the file's."""
     num_machines: int = 1
     machine_rank: int = 0
     main_process_ip: str | None = None
@@ -60,45 +62,44 @@ def load_accelerate_config(path: str | None) -> AccelerateConfig:
         if key not in _ACCELERATE_KEYS:
             hint = nearest(key, _ACCELERATE_KEYS) or "; hyperparameters belong in a recipe"
             raise UserError(f"Accelerate config {path} has the unknown key '{key}'{hint}")
-    kind = values.get("distributed_type", "NO")
-    if kind == "MPS":
-        raise UserError(f"Accelerate config {path}: write distributed_type: 'NO' for a Mac (accelerate refuses MPS)")
-    if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
-        quoted = " (quote it: unquoted NO is a YAML boolean)" if kind is False else ""
-        raise UserError(
-            f"Accelerate config {path}: distributed_type must be 'NO', 'MULTI_GPU' or 'MULTI_CPU', not {kind!r}{quoted}"
-        )
+    what = f"Accelerate config {path}"
+    if values.get("distributed_type") == "MPS":
+        raise UserError(f"{what}: write distributed_type: 'NO' for a Mac (accelerate refuses MPS)")
+
+    def given(key: str, hint: Any, default: Any = None) -> Any:
+        return convert(hint, values.get(key, default), f"{what}: {key}")
+
+    given("distributed_type", Literal["NO", "MULTI_GPU", "MULTI_CPU"], "NO")
     config = AccelerateConfig(
         path=path,
-        num_processes=_number(values, "num_processes", path),
-        num_machines=_number(values, "num_machines", path),
-        machine_rank=_number(values, "machine_rank", path, default=0),
-        main_process_ip=values.get("main_process_ip"),
-        main_process_port=_number(values, "main_process_port", path) if values.get("main_process_port") else None,
-        use_cpu=_flag(values, "use_cpu", path),
+        num_processes=given("num_processes", int, 1),
+        num_machines=given("num_machines", int, 1),
+        machine_rank=given("machine_rank", int, 0),
+        main_process_ip=given("main_process_ip", str | None),
+        main_process_port=given("main_process_port", int | None),
+        use_cpu=given("use_cpu", bool, False),
         gpu_ids=_gpu_ids(values.get("gpu_ids"), path),
-        mixed_precision=_mixed_precision(values.get("mixed_precision"), path),
-        **_dynamo(values.get("dynamo_config"), path),
+        mixed_precision=given("mixed_precision", Literal["no", "fp16", "bf16"] | None),
+        **_dynamo(given("dynamo_config", dict | None) or {}, f"{what}: dynamo_config"),
     )
-    _check_machines(config)
+    _check_numbers(config)
     return config
 
 
-def _check_machines(config: AccelerateConfig) -> None:
-    machines, processes = config.num_machines, config.num_processes
+def _check_numbers(config: AccelerateConfig) -> None:
+    machines, processes, what = config.num_machines, config.num_processes, f"Accelerate config {config.path}"
+    for field, least in {"num_processes": 1, "num_machines": 1, "machine_rank": 0, "main_process_port": 0}.items():
+        number = getattr(config, field)
+        if number is not None and number < least:
+            raise UserError(f"{what}: {field} must be {least} or more, not {number}")
     if processes % machines:
         raise UserError(
-            f"Accelerate config {config.path}: num_processes={processes} (of all machines together) does not divide by"
-            f" num_machines={machines}"
+            f"{what}: num_processes={processes} (of all machines together) does not divide by num_machines={machines}"
         )
     if config.machine_rank >= machines:
-        raise UserError(
-            f"Accelerate config {config.path}: machine_rank={config.machine_rank} must be below num_machines={machines}"
-        )
-    if machines > 1 and not isinstance(config.main_process_ip, str):
-        raise UserError(
-            f"Accelerate config {config.path}: several machines need main_process_ip, the address of machine_rank 0"
-        )
+        raise UserError(f"{what}: machine_rank={config.machine_rank} must be below num_machines={machines}")
+    if machines > 1 and not config.main_process_ip:
+        raise UserError(f"{what}: several machines need main_process_ip, the address of machine_rank 0")
 
 
 def wished_precision(typed: str | None, config: AccelerateConfig, environ: Mapping[str, str]) -> str:
@@ -110,21 +111,6 @@ def wished_precision(typed: str | None, config: AccelerateConfig, environ: Mappi
     return typed or config.mixed_precision or (outer if outer in ("fp16", "bf16") else "auto")
 
 
-def _number(values: Mapping[str, Any], key: str, path: str, *, default: int = 1) -> int:
-    """Give a whole number that is at least its default."""
-    value = values.get(key, default)
-    if type(value) is not int or value < default:
-        raise UserError(f"Accelerate config {path}: {key} must be a whole number, {default} or more, not {value!r}")
-    return value
-
-
-def _flag(values: Mapping[str, Any], key: str, path: str) -> bool:
-    value = values.get(key, False)
-    if not isinstance(value, bool):
-        raise UserError(f"Accelerate config {path}: {key} must be true or false, not {value!r}")
-    return value
-
-
 def _gpu_ids(value: Any, path: str) -> str | None:
     if value is None or value == "all":
         return None
@@ -133,29 +119,19 @@ def _gpu_ids(value: Any, path: str) -> str | None:
     return str(value)
 
 
-def _mixed_precision(value: Any, path: str) -> Literal["no", "fp16", "bf16"] | None:
-    if value is None or value in ("no", "fp16", "bf16"):
-        return value
-    quoted = " (quote it: unquoted no is a YAML boolean)" if value is False else ""
-    raise UserError(f"Accelerate config {path}: mixed_precision must be 'no', 'fp16' or 'bf16', not {value!r}{quoted}")
-
-
-def _dynamo(values: Any, path: str) -> dict[str, str]:
+def _dynamo(values: Mapping[Any, Any], what: str) -> dict[str, Any]:
     """Read how the model is to be compiled. Raises UserError for what is not served."""
-    choices = {"dynamo_backend": ("NO", *_COMPILERS), "dynamo_mode": ("default", "reduce-overhead", "max-autotune")}
-    if not isinstance(values or {}, dict):
-        raise UserError(f"Accelerate config {path}: dynamo_config must be a mapping, not {values!r}")
+    served: dict[str, Any] = {
+        "dynamo_backend": Literal["NO", *_COMPILERS],
+        "dynamo_mode": Literal["default", "reduce-overhead", "max-autotune"],
+    }
     chosen = {}
-    for key, value in (values or {}).items():
+    for key, value in values.items():
         name = f"dynamo_{str(key).removeprefix('dynamo_')}"
-        text = str(value).upper() if name == "dynamo_backend" else str(value)
-        what = f"Accelerate config {path}: dynamo_config.{key}"
-        if name not in choices:
-            raise UserError(f"{what} is not served")
-        if text not in choices[name]:
-            quoted = " (quote it: unquoted NO is a YAML boolean)" if value is False else ""
-            raise UserError(f"{what} must be one of {', '.join(choices[name])}, not {value!r}{quoted}")
-        chosen[name] = text
+        if name not in served:
+            raise UserError(f"{what}.{key} is not served")
+        upper = name == "dynamo_backend" and isinstance(value, str)
+        chosen[name] = convert(served[name], value.upper() if upper else value, f"{what}.{key}")
     return chosen
 
 
@@ -180,40 +156,45 @@ def wants_cpu(config: AccelerateConfig, environ: Mapping[str, str]) -> bool:
     return config.use_cpu or (outer and (config.path is None or "ACCELERATE_MIXED_PRECISION" not in environ))
 
 
-def processes_to_start(world: World, config: AccelerateConfig, typed: int | None) -> int:
-    """Give how many processes are asked for and not there yet; 1 where this one is to do it, or where others are there.
+def with_processes(config: AccelerateConfig, typed: int | None, world: World) -> AccelerateConfig:
+    """Lay a typed number of processes over a config.
 
-    Raises UserError where the flag and a config of several machines contradict each other.
+    Raises UserError where processes are to be started, and a config of several machines contradicts it.
     """
-    if world.launcher != "none":
-        return 1
-    if typed is not None and config.num_machines > 1 and typed != config.num_processes:
+    if typed is None:
+        return config
+    if world.launcher == "none" and config.num_machines > 1 and typed != config.num_processes:
         raise UserError(
             f"--num-processes {typed} and {config.path} ({config.num_processes} on {config.num_machines} machines)"
             " contradict each other: leave out --num-processes"
         )
-    return typed or config.num_processes
+    return replace(config, num_processes=typed, processes_typed=True)
 
 
-def other_count_note(world: World, config: AccelerateConfig, typed: int | None) -> str | None:
+def processes_to_start(world: World, config: AccelerateConfig) -> int:
+    """Give how many processes are asked for; 1 where this one is to do it, or where those of a world are there."""
+    return config.num_processes if world.launcher == "none" else 1
+
+
+def other_count_note(world: World, config: AccelerateConfig) -> str | None:
     """Say which number of processes counts, where the outside and the config or the flag name different ones."""
-    asked = typed if typed is not None else config.num_processes if config.path is not None else world.size
-    if asked == world.size or world.launcher == "none":
+    count, says_nothing = config.num_processes, config.path is None and not config.processes_typed
+    if world.launcher == "none" or count == world.size or says_nothing:
         return None
     who = "Slurm" if world.launcher == "slurm" else "WORLD_SIZE"
-    what = f"--num-processes {typed}" if typed is not None else f"{config.path} ({config.num_processes} processes)"
+    what = f"--num-processes {count}" if config.processes_typed else f"{config.path} ({count} processes)"
     return f"{who} says that there are {world.size} processes: that counts, and not {what}"
 
 
-def world_to_come(world: World, config: AccelerateConfig, typed: int | None) -> World:
+def world_to_come(world: World, config: AccelerateConfig) -> World:
     """Give the world in which a command would run: this one, or the one that would be started, as rank 0 sees it."""
-    count = processes_to_start(world, config, typed)
+    count = processes_to_start(world, config)
     return world if count == 1 else World(size=count, local_size=count // config.num_machines, launcher="torchrun")
 
 
-def started_line(world: World, config: AccelerateConfig, typed: int | None) -> str:
+def started_line(world: World, config: AccelerateConfig) -> str:
     """Say in words which processes would be started."""
-    count, machines = processes_to_start(world, config, typed), config.num_machines
+    count, machines = processes_to_start(world, config), config.num_machines
     if count > 1:
         where = "here" if machines == 1 else f"on each of {machines} machines"
         return f"{count // machines} processes {where}, by torch.distributed.run"

@@ -32,12 +32,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 @contextmanager
-def writing(path: Path, what: str = "place") -> Iterator[None]:
-    """Turn what the disk refuses, of a file or folder that was asked for, into a UserError."""
+def writing(path: Path, advice: str = "name another place") -> Iterator[None]:
+    """Turn what the disk refuses into a UserError that names `path` and what to do."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; name another {what}") from None
+        raise UserError(f"cannot write {path}: {error.strerror or error}; {advice}") from None
 
 
 def write_output(path: Path, content: bytes) -> None:
@@ -61,15 +61,13 @@ def check_output(option: str, path: Path, read: Sequence[Path] = ()) -> None:
         raise UserError(f"{option} {path} would overwrite a run's own file: name another file")
 
 
-def typed_files(*typed: str | None) -> list[Path]:
-    """Give what may be files of what was typed, where a name would do too."""
-    return [Path(each) for each in typed if each is not None]
+def check_json(path: Path | None, *read: str | Path | None) -> None:
+    """Refuse a `--json` that was typed where it cannot be written, as `check_output` does. Raises UserError.
 
-
-def check_json(path: Path | None, read: Sequence[Path] = ()) -> None:
-    """Refuse a `--json` that was typed where it cannot be written, as `check_output` does. Raises UserError."""
+    `read` are the files that are read, or what was typed where a name would do too.
+    """
     if path is not None and path != STANDARD_OUTPUT:
-        check_output("--json", path, read)
+        check_output("--json", path, [Path(each) for each in read if each is not None])
 
 
 def write_json(path: Path | None, content: Mapping[str, Any]) -> None:

@@ -33,7 +33,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     missing = [name for name in names if name not in values]
     if missing:
         raise UserError(f"recipe field '{where}{missing[0]}' is missing")
-    converted = {name: _convert(hints[name], values[name], f"{where}{name}") for name in names}
+    converted = {name: convert(hints[name], values[name], f"{where}{name}") for name in names}
     try:
         return cls(**converted)
     except ValueError as error:
@@ -76,15 +76,18 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    """Check one value against its type hint; integers become floats and lists tuples where those are asked for."""
+def convert(hint: Any, value: Any, where: str) -> Any:
+    """Check one value against its type hint; integers become floats and lists tuples where those are asked for.
+
+    Raises UserError that begins with `where`.
+    """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return _choice(arguments, value, where)
     if origin in (typing.Union, types.UnionType):
         if value is None:
             return None
-        return _convert(next(each for each in arguments if each is not type(None)), value, where)
+        return convert(next(each for each in arguments if each is not type(None)), value, where)
     if origin is tuple:
         return _sequence(arguments, value, where)
     if dataclasses.is_dataclass(hint):
@@ -96,7 +99,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 def _choice(allowed: tuple[Any, ...], value: Any, where: str) -> Any:
     if not isinstance(value, str) or value not in allowed:
-        raise UserError(f"{where} must be one of {', '.join(allowed)}, not {value!r}")
+        quoted = " (quote it: an unquoted no is a YAML boolean)" if value is False and {"no", "NO"} & {*allowed} else ""
+        raise UserError(f"{where} must be one of {', '.join(allowed)}, not {value!r}{quoted}")
     return value
 
 
@@ -105,11 +109,11 @@ def _sequence(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, 
     if not isinstance(value, list | tuple) or not (open_ended or len(value) == len(arguments)):
         raise UserError(f"{where} must be a list{'' if open_ended else f' of {len(arguments)}'}, not {value!r}")
     hints = arguments[:1] * len(value) if open_ended else arguments
-    return tuple(_convert(hint, item, f"{where}[{i}]") for i, (hint, item) in enumerate(zip(hints, value, strict=True)))
+    return tuple(convert(hint, item, f"{where}[{i}]") for i, (hint, item) in enumerate(zip(hints, value, strict=True)))
 
 
 def _scalar(hint: Any, value: Any, where: str) -> Any:
-    names = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
+    names = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", dict: "a mapping"}
     if hint is float and not isinstance(value, bool):
         try:  # YAML 1.1 reads 5e-4 (no dot) as text
             value = float(value) if isinstance(value, int | float | str) else value

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from itertools import count, takewhile
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, Literal, TypeVar
 
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.loading import read_yaml
+from cifar_dist.config.parsing import convert
 
 T = TypeVar("T")
 
@@ -52,43 +53,24 @@ class RunFiles:
         return config
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(map(_is_text, value))
-
-
-def _is_mapping(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value > 0
-
-
-_FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "recipe_name": ("a text", _is_text),
-    "recipe": ("a mapping", _is_mapping),
-    "dataset": ("a mapping", _is_mapping),
-    "dataset.name": ("a text", _is_text),
-    "dataset.data_dir": ("a text", _is_text),
-    "dataset.fingerprint": ("a text", _is_text),
-    "class_names": ("a list of texts", _are_texts),
-    "world_size": ("a whole number above 0", _is_count),
-    "num_threads": ("a whole number above 0", _is_count),
-    "precision": ("no, fp16 or bf16", lambda value: value in ("no", "fp16", "bf16")),
-    "checkpoint_every_minutes": (
-        "a number above 0",
-        lambda value: value is None or (type(value) in (int, float) and 0 < value < float("inf")),
-    ),
-    "checkpoint_every_steps": ("a whole number above 0", lambda value: value is None or _is_count(value)),
-    "trackers": ("a list of texts", lambda value: value is None or _are_texts(value)),
-    "plan": ("a mapping", _is_mapping),
-    "versions": ("a mapping", _is_mapping),
+_FORMS: dict[str, Any] = {
+    "recipe_name": str,
+    "recipe": dict,
+    "dataset": dict,
+    "dataset.name": str,
+    "dataset.data_dir": str,
+    "dataset.fingerprint": str,
+    "class_names": tuple[str, ...],
+    "world_size": int,
+    "num_threads": int,
+    "precision": Literal["no", "fp16", "bf16"],
+    "checkpoint_every_minutes": float | None,
+    "checkpoint_every_steps": int | None,
+    "trackers": tuple[str, ...] | None,
+    "plan": dict,
+    "versions": dict,
 }
-"""What a run writes of itself, in config.yaml and in its checkpoints, as far as it is used again."""
+"""What a run writes of itself, in config.yaml and in its checkpoints, and uses again. Numbers are above 0."""
 
 
 def check_stored(about: Mapping[str, Any], where: str) -> None:
@@ -96,15 +78,17 @@ def check_stored(about: Mapping[str, Any], where: str) -> None:
 
     That is so where somebody has edited them. A field may be missing, but for the name of a dataset.
     """
-    for field, (form, has_it) in _FORMS.items():
+    for field, hint in _FORMS.items():
         outer, _, inner = field.partition(".")
         values = about.get(outer, {}) if inner else about
         name = inner or outer
         if name not in values:
             if field == "dataset.name" and outer in about:
                 raise UserError(f"{where} is damaged: dataset lacks its name")
-        elif not has_it(values[name]):
-            raise UserError(f"{where} is damaged: {field} must be {form}, not {values[name]!r}")
+            continue
+        value = convert(hint, values[name], f"{where} is damaged: {field}")
+        if isinstance(value, int | float) and (value <= 0 or isinstance(values[name], str)):
+            raise UserError(f"{where} is damaged: {field} must be a number above 0, not {values[name]!r}")
 
 
 def find_run(*, run_dir: Path | None, resume: bool, resume_dir: Path | None) -> RunFiles | None:

@@ -56,14 +56,9 @@ def _read_file(archive: Archive, path: Path, md5: str, images: Tensor, labels: T
     # The bytes that are hashed are those that are unpickled, whatever happens to the file in between.
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
         raise wrong(path)
-    try:
-        batch = _ArrayUnpickler(io.BytesIO(content), path).load()
-        np.copyto(images.numpy(), batch[b"data"].reshape(images.shape), casting="no")
-        labels.copy_(torch.tensor(batch[archive.label_key]).reshape(labels.shape))
-    except UserError:
-        raise
-    except Exception as error:  # a pickle with other content raises nearly anything
-        raise UserError(f"{path.absolute()} does not hold {len(labels)} images of {archive.name} ({error})") from error
+    batch = _ArrayUnpickler(io.BytesIO(content), path).load()
+    np.copyto(images.numpy(), batch[b"data"].reshape(images.shape), casting="no")
+    labels.copy_(torch.tensor(batch[archive.label_key]).reshape(labels.shape))
 
 
 class _ArrayUnpickler(pickle.Unpickler):

@@ -10,7 +10,7 @@ import re
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from http.client import HTTPException
 from io import FileIO
@@ -20,6 +20,7 @@ from typing import Any
 from urllib.error import HTTPError, URLError
 
 from cifar_dist.config.errors import UserError
+from cifar_dist.config.files import writing
 
 fcntl: Any = None
 with suppress(ImportError):  # Windows has none
@@ -52,14 +53,9 @@ def md5_of(path: Path) -> str:
         return hashlib.file_digest(file, partial(hashlib.md5, usedforsecurity=False)).hexdigest()
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn an OSError (disk full, read-only folder) into a UserError that names `path`."""
-    try:
-        yield
-    except OSError as error:
-        advice = "free space or mend the rights there, or name another folder with --data-dir DIR"
-        raise UserError(f"cannot write {path.absolute()} ({reason_of(error)}): {advice}") from error
+def writing_data(path: Path) -> AbstractContextManager[None]:
+    """Give the context in which what the disk refuses (it is full, read-only) becomes a UserError that names `path`."""
+    return writing(path.absolute(), "free space or mend the rights there, or name another folder with --data-dir DIR")
 
 
 @contextmanager
@@ -72,7 +68,7 @@ def exclusive(folder: Path, lock_name: str) -> Iterator[None]:
     made: list[Path] = []
     descriptor = None
     try:
-        with writing(folder):
+        with writing_data(folder):
             descriptor = _take_lock(folder, folder / lock_name, made)
         yield
     finally:
@@ -134,7 +130,7 @@ def _download_from(url: str, target: Path, md5: str, progress: Progress) -> None
     inherited = _size(part) > 0
     while True:
         _complete(url, part, progress)
-        with writing(part):
+        with writing_data(part):
             if md5_of(part) == md5:
                 part.replace(target)
                 return
@@ -184,11 +180,11 @@ def _receive(url: str, part: Path, progress: Progress) -> None:
             raise DownloadError(f"HTTP status {response.status}")
         # The file is opened with the first bytes in hand, so that an empty answer neither makes nor empties it.
         if chunk := response.read1(_CHUNK_BYTES):
-            with writing(part):
+            with writing_data(part):
                 file = part.open("ab" if done else "wb", buffering=0)
             with file:
                 while chunk:
-                    with writing(part):
+                    with writing_data(part):
                         _write_all(file, chunk)
                     done += len(chunk)
                     progress(done, total)

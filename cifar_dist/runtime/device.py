@@ -12,6 +12,7 @@ import torch
 
 from cifar_dist.config.accelerate_config import (
     AccelerateConfig,
+    other_count_note,
     wants_cpu,
     wished_compiler,
     wished_precision,
@@ -78,7 +79,8 @@ def choose_compute(
     `num_threads` is that of a run which goes on, `doing` a word for notes; a step has so many `micro_batches`.
     """
     asked_cpu = wants_cpu(config, environ)
-    facts, notes = probe(use_cpu=asked_cpu), []
+    facts, other_count = probe(use_cpu=asked_cpu), other_count_note(world, config)
+    notes = [] if other_count is None else [other_count]
     if facts.type == "cpu" and not asked_cpu:
         notes.append(f"no MPS or CUDA device here: {doing} on cpu")
     wish = wished_precision(typed_precision, config, environ)

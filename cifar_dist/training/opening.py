@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from cifar_dist.config.errors import UserError
+from cifar_dist.config.files import writing
 from cifar_dist.config.options import TrainOptions
 from cifar_dist.config.parsing import flatten, to_mapping
-from cifar_dist.config.plan import RunPlan
 from cifar_dist.config.provenance import git_commit, package_versions
 from cifar_dist.config.recipe import Recipe, recipe_to_mapping
 from cifar_dist.config.request import (
@@ -27,7 +27,7 @@ from cifar_dist.config.world import SlurmJob, World
 from cifar_dist.runtime.distributed import Runtime
 from cifar_dist.training.checkpoint import load_checkpoint, refusing_foreign_content
 from cifar_dist.training.lock import RunLock
-from cifar_dist.training.run_directory import RunDirectory, refusing_disk_errors
+from cifar_dist.training.run_directory import RunDirectory
 from cifar_dist.training.session import Session
 from cifar_dist.training.setup import pretrained_weights
 
@@ -60,14 +60,14 @@ def open_run(
     if existing is not None:
         nothing_left = RunDirectory(existing.path).nothing_left(run.request.recipe.epochs)
     if existing is not None and nothing_left is None:
-        with refusing_disk_errors(existing.path):
+        with writing(existing.path, "free space or mend the rights there"):
             lock.take(existing.path)
         checkpoint, damage = first_good(existing, load_checkpoint)
         if checkpoint is None:
             _refuse_to_begin_again(existing)
         else:
-            with refusing_foreign_content(existing.last):
-                check_stored(checkpoint, f"checkpoint {existing.last}")
+            with refusing_foreign_content(file := _good_file(existing, damage)):
+                check_stored(checkpoint, f"checkpoint {file}")
                 refuse_other_recipe(run.request, checkpoint)
     return OpenedRun(
         run=run,
@@ -77,6 +77,11 @@ def open_run(
         pretrained=None if checkpoint or nothing_left else pretrained_weights(run.request.recipe, note),
         nothing_left=nothing_left,
     )
+
+
+def _good_file(run: RunFiles, damage: str | None) -> Path:
+    """Give the checkpoint that a run goes on from."""
+    return run.last if damage is None else run.previous
 
 
 def _refuse_to_begin_again(run: RunFiles) -> None:
@@ -118,13 +123,12 @@ def checkpoint_intervals(options: TrainOptions, stored: Mapping[str, Any]) -> di
 def begin_session(
     session: Session,
     opened: OpenedRun,
-    plan: RunPlan,
     slurm_job: SlurmJob | None,
     intervals: Mapping[str, float | None],
 ) -> None:
     """Go on from the checkpoint, where there is one, write what is known, and start the trackers. Raises UserError."""
     directory, about = session.directory, session.checkpoints.about
-    with refusing_foreign_content(directory.last):
+    with refusing_foreign_content(_good_file(directory, opened.damage)):
         if then := opened.checkpoint or opened.run.stored:
             refuse_other_data(about, then)
         if opened.checkpoint:
@@ -134,7 +138,7 @@ def begin_session(
     marks = {
         **intervals,
         "trackers": list(opened.run.request.trackers),
-        "plan": to_mapping(plan),
+        "plan": to_mapping(session.trainer.plan),
         "versions": package_versions(),
         "git_commit": git_commit(),
     }

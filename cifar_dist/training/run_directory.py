@@ -3,7 +3,7 @@
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,19 +12,10 @@ import yaml
 from numpy.typing import NDArray
 
 from cifar_dist.config.errors import UserError
-from cifar_dist.config.files import write_atomically
+from cifar_dist.config.files import write_atomically, writing
 from cifar_dist.config.run_files import RunFiles
 from cifar_dist.records import EpochRecord, Summary
 from cifar_dist.training.lock import LockLostError, RunLock
-
-
-@contextmanager
-def refusing_disk_errors(path: Path) -> Iterator[None]:
-    """Turn what the disk refuses before there is anything to lose into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write in the run directory {path}: {error.strerror}") from None
 
 
 class RunDirectory(RunFiles):
@@ -41,7 +32,7 @@ class RunDirectory(RunFiles):
         Raises UserError where that cannot be, where a live run is in the folder, or where one came to be in what
         `is_new`.
         """
-        with refusing_disk_errors(self.path):
+        with writing(self.path, "free space or mend the rights there, or name another --run-dir"):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.take(self.path)
             if is_new and self.holds_run:
@@ -60,7 +51,11 @@ class RunDirectory(RunFiles):
 
     def append_record(self, record: EpochRecord) -> None:
         """Add a line to metrics.jsonl, whole and on disk."""
-        self.append(self.metrics, record.to_json().encode() + b"\n")
+        self._lock.check()
+        with self.metrics.open("ab") as file:
+            file.write(record.to_json().encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def read_records(self) -> list[EpochRecord]:
         """Read metrics.jsonl; a line that was cut off or is damaged is left out."""
@@ -149,14 +144,6 @@ class RunDirectory(RunFiles):
         self._lock.check()
         write_atomically(path, write)
 
-    def append(self, path: Path, line: bytes) -> None:
-        """Add a line to a file, whole and on disk."""
-        self._lock.check()
-        with path.open("ab") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
-
 
 class UnwrittenRun(RunDirectory):
     """The run as the other ranks have it: they do all that rank 0 does, and write nothing."""
@@ -173,5 +160,5 @@ class UnwrittenRun(RunDirectory):
     def write(self, path: Path, write: Callable[[BinaryIO], Any]) -> None:
         """Write nothing."""
 
-    def append(self, path: Path, line: bytes) -> None:
+    def append_record(self, record: EpochRecord) -> None:
         """Write nothing."""

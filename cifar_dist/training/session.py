@@ -1,5 +1,6 @@
 """A run and its folder: trains, and writes down what happens as it happens."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,12 +9,12 @@ import torch
 from numpy.typing import NDArray
 
 from cifar_dist.config.errors import UserError
+from cifar_dist.config.files import writing
 from cifar_dist.data.dataset import Dataset
 from cifar_dist.records import Evaluation, Status, Summary
 from cifar_dist.training.engine import Checkpointing, DivergedError, InterruptedRun, Trainer
 from cifar_dist.training.evaluation import EvaluationSet, what_figures_need
 from cifar_dist.training.metrics import summarize
-from cifar_dist.training.run_directory import refusing_disk_errors
 from cifar_dist.training.saving import CheckpointWriter
 from cifar_dist.training.tracking import Trackers
 
@@ -21,9 +22,7 @@ from cifar_dist.training.tracking import Trackers
 class Session(Checkpointing):
     """Trains with a trainer, tests what came of it, and keeps the run directory true at every moment."""
 
-    def __init__(
-        self, checkpoints: CheckpointWriter, trainer: Trainer, dataset: Dataset, trackers: Trackers | None = None
-    ) -> None:
+    def __init__(self, checkpoints: CheckpointWriter, trainer: Trainer, dataset: Dataset) -> None:
         """Take the run directory from what writes the checkpoints into it."""
         self.checkpoints = checkpoints
         self.directory = checkpoints.run
@@ -31,7 +30,7 @@ class Session(Checkpointing):
         self.dataset = dataset
         self.runtime = trainer.runtime
         self.state = trainer.state
-        self.trackers = trackers or Trackers(trainer.observer.on_note)
+        self.trackers = Trackers(trainer.observer.on_note)
         trainer.checkpointing = self
 
     def restore(self, checkpoint: Mapping[str, Any]) -> None:
@@ -42,12 +41,9 @@ class Session(Checkpointing):
             self.state.set_own_statistics(checkpoint["statistics"][self.runtime.world.rank])
         self.runtime.load_state(checkpoint)
         plan = self.trainer.plan
-        if plan.epochs < self.state.epoch:
-            done = f"the {self.state.epoch} that are done"
-            raise UserError(f"epochs={plan.epochs} is below {done}: set it to that or more")
         if plan.total_steps < self.state.step:
-            begun = self.state.epoch + 1
-            raise UserError(f"epochs={plan.epochs} is below epoch {begun}, which has begun: set it to that or more")
+            begun = math.ceil(self.state.step / plan.steps_per_epoch)
+            raise UserError(f"epochs={plan.epochs} is below the {begun} that have begun: set it to {begun} or more")
 
     def _restore_sums(self, rows: Sequence[Sequence[float]]) -> None:
         """Take this process's part of the sums of an epoch in progress; in another world rank 0 takes them all."""
@@ -61,7 +57,7 @@ class Session(Checkpointing):
     def begin(self, config: Mapping[str, Any], *, is_new: bool = False) -> None:
         """Make the folder and write what is known before the first step. Raises UserError where that cannot be."""
         self.directory.create(is_new=is_new)
-        with refusing_disk_errors(self.directory.path):
+        with writing(self.directory.path, "free space or mend the rights there"):
             self.directory.write_config(config)
             records = self.directory.cut_records(self.state.epoch)
             self._write_summary("running")

@@ -243,7 +243,7 @@ def test_what_is_nobodys_is_overwritten():
     for name in ("summary.json", "metrics.jsonl", "config.yaml", "run/eval.json"):
         if not Path(name).exists():
             Path(name).write_text("{}")
-        check_json(Path(name), [Path("absent")])
+        check_json(Path(name), "absent")
         if name != "run/eval.json":
             Path(name).unlink()
 

@@ -182,7 +182,7 @@ def test_an_epoch_that_has_begun_is_ended_or_not_resumed(capsys, monkeypatch):
     assert main(["--resume", "x", "--epochs", "3"]) == 75
     capsys.readouterr()
     assert main(["--resume", "x", "--epochs", "1"]) == 2
-    assert error_of(capsys) == "epochs=1 is below epoch 2, which has begun: set it to that or more"
+    assert error_of(capsys) == "epochs=1 is below the 2 that have begun: set it to 2 or more"
     assert main(["--resume", "x", "--epochs", "2"]) == 0
 
 
@@ -259,7 +259,7 @@ def test_a_run_in_progress_cannot_have_fewer_epochs_than_are_done(capsys):
     Path("x/summary.json").unlink()  # as if it had been killed
     capsys.readouterr()
     assert main(["--resume", "x", "--epochs", "1"]) == 2
-    assert error_of(capsys) == "epochs=1 is below the 2 that are done: set it to that or more"
+    assert error_of(capsys) == "epochs=1 is below the 2 that have begun: set it to 2 or more"
 
 
 @pytest.mark.parametrize("checkpoint", [True, False])
@@ -301,7 +301,7 @@ def test_what_somebody_edited_is_named_with_its_file(capsys):
     values = yaml.safe_load(good)
     for changed, message in (
         ({"recipe": {**values["recipe"], "stemm": 1}}, "stemm"),
-        ({"num_threads": -1}, "is damaged: num_threads must be a whole number above 0, not -1"),
+        ({"num_threads": -1}, "is damaged: num_threads must be a number above 0, not -1"),
     ):
         config.write_text(yaml.safe_dump({**values, **changed}))
         assert main(["--resume", "x", "--epochs", "2"]) == 2
@@ -311,7 +311,7 @@ def test_what_somebody_edited_is_named_with_its_file(capsys):
     config.write_text(good)
     for changed, message in (
         ({"recipe": {**content["recipe"], "stemm": 1}}, "stemm"),
-        ({"num_threads": -1}, "is damaged: num_threads must be a whole number above 0, not -1"),
+        ({"num_threads": -1}, "is damaged: num_threads must be a number above 0, not -1"),
         ({"dataset": None}, "is damaged: dataset must be a mapping, not None"),
     ):
         torch.save({**content, **changed}, last)
@@ -322,6 +322,11 @@ def test_what_somebody_edited_is_named_with_its_file(capsys):
         if "recipe" not in changed:  # there the two differ, and that is said
             assert main(["--resume", "x", "--epochs", "2"]) == 2
             assert message in error_of(capsys)
+    torch.save({**content, "num_threads": -1}, last.with_name("previous.pt"))
+    for damaged in (b"", None):  # the one before is gone on from, and it is the one that is named
+        last.write_bytes(damaged) if damaged is not None else last.unlink()
+        assert main(["--resume", "x", "--epochs", "2"]) == 2
+        assert error_of(capsys).startswith("checkpoint x/checkpoints/previous.pt is damaged: num_threads")
 
 
 def test_what_may_change_may(capsys):

@@ -319,7 +319,7 @@ def test_full_disk_is_one_line_that_names_the_file(
     monkeypatch.setattr(download_module, "_write_all", full)
     with pytest.raises(UserError) as caught:
         download([server.url("/good"), server.url("/good")], target, MD5)
-    assert str(caught.value).startswith(f"cannot write {part_of(target)} (No space left on device): ")
+    assert str(caught.value).startswith(f"cannot write {part_of(target)}: No space left on device; ")
     assert len(server.asked) == 1  # the second address would fill it no less
 
 
@@ -362,7 +362,7 @@ def test_unwritable_folder_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(os, "open", read_only)
-    with pytest.raises(UserError, match=r"cannot write .*/new \(Read-only file system\): .*--data-dir"):
+    with pytest.raises(UserError, match=r"cannot write .*/new: Read-only file system; .*--data-dir"):
         exclusive(tmp_path / "new", "lock").__enter__()
     assert names(tmp_path) == []
 

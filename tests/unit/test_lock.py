@@ -13,6 +13,7 @@ import pytest
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.files import write_atomically
 from cifar_dist.config.world import SlurmJob
+from cifar_dist.records import EpochRecord
 from cifar_dist.training import lock as module
 from cifar_dist.training.lock import LockLostError, RunLock
 from cifar_dist.training.run_directory import RunDirectory
@@ -153,19 +154,22 @@ def test_a_lock_that_is_given_back_while_another_takes_it(tmp_path, monkeypatch)
 
 
 def test_a_run_that_slept_too_long_writes_nothing(tmp_path):
+    numbers = dict.fromkeys(("epoch", "step", "world_size"), 1) | dict.fromkeys(("val_loss", "val_acc"))
+    rates = dict.fromkeys(("lr", "train_loss", "train_acc", "images_per_second", "epoch_seconds"), 0.5)
+    record = EpochRecord(**numbers, **rates)
     with RunLock() as lock:
         run = RunDirectory(tmp_path, lock)
         run.create()
-        run.append(run.metrics, b"mine\n")
+        run.append_record(record)
         owned_by(tmp_path, pid=5)
         for write in (
-            lambda: run.append(run.metrics, b"late\n"),
+            lambda: run.append_record(record),
             lambda: run.write_config({}),
             lambda: run.write_checkpoint(run.last, {}),
         ):
             with pytest.raises(LockLostError, match="process 5 on elsewhere has taken this run over"):
                 write()
-    assert run.metrics.read_bytes() == b"mine\n"
+    assert run.read_records() == [record]
     assert not run.last.exists()
     assert json.loads((tmp_path / ".lock").read_text())["pid"] == 5, "their lock was removed"
 

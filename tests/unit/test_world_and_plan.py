@@ -16,6 +16,7 @@ from cifar_dist.config.accelerate_config import (
     wants_cpu,
     wished_compiler,
     wished_precision,
+    with_processes,
     world_to_come,
 )
 from cifar_dist.config.errors import UserError
@@ -99,39 +100,45 @@ ALONE, OUTER = World(), World(size=2, local_size=2, launcher="torchrun")
 
 def test_who_starts_processes():
     two = AccelerateConfig(path="two.yaml", num_processes=2)
-    assert processes_to_start(ALONE, AccelerateConfig(), None) == 1
-    assert processes_to_start(ALONE, two, None) == 2
-    assert processes_to_start(ALONE, two, 3) == processes_to_start(ALONE, AccelerateConfig(), 3) == 3
-    assert processes_to_start(OUTER, two, 3) == 1, "that world is there already"
-    assert processes_to_start(World(launcher="torchrun"), two, None) == 1, "WORLD_SIZE=1 is a world too"
+    assert processes_to_start(ALONE, AccelerateConfig()) == 1
+    assert processes_to_start(ALONE, two) == 2
+    assert processes_to_start(ALONE, with_processes(two, None, ALONE)) == 2
+    assert processes_to_start(ALONE, with_processes(two, 3, ALONE)) == 3
+    assert processes_to_start(ALONE, with_processes(AccelerateConfig(), 3, ALONE)) == 3
+    assert processes_to_start(OUTER, with_processes(two, 3, OUTER)) == 1, "that world is there already"
+    assert processes_to_start(World(launcher="torchrun"), two) == 1, "WORLD_SIZE=1 is a world too"
+    nodes = AccelerateConfig(path="n.yaml", num_processes=8, num_machines=2)
+    assert with_processes(nodes, 8, ALONE).num_processes == 8
+    assert with_processes(nodes, 4, OUTER).num_processes == 4, "nothing is started"
     with pytest.raises(UserError, match="contradict each other"):
-        processes_to_start(ALONE, AccelerateConfig(path="n.yaml", num_processes=8, num_machines=2), 4)
+        with_processes(nodes, 4, ALONE)
 
 
 def test_one_line_says_which_number_of_processes_counts():
     four = AccelerateConfig(path="four.yaml", num_processes=4)
     says = "WORLD_SIZE says that there are 2 processes: that counts, and not "
-    assert other_count_note(OUTER, four, None) == says + "four.yaml (4 processes)"
-    assert other_count_note(OUTER, four, 3) == says + "--num-processes 3"
-    assert other_count_note(OUTER, four, 2) is None
-    assert other_count_note(OUTER, AccelerateConfig(), None) is None
-    assert other_count_note(ALONE, four, None) is None
-    assert other_count_note(World(size=2, launcher="slurm"), four, None).startswith("Slurm says")
+    assert other_count_note(OUTER, four) == says + "four.yaml (4 processes)"
+    assert other_count_note(OUTER, with_processes(four, 3, OUTER)) == says + "--num-processes 3"
+    assert other_count_note(OUTER, with_processes(AccelerateConfig(), 1, OUTER)) == says + "--num-processes 1"
+    assert other_count_note(OUTER, with_processes(four, 2, OUTER)) is None
+    assert other_count_note(OUTER, AccelerateConfig()) is None
+    assert other_count_note(ALONE, four) is None
+    assert other_count_note(World(size=2, launcher="slurm"), four).startswith("Slurm says")
 
 
 def test_what_would_be_started_in_words():
     nodes = AccelerateConfig(path="n.yaml", num_processes=8, num_machines=2)
-    assert started_line(ALONE, nodes, None) == "4 processes on each of 2 machines, by torch.distributed.run"
-    assert started_line(ALONE, AccelerateConfig(), 2) == "2 processes here, by torch.distributed.run"
-    assert started_line(ALONE, AccelerateConfig(), None) == "one process: this one"
-    assert started_line(OUTER, nodes, None) == "nothing more: this is rank 0 of 2 processes, started by torchrun"
+    assert started_line(ALONE, nodes) == "4 processes on each of 2 machines, by torch.distributed.run"
+    assert started_line(ALONE, AccelerateConfig(num_processes=2)) == "2 processes here, by torch.distributed.run"
+    assert started_line(ALONE, AccelerateConfig()) == "one process: this one"
+    assert started_line(OUTER, nodes) == "nothing more: this is rank 0 of 2 processes, started by torchrun"
 
 
 def test_the_world_to_come():
     nodes = AccelerateConfig(path="n.yaml", num_processes=8, num_machines=2)
-    assert world_to_come(ALONE, nodes, None) == World(size=8, local_size=4, launcher="torchrun")
-    assert world_to_come(ALONE, AccelerateConfig(), None) == ALONE
-    assert world_to_come(OUTER, nodes, None) == OUTER
+    assert world_to_come(ALONE, nodes) == World(size=8, local_size=4, launcher="torchrun")
+    assert world_to_come(ALONE, AccelerateConfig()) == ALONE
+    assert world_to_come(OUTER, nodes) == OUTER
 
 
 @pytest.mark.parametrize(
@@ -174,7 +181,7 @@ def test_each_config_is_a_genuine_accelerate_config(path):
         ("distributed_type: MPS", "write distributed_type: 'NO' for a Mac"),
         ("mixed_precision: no", "quote it"),
         ("distributed_type: NO", "quote it"),
-        ("distributed_type: FSDP", "must be 'NO', 'MULTI_GPU' or 'MULTI_CPU', not 'FSDP'"),
+        ("distributed_type: FSDP", "must be one of NO, MULTI_GPU, MULTI_CPU, not 'FSDP'"),
         (
             "dynamo_config: {dynamo_backend: FX2TRT}",
             "dynamo_config.dynamo_backend must be one of NO, EAGER, AOT_EAGER,",
@@ -183,8 +190,10 @@ def test_each_config_is_a_genuine_accelerate_config(path):
         ("dynamo_config: {1: 2}", "dynamo_config.1 is not served"),
         ("dynamo_config: INDUCTOR", "dynamo_config must be a mapping, not 'INDUCTOR'"),
         ("gpu_ids: [0, 1]", "gpu_ids must be like 0,1 or all, not [0, 1]"),
-        ("mixed_precision: fp8", "must be 'no', 'fp16' or 'bf16'"),
-        ("num_processes: -1", "num_processes must be a whole number, 1 or more"),
+        ("mixed_precision: fp8", "must be one of no, fp16, bf16"),
+        ("num_processes: -1", "num_processes must be 1 or more, not -1"),
+        ("num_processes: two", "num_processes must be a whole number, not 'two'"),
+        ("main_process_ip: 3", "main_process_ip must be text, not 3"),
         ("use_cpu: 1", "use_cpu must be true or false"),
         ("num_processes: 3\nnum_machines: 2", "num_processes=3 (of all machines together) does not divide by"),
         ("num_processes: 4\nnum_machines: 2", "several machines need main_process_ip"),

@@ -33,7 +33,12 @@ VARIANTS = {
     "accumulated": ("gradient_accumulation_steps=2", "gradient_clipping=0.5"),
     "groups": ("batch_norm_group_size=4", "epochs=2"),
     "groups accumulated": ("batch_norm_group_size=2", "gradient_accumulation_steps=2", "epochs=2"),
-}
+    "muon": (  # what the default recipe has, and what no other variant has
+        "optimizer={name: muon, learning_rate: 0.02, sgd_learning_rate: 0.01, normalize_filters: true}",
+        "augmentation.flip=alternating", "whitened_stem=true", "lookahead_steps=2",
+        "image_size_schedule=[[24, 0.5], [32, 1.0]]", "epochs=4",
+    ),
+}  # fmt: skip
 
 
 def in_float64(runtime, assignments):
