@@ -111,7 +111,7 @@ def test_what_is_given_is_passed_on(monkeypatch, tmp_path):
 def test_a_notebook_launches_two_processes(tmp_path):
     """The last block, in a script; on a small part of the images, for time."""
     script = tmp_path / "notebook.py"
-    body = BLOCKS[-1].replace('"original",', 'Recipe.load("original", epochs=1, global_batch_size=500),')
+    body = BLOCKS[-1].replace('"original",', 'Recipe.load("original", epochs=1, global_batch_size=500, image_size=16),')
     body = body.replace("import train", "import Recipe, train").replace("notebook_launcher(", "notebook_launcher(", 1)
     script.write_text(body)
     environ = {

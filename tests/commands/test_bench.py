@@ -164,7 +164,7 @@ def operations(step) -> Counter:
 def test_the_floor_does_what_twenty_lines_do_and_nothing_else(precision):
     floor = runpy.run_path(str(ROOT / "benchmarks" / "floor.py"))
     # The stock stem's last layers are matrix products in ours alone (tests/unit/test_convolution.py).
-    theirs, ours = (operations(floor[name]("cifar", 8, precision)) for name in ("twenty_lines", "bare_step"))
+    theirs, ours = (operations(floor[name]("cifar", 2, precision)) for name in ("twenty_lines", "bare_step"))
     assert sum(theirs.values()) > 200
     assert ours == theirs
 
@@ -183,7 +183,7 @@ def test_what_comes_of_a_signal_to_the_workers_is_no_fault(capsys, monkeypatch):
 @pytest.mark.command
 def test_a_signal_to_all_processes_of_a_measurement_is_one_line():
     """As `timeout` sends it: to the loader's workers too."""
-    command = [sys.executable, str(ROOT / "launch.py"), *BENCH[:-1], "global_batch_size=128", "--seconds", "30"]
+    command = [sys.executable, str(ROOT / "launch.py"), *BENCH[:-1], "global_batch_size=16", "--seconds", "30"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     with subprocess.Popen(command, **pipes) as process:
         while "rounds, in which each" not in process.stdout.readline():

@@ -1,6 +1,6 @@
 """Every recipe of the package trains an epoch as a user would start it.
 
-`original` and `standard` are left to the README's commands; but for `quick`, the images are small and the stem is the
+`original` and `standard` are left to the README's commands. The images are small and, but for `quick`, the stem is the
 stock one, for time. `finetune` without weights is among the bad input.
 """
 
@@ -19,7 +19,8 @@ pytestmark = pytest.mark.command
 @pytest.mark.parametrize("recipe", sorted(set(recipe_names()) - {"original", "standard", "finetune"}))
 def test_a_recipe_runs(recipe, tmp_path):
     command = [sys.executable, str(ROOT / "launch.py"), "--recipe", recipe, "--dataset", "shapes", "--epochs", "1"]
-    command += [] if recipe == "quick" else ["--set", "stem=imagenet", "image_size=16"]
+    own = ["image_size_schedule=[[8, 0.5], [16, 1.0]]"] if recipe == "quick" else ["stem=imagenet"]
+    command += ["--set", "image_size=16", *own]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     summary = json.loads((tmp_path / "runs" / f"{recipe}-shapes-seed0" / "summary.json").read_text())
