@@ -137,8 +137,8 @@ def _dynamo(values: Mapping[Any, Any], what: str) -> dict[str, Any]:
 
 def wished_compiler(config: AccelerateConfig, environ: Mapping[str, str]) -> str | None:
     """Give the backend that is to compile the model: the config's, else that of an outer `accelerate launch`."""
-    outer = environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper()
-    wish = config.dynamo_backend or "NO" if config.path is not None else outer
+    outer = environ.get("ACCELERATE_DYNAMO_BACKEND", "").upper()
+    wish = outer if config.path is None else config.dynamo_backend
     return wish if wish in _COMPILERS else None
 
 

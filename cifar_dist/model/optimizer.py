@@ -82,7 +82,7 @@ class MuonWithSGD(torch.optim.Optimizer):
 
     A filter bank (out, in, h, w) is a matrix (out, in * h * w): its step is the momentum's nearest orthogonal matrix,
     times the learning rate and sqrt(max(1, rows / columns)). Each process does the same work, on gradients that are
-    equal already.
+    equal already. (torch.optim.Muon takes matrices alone, and orthogonalises in bfloat16, which many CPUs emulate.)
     """
 
     def __init__(

@@ -134,11 +134,11 @@ class Trainer:
         """Count a step, and average its weights."""
         state, every = self.state, self.recipe.lookahead_steps
         state.step += 1
-        if state.ema is None or (every and state.step % every and state.step < self.plan.total_steps):
-            return
-        state.ema.update(state.model, state.step)
-        if every:
-            state.ema.give_to(state.model)
+        is_due = not every or state.step % every == 0 or state.step == self.plan.total_steps
+        if state.ema is not None and is_due:
+            state.ema.update(state.model, state.step)
+            if every:
+                state.ema.give_to(state.model)
 
     def _agree(self, epoch: int) -> tuple[float, float, float]:
         """Hear from all ranks what happened, and give the epoch's loss, hits and images so far, summed over them.

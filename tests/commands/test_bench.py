@@ -111,7 +111,8 @@ def test_the_floor_of_replayed_steps_is_replayed_and_keeps_its_model(monkeypatch
         return lambda: done.append(alive() is not None)
 
     monkeypatch.setattr(graphs, "record", record)
-    floor = functools.partial(bench._bare_step, make_recipe(), runtime, precision="no", layout=torch.contiguous_format)
+    recipe = make_recipe("global_batch_size=8")
+    floor = functools.partial(bench._bare_step, recipe, runtime, precision="no", layout=torch.contiguous_format)
     step = floor(compiler="CUDAGRAPHS")
     gc.collect()
     step()
