@@ -1,7 +1,7 @@
 """How a run opens: what was asked for becomes a run, its folder is locked, and what is known is written down.
 
-A resumed run's way: `open_run` resolves what was typed over the run's own words (config/request.py), locks the folder and
-loads its checkpoint; once data, model and plan are there, `begin_session` has the session restore the state.
+A resumed run's way: `open_run` resolves what was typed over the run's own words (config/request.py), locks the folder
+and loads its checkpoint; once data, model and plan are there, `begin_session` has the session restore the state.
 """
 
 from collections.abc import Callable, Mapping, Sequence
