@@ -43,7 +43,7 @@ def end_quietly(worker: int) -> None:
 
 
 def make_loader(samples: TransformedImages, batch_size: int, device: torch.device) -> DataLoader[tuple[Tensor, int]]:
-    """Give what the script loads its batches by."""
+    """Give the script's loader."""
     return DataLoader(
         samples,
         batch_size=batch_size,

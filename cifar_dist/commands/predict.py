@@ -61,10 +61,11 @@ def run(options: PredictOptions, world: World, config: AccelerateConfig) -> int:
 
 def _read(options: PredictOptions) -> tuple[SavedWeights, list[ImageFile], dict[str, str]]:
     """Give the weights, the images, and those files, with the reason, that cannot be looked at."""
+    check_json(options.json, options.checkpoint, options.recipe, options.config)
+    weights = read_weights(options.checkpoint, options.recipe)
     files, unreadable = find_images(options.images)
-    typed = (options.checkpoint, options.recipe, options.config)
-    check_json(options.json, *typed, *(file.path for file in files))
-    return read_weights(options.checkpoint, options.recipe), files, unreadable
+    check_json(options.json, *(file.path for file in files))
+    return weights, files, unreadable
 
 
 def _predict(

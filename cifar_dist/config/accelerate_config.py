@@ -76,7 +76,7 @@ def load_accelerate_config(path: str | None) -> AccelerateConfig:
         num_machines=given("num_machines", int, 1),
         machine_rank=given("machine_rank", int, 0),
         main_process_ip=given("main_process_ip", str | None),
-        main_process_port=given("main_process_port", int | None),
+        main_process_port=given("main_process_port", int | None) or None,
         use_cpu=given("use_cpu", bool, False),
         gpu_ids=_gpu_ids(values.get("gpu_ids"), path),
         mixed_precision=given("mixed_precision", Literal["no", "fp16", "bf16"] | None),
@@ -88,7 +88,7 @@ def load_accelerate_config(path: str | None) -> AccelerateConfig:
 
 def _check_numbers(config: AccelerateConfig) -> None:
     machines, processes, what = config.num_machines, config.num_processes, f"Accelerate config {config.path}"
-    for field, least in {"num_processes": 1, "num_machines": 1, "machine_rank": 0, "main_process_port": 0}.items():
+    for field, least in {"num_processes": 1, "num_machines": 1, "machine_rank": 0, "main_process_port": 1}.items():
         number = getattr(config, field)
         if number is not None and number < least:
             raise UserError(f"{what}: {field} must be {least} or more, not {number}")
@@ -128,6 +128,8 @@ def _dynamo(values: Mapping[Any, Any], what: str) -> dict[str, Any]:
     chosen = {}
     for key, value in values.items():
         name = f"dynamo_{str(key).removeprefix('dynamo_')}"
+        if name not in served and value is False:  # `accelerate config` writes what is switched off
+            continue
         if name not in served:
             raise UserError(f"{what}.{key} is not served")
         upper = name == "dynamo_backend" and isinstance(value, str)
@@ -183,7 +185,8 @@ def other_count_note(world: World, config: AccelerateConfig) -> str | None:
         return None
     who = "Slurm" if world.launcher == "slurm" else "WORLD_SIZE"
     what = f"--num-processes {count}" if config.processes_typed else f"{config.path} ({count} processes)"
-    return f"{who} says that there are {world.size} processes: that counts, and not {what}"
+    there = "is one process" if world.size == 1 else f"are {world.size} processes"
+    return f"{who} says that there {there}: that counts, and not {what}"
 
 
 def world_to_come(world: World, config: AccelerateConfig) -> World:

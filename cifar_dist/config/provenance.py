@@ -4,7 +4,7 @@ import os
 import platform
 import shlex
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from cifar_dist import __version__
@@ -30,8 +30,13 @@ def command_line(*words: object) -> str:
 
 def package_versions() -> dict[str, str]:
     """Give the versions of Python, this package, and those that decide what is computed."""
-    others = {name: version(name) for name in ("torch", "torchvision", "accelerate", "numpy")}
-    return {"python": platform.python_version(), "cifar_dist": __version__, **others}
+    versions = {"python": platform.python_version(), "cifar_dist": __version__}
+    for name in ("torch", "torchvision", "accelerate", "numpy"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:  # one that was built and not installed
+            versions[name] = "unknown"
+    return versions
 
 
 def git_commit() -> str | None:

@@ -61,6 +61,8 @@ _FORMS: dict[str, Any] = {
     "dataset.data_dir": str,
     "dataset.fingerprint": str,
     "class_names": tuple[str, ...],
+    "epoch": int,
+    "step": int,
     "world_size": int,
     "num_threads": int,
     "precision": Literal["no", "fp16", "bf16"],
@@ -70,7 +72,9 @@ _FORMS: dict[str, Any] = {
     "plan": dict,
     "versions": dict,
 }
-"""What a run writes of itself, in config.yaml and in its checkpoints, and uses again. Numbers are above 0."""
+"""What a run writes of itself, in config.yaml and in its checkpoints, and uses again."""
+_FROM_0 = ("epoch", "step")
+"""The other numbers are above 0."""
 
 
 def check_stored(about: Mapping[str, Any], where: str) -> None:
@@ -87,8 +91,11 @@ def check_stored(about: Mapping[str, Any], where: str) -> None:
                 raise UserError(f"{where} is damaged: dataset lacks its name")
             continue
         value = convert(hint, values[name], f"{where} is damaged: {field}")
-        if isinstance(value, int | float) and (value <= 0 or isinstance(values[name], str)):
-            raise UserError(f"{where} is damaged: {field} must be a number above 0, not {values[name]!r}")
+        if isinstance(value, int | float):
+            is_text = isinstance(values[name], str)  # which `convert` takes for a number, as YAML's 5e-4 needs it
+            if is_text or value < 0 or (value == 0 and field not in _FROM_0):
+                allowed = "a number, 0 or more" if field in _FROM_0 else "a number above 0"
+                raise UserError(f"{where} is damaged: {field} must be {allowed}, not {values[name]!r}")
 
 
 def find_run(*, run_dir: Path | None, resume: bool, resume_dir: Path | None) -> RunFiles | None:

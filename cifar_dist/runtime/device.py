@@ -74,7 +74,7 @@ def choose_compute(
     doing: str = "training",
     micro_batches: int = 1,
 ) -> ComputeSettings:
-    """Choose device, precision and threads.
+    """Choose device, precision and threads; the notes say of the number of processes, too, which one counts.
 
     `num_threads` is that of a run which goes on, `doing` a word for notes; a step has so many `micro_batches`.
     """

@@ -70,7 +70,8 @@ def open_run(
         if checkpoint is None:
             _refuse_to_begin_again(existing)
         else:
-            with refusing_foreign_content(file := _good_file(existing, damage)):
+            file = _good_file(existing, damage)
+            with refusing_foreign_content(file):
                 check_stored(checkpoint, f"checkpoint {file}")
                 refuse_other_recipe(run.request, checkpoint)
     return OpenedRun(

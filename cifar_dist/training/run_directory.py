@@ -32,7 +32,8 @@ class RunDirectory(RunFiles):
         Raises UserError where that cannot be, where a live run is in the folder, or where one came to be in what
         `is_new`.
         """
-        with writing(self.path, "free space or mend the rights there, or name another --run-dir"):
+        other = ", or name another --run-dir" if is_new else ""
+        with writing(self.path, f"free space or mend the rights there{other}"):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.take(self.path)
             if is_new and self.holds_run:

@@ -41,8 +41,8 @@ class Session(Checkpointing):
             self.state.set_own_statistics(checkpoint["statistics"][self.runtime.world.rank])
         self.runtime.load_state(checkpoint)
         plan = self.trainer.plan
-        if plan.total_steps < self.state.step:
-            begun = math.ceil(self.state.step / plan.steps_per_epoch)
+        begun = max(self.state.epoch, math.ceil(self.state.step / plan.steps_per_epoch))
+        if plan.epochs < begun:
             raise UserError(f"epochs={plan.epochs} is below the {begun} that have begun: set it to {begun} or more")
 
     def _restore_sums(self, rows: Sequence[Sequence[float]]) -> None:

@@ -313,6 +313,8 @@ def test_what_somebody_edited_is_named_with_its_file(capsys):
         ({"recipe": {**content["recipe"], "stemm": 1}}, "stemm"),
         ({"num_threads": -1}, "is damaged: num_threads must be a number above 0, not -1"),
         ({"dataset": None}, "is damaged: dataset must be a mapping, not None"),
+        ({"epoch": None}, "is damaged: epoch must be a whole number, not None"),
+        ({"step": -1}, "is damaged: step must be a number, 0 or more, not -1"),
     ):
         torch.save({**content, **changed}, last)
         assert main(["eval", "--ckpt", str(last)]) == 2
@@ -322,11 +324,19 @@ def test_what_somebody_edited_is_named_with_its_file(capsys):
         if "recipe" not in changed:  # there the two differ, and that is said
             assert main(["--resume", "x", "--epochs", "2"]) == 2
             assert message in error_of(capsys)
-    torch.save({**content, "num_threads": -1}, last.with_name("previous.pt"))
-    for damaged in (b"", None):  # the one before is gone on from, and it is the one that is named
-        last.write_bytes(damaged) if damaged is not None else last.unlink()
+    torch.save({**content, "epoch": 99}, last)
+    assert main(["--resume", "x", "--epochs", "2"]) == 2
+    assert error_of(capsys) == "epochs=2 is below the 99 that have begun: set it to 99 or more"
+    # The one before is gone on from, and it is the one that is named.
+    for damaged, changed, message in (
+        (b"", {"num_threads": -1}, " is damaged: num_threads"),
+        (b"", {"statistics": None}, " does not hold what this program writes"),
+        (None, {"num_threads": -1}, " is damaged: num_threads"),
+    ):
+        torch.save({**content, **changed}, last.with_name("previous.pt"))
+        last.unlink() if damaged is None else last.write_bytes(damaged)
         assert main(["--resume", "x", "--epochs", "2"]) == 2
-        assert error_of(capsys).startswith("checkpoint x/checkpoints/previous.pt is damaged: num_threads")
+        assert error_of(capsys).startswith(f"checkpoint x/checkpoints/previous.pt{message}")
 
 
 def test_what_may_change_may(capsys):

@@ -304,7 +304,7 @@ def test_a_killed_rank_is_restarted_by_torchrun_and_the_run_goes_on(images, tmp_
     """With c10d, which starts all ranks again; the same command, with --resume, starts and goes on."""
     process = begin(
         *torchrun("--nproc-per-node=2", "--max-restarts=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"),
-        *QUICK, str(images), "--run-dir", "run", "--resume", "--epochs", "10", "--checkpoint-every-steps", "1",
+        *QUICK, str(images), "--run-dir", "run", "--resume", "--epochs", "12", "--checkpoint-every-steps", "1",
         cwd=tmp_path, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
     )  # fmt: skip
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -315,5 +315,5 @@ def test_a_killed_rank_is_restarted_by_torchrun_and_the_run_goes_on(images, tmp_
     assert code == 0, err
     assert out.count("going on after step") == 1
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "completed"
-    assert [json.loads(line)["epoch"] for line in metrics.read_text().splitlines()] == list(range(1, 11))
+    assert [json.loads(line)["epoch"] for line in metrics.read_text().splitlines()] == list(range(1, 13))
     assert not (tmp_path / "run" / ".lock").exists()

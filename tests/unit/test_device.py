@@ -53,6 +53,13 @@ def test_what_cannot_be_compiled_is_not_and_is_said(monkeypatch, device, backend
     assert any("first step compiles" in note for note in compute.notes) == (reason is None), "a wait is announced"
 
 
+def test_which_number_of_processes_counts_is_said_by_whatever_computes():
+    four, world = AccelerateConfig(path="four.yaml", num_processes=4), World(size=2, local_size=2, launcher="torchrun")
+    for doing in ("training", "evaluating", "predicting", "measuring"):
+        note = choose_compute(four, {}, world, doing=doing).notes[0]
+        assert note == "WORLD_SIZE says that there are 2 processes: that counts, and not four.yaml (4 processes)"
+
+
 ALONE = "CUDAGRAPHS replays the steps of one process, and there are 2: steps are not replayed"
 
 

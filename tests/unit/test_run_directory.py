@@ -212,5 +212,7 @@ def test_the_best_weights_have_a_file_of_their_own(run):
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write .*: Not a directory; .*--run-dir"):
+    with pytest.raises(UserError, match=r"cannot write .*: Not a directory; .*rights there, or name another .*-dir$"):
+        RunDirectory(tmp_path / "file" / "run").create(is_new=True)
+    with pytest.raises(UserError, match=r"cannot write .*: Not a directory; .*rights there$"):
         RunDirectory(tmp_path / "file" / "run").create()

@@ -124,6 +124,7 @@ def test_one_line_says_which_number_of_processes_counts():
     assert other_count_note(OUTER, AccelerateConfig()) is None
     assert other_count_note(ALONE, four) is None
     assert other_count_note(World(size=2, launcher="slurm"), four).startswith("Slurm says")
+    assert "says that there is one process:" in other_count_note(World(launcher="torchrun"), four)
 
 
 def test_what_would_be_started_in_words():
@@ -187,6 +188,8 @@ def test_each_config_is_a_genuine_accelerate_config(path):
             "dynamo_config.dynamo_backend must be one of NO, EAGER, AOT_EAGER,",
         ),
         ("dynamo_config: {dynamo_use_fullgraph: true}", "dynamo_config.dynamo_use_fullgraph is not served"),
+        ("dynamo_config: {dynamo_backend: false}", "quote it"),
+        ("main_process_port: -1", "main_process_port must be 1 or more, not -1"),
         ("dynamo_config: {1: 2}", "dynamo_config.1 is not served"),
         ("dynamo_config: INDUCTOR", "dynamo_config must be a mapping, not 'INDUCTOR'"),
         ("gpu_ids: [0, 1]", "gpu_ids must be like 0,1 or all, not [0, 1]"),
@@ -228,6 +231,9 @@ def test_the_config_says_what_compiles_else_the_environment(tmp_path):
     file.write_text("dynamo_config: {dynamo_backend: inductor, dynamo_mode: max-autotune}")
     config = load_accelerate_config(str(file))
     assert (wished_compiler(config, {}), config.dynamo_mode) == ("INDUCTOR", "max-autotune")
+    switched_off = ", ".join(f"dynamo_use_{what}: false" for what in ("dynamic", "fullgraph", "regional_compilation"))
+    file.write_text(f"dynamo_config: {{dynamo_backend: INDUCTOR, {switched_off}}}")  # as `accelerate config` writes it
+    assert load_accelerate_config(str(file)).dynamo_backend == "INDUCTOR"
     file.write_text("use_cpu: true")
     assert wished_compiler(load_accelerate_config(str(file)), outer) is None
     assert wished_compiler(AccelerateConfig(), outer) == "INDUCTOR"

@@ -72,7 +72,7 @@ def run_world(
 
 
 class _ThinResNet18(ResNet):
-    """ResNet-18 with a quarter of the channels: a tenth of the time where every rank steps all weights in float64."""
+    """ResNet-18 with a quarter of the channels behind its stem, for time: every rank steps all weights in float64."""
 
     def __init__(self, weights: None, num_classes: int) -> None:
         super().__init__(BasicBlock, [2, 2, 2, 2], num_classes=num_classes)
