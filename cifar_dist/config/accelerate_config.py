@@ -67,6 +67,7 @@ def load_accelerate_config(path: str | None) -> AccelerateConfig:
         raise UserError(f"{what}: write distributed_type: 'NO' for a Mac (accelerate refuses MPS)")
 
     def given(key: str, hint: Any, default: Any = None) -> Any:
+        """Give what the file says, in the form of a type."""
         return convert(hint, values.get(key, default), f"{what}: {key}")
 
     given("distributed_type", Literal["NO", "MULTI_GPU", "MULTI_CPU"], "NO")
