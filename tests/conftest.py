@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the launcher does, before torch is imported: tests share cores
+os.environ["TERM"] = "xterm-256color"  # what is drawn on a terminal is not to depend on whose tests these are
 
 import pytest
 import torch
