@@ -1,10 +1,39 @@
-"""What several tests share."""
+"""Fixtures that several tests share, the two tiers, and the environment in which tests run."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the launcher does, before torch is imported: tests share cores
-os.environ["TERM"] = "xterm-256color"  # what is drawn on a terminal is not to depend on whose tests these are
+ROOT = Path(__file__).parent.parent
+KEPT = ("PATH", "TMPDIR", "TZ", "USER", "LOGNAME", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "CIFAR_DIST_TEST_DATA")
+
+
+def _isolate_environment() -> None:
+    """Remove every variable that a test did not set, before torch is imported.
+
+    Launchers, Slurm jobs, notebooks and CI set variables that change what the program does. The home folder is an
+    empty one of its own, so that no user's config or cache is read. Workers of pytest-xdist inherit the result.
+    """
+    if "CIFAR_DIST_TEST_HOME" in os.environ:
+        return
+    for name in set(os.environ) - set(KEPT):
+        if not name.startswith(("PYTEST_", "COV_")):
+            del os.environ[name]
+    home = tempfile.mkdtemp(prefix="cifar-dist-home-")
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    os.environ |= {
+        "CIFAR_DIST_TEST_HOME": home,
+        "HOME": home,
+        "PYTHONPATH": str(ROOT),  # processes that tests start run this checkout
+        "TERM": "xterm-256color",
+        "OMP_NUM_THREADS": "1",  # workers share the cores
+        "GOMP_SPINCOUNT": "10000",  # as the launcher sets it
+    }
+
+
+_isolate_environment()
 
 import pytest
 import torch
@@ -16,8 +45,6 @@ from cifar_dist.config.recipe import Recipe, resolve_recipe
 from cifar_dist.config.world import World
 from cifar_dist.data.dataset import Dataset, LabelledImages
 from cifar_dist.runtime.distributed import connect, start
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session")
@@ -68,10 +95,33 @@ def runtime():
         yield start(ranks, config, typed_precision="no", num_threads=1)
 
 
-def pytest_collection_modifyitems(items):
-    """Fast tests first: those of one module, then of several processes, then Slurm's, then of whole commands.
+FULL_TIER = {"launching", "slurm", "gpu"}
+"""Folders whose tests all start processes of their own, or need a device."""
 
-    The commands are many short files, so that two workers, which do a file as a whole, end at about the same time.
-    """
-    order = {"unit": 0, "worlds": 1, "launching": 2, "slurm": 3, "commands": 4, "gpu": 5}
-    items.sort(key=lambda item: order.get(item.path.parent.name, 0))
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run the full tier, too: processes, worlds, Slurm, browser")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Return the number of workers of `-n auto`: one for each core that this process may use, 4 at most."""
+    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out the full tier without --all. Put long files first, so that workers end together."""
+    for item in items:
+        if item.path.parent.name in FULL_TIER:
+            item.add_marker("full")
+    if not config.option.all:
+        left_out = [item for item in items if item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
+    order = {"launching": 0, "worlds": 1, "slurm": 2, "commands": 3}
+    items.sort(key=lambda item: order.get(item.path.parent.name, 4))
+
+
+def pytest_unconfigure(config):
+    """Print, as the last line of the fast tier, how to run the rest."""
+    if not (hasattr(config, "workerinput") or config.option.all or config.option.collectonly):
+        config.get_terminal_writer().line("This was the fast tier. Everything: pytest --all")

@@ -107,7 +107,7 @@ def test_what_is_given_is_passed_on(monkeypatch, tmp_path):
     assert {"Recipe", "train", "evaluate", "load_model"} <= set(dir(__import__("cifar_dist")))
 
 
-@pytest.mark.command
+@pytest.mark.full
 def test_a_notebook_launches_two_processes(tmp_path):
     """The last block, in a script; on a small part of the images, for time."""
     script = tmp_path / "notebook.py"

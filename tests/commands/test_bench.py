@@ -181,7 +181,7 @@ def test_what_comes_of_a_signal_to_the_workers_is_no_fault(capsys, monkeypatch):
     assert capsys.readouterr().err.endswith("interrupted, with nothing left to save\n")
 
 
-@pytest.mark.command
+@pytest.mark.full
 def test_a_signal_to_all_processes_of_a_measurement_is_one_line():
     """As `timeout` sends it: to the loader's workers too."""
     command = [sys.executable, str(ROOT / "launch.py"), *BENCH[:-1], "global_batch_size=16", "--seconds", "30"]

@@ -13,7 +13,7 @@ from torchvision.models import resnet18
 
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.command
+pytestmark = pytest.mark.full
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
     line.split("  # ")[0]

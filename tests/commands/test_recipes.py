@@ -13,7 +13,7 @@ import pytest
 from cifar_dist.config.loading import recipe_names
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.command
+pytestmark = pytest.mark.full
 
 
 @pytest.mark.parametrize("recipe", sorted(set(recipe_names()) - {"original", "standard", "finetune"}))

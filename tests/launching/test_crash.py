@@ -14,7 +14,7 @@ from tests.commands.test_train import assert_same_run
 from tests.conftest import make_images
 from tests.launching.test_launch import LAUNCH, QUICK, begin, family, finish, wait_for
 
-pytestmark = pytest.mark.command
+pytestmark = pytest.mark.full
 EVERYTHING = ("--precision", "no", "--set", "ema_decay=0.9", "optimizer.nesterov=true", "augmentation.mixup=0.5")
 
 

@@ -14,7 +14,7 @@ from torch.distributed import TCPStore
 
 from tests.conftest import ROOT, make_images
 
-pytestmark = pytest.mark.command
+pytestmark = pytest.mark.full
 
 BIN = Path(sys.executable).parent
 LAUNCH, MULTI_CPU = str(ROOT / "launch.py"), str(ROOT / "accelerate_configs" / "multi_cpu.yaml")

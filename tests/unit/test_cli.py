@@ -119,7 +119,7 @@ def test_the_version_is_told(capsys):
     assert capsys.readouterr().out == "cifar-dist 0.1.0\n"
 
 
-@pytest.mark.command
+@pytest.mark.full
 @pytest.mark.parametrize("argv", [[], ["train"], ["eval"], ["report"], ["bench"], ["doctor"]])
 def test_no_help_imports_torch(argv):
     probe = (
@@ -149,7 +149,7 @@ def test_waiting_threads_leave_the_cores_to_others_unless_told_otherwise(typed, 
     assert seen == [expected]
 
 
-@pytest.mark.command
+@pytest.mark.full
 def test_the_package_can_be_run_as_a_module():
     command = [sys.executable, "-m", "cifar_dist", "--version"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
