@@ -1,40 +1,11 @@
-"""Fixtures that several tests share, the two tiers, and the environment in which tests run."""
+"""Fixtures that several tests share, and the two tiers."""
 
-import atexit
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-KEPT = ("PATH", "TMPDIR", "TZ", "USER", "LOGNAME", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "CIFAR_DIST_TEST_DATA")
+from tests.environment import ROOT as ROOT  # first: it clears the environment before torch is imported
 
-
-def _isolate_environment() -> None:
-    """Remove every variable that a test did not set, before torch is imported.
-
-    Launchers, Slurm jobs, notebooks and CI set variables that change what the program does. The home folder is an
-    empty one of its own, so that no user's config or cache is read. Workers of pytest-xdist inherit the result.
-    """
-    if "CIFAR_DIST_TEST_HOME" in os.environ:
-        return
-    for name in set(os.environ) - set(KEPT):
-        if not name.startswith(("PYTEST_", "COV_")):
-            del os.environ[name]
-    home = tempfile.mkdtemp(prefix="cifar-dist-home-")
-    atexit.register(shutil.rmtree, home, ignore_errors=True)
-    os.environ |= {
-        "CIFAR_DIST_TEST_HOME": home,
-        "HOME": home,
-        "PYTHONPATH": str(ROOT),  # processes that tests start run this checkout
-        "TERM": "xterm-256color",
-        "OMP_NUM_THREADS": "1",  # workers share the cores
-        "GOMP_SPINCOUNT": "10000",  # as the launcher sets it
-    }
-
-
-_isolate_environment()
-
+# isort: split
 import pytest
 import torch
 from PIL import Image
