@@ -1,6 +1,5 @@
 """Metrics, early stopping and records."""
 
-import json
 import math
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from cifar_dist.config.recipe import EarlyStoppingConfig
-from cifar_dist.records import EpochRecord, Evaluation, Observer, Summary
+from cifar_dist.records import EpochRecord, Evaluation, Summary
 from cifar_dist.training.early_stopping import EarlyStopping, monitored_value
 from cifar_dist.training.metrics import RunningSums, confident_mistakes, summarize
 
@@ -25,20 +24,7 @@ def stopping(monitor="train_loss", patience=3, min_delta=1e-4, enabled=True) -> 
     return EarlyStopping(EarlyStoppingConfig(enabled=enabled, monitor=monitor, patience=patience, min_delta=min_delta))
 
 
-def script_stops_at(losses: list[float], patience: int) -> int | None:
-    """The original script's own rule, written down from its listing."""
-    best, counter = float("inf"), 0
-    for epoch, loss in enumerate(losses, start=1):
-        if loss < best - 1e-4:
-            best, counter = loss, 0
-        else:
-            counter += 1
-            if counter >= patience:
-                return epoch
-    return None
-
-
-def test_an_improvement_by_just_min_delta_is_none():
+def test_an_improvement_of_just_min_delta_does_not_count():
     state = stopping(patience=1, min_delta=0.25)
     assert not state.update(record(train_loss=1.0))
     assert state.update(record(train_loss=0.75))
@@ -46,43 +32,35 @@ def test_an_improvement_by_just_min_delta_is_none():
 
 
 @pytest.mark.parametrize(
-    "losses",
+    ("losses", "last_epoch"),
     [
-        [1.0, 0.9, 0.9, 0.89995, 0.91, 0.5],
-        [1.0, 0.99995, 0.9999, 0.99985, 0.9998, 0.9997],
-        [3.0, 2.0, 1.0, 0.5, 0.4, 0.3],
-        [1.0, 2.0, 0.5, 0.6, 0.7, 0.4],
+        ([1.0, 0.9, 0.9, 0.89995, 0.91, 0.5], 5),
+        ([1.0, 0.99996, 0.99993, 0.99991, 0.5], 4),  # compared with the best, not with the epoch before
+        ([1.0, 2.0, 0.5, 0.6, 0.7, 0.4], None),
     ],
 )
-def test_early_stopping_stops_where_the_script_does(losses):
-    ours, stopped = stopping(), None
-    for epoch, loss in enumerate(losses, start=1):
-        if ours.update(record(epoch, train_loss=loss)):
-            stopped = epoch
-            break
-    assert stopped == script_stops_at(losses, 3)
+def test_early_stopping_ends_training_after_the_original_scripts_epoch(losses, last_epoch):
+    state = stopping()
+    stopped = (epoch for epoch, loss in enumerate(losses, start=1) if state.update(record(epoch, train_loss=loss)))
+    assert next(stopped, None) == last_epoch
 
 
-def test_early_stopping_goes_on_where_it_was():
-    first = stopping()
+def test_early_stopping_continues_from_its_state():
+    first, second = stopping(), stopping()
     for epoch in (1, 2, 3):
-        first.update(record(epoch))
-    second = stopping()
+        assert not first.update(record(epoch))
     second.load_state_dict(first.state_dict())
-    assert not first.stopped
     assert second.update(record(4))
 
 
 def test_early_stopping_that_is_off_never_stops():
     off = stopping(enabled=False, patience=1)
-    assert not any(off.update(record(epoch)) for epoch in range(1, 9))
+    assert not any(off.update(record(epoch)) for epoch in range(1, 4))
 
 
-def test_what_is_monitored_falls_as_it_improves():
-    with_validation = record(val_loss=0.7, val_acc=0.8)
-    assert monitored_value(stopping("val_loss").config, with_validation) == 0.7
-    assert monitored_value(stopping("val_acc").config, with_validation) == -0.8
-    assert monitored_value(stopping("train_loss").config, with_validation) == 1.0
+@pytest.mark.parametrize(("monitor", "value"), [("val_loss", 0.7), ("val_acc", -0.8), ("train_loss", 1.0)])
+def test_a_monitored_value_falls_as_it_improves(monitor, value):
+    assert monitored_value(stopping(monitor).config, record(val_loss=0.7, val_acc=0.8)) == value
 
 
 def test_running_sums_add_up_batches_of_any_size():
@@ -122,13 +100,8 @@ def test_top5_needs_more_than_five_classes(num_classes):
 def test_records_go_to_json_and_back():
     first = record(val_loss=0.5, val_acc=0.25)
     assert EpochRecord.from_json(first.to_json()) == first
-    fields = ["epoch", "step", "lr", "train_loss", "train_acc", "val_loss", "val_acc"]
-    assert list(json.loads(first.to_json())) == [*fields, "images_per_second", "epoch_seconds", "world_size"]
     with pytest.raises(ValueError, match="not JSON compliant"):
         record(train_loss=math.nan).to_json()
-
-
-def test_a_summary_goes_to_json_and_back():
     test = Evaluation(
         num_samples=2, loss=0.1, top1=0.5, top5=None, per_class_accuracy={"a": 0.5, "b": None}, confusion_matrix=[[1]]
     )
@@ -137,16 +110,6 @@ def test_a_summary_goes_to_json_and_back():
         num_threads=2, peak_memory_mib=100, test=test,
     )  # fmt: skip
     assert Summary.from_json(summary.to_json()) == summary
-    assert list(json.loads(summary.to_json())) == [
-        "status", "epochs", "best_epoch", "train_seconds", "world_size", "device", "precision", "num_threads",
-        "peak_memory_mib", "test",
-    ]  # fmt: skip
-
-
-def test_an_observer_that_does_not_care_does_nothing():
-    observer = Observer()
-    calls = [observer.on_step(1, None), observer.on_epoch_start(1, 0.1), observer.on_evaluation(1, 2)]
-    assert [*calls, observer.on_epoch_end(record(), False), observer.on_note("x")] == [None] * 5
 
 
 def test_the_surest_mistakes_come_first():

@@ -1,6 +1,7 @@
-"""Recipes: loaded, merged, checked; every refusal names its field."""
+"""Loading, merging and validation of recipes."""
 
 import dataclasses
+import re
 
 import pytest
 import yaml
@@ -8,15 +9,14 @@ import yaml
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.loading import parse_assignments, read_recipe, recipe_label, recipe_names
 from cifar_dist.config.options import TrainOptions
-from cifar_dist.config.parsing import flatten
 from cifar_dist.config.plan import DatasetSizes
-from cifar_dist.config.recipe import AugmentationConfig, Recipe, recipe_to_mapping, resolve_recipe
+from cifar_dist.config.recipe import Recipe, recipe_to_mapping, resolve_recipe
 from cifar_dist.config.request import resolve_request
 from tests.conftest import make_recipe
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_of_the_package_is_whole_and_works(name):
+def test_every_recipe_of_the_package_is_complete(name):
     recipe = make_recipe(base=name)
     assert resolve_recipe(recipe_to_mapping(recipe)) == recipe
 
@@ -37,54 +37,71 @@ def test_original_is_the_script_as_printed():
 
 
 def test_plain_is_original_without_augmentation():
-    plain, original = flatten(read_recipe("plain")), flatten(read_recipe("original"))
-    assert {field.split(".")[0] for field in plain if plain[field] != original[field]} == {"augmentation"}
-    augmentation = make_recipe(base="plain").augmentation
-    off = {"none", "zeros", 0}
-    assert {getattr(augmentation, field.name) for field in dataclasses.fields(AugmentationConfig)} <= off
+    original, plain = make_recipe(base="original"), make_recipe(base="plain")
+    assert dataclasses.replace(original, augmentation=plain.augmentation) == plain
+    assert set(dataclasses.asdict(plain.augmentation).values()) <= {"none", "zeros", 0}
 
 
-def test_set_wins_over_flags_and_flags_over_the_recipe():
+def test_set_overrides_flags_and_flags_override_the_recipe():
     recipe = resolve_recipe(read_recipe("original"), {"epochs": 3, "seed": 5}, parse_assignments(["epochs=4"]))
     assert (recipe.epochs, recipe.seed) == (4, 5)
 
 
-def test_set_takes_numbers_as_people_write_them():
+def test_set_accepts_numbers_in_any_notation():
     recipe = make_recipe("optimizer.weight_decay=1e-3", "augmentation.rotation_degrees=5", "optimizer={momentum: 0.5}")
     assert (recipe.optimizer.weight_decay, recipe.augmentation.rotation_degrees) == (1e-3, 5.0)
     assert (recipe.optimizer.momentum, recipe.optimizer.learning_rate) == (0.5, 0.01)
 
 
-@pytest.mark.parametrize(
-    ("assignment", "message"),
-    [
-        ("optimzer.name=sgd", "unknown recipe field 'optimzer', did you mean 'optimizer'?"),
-        ("optimizer.learning_rat=1", "unknown recipe field 'optimizer.learning_rat', did you mean 'learning_rate'?"),
-        ("epochs=1.5", "epochs must be a whole number, not 1.5"),
-        ("epochs=true", "epochs must be a whole number, not True"),
-        ("epochs=0", "epochs must be 1 or more, not 0"),
-        ("optimizer.learning_rate=.nan", "optimizer.learning_rate must be a finite number, not nan"),
-        ("optimizer.learning_rate=-1", "optimizer.learning_rate must be above 0, not -1.0"),
-        ("optimizer.momentum=1", "optimizer.momentum must be in [0, 1), not 1.0"),
-        ("stem=big", "stem must be one of cifar, small, imagenet, not 'big'"),
-        ("optimizer.sgd_learning_rate=0", "optimizer.sgd_learning_rate must be above 0, or null, not 0"),
-        ("lookahead_steps=5", "lookahead_steps must be 0 without ema_decay, not 5"),
-        ("lookahead_steps=-1", "lookahead_steps must be 0 or more, not -1"),
-        ("augmentation.hue=0.7", "augmentation.hue must be in [0, 0.5], not 0.7"),
-        ("augmentation=3", "augmentation must be a mapping of its fields, not 3"),
-        ("normalization.mean=[1, 2]", "normalization.mean must be a list of 3, not [1, 2]"),
-        ("normalization.std=[1, 0, 1]", "normalization.std must be three numbers above 0, not [1.0, 0.0, 1.0]"),
-        ("seed=-1", "seed must be in [0, 2^32), not -1"),
-        ("global_batch_size=1", "global_batch_size must be 2 or more (BatchNorm), not 1"),
-        ("schedule.name=step", "schedule.step_epochs must be set with schedule.name=step, and only with it, not None"),
-        ("image_size_schedule=[[16, 0.5]]", "image_size_schedule must be [size, end] pairs, ends rising to 1.0"),
-        ("early_stopping.monitor=val_loss", "early_stopping.monitor=val_loss needs a validation split"),
-    ],
-)
-def test_a_bad_value_is_refused_by_name(assignment, message):
-    with pytest.raises(UserError) as refusal:
-        make_recipe(assignment)
-    assert message in str(refusal.value)
+BAD_VALUES = {
+    "epochs": ["0", "1.5", "true"],
+    "seed": ["-1", "4294967296"],
+    "global_batch_size": ["1"],
+    "gradient_accumulation_steps": ["0"],
+    "image_size": ["0"],
+    "image_size_schedule": ["[]", "[[16, 0.5]]", "[[16, 0.5], [8, 0.5], [8, 1.0]]", "[[0, 1.0]]"],
+    "freeze_epochs": ["-1", "2"],
+    "validation_size": ["-1"],
+    "lookahead_steps": ["-1", "5"],
+    "dropout": ["1"],
+    "label_smoothing": ["1"],
+    "ema_decay": ["1"],
+    "gradient_clipping": ["0"],
+    "batch_norm_group_size": ["1"],
+    "stem": ["big"],
+    "optimizer.learning_rate": ["0", ".nan"],
+    "optimizer.momentum": ["1"],
+    "optimizer.weight_decay": ["-1"],
+    "optimizer.sgd_learning_rate": ["0"],
+    "optimizer": ["{nesterov: true, momentum: 0}"],
+    "schedule": ["{name: step, gamma: 2, step_epochs: 1}", "{name: step, gamma: 1, step_epochs: 0}"],
+    "schedule.name": ["step"],
+    "schedule.gamma": ["0.5"],
+    "schedule.warmup_fraction": ["1"],
+    "early_stopping.patience": ["0"],
+    "early_stopping.min_delta": ["-1"],
+    "early_stopping.monitor": ["val_loss"],
+    "augmentation": ["3"],
+    "augmentation.hue": ["0.7"],
+    "augmentation.brightness": ["-1"],
+    "augmentation.rotation_degrees": ["181"],
+    "augmentation.affine_translate": ["2"],
+    "augmentation.affine_scale": ["1"],
+    "normalization.mean": ["[1, 2]", "[1, 2, a]"],
+    "normalization.std": ["[1, 0, 1]"],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field in BAD_VALUES for value in BAD_VALUES[field]])
+def test_a_bad_value_is_refused_by_name(field, value):
+    section = field.split(".")[0]
+    with pytest.raises(UserError, match=rf"^{section}\S* (must be|needs) "):
+        make_recipe(f"{field}={value}")
+
+
+def test_a_pretrained_model_keeps_its_stem():
+    with pytest.raises(UserError, match="^whitened_stem must be false with pretrained"):
+        make_recipe("whitened_stem=true", "pretrained=imagenet")
 
 
 @pytest.mark.parametrize("assignment", ["epochs", "=3", "a..b=1", ".epochs=1", "epochs=[1"])
@@ -93,15 +110,11 @@ def test_a_malformed_assignment_is_refused(assignment):
         parse_assignments([assignment])
 
 
-def test_a_file_is_laid_over_standard(tmp_path):
+def test_a_file_overrides_standard(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("epochs: 7\noptimizer: {learning_rate: 0.5}\n")
-    recipe = resolve_recipe(read_recipe(str(file)))
-    standard = make_recipe(base="standard")
-    expected = dataclasses.replace(
-        standard, epochs=7, optimizer=dataclasses.replace(standard.optimizer, learning_rate=0.5)
-    )
-    assert recipe == expected
+    expected = make_recipe("epochs=7", "optimizer.learning_rate=0.5", base="standard")
+    assert make_recipe(base=str(file)) == expected != make_recipe(base="standard")
     assert recipe_label(str(file)) == "mine"
 
 
@@ -109,24 +122,18 @@ def test_the_config_of_a_run_is_a_recipe_file(tmp_path):
     file = tmp_path / "config.yaml"
     recipe = make_recipe("epochs=5")
     file.write_text(yaml.safe_dump({"recipe": recipe_to_mapping(recipe), "dataset": {"name": "shapes"}}))
-    assert resolve_recipe(read_recipe(str(file))) == recipe
+    assert make_recipe(base=str(file)) == recipe
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [
-        (b"a: [1", "is not valid YAML (line 1)"),
-        (b"- 1\n", "must be a mapping"),
-        (b"\xff\xfe\x00", "is not a text file"),
-    ],
+    [(b"a: [1", "is not valid YAML (line 1)"), (b"- 1\n", "must be a mapping"), (b"\xff\xfe", "is not a text file")],
 )
 def test_a_broken_file_is_named(tmp_path, content, message):
     file = tmp_path / "broken.yaml"
     file.write_bytes(content)
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(UserError, match=rf"broken\.yaml {re.escape(message)}"):
         read_recipe(str(file))
-    assert message in str(refusal.value)
-    assert "broken.yaml" in str(refusal.value)
 
 
 @pytest.mark.parametrize(
@@ -134,15 +141,8 @@ def test_a_broken_file_is_named(tmp_path, content, message):
     [("orignal", "unknown recipe 'orignal', did you mean 'original'?"), ("no/such.yaml", "does not exist")],
 )
 def test_an_unknown_recipe_is_refused(name, message):
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(UserError, match=re.escape(message)):
         read_recipe(name)
-    assert message in str(refusal.value)
-
-
-def test_recipes_are_frozen():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        make_recipe().epochs = 3  # type: ignore[misc]
-    assert dataclasses.fields(Recipe)
 
 
 def test_a_recipe_without_a_validation_split_takes_the_datasets_own():
