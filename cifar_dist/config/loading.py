@@ -1,5 +1,6 @@
 """Where a recipe comes from: a name or a file, then the flags that were typed, then `--set`."""
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -8,9 +9,30 @@ from typing import Any
 import yaml
 
 from cifar_dist.config.errors import UserError
-from cifar_dist.config.parsing import merge, nearest
+from cifar_dist.config.parsing import flatten, merge, nearest
 
 _RECIPES = resources.files("cifar_dist.config") / "recipes"
+
+
+# In YAML 1.1 010 is the octal 8 and 1:30 is 90 in base 60. They stay text, which is a number where a field wants one.
+_NO_NUMBER = ("tag:yaml.org,2002:str", re.compile(r"[-+]?(0[0-9_xb]|[0-9_]+:)"))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with decimal numbers and no key twice; PyYAML reads octal ones, and takes the last of equal keys."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own attribute
+        first: [_NO_NUMBER, *resolvers] for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Raise YAMLError that names key and line if a key stands twice."""
+        node, seen = super().compose_mapping_node(anchor), list[str]()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key '{key.value}' stands twice", problem_mark=key.start_mark)
+            seen.append(key.value)
+        return node
 
 
 def recipe_names() -> list[str]:
@@ -47,10 +69,10 @@ def stated_fields(name_or_file: str) -> dict[str, Any]:
         raise UserError(f"unknown recipe '{name_or_file}'{nearest(name_or_file, names)} (recipes: {', '.join(names)})")
     values = read_yaml(path, "recipe file")
     if not isinstance(values.get("recipe"), Mapping):
-        return values
+        return nested(values)
     if beside := sorted(values.keys() & read_recipe("standard").keys()):
         raise UserError(f"recipe file {path} holds a whole recipe under 'recipe', and beside it {', '.join(beside)}")
-    return dict(values["recipe"])
+    return nested(values["recipe"])
 
 
 def recipe_label(name_or_file: str) -> str:
@@ -67,26 +89,29 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
         if not equals or not all(name.strip().split(".")):
             raise UserError(f"--set takes FIELD=VALUE, not '{assignment}'")
         try:
-            value = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError):
-            raise UserError(f"--set {name.strip()}: '{text}' is not a YAML value") from None
+            value = yaml.load(text, _Loader)
+        except (yaml.YAMLError, ValueError) as error:
+            problem = f" ({error.problem})" if isinstance(error, yaml.MarkedYAMLError) else ""
+            raise UserError(f"--set {name.strip()}: '{text}' is not a YAML value{problem}") from None
         result = merge(result, nested({name.strip(): value}))
     return result
 
 
 def nested(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn names with dots into mappings in mappings."""
+    """Turn names with dots into mappings in mappings. Raises UserError if a field stands in both forms."""
     result: dict[str, Any] = {}
     for name, value in fields.items():
-        for part in reversed(name.split(".")):
+        for part in reversed(str(name).split(".")):
             value = {part: value}
+        if twice := flatten(result).keys() & flatten(value).keys():
+            raise UserError(f"recipe field '{min(twice)}' stands twice")
         result = merge(result, value)
     return result
 
 
 def _mapping(text: str, what: str) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f" (line {mark.line + 1})" if mark else ""

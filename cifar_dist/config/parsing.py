@@ -87,12 +87,16 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None:
             return None
-        return convert(next(each for each in arguments if each is not type(None)), value, where)
+        inner = next(each for each in arguments if each is not type(None))
+        if isinstance(value, str) and value.lower() == "none" and typing.get_origin(inner) is not Literal:
+            raise UserError(f"{where} must not be the text '{value}', did you mean null?")
+        return convert(inner, value, where)
     if origin is tuple:
         return _sequence(arguments, value, where)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
-            raise UserError(f"{where} must be a mapping of its fields, not {value!r}")
+            meant = f", did you mean '{where}.name'?" if "name" in typing.get_type_hints(hint) else ""
+            raise UserError(f"{where} must be a mapping of its fields, not {value!r}{meant}")
         return build(hint, value, f"{where}.")  # type: ignore[arg-type]
     return _scalar(hint, value, where)
 
@@ -119,6 +123,8 @@ def _scalar(hint: Any, value: Any, where: str) -> Any:
             value = float(value) if isinstance(value, int | float | str) else value
         except (ValueError, OverflowError):
             pass
+    if hint is int and isinstance(value, str) and value.isdecimal() and value.startswith("0"):
+        value = int(value)
     if type(value) is not hint or (hint is float and not math.isfinite(value)):
         raise UserError(f"{where} must be {names[hint]}, not {value!r}")
     return value

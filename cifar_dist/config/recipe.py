@@ -137,6 +137,10 @@ class NormalizationConfig:
 
     def __post_init__(self) -> None:
         _require(min(self.std) > 0, "std", list(self.std), "three numbers above 0")
+        for field in ("mean", "std"):
+            values = getattr(self, field)
+            allowed = "of pixels in [0, 1] (divide what is for pixels up to 255 by 255)"
+            _require(0 <= min(values) and max(values) <= 1, field, list(values), allowed)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
