@@ -95,16 +95,14 @@ def test_under_autocast_only_rounding_differs(geometry):
         assert float((ours.double() - theirs).detach().norm() / theirs.detach().norm()) < 0.01
 
 
-@pytest.mark.parametrize(
-    ("stem", "side", "count"), [("imagenet", 32, 8), ("small", 32, 3), ("cifar", 16, 3), ("cifar", 32, 0)]
-)
-def test_the_networks_last_layers_are_products(stem, side, count, monkeypatch):
+@pytest.mark.parametrize(("stem", "count"), [("imagenet", 8), ("small", 3)])
+def test_the_networks_last_layers_are_products(stem, count, monkeypatch):
     plain = build_resnet(stem, 10, seed=0).double()
     fast = copy.deepcopy(plain)
     use_dense_products(fast)
     assert all(type(module) is not nn.Conv2d for module in fast.modules())
     assert fast.state_dict().keys() == plain.state_dict().keys()
-    images, labels = torch.rand(6, 3, side, side, dtype=torch.float64), torch.arange(6)
+    images, labels = torch.rand(3, 3, 32, 32, dtype=torch.float64), torch.arange(3)
     functional.cross_entropy(plain(images), labels).backward()
     calls = Calls(monkeypatch)
     functional.cross_entropy(fast(images), labels).backward()

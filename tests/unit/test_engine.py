@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -294,7 +295,7 @@ def test_the_weights_go_on_from_the_average_every_so_many_steps(runtime):
         together.append(torch.equal(state.model.fc.weight, state.ema.model.fc.weight))
         averages.append(state.ema.model.fc.weight.clone())
     assert together == [False, False, True, False, True]
-    changed = [not torch.equal(one, other) for one, other in zip(averages, averages[1:], strict=False)]
+    changed = [not torch.equal(one, other) for one, other in pairwise(averages)]
     assert changed == together
 
 
