@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from cifar_dist import __version__
 from cifar_dist.config.completion import completion_script
 from cifar_dist.config.errors import UserError
-from cifar_dist.config.loading import parse_assignments
+from cifar_dist.config.loading import parse_assignments, read_recipe
 from cifar_dist.config.options import (
     BenchOptions,
     DoctorOptions,
@@ -20,7 +20,8 @@ from cifar_dist.config.options import (
     ReportOptions,
     TrainOptions,
 )
-from cifar_dist.config.parsing import nearest
+from cifar_dist.config.parsing import field_called, flatten, nearest
+from cifar_dist.config.trackers import TRACKERS
 
 _COMMANDS: dict[str, type[Options]] = {
     "train": TrainOptions,
@@ -31,6 +32,21 @@ _COMMANDS: dict[str, type[Options]] = {
     "bench": BenchOptions,
     "doctor": DoctorOptions,
 }
+
+_OTHER_NAMES = {
+    "--ckpt FILE": "checkpoint weights model model_path load",
+    "--precision": "amp fp16 bf16 half dtype mixed_precision",
+    "--num-processes": "gpus ngpus num_gpus n_gpus devices nproc nprocs nproc_per_node world_size",
+    "--max-minutes": "time time_limit max_time max_hours timeout",
+    "--run-dir": "output output_dir out out_dir save_dir log_dir logdir work_dir exp_dir name",
+    "--out": "output output_dir out_dir",
+    "--json": "output output_dir out",
+    "--dataset DIR": "data data_path train_dir",
+    "--resume DIR": "checkpoint resume_from resume_from_checkpoint load",
+    "--config accelerate_configs/cpu.yaml": "cpu use_cpu no_cuda device",
+    "--config": "gpu cuda gpu_ids num_machines nnodes",
+}
+"""What other programs call a flag; the first that a command has is meant."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -57,10 +73,26 @@ def parse_arguments(argv: list[str]) -> tuple[str, Options]:
     parser = _command_parser(command)
     flags = [word.split("=")[0] for word in takewhile(lambda word: word != "--", argv) if word.startswith("--")]
     if unknown := [flag for flag in flags if flag not in parser._option_string_actions]:  # before one is missed
-        hint = nearest(unknown[0], parser._option_string_actions) or f" (see {parser.prog} --help)"
-        raise UserError(f"unknown argument '{unknown[0]}'{hint}")
+        raise UserError(f"unknown argument '{unknown[0]}'{_meant(unknown[0], parser)}")
     namespace = parser.parse_args(argv[named:])
     return command, _make_options(command, vars(namespace))
+
+
+def _meant(unknown: str, parser: argparse.ArgumentParser) -> str:
+    """Name the flag or the field of the recipe that an unknown flag is for."""
+    name, actions = unknown[2:].replace("-", "_").lower(), parser._option_string_actions
+    if (flag := f"--{name.replace('_', '-')}") in actions:
+        return f", did you mean '{flag}'?"
+    if name in ("workers", "num_workers", "data_workers"):
+        return ": images are in memory, and no worker processes load them; leave it out"
+    for meant, names in _OTHER_NAMES.items():
+        if name in names.split() and (action := actions.get(meant.split()[0])):
+            return f", did you mean '{meant}'? ({action.help})"
+    if name in TRACKERS and "--tracker" in actions:
+        return f", did you mean '--tracker {name}'?"
+    if "--set" in actions and (field := field_called(name, flatten(read_recipe("standard")))):
+        return f", did you mean '--set {field}=VALUE'?"
+    return nearest(unknown, actions) or f" (see {parser.prog} --help)"
 
 
 def _top_parser() -> argparse.ArgumentParser:

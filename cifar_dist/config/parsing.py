@@ -12,11 +12,29 @@ from cifar_dist.config.errors import UserError
 
 T = TypeVar("T")
 
+_OTHER_NAMES = {
+    "optimizer.learning_rate": "lr base_lr learning_rate",
+    "optimizer.weight_decay": "wd l2",
+    "optimizer.name": "optimizer optim opt",
+    "schedule.name": "schedule scheduler lr_scheduler",
+    "schedule.warmup_fraction": "warmup warmup_epochs warmup_steps",
+    "early_stopping.enabled": "early_stopping early_stop",
+    "global_batch_size": "batch_size batch bs train_batch_size per_device_train_batch_size",
+    "gradient_accumulation_steps": "accumulate accumulation grad_accum accum_iter",
+    "gradient_clipping": "clip grad_clip clip_grad max_grad_norm",
+    "ema_decay": "ema",
+    "validation_size": "val_size val_split",
+    "image_size": "img_size imgsz size resolution",
+    "model": "arch architecture net network",
+}
+"""What other programs call a field of the recipe."""
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Say `, did you mean X?` for the known name closest to `name`, or nothing when none is close."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f", did you mean '{close[0]}'?" if close else ""
+    """Return `, did you mean X?` with the known name closest to `name`, or nothing if none is close."""
+    bare = {each.lstrip("-"): each for each in known}  # the dashes of flags would count as likeness
+    close = difflib.get_close_matches(name.lstrip("-"), bare, n=1, cutoff=0.6)
+    return f", did you mean '{bare[close[0]]}'?" if close else ""
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
@@ -40,14 +58,20 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         raise UserError(f"{where}{error}") from None
 
 
+def field_called(name: str, fields: Iterable[str]) -> str | None:
+    """Return the one of the dotted `fields` that ends in `name`, else the one that has this name in other programs."""
+    own = [field for field in fields if field.rpartition(".")[2] == name]
+    others = [field for field, names in _OTHER_NAMES.items() if name in names.split()]
+    return next(iter(own if len(own) == 1 else others), None)
+
+
 def _meant(key: str, hints: Mapping[str, Any], where: str) -> str:
-    """Name the field that is nearest to an unknown one, also one level below; else those that there are."""
-    if close := nearest(key, hints):
-        return close
-    for name, hint in hints.items():
-        if dataclasses.is_dataclass(hint) and key in {field.name for field in dataclasses.fields(hint)}:
-            return f", did you mean '{name}.{key}'?"
-    return f" (fields of {where.rstrip('.')}: {', '.join(hints)})" if where else ""
+    """Name the field that an unknown one is for, here or one level below; else those that there are."""
+    below = {name: dataclasses.fields(hint) for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    guess = field_called(key, [f"{name}.{field.name}" for name, fields in below.items() for field in fields])
+    if guess is not None:
+        return f", did you mean '{guess}'?"
+    return nearest(key, hints) or (f" (fields of {where.rstrip('.')}: {', '.join(hints)})" if where else "")
 
 
 def to_mapping(value: Any) -> Any:
