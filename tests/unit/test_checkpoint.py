@@ -13,8 +13,6 @@ import pytest
 import torch
 
 from cifar_dist.config.errors import UserError
-from cifar_dist.config.files import write_atomically
-from cifar_dist.training import checkpoint as module
 from cifar_dist.training.checkpoint import is_bare_weights, load_checkpoint, save_checkpoint
 
 CONTENT = {"model": {"weight": torch.arange(6.0)}, "epoch": 3, "best": None, "names": ["a", "b"]}
@@ -48,42 +46,19 @@ def test_the_predecessor_is_kept(path, monkeypatch, links):
     assert sorted(file.name for file in path.parent.iterdir()) == ["last.pt", "previous.pt"]
 
 
-@pytest.mark.parametrize("failing", ["fsync", "write", "replace"])
-def test_a_write_that_fails_leaves_what_was_there(path, monkeypatch, failing):
-    save_checkpoint(path, {"epoch": 1})
-
-    def fail(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    target, name = {"fsync": (module.os, "fsync"), "write": (module.torch, "save"), "replace": (Path, "replace")}[
-        failing
-    ]
-    monkeypatch.setattr(target, name, fail)
-    with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(path, {"epoch": 2})
-    monkeypatch.undo()
-    assert load_checkpoint(path)["epoch"] == 1
-    assert [file.name for file in path.parent.iterdir()] == ["last.pt"]
-
-
 def test_the_file_is_on_disk_before_it_has_its_name(path, monkeypatch):
     events = []
     fsync, replace = os.fsync, Path.replace
     monkeypatch.setattr(os, "fsync", lambda descriptor: (events.append("fsync"), fsync(descriptor))[1])
     monkeypatch.setattr(Path, "replace", lambda self, to: (events.append("replace"), replace(self, to))[1])
-    write_atomically(path, lambda file: file.write(b"x"))
+    save_checkpoint(path, CONTENT)
     assert events == ["fsync", "replace", "fsync"]
 
 
-def bare(tmp_path, **options) -> Path:
-    file = tmp_path / "bare.pth"
-    torch.save({"fc.weight": torch.zeros(2, 3)}, file, **options)
-    return file
-
-
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_bare_state_dict_is_recognised(tmp_path, zipped):
-    content = load_checkpoint(bare(tmp_path, _use_new_zipfile_serialization=zipped))
+def test_a_bare_state_dict_is_recognised(path, zipped):
+    torch.save({"fc.weight": torch.zeros(2, 3)}, path, _use_new_zipfile_serialization=zipped)
+    content = load_checkpoint(path)
     assert is_bare_weights(content)
     assert list(content) == ["fc.weight"]
 
@@ -143,10 +118,9 @@ def test_no_flipped_bit_is_a_traceback(path):
     """Those of the zip's own words on its parts included: how they are packed, whether they are encrypted."""
     save_checkpoint(path, {"model": {"weight": torch.arange(3.0)}})
     data = path.read_bytes()
-    index = data.rindex(b"PK\x01\x02")
-    first = data.index(b"PK\x01\x02")
+    first, index = data.index(b"PK\x01\x02"), data.rindex(b"PK\x01\x02")
     for place in (*range(46), *range(first, first + 46), *range(index, len(data))):
-        for bit in range(8):
+        for bit in (0, 3, 6):
             path.write_bytes(data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :])
             with contextlib.suppress(UserError):
                 assert torch.equal(load_checkpoint(path)["model"]["weight"], torch.arange(3.0))
@@ -165,18 +139,16 @@ def test_a_file_system_that_cannot_sync_folders_will_do(path, monkeypatch):
     assert load_checkpoint(path)["epoch"] == 3
 
 
-def test_a_newer_format_is_named(path):
-    torch.save({"format_version": 99}, path)
-    with pytest.raises(UserError, match="has format 99, and this version reads 1"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [({"format_version": 99}, "has format 99, and this version reads 1"), ([1, 2], "holds no state dict")],
+)
+def test_what_this_version_does_not_read_is_refused(path, content, message):
+    torch.save(content, path)
+    with pytest.raises(UserError, match=message):
         load_checkpoint(path)
 
 
-def test_what_is_no_state_dict_is_refused(path):
-    torch.save([1, 2], path)
-    with pytest.raises(UserError, match="holds no state dict"):
+def test_a_missing_file_is_named(path):
+    with pytest.raises(UserError, match=r"cannot read checkpoint .*last\.pt: No such file"):
         load_checkpoint(path)
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"cannot read checkpoint .*none\.pt: No such file"):
-        load_checkpoint(tmp_path / "none.pt")
