@@ -1,4 +1,4 @@
-"""`doctor`, and the plan of a dry run: what would be done here, for any world, with nothing started."""
+"""The command `doctor`, and the plan of a dry run, for any world size and without starting anything."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def lines_of(capsys, *argv: str) -> dict[str, str]:
     return lines
 
 
-def test_doctor_says_what_is_here_and_what_would_run(capsys, tmp_path):
+def test_doctor_prints_the_machine_and_the_plan(capsys, tmp_path):
     lines = lines_of(capsys, "doctor")
     assert f"torch {torch.__version__.split('+')[0]}" in lines["versions"]
     assert "for this process" in lines["processor"]
@@ -67,22 +67,22 @@ def test_doctor_finds_data_and_weights(capsys, tmp_path):
     assert lines_of(capsys, "doctor", "--data-dir", ".")["cifar10"] == f"found: {folder}"
 
 
-@pytest.mark.parametrize("command", [("doctor",), ("--dry-run",)])
+ELSEWHERE = "by torch.distributed.run"
+
+
 @pytest.mark.parametrize(
-    ("config", "batch", "starts"),
+    ("command", "config", "batch", "starts"),
     [
-        ("mps", "512 = 512 per device x 1 process", "one process: this one"),
-        ("multi_cpu", "512 = 256 per device x 2 processes", "2 processes here, by torch.distributed.run"),
-        ("multi_gpu", "512 = 256 per device x 2 processes", "2 processes here, by torch.distributed.run"),
+        ("doctor", "mps", "512 = 512 per device x 1 process", "one process: this one"),
+        ("--dry-run", "multi_gpu", "512 = 256 per device x 2 processes", f"2 processes here, {ELSEWHERE}"),
         (
-            "multi_node",
-            "512 = 64 per device x 8 processes",
-            "4 processes on each of 2 machines, by torch.distributed.run",
+            "doctor", "multi_node", "512 = 64 per device x 8 processes",
+            f"4 processes on each of 2 machines, {ELSEWHERE}",
         ),
     ],
-)
+)  # fmt: skip
 def test_the_plan_of_a_config(capsys, tmp_path, command, config, batch, starts):
-    lines = lines_of(capsys, *command, "--config", str(CONFIGS / f"{config}.yaml"))
+    lines = lines_of(capsys, command, "--config", str(CONFIGS / f"{config}.yaml"))
     assert lines["batch"] == f"global_batch_size {batch} x 1 accumulation"
     assert lines["would start"] == starts
     assert list(tmp_path.iterdir()) == []
@@ -97,17 +97,16 @@ def test_a_dry_run_has_the_whole_plan_and_needs_no_data(capsys):
     assert lines["steps"] == "44 an epoch x 54 epochs = 2,376"
 
 
-def test_a_plan_that_cannot_be(capsys):
-    assert main(["--dry-run", "--num-processes", "3"]) == 2
-    assert "does not divide by 3 processes" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("--dry-run --num-processes 3", "does not divide by 3 processes"), ("doctor --recipe no", "unknown recipe 'no'")],
+)
+def test_an_impossible_plan_is_refused(capsys, line, message):
+    assert main(line.split()) == 2
+    assert message in capsys.readouterr().err
 
 
-def test_doctor_refuses_a_recipe_that_nobody_knows(capsys):
-    assert main(["doctor", "--recipe", "nope"]) == 2
-    assert "unknown recipe 'nope'" in capsys.readouterr().err
-
-
-def test_what_is_not_a_dry_run_starts_processes(capsys, monkeypatch):
+def test_without_dry_run_processes_are_started(monkeypatch):
     """So that the tests above would notice."""
     monkeypatch.setattr("cifar_dist.runtime.launch.launch", lambda *arguments: 75)
     assert main(["--num-processes", "2", "--dataset", "shapes", "--recipe", "original"]) == 75

@@ -54,42 +54,21 @@ def test_set_accepts_numbers_in_any_notation():
 
 
 BAD_VALUES = {
-    "epochs": ["0", "1.5", "true"],
-    "seed": ["-1", "4294967296"],
-    "global_batch_size": ["1"],
-    "gradient_accumulation_steps": ["0"],
-    "image_size": ["0"],
+    "epochs": ["0", "1.5", "true"], "seed": ["-1", "4294967296"], "global_batch_size": ["1"], "image_size": ["0"],
+    "gradient_accumulation_steps": ["0"], "freeze_epochs": ["-1", "2"], "validation_size": ["-1"], "stem": ["big"],
+    "lookahead_steps": ["-1", "5"], "dropout": ["1"], "label_smoothing": ["1"], "ema_decay": ["1"],
+    "gradient_clipping": ["0"], "batch_norm_group_size": ["1"],
     "image_size_schedule": ["[]", "[[16, 0.5]]", "[[16, 0.5], [8, 0.5], [8, 1.0]]", "[[0, 1.0]]"],
-    "freeze_epochs": ["-1", "2"],
-    "validation_size": ["-1"],
-    "lookahead_steps": ["-1", "5"],
-    "dropout": ["1"],
-    "label_smoothing": ["1"],
-    "ema_decay": ["1"],
-    "gradient_clipping": ["0"],
-    "batch_norm_group_size": ["1"],
-    "stem": ["big"],
-    "optimizer.learning_rate": ["0", ".nan"],
-    "optimizer.momentum": ["1"],
-    "optimizer.weight_decay": ["-1"],
-    "optimizer.sgd_learning_rate": ["0"],
-    "optimizer": ["{nesterov: true, momentum: 0}"],
+    "optimizer": ["{nesterov: true, momentum: 0}"], "optimizer.learning_rate": ["0", ".nan"],
+    "optimizer.momentum": ["1"], "optimizer.weight_decay": ["-1"], "optimizer.sgd_learning_rate": ["0"],
     "schedule": ["{name: step, gamma: 2, step_epochs: 1}", "{name: step, gamma: 1, step_epochs: 0}"],
-    "schedule.name": ["step"],
-    "schedule.gamma": ["0.5"],
-    "schedule.warmup_fraction": ["1"],
-    "early_stopping.patience": ["0"],
-    "early_stopping.min_delta": ["-1"],
-    "early_stopping.monitor": ["val_loss"],
-    "augmentation": ["3"],
-    "augmentation.hue": ["0.7"],
-    "augmentation.brightness": ["-1"],
-    "augmentation.rotation_degrees": ["181"],
-    "augmentation.affine_translate": ["2"],
-    "augmentation.affine_scale": ["1"],
-    "normalization.mean": ["[1, 2]", "[1, 2, a]"],
+    "schedule.name": ["step"], "schedule.gamma": ["0.5"], "schedule.warmup_fraction": ["1"],
+    "early_stopping.patience": ["0"], "early_stopping.min_delta": ["-1"], "early_stopping.monitor": ["val_loss"],
+    "augmentation": ["3"], "augmentation.hue": ["0.7"], "augmentation.brightness": ["-1"],
+    "augmentation.rotation_degrees": ["181"], "augmentation.affine_translate": ["2"],
+    "augmentation.affine_scale": ["1"], "normalization.mean": ["[1, 2]", "[1, 2, a]"],
     "normalization.std": ["[1, 0, 1]"],
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("field", "value"), [(field, value) for field in BAD_VALUES for value in BAD_VALUES[field]])
@@ -100,7 +79,7 @@ def test_a_bad_value_is_refused_by_name(field, value):
 
 
 def test_a_pretrained_model_keeps_its_stem():
-    with pytest.raises(UserError, match="^whitened_stem must be false with pretrained"):
+    with pytest.raises(UserError, match=r"^whitened_stem must be false with pretrained"):
         make_recipe("whitened_stem=true", "pretrained=imagenet")
 
 
