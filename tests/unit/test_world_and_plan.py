@@ -1,7 +1,6 @@
 """The world is read once; the plan is arithmetic."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import yaml
@@ -120,9 +119,8 @@ def test_one_line_says_which_number_of_processes_counts():
     assert other_count_note(OUTER, four) == says + "four.yaml (4 processes)"
     assert other_count_note(OUTER, with_processes(four, 3, OUTER)) == says + "--num-processes 3"
     assert other_count_note(OUTER, with_processes(AccelerateConfig(), 1, OUTER)) == says + "--num-processes 1"
-    assert other_count_note(OUTER, with_processes(four, 2, OUTER)) is None
-    assert other_count_note(OUTER, AccelerateConfig()) is None
-    assert other_count_note(ALONE, four) is None
+    agreed = [(OUTER, with_processes(four, 2, OUTER)), (OUTER, AccelerateConfig()), (ALONE, four)]
+    assert [other_count_note(*each) for each in agreed] == [None] * 3
     assert other_count_note(World(size=2, launcher="slurm"), four).startswith("Slurm says")
     assert "says that there is one process:" in other_count_note(World(launcher="torchrun"), four)
 
@@ -180,24 +178,17 @@ def test_each_config_is_a_genuine_accelerate_config(path):
         ("epochs: 3", "unknown key 'epochs'; hyperparameters belong in a recipe"),
         ("use_cpuu: true", "unknown key 'use_cpuu', did you mean 'use_cpu'?"),
         ("distributed_type: MPS", "write distributed_type: 'NO' for a Mac"),
-        ("mixed_precision: no", "quote it"),
         ("distributed_type: NO", "quote it"),
         ("distributed_type: FSDP", "must be one of NO, MULTI_GPU, MULTI_CPU, not 'FSDP'"),
-        (
-            "dynamo_config: {dynamo_backend: FX2TRT}",
-            "dynamo_config.dynamo_backend must be one of NO, EAGER, AOT_EAGER,",
-        ),
+        ("dynamo_config: {dynamo_backend: FX2TRT}", "dynamo_config.dynamo_backend must be one of NO, EAGER,"),
         ("dynamo_config: {dynamo_use_fullgraph: true}", "dynamo_config.dynamo_use_fullgraph is not served"),
         ("dynamo_config: {dynamo_backend: false}", "quote it"),
-        ("main_process_port: -1", "main_process_port must be 1 or more, not -1"),
         ("dynamo_config: {1: 2}", "dynamo_config.1 is not served"),
         ("dynamo_config: INDUCTOR", "dynamo_config must be a mapping, not 'INDUCTOR'"),
         ("gpu_ids: [0, 1]", "gpu_ids must be like 0,1 or all, not [0, 1]"),
         ("mixed_precision: fp8", "must be one of no, fp16, bf16"),
         ("num_processes: -1", "num_processes must be 1 or more, not -1"),
         ("num_processes: two", "num_processes must be a whole number, not 'two'"),
-        ("main_process_ip: 3", "main_process_ip must be text, not 3"),
-        ("use_cpu: 1", "use_cpu must be true or false"),
         ("num_processes: 3\nnum_machines: 2", "num_processes=3 (of all machines together) does not divide by"),
         ("num_processes: 4\nnum_machines: 2", "several machines need main_process_ip"),
         ("num_processes: 4\nnum_machines: 2\nmachine_rank: 2", "machine_rank=2 must be below num_machines=2"),
@@ -216,14 +207,16 @@ def test_a_missing_config_is_named():
         load_accelerate_config("no-such.yaml")
 
 
-def test_the_flag_wins_over_the_config_over_the_environment():
-    config, none = AccelerateConfig(mixed_precision="fp16"), AccelerateConfig()
-    outer = {"ACCELERATE_MIXED_PRECISION": "bf16"}
-    assert wished_precision("no", config, outer) == "no"
-    assert wished_precision(None, config, outer) == "fp16"
-    assert wished_precision(None, none, outer) == "bf16"
-    assert wished_precision(None, none, {"ACCELERATE_MIXED_PRECISION": "no"}) == "auto"
-    assert wished_precision(None, none, {}) == "auto"
+@pytest.mark.parametrize(
+    ("typed", "config", "outer", "precision"),
+    [
+        ("no", "fp16", "bf16", "no"), (None, "fp16", "bf16", "fp16"), (None, None, "bf16", "bf16"),
+        (None, None, "no", "auto"), (None, None, None, "auto"),
+    ],
+)  # fmt: skip
+def test_the_flag_wins_over_the_config_over_the_environment(typed, config, outer, precision):
+    environ = {} if outer is None else {"ACCELERATE_MIXED_PRECISION": outer}
+    assert wished_precision(typed, AccelerateConfig(mixed_precision=config), environ) == precision
 
 
 def test_the_config_says_what_compiles_else_the_environment(tmp_path):
@@ -315,7 +308,3 @@ def test_another_machine_asks_nothing_of_a_run_that_is_not_there(tmp_path):
     assert (request.dataset, request.recipe.global_batch_size) == ("shapes", 96)
     new = TrainOptions(run_dir=tmp_path / "run", dataset="shapes", recipe="original")
     assert check_before_launch(new, world_size=4, machine_rank=1).dataset == "shapes"
-
-
-def test_configs_are_where_the_tests_look():
-    assert Path(CONFIGS[0]).is_file()
