@@ -53,32 +53,27 @@ def test_what_cannot_be_compiled_is_not_and_is_said(monkeypatch, device, backend
     assert any("first step compiles" in note for note in compute.notes) == (reason is None), "a wait is announced"
 
 
-def test_which_number_of_processes_counts_is_said_by_whatever_computes():
+def test_which_number_of_processes_counts_is_said():
     four, world = AccelerateConfig(path="four.yaml", num_processes=4), World(size=2, local_size=2, launcher="torchrun")
-    for doing in ("training", "evaluating", "predicting", "measuring"):
-        note = choose_compute(four, {}, world, doing=doing).notes[0]
-        assert note == "WORLD_SIZE says that there are 2 processes: that counts, and not four.yaml (4 processes)"
-
-
-ALONE = "CUDAGRAPHS replays the steps of one process, and there are 2: steps are not replayed"
+    assert choose_compute(four, {}, world).notes[0].startswith("WORLD_SIZE says that there are 2 processes")
 
 
 @pytest.mark.parametrize(
-    ("precision", "world", "obstacle"),
+    ("precision", "world", "micro_batches", "obstacle"),
     [
-        ("bf16", World(), None),
-        ("no", World(), None),
-        ("fp16", World(), "CUDAGRAPHS cannot replay fp16's scaler, which asks the device: steps are not replayed"),
-        ("no", World(size=2, local_size=2), ALONE),
-        ("no", World(size=2), ALONE),
+        ("bf16", World(), 1, None),
+        ("no", World(), 1, None),
+        ("fp16", World(), 1, "CUDAGRAPHS cannot replay fp16's scaler, which asks the device"),
+        ("no", World(size=2), 1, "CUDAGRAPHS replays the steps of one process, and there are 2"),
+        ("no", World(), 2, "CUDAGRAPHS replays steps of one micro-batch, and they have 2"),
     ],
 )
-def test_steps_are_replayed_where_they_can_be(monkeypatch, precision, world, obstacle):
+def test_steps_are_replayed_where_they_can_be(monkeypatch, precision, world, micro_batches, obstacle):
     monkeypatch.setattr("cifar_dist.runtime.device.probe", lambda **_: AMPERE)
     for config in (AccelerateConfig(), AccelerateConfig(path="x.yaml", dynamo_backend="CUDAGRAPHS")):
-        compute = choose_compute(config, {}, world, typed_precision=precision)
+        compute = choose_compute(config, {}, world, typed_precision=precision, micro_batches=micro_batches)
         said = config.path is not None and obstacle is not None  # nobody else asked for it
-        assert compute.notes == ((obstacle,) if said else ())
+        assert compute.notes == ((f"{obstacle}: steps are not replayed",) if said else ())
         assert compute.replays == (obstacle is None)
         assert compute.compiler is None
         assert compute.line.endswith(", steps replayed as CUDA graphs") == compute.replays
@@ -88,18 +83,13 @@ def test_steps_are_replayed_where_they_can_be(monkeypatch, precision, world, obs
 @pytest.mark.parametrize(
     ("backend", "doing", "device", "backends"),
     [
-        (None, "training", AMPERE, "CUDAGRAPHS"),
-        (None, "measuring", AMPERE, "CUDAGRAPHS"),
-        (None, "evaluating", AMPERE, None),
-        ("CUDAGRAPHS", "training", AMPERE, "CUDAGRAPHS"),
-        ("CUDAGRAPHS", "predicting", AMPERE, None),
-        ("NO", "training", AMPERE, None),
-        ("INDUCTOR", "training", AMPERE, "INDUCTOR"),
-        (None, "training", CPU, None),
-        ("INDUCTOR", "training", CPU, "INDUCTOR"),
-        (None, "training", MPS, None),
+        (None, "training", AMPERE, "CUDAGRAPHS"), (None, "measuring", AMPERE, "CUDAGRAPHS"),
+        (None, "evaluating", AMPERE, None), ("CUDAGRAPHS", "training", AMPERE, "CUDAGRAPHS"),
+        ("CUDAGRAPHS", "predicting", AMPERE, None), ("NO", "training", AMPERE, None),
+        ("INDUCTOR", "training", AMPERE, "INDUCTOR"), (None, "training", CPU, None),
+        ("INDUCTOR", "training", CPU, "INDUCTOR"), (None, "training", MPS, None),
     ],
-)
+)  # fmt: skip
 def test_steps_are_replayed_by_default_but_where_a_config_compiles_or_says_no(
     monkeypatch, backend, doing, device, backends
 ):
@@ -110,17 +100,10 @@ def test_steps_are_replayed_by_default_but_where_a_config_compiles_or_says_no(
         compute = choose_compute(config, environ, World(), doing=doing)
         assert compute.backend == backends
         assert not any("not replayed" in note for note in compute.notes)
-
-
-def test_an_outer_launcher_that_compiles_is_heard_and_micro_batches_are_not_replayed(monkeypatch):
-    monkeypatch.setattr("cifar_dist.runtime.device.probe", lambda **_: AMPERE)
-    monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/c++")
-    outer = {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}
-    assert choose_compute(AccelerateConfig(), outer, World()).backend == "INDUCTOR"
-    quiet = choose_compute(AccelerateConfig(), {}, World(), micro_batches=2)
-    assert (quiet.replays, quiet.notes) == (False, ())
-    asked = choose_compute(AccelerateConfig(path="x.yaml", dynamo_backend="CUDAGRAPHS"), {}, World(), micro_batches=2)
-    assert asked.notes == ("CUDAGRAPHS replays steps of one micro-batch, and they have 2: steps are not replayed",)
+    outer = {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}  # of an outer launcher that compiles
+    assert choose_compute(AccelerateConfig(), outer, World(), doing=doing).backend == (
+        None if device is MPS else "INDUCTOR"
+    )
 
 
 ON_CPU = AccelerateConfig(use_cpu=True)
@@ -149,9 +132,8 @@ def test_a_wish_becomes_what_the_device_can_serve(wish, facts, precision, differ
 @pytest.mark.parametrize(
     ("environ", "processes", "threads"),
     [
-        ({}, 1, 6),
-        ({"OMP_NUM_THREADS": "3"}, 1, 3),
-        ({"OMP_NUM_THREADS": "1"}, 1, 1),
+        ({}, 1, 6), ({}, 16, 1), ({}, 3, 2),
+        ({"OMP_NUM_THREADS": "3"}, 1, 3), ({"OMP_NUM_THREADS": "1"}, 1, 1), ({"OMP_NUM_THREADS": "many"}, 1, 6),
         ({"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}, 1, 8),
         ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, 2, 4),
         ({"OMP_NUM_THREADS": "2", "TORCHELASTIC_RUN_ID": "x"}, 2, 2),
@@ -159,11 +141,8 @@ def test_a_wish_becomes_what_the_device_can_serve(wish, facts, precision, differ
         ({"SLURM_CPUS_PER_TASK": "3", "SLURM_STEP_ID": "0"}, 2, 3),
         ({"SLURM_CPUS_PER_TASK": "99", "SLURM_STEP_ID": "0"}, 1, 8),
         ({"SLURM_CPUS_PER_TASK": "3"}, 2, 4),  # of the job, and this is no task of it
-        ({}, 16, 1),
-        ({}, 3, 2),
-        ({"OMP_NUM_THREADS": "many"}, 1, 6),
     ],
-)
+)  # fmt: skip
 def test_threads_are_the_users_or_a_share_of_the_cores(environ, processes, threads):
     assert choose_num_threads(environ, cores=8, local_processes=processes, default=6) == threads
 
@@ -189,12 +168,9 @@ def test_bf16_is_fast_where_the_processor_gains_by_it(has, is_intel, is_fast, as
 
 
 def test_memory_formats():
-    assert memory_format("mps") == torch.contiguous_format
-    assert memory_format("cpu") == memory_format("cuda") == torch.channels_last
-
-
-def test_probing_finds_the_cpu_where_it_is_asked_for():
-    assert probe(use_cpu=True).type == "cpu"
+    formats = {kind: memory_format(kind) for kind in ("mps", "cpu", "cuda")}
+    last = torch.channels_last
+    assert formats == {"mps": torch.contiguous_format, "cpu": last, "cuda": last}
 
 
 def test_an_accelerator_that_is_missing_is_named_and_a_wish_that_fails_is_explained(monkeypatch):
@@ -211,22 +187,15 @@ def test_an_accelerator_that_is_missing_is_named_and_a_wish_that_fails_is_explai
         assert second.endswith("using no")
 
 
-def test_two_runs_with_other_precisions_follow_each_other_in_one_process():
-    for precision in ("no", "bf16", "no"):
-        with connect(World(), ON_CPU) as ranks:
-            runtime = start(ranks, ON_CPU, typed_precision=precision)
-            assert runtime.accelerator.mixed_precision == precision
-            assert runtime.compute.notes == ()
-
-
-def test_a_given_number_of_threads_is_used():
+def test_two_runs_with_other_precisions_and_threads_follow_each_other_in_one_process():
     before = torch.get_num_threads()
-    try:
+    for precision, num_threads in (("no", 1), ("bf16", 2), ("no", 1)):
         with connect(World(), ON_CPU) as ranks:
-            runtime = start(ranks, ON_CPU, num_threads=1)
-            assert runtime.num_threads == torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(before)
+            runtime = start(ranks, ON_CPU, typed_precision=precision, num_threads=num_threads)
+            assert runtime.accelerator.mixed_precision == precision
+            assert runtime.num_threads == torch.get_num_threads() == num_threads
+            assert runtime.compute.notes == ()
+        assert torch.get_num_threads() == before
 
 
 def test_devices_are_described_in_words(monkeypatch):

@@ -5,19 +5,18 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import psutil
 import pytest
 
 from cifar_dist.config.errors import UserError
-from cifar_dist.config.files import write_atomically
 from cifar_dist.config.world import SlurmJob
 from cifar_dist.records import EpochRecord
 from cifar_dist.training import lock as module
 from cifar_dist.training.lock import LockLostError, RunLock
 from cifar_dist.training.run_directory import RunDirectory
-from tests.conftest import ROOT
 
 HOLD = """
 import sys, time
@@ -38,11 +37,7 @@ def system(request, monkeypatch):
 
 @pytest.fixture
 def other_process(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)],
-        stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"held\n"
     yield process
     process.kill()
@@ -113,15 +108,11 @@ def test_an_owner_on_another_host_is_believed_for_ten_minutes(tmp_path):
 )
 def test_a_restart_of_the_same_slurm_job_need_not_wait(tmp_path, job, taken):
     owned_by(tmp_path, job="7")
-    with RunLock(job) as lock:
-        if taken:
-            lock.take(tmp_path)
-        else:
-            with pytest.raises(UserError, match="is in use"):
-                lock.take(tmp_path)
+    with RunLock(job) as lock, nullcontext() if taken else pytest.raises(UserError, match="is in use"):
+        lock.take(tmp_path)
 
 
-def test_a_lock_that_a_gone_host_still_has_is_left_to_it(tmp_path, monkeypatch):
+def test_a_lock_that_a_gone_host_still_has_is_left_to_it(tmp_path):
     """As over a network: the system says that it is locked, for the machine that had it has not been missed yet."""
     with RunLock() as gone:
         gone.take(tmp_path)
@@ -179,11 +170,7 @@ def test_signs_of_life(tmp_path, monkeypatch):
     with RunLock() as lock:
         lock.take(tmp_path)
         os.utime(tmp_path / ".lock", (0, 0))
-        for _ in range(500):
-            if (tmp_path / ".lock").stat().st_mtime > 0:
-                break
-            lock._released.wait(0.01)
-        assert (tmp_path / ".lock").stat().st_mtime > 0
+        assert any(lock._released.wait(0.01) or (tmp_path / ".lock").stat().st_mtime for _ in range(3000))
 
 
 def test_a_run_that_came_to_be_meanwhile_is_not_overwritten(tmp_path):
@@ -193,16 +180,3 @@ def test_a_run_that_came_to_be_meanwhile_is_not_overwritten(tmp_path):
         with pytest.raises(UserError, match="holds a run by now"):
             run.create(is_new=True)
     assert run.config.read_text() == "theirs"
-
-
-def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
-    run = RunDirectory(tmp_path)
-    run.last.parent.mkdir()
-    run.figures.mkdir()
-    halves = (tmp_path / ".summary.json.1.tmp", run.last.parent / ".last.pt.1.tmp", run.figures / ".curves.png.1.tmp")
-    for leftover in halves:
-        leftover.write_bytes(b"half")
-    write_atomically(run.last, lambda file: file.write(b"whole"))
-    run.create()
-    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [".lock", "last.pt"]
-    run._lock.release()

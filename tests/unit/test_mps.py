@@ -23,7 +23,7 @@ from cifar_dist.config.errors import UserError
 from cifar_dist.config.plan import make_plan
 from cifar_dist.config.world import World
 from cifar_dist.records import Observer
-from cifar_dist.runtime import device, distributed
+from cifar_dist.runtime import distributed
 from cifar_dist.runtime.device import choose_compute
 from cifar_dist.training import setup
 from cifar_dist.training.evaluation import EvaluationSet
@@ -193,7 +193,6 @@ def test_a_mac_trains_on_mps_in_float32(mac):
     assert choose_compute(AccelerateConfig(use_cpu=True), {}, World()).device_type == "cpu"
     wish = choose_compute(AccelerateConfig(mixed_precision="fp16"), {}, World())
     assert (wish.precision, wish.notes) == ("fp16", ())
-    assert device.memory_format("mps") is torch.contiguous_format
 
 
 def test_several_ranks_on_mps_are_refused(mac):
