@@ -159,8 +159,9 @@ CASES = {
     "--dataset cifar11": "unknown dataset 'cifar11', did you mean 'cifar10'?"
     " (datasets: cifar10, cifar100, shapes, or a folder of class folders)",
     "--set epochs": "--set takes FIELD=VALUE, not 'epochs'",
+    "--set stem=!!python/name:os.system": "--set stem: '!!python/name:os.system' is not a YAML value",
     "--set lr=0.1": "unknown recipe field 'lr'",
-    "--set optimizer.lr=0.1": "unknown recipe field 'optimizer.lr' (fields of optimizer: name, learning_rate, ",
+    "--set optimizer.foo=0.1": "unknown recipe field 'optimizer.foo' (fields of optimizer: name, learning_rate, ",
     "--set optimzer.name=sgd": "unknown recipe field 'optimzer', did you mean 'optimizer'?",
     "--set learning_rate=0.1": "unknown recipe field 'learning_rate', did you mean 'optimizer.learning_rate'?",
     "--set epochs=0": "epochs must be 1 or more, not 0",

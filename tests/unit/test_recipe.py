@@ -43,8 +43,9 @@ def test_plain_is_original_without_augmentation():
 
 
 def test_set_overrides_flags_and_flags_override_the_recipe():
-    recipe = resolve_recipe(read_recipe("original"), {"epochs": 3, "seed": 5}, parse_assignments(["epochs=4"]))
-    assert (recipe.epochs, recipe.seed) == (4, 5)
+    options = TrainOptions(recipe="original", dataset="shapes", epochs=3, seed=5, assignments={"epochs": 4})
+    recipe = resolve_request(options, {}).recipe
+    assert (recipe.epochs, recipe.seed, recipe.global_batch_size) == (4, 5, 128)
 
 
 def test_set_accepts_numbers_in_any_notation():
@@ -59,7 +60,7 @@ BAD_VALUES = {
     "lookahead_steps": ["-1", "5"], "dropout": ["1"], "label_smoothing": ["1"], "ema_decay": ["1"],
     "gradient_clipping": ["0"], "batch_norm_group_size": ["1"],
     "image_size_schedule": ["[]", "[[16, 0.5]]", "[[16, 0.5], [8, 0.5], [8, 1.0]]", "[[0, 1.0]]"],
-    "optimizer": ["{nesterov: true, momentum: 0}"], "optimizer.learning_rate": ["0", ".nan"],
+    "optimizer": ["{nesterov: true, momentum: 0}"], "optimizer.learning_rate": ["0", ".inf"],
     "optimizer.momentum": ["1"], "optimizer.weight_decay": ["-1"], "optimizer.sgd_learning_rate": ["0"],
     "schedule": ["{name: step, gamma: 2, step_epochs: 1}", "{name: step, gamma: 1, step_epochs: 0}"],
     "schedule.name": ["step"], "schedule.gamma": ["0.5"], "schedule.warmup_fraction": ["1"],
