@@ -1,5 +1,6 @@
 """What an Accelerate config asks for, and what that means beside the processes that are there and the environment."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,14 +12,21 @@ from cifar_dist.config.parsing import convert, nearest
 from cifar_dist.config.world import World
 
 # What `accelerate launch --config_file` reads; another key is a ValueError there, so it is refused here too.
-_ACCELERATE_KEYS = frozenset(
+_SERVED = frozenset(
     """
-    compute_environment debug deepspeed_config distributed_type downcast_bf16 dynamo_config enable_cpu_affinity
-    fp8_config fsdp_config gpu_ids ipex_config machine_rank main_process_ip main_process_port main_training_function
-    megatron_lm_config mixed_precision mpirun_config num_machines num_processes parallelism_config rdzv_backend
-    same_network tpu_env tpu_use_cluster tpu_use_sudo use_cpu
+    compute_environment distributed_type dynamo_backend dynamo_config fp16 gpu_ids machine_rank main_process_ip
+    main_process_port mixed_precision num_machines num_processes parallelism_config same_network use_cpu
     """.split()
 )
+_IGNORED = frozenset(
+    """
+    command_file commands debug deepspeed_config downcast_bf16 enable_cpu_affinity fp8_config fsdp_config
+    main_training_function megatron_lm_config mpirun_config rdzv_backend tpu_env tpu_name tpu_use_cluster tpu_use_sudo
+    tpu_vm tpu_zone
+    """.split()
+)
+_UNASKED: tuple[Any, ...] = (None, False, "", "no", "main", "static", [], {})
+"""What `accelerate config` writes for ignored keys of which nothing was asked."""
 
 _COMPILERS = ("EAGER", "AOT_EAGER", "INDUCTOR", "CUDAGRAPHS")
 """Backends of torch.compile that Accelerate names and that train; two of them only test the tracing.
@@ -51,26 +59,73 @@ class AccelerateConfig:
     """What compiles the model (`dynamo_config`). NO: nothing, nor are steps replayed; None: the file does not say."""
     dynamo_mode: str | None = None
     """torch.compile's `mode`."""
+    notes: tuple[str, ...] = ()
+    """What was asked for and is not served, though it stops nothing."""
 
 
-def load_accelerate_config(path: str | None) -> AccelerateConfig:
-    """Read an Accelerate config file; without one, ask for one process on the best device. Raises UserError."""
+def load_accelerate_config(path: str | None, environ: Mapping[str, str] = os.environ) -> AccelerateConfig:
+    """Read an Accelerate config file; without one, what an outer `accelerate launch` was asked for. Raises UserError.
+
+    The same is served, noted and refused either way. With neither: one process on the best device.
+    """
     if path is None:
-        return AccelerateConfig()
+        return _parse(_outer_values(environ), "accelerate launch", None, _outer_notes(environ))
     values = read_yaml(Path(path), "Accelerate config")
-    for key in values:
-        if key not in _ACCELERATE_KEYS:
-            hint = nearest(key, _ACCELERATE_KEYS) or "; hyperparameters belong in a recipe"
-            raise UserError(f"Accelerate config {path} has the unknown key '{key}'{hint}")
     what = f"Accelerate config {path}"
+    environment = values.get("compute_environment", "LOCAL_MACHINE")  # others have keys of their own
+    convert(Literal["LOCAL_MACHINE"], environment, f"{what}: compute_environment")
+    for key in values:
+        if key not in _SERVED | _IGNORED:
+            hint = nearest(key, _SERVED | _IGNORED) or "; hyperparameters belong in a recipe"
+            raise UserError(f"{what} has the unknown key '{key}'{hint}")
     if values.get("distributed_type") == "MPS":
         raise UserError(f"{what}: write distributed_type: 'NO' for a Mac (accelerate refuses MPS)")
+    # Keys of older versions of Accelerate, which it still reads, in this way.
+    if convert(bool, values.get("fp16", False), f"{what}: fp16"):
+        values.setdefault("mixed_precision", "fp16")
+    if backend := values.get("dynamo_backend"):
+        values["dynamo_config"] = {} if str(backend).upper() == "NO" else {"dynamo_backend": backend}
+    return _parse(values, what, path)
+
+
+def _outer_values(environ: Mapping[str, str]) -> dict[str, Any]:
+    """Return what an outer `accelerate launch` was asked for, as a config file has it, from its variables.
+
+    Its `no` stands for what nobody asked for, too.
+    """
+    told = {name[11:].lower(): value.lower() for name, value in environ.items() if name.startswith("ACCELERATE_")}
+    on = {name for name, value in told.items() if value in ("1", "true")}
+    kinds = {"use_fsdp": "FSDP", "use_deepspeed": "DEEPSPEED", "use_megatron_lm": "MEGATRON_LM"}
+    dynamo = {name: name in on if "_use_" in name else value for name, value in told.items() if "dynamo_" in name}
+    return {
+        "distributed_type": next((kind for name, kind in kinds.items() if name in on), "MULTI_GPU"),
+        "parallelism_config": "use_parallelism_config" in on,
+        "debug": "debug_mode" in on,
+        "enable_cpu_affinity": "cpu_affinity" in on,
+        "mixed_precision": None if told.get("mixed_precision") == "no" else told.get("mixed_precision"),
+        "dynamo_config": {name: value for name, value in dynamo.items() if value != "no"},
+    }
+
+
+def _outer_notes(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Return a note if an outer `accelerate launch` was asked for several processes, and started one."""
+    if "ACCELERATE_MIXED_PRECISION" not in environ or "MASTER_PORT" not in environ or "WORLD_SIZE" in environ:
+        return ()
+    return ("accelerate launch started one process: it starts several with distributed_type MULTI_GPU alone",)
+
+
+def _parse(values: Mapping[str, Any], what: str, path: str | None, notes: tuple[str, ...] = ()) -> AccelerateConfig:
+    """Make a config of its keys; `what` begins refusals. Raises UserError."""
 
     def given(key: str, hint: Any, default: Any = None) -> Any:
-        """Give what the file says, in the form of a type."""
+        """Return what the file has for a key, checked against a type."""
         return convert(hint, values.get(key, default), f"{what}: {key}")
 
     given("distributed_type", Literal["NO", "MULTI_GPU", "MULTI_CPU"], "NO")
+    if values.get("parallelism_config"):
+        raise UserError(f"{what}: parallelism_config is not served: each process holds the whole model")
+    if ignored := sorted(key for key in values.keys() & _IGNORED if values[key] not in _UNASKED):
+        notes = (*notes, f"{what}: ignored here: {', '.join(ignored)}")
     config = AccelerateConfig(
         path=path,
         num_processes=given("num_processes", int, 1),
@@ -82,8 +137,11 @@ def load_accelerate_config(path: str | None) -> AccelerateConfig:
         gpu_ids=_gpu_ids(values.get("gpu_ids"), path),
         mixed_precision=given("mixed_precision", Literal["no", "fp16", "bf16"] | None),
         **_dynamo(given("dynamo_config", dict | None) or {}, f"{what}: dynamo_config"),
+        notes=notes,
     )
     _check_numbers(config)
+    if config.num_processes > 1 and values.get("distributed_type") == "NO":
+        raise UserError(f"{what}: distributed_type 'NO' is one process: write MULTI_GPU for several, also on CPUs")
     return config
 
 
@@ -112,7 +170,7 @@ def wished_precision(typed: str | None, config: AccelerateConfig, environ: Mappi
     return typed or config.mixed_precision or (outer if outer in ("fp16", "bf16") else "auto")
 
 
-def _gpu_ids(value: Any, path: str) -> str | None:
+def _gpu_ids(value: Any, path: str | None) -> str | None:
     if value is None or value == "all":
         return None
     if type(value) not in (int, str):

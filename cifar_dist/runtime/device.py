@@ -80,13 +80,17 @@ def choose_compute(
     """
     asked_cpu = wants_cpu(config, environ)
     facts, other_count = probe(use_cpu=asked_cpu), other_count_note(world, config)
-    notes = [] if other_count is None else [other_count]
+    notes = [*config.notes, *([] if other_count is None else [other_count])]
     if facts.type == "cpu" and not asked_cpu:
         notes.append(f"no MPS or CUDA device here: {doing} on cpu")
     wish = wished_precision(typed_precision, config, environ)
     precision, reason = resolve_precision(wish, facts)
     if wish not in ("auto", precision):
         notes.append(f"{reason}: using {precision}")
+    if wish == "auto" and precision != "no" and environ.get("ACCELERATE_MIXED_PRECISION") == "no":
+        notes.append(
+            f"accelerate launch has mixed_precision no, its default: using {precision}; --precision no for float32"
+        )
     wished = wished_compiler(config, environ)
     compiler = None if wished == "CUDAGRAPHS" else wished
     if compiler and (obstacle := _cannot_compile(facts.type, compiler)):

@@ -15,7 +15,13 @@ from typing import Any, Self
 
 import psutil
 
-from cifar_dist.config.accelerate_config import AccelerateConfig, has_outer_launcher, wants_cpu, wished_precision
+from cifar_dist.config.accelerate_config import (
+    AccelerateConfig,
+    has_outer_launcher,
+    wants_cpu,
+    wished_compiler,
+    wished_precision,
+)
 from cifar_dist.config.errors import EXIT_CODE_FILE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_KEYBOARD_INTERRUPT
 
 NUM_THREADS = "CIFAR_DIST_NUM_THREADS"
@@ -74,9 +80,12 @@ def child_environment(environ: Mapping[str, str], config: AccelerateConfig) -> d
     outer = has_outer_launcher(environ)
     foreign = ("ACCELERATE_", "TORCHELASTIC_", "PET_")
     child = {name: value for name, value in environ.items() if not name.startswith(foreign)}
-    wish = wished_precision(None, config, environ)
-    if wish in ("fp16", "bf16"):
-        child["ACCELERATE_MIXED_PRECISION"] = wish
+    wishes = {
+        "ACCELERATE_MIXED_PRECISION": wished_precision(None, config, environ),
+        "ACCELERATE_DYNAMO_BACKEND": wished_compiler(config, environ),
+        "ACCELERATE_DYNAMO_MODE": config.dynamo_mode,
+    }
+    child |= {name: wish for name, wish in wishes.items() if wish not in (None, "no", "auto")}
     if wants_cpu(config, environ):
         child["ACCELERATE_USE_CPU"] = "true"
     threads = child.pop("OMP_NUM_THREADS", None)
