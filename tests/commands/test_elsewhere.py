@@ -11,11 +11,9 @@ import pytest
 from cifar_dist.cli import main
 from cifar_dist.training import lock
 from cifar_dist.training.run_directory import RunDirectory
-from tests.commands.test_resume import files_of
-from tests.commands.test_survival import EVERYTHING
-from tests.commands.test_train import assert_same_run, small_world, train
+from tests.commands.test_train import EVERYTHING, assert_same_run, files_of, small_world, train, whole
 
-__all__ = ["small_world"]  # a fixture that every test here uses
+__all__ = ["small_world", "whole"]  # fixtures
 
 
 @pytest.fixture
@@ -58,11 +56,10 @@ def refusing_open_files(original):
 
 
 @pytest.mark.usefixtures("windows")
-def test_one_process_trains_stops_and_goes_on(capsys):
-    train("--epochs", "3", "--run-dir", "whole", *EVERYTHING)
+def test_one_process_trains_stops_and_resumes(whole):
     train("--epochs", "3", "--run-dir", "parts", "--max-minutes", "0.0001", *EVERYTHING, code=75)
     assert main(["--resume", "parts", "--checkpoint-every-steps", "2"]) == 0
-    assert_same_run("whole", "parts")
+    assert_same_run(whole, "parts")
     summary = RunDirectory(Path("parts")).read_summary()
     assert (summary.status, summary.peak_memory_mib) == ("completed", None)
     left = {path.name for path in files_of("parts")}

@@ -4,7 +4,9 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,10 +14,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from torchvision.models import resnet18
+from PIL import Image
+from torch import nn
+from torchvision.models.resnet import BasicBlock, ResNet
 
 from cifar_dist.cli import main
 from cifar_dist.commands.train import _leave_early
+from cifar_dist.config.loading import recipe_names
 from cifar_dist.training.checkpoint import load_checkpoint
 from cifar_dist.training.engine import InterruptedRun, Trainer
 from cifar_dist.training.evaluation import EvaluationSet
@@ -23,27 +28,64 @@ from cifar_dist.training.run_directory import RunDirectory
 from cifar_dist.training.session import Session
 from tests.conftest import make_dataset
 
-SMALL = ["--recipe", "original", "--dataset", "shapes", "--precision", "no", "--set", "global_batch_size=32"]
+DATA = ["--dataset", "shapes", "--data-dir", "/no/data", "--precision", "no"]
+SMALL = ["--recipe", "original", *DATA, "--set", "global_batch_size=32"]
 VALIDATION = ["--set", "validation_size=16", "selection=best", "early_stopping.monitor=val_loss"]
+EVERYTHING = (*VALIDATION, "ema_decay=0.9", "dropout=0.2", "optimizer.nesterov=true", "augmentation.mixup=0.5")
+FIGURES = ["confusion.png", "curves.png", "mistakes.png", "per_class.png", "predictions.png"]
+
+
+class NarrowResNet(ResNet):
+    """A ResNet with torchvision's names and stem, one block a stage, and 4 to 32 channels: 32,000 weights."""
+
+    def __init__(self, weights=None, num_classes=1000):
+        super().__init__(BasicBlock, [1, 1, 1, 1], num_classes=num_classes)
+        self.fc = nn.Linear(32, num_classes)
+
+    def _make_layer(self, block, planes, *rest, **named):
+        return super()._make_layer(block, planes // 16, *rest, **named)
+
+
+def save_empty_figure(*arguments, **_) -> None:
+    (path,) = (each for each in arguments if isinstance(each, Path))
+    Image.new("RGB", (2, 2)).save(path)
+
+
+@contextlib.contextmanager
+def small_world_in(folder: Path) -> Iterator[None]:
+    """Make commands in `folder` fast: 96 images for `shapes`, a narrow network, no fsync, empty figures.
+
+    tests/unit covers what is left out: test_display.py the figures, test_faults.py the calls of fsync. With nothing
+    left out: test_end_to_end.py.
+    """
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        for command in ("train", "evaluate"):
+            patch.setattr(f"cifar_dist.commands.{command}.load_dataset", lambda *_, **__: make_dataset())
+        patch.setattr("cifar_dist.model.resnet.resnet18", NarrowResNet)
+        patch.setattr("cifar_dist.training.opening.git_commit", lambda: "abc")  # it starts git twice
+        for kind in ("confusion", "per_class", "predictions"):
+            patch.setattr(f"cifar_dist.display.figures.draw_{kind}", save_empty_figure)
+        patch.setattr("cifar_dist.display.page.draw_curves", save_empty_figure)
+        yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
-def small_world(tmp_path, monkeypatch):
-    """An empty folder, a thread, 96 images where `shapes` is asked for, no wait for the disk, no pixels in figures."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # tests/unit/test_faults.py looks at when it is called
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    for command in ("train", "evaluate"):
-        monkeypatch.setattr(f"cifar_dist.commands.{command}.load_dataset", lambda *_, **__: make_dataset())
-    # Drawing takes longer than training here; tests/unit/test_display.py looks at what is drawn.
-    monkeypatch.setattr("cifar_dist.display.figures.save_figure", lambda figure, path: path.touch())
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+def small_world(tmp_path):
+    with small_world_in(tmp_path):
+        yield
 
 
 def train(*argv: str, code: int = 0) -> None:
     assert main(["train", *SMALL, *argv]) == code
+
+
+def evaluate(*argv: str) -> dict:
+    assert main(["eval", "--json", "result.json", *argv]) == 0
+    return json.loads(Path("result.json").read_text())
 
 
 def error_of(capsys) -> str:
@@ -53,59 +95,12 @@ def error_of(capsys) -> str:
     return line.removeprefix("error: ").strip()
 
 
-def test_a_run_leaves_what_it_should(capsys):
-    train("--epochs", "2", *VALIDATION)
-    run = RunDirectory(Path("runs/original-shapes-seed0"))
-    left = sorted(str(path.relative_to(run.path)) for path in run.path.rglob("*") if path.is_file())
-    assert left == [
-        "checkpoints/best.pt", "checkpoints/last.pt", "config.yaml", "figures/confusion.png", "figures/curves.png",
-        "figures/mistakes.png", "figures/per_class.png", "figures/predictions.png",
-        "metrics.jsonl", "summary.json", "test_predictions.npz",
-    ]  # fmt: skip
-    records = run.read_records()
-    assert [(record.epoch, record.step) for record in records] == [(1, 3), (2, 6)]
-
-    summary = json.loads(run.summary.read_text())
-    best = min(records, key=lambda record: record.val_loss)
-    assert (summary["status"], summary["epochs"], summary["best_epoch"]) == ("completed", 2, best.epoch)
-    assert (summary["device"], summary["precision"], summary["num_threads"]) == ("cpu", "no", 1)
-    assert summary["train_seconds"] > sum(record.epoch_seconds for record in records), "with the time of checkpoints"
-    assert summary["test"]["num_samples"] == sum(map(sum, summary["test"]["confusion_matrix"])) == 40
-    assert summary["peak_memory_mib"] > 100
-
-    with np.load(run.predictions, allow_pickle=False) as saved:
-        assert (saved["logits"].dtype, saved["logits"].shape) == (np.float16, (40, 10))
-        assert (saved["images"].dtype, saved["images"].shape) == (np.uint8, (40, 3, 32, 32))
-        right = (saved["logits"].argmax(1) == saved["labels"]).mean()
-        assert saved["indices"].tolist() == list(range(40))
-    assert right == pytest.approx(summary["test"]["top1"], abs=0.03)
-
-    config = yaml.safe_load(run.config.read_text())
-    assert config["recipe"]["validation_size"] == 16
-    assert config["plan"]["num_train"] == 80
-    assert {"torch", "accelerate", "python"} <= set(config["versions"])
-    assert "git_commit" in config
-
-    shown = capsys.readouterr().out
-    assert "global_batch_size 32 = 32 per device x 1 process x 1 accumulation" in shown
-    assert "epoch 2/2" in shown
-    assert "Training completed after 2 of 2 epochs in 0." in shown
-    assert "class3" in shown
+def files_of(folder: str) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
-def test_a_checkpoint_says_all_that_is_needed():
-    train("--epochs", "1", "--run-dir", "x")
-    content = load_checkpoint(Path("x/checkpoints/last.pt"))
-    assert (content["epoch"], content["step"], content["precision"], content["num_threads"]) == (1, 3, "no", 1)
-    assert content["class_names"] == [f"class{i}" for i in range(10)]
-    assert content["recipe"]["normalization"]["mean"] == [0.5, 0.5, 0.5]
-    assert content["dataset"]["fingerprint"] == make_dataset().fingerprint()
-    assert Path(content["dataset"]["data_dir"]).is_absolute()
-    resnet18(num_classes=10).load_state_dict(content["model"], strict=True)
-
-
-def assert_same_run(first: str, second: str, *, epochs: int = 3) -> None:
-    """Two runs came to the same bits, in all that their checkpoints hold, and say the same but for times."""
+def assert_same_run(first: str | Path, second: str | Path, *, epochs: int = 3) -> None:
+    """Two runs have the same bits in their checkpoints, and the same records but for times."""
     runs = [RunDirectory(Path(first)), RunDirectory(Path(second))]
     for file in ("last", "best") if runs[0].best.exists() else ("last",):
         ours, theirs = (dict(flat(load_checkpoint(getattr(run, file)))) for run in runs)
@@ -114,7 +109,7 @@ def assert_same_run(first: str, second: str, *, epochs: int = 3) -> None:
         times = ("/train_seconds", "/epoch_seconds", "record/epoch_seconds", "record/images_per_second")
         assert not [key for key in differ if not key.endswith(times)]
     timeless = [
-        [{**vars_of(record), "images_per_second": 0, "epoch_seconds": 0} for record in run.read_records()]
+        [{**json.loads(record.to_json()), "images_per_second": 0, "epoch_seconds": 0} for record in run.read_records()]
         for run in runs
     ]
     assert timeless[0] == timeless[1]
@@ -138,12 +133,136 @@ def is_equal(ours, theirs) -> bool:
     return ours == theirs
 
 
-def vars_of(record) -> dict:
-    return json.loads(record.to_json())
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run of three epochs, of three steps each, with `EVERYTHING`. Read only."""
+    folder = tmp_path_factory.mktemp("whole")
+    with small_world_in(folder):
+        train("--epochs", "3", "--run-dir", "whole", *EVERYTHING)
+    return folder / "whole"
 
 
-def test_a_taken_name_gets_a_number_and_a_typed_folder_is_refused(capsys):
-    train("--epochs", "1")
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> SimpleNamespace:
+    """A run with a validation split, what it printed, and the number of images in each evaluation. Read only."""
+    folder, output, evaluated = tmp_path_factory.mktemp("finished"), io.StringIO(), []
+    predict = EvaluationSet.predict
+
+    def count(self, *how):
+        evaluated.append(len(self.indices))
+        return predict(self, *how)
+
+    with small_world_in(folder), pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
+        patch.setattr(EvaluationSet, "predict", count)
+        argv = ["--recipe", "plain", "--epochs", "3", "--seed", "1", "--data-dir", "data", *VALIDATION]
+        train(*argv, "global_batch_size=16", "optimizer.learning_rate=0.1")
+    run = RunDirectory(folder / "runs" / "plain-shapes-seed1")
+    return SimpleNamespace(run=run, path=str(run.path), output=output.getvalue(), evaluated=evaluated)
+
+
+def test_a_run_directory_is_complete(finished):
+    run, records = finished.run, finished.run.read_records()
+    assert sorted(str(path.relative_to(run.path)) for path in files_of(finished.path)) == [
+        "checkpoints/best.pt", "checkpoints/last.pt", "config.yaml", *(f"figures/{name}" for name in FIGURES),
+        "metrics.jsonl", "summary.json", "test_predictions.npz",
+    ]  # fmt: skip
+    assert [(record.epoch, record.step) for record in records] == [(1, 5), (2, 10), (3, 15)]
+
+    summary = json.loads(run.summary.read_text())
+    best = min(records, key=lambda record: record.val_loss)
+    assert (summary["status"], summary["epochs"], summary["best_epoch"]) == ("completed", 3, best.epoch)
+    assert (summary["device"], summary["precision"], summary["num_threads"]) == ("cpu", "no", 1)
+    assert summary["train_seconds"] > sum(record.epoch_seconds for record in records), "with the time of checkpoints"
+    assert summary["test"]["num_samples"] == sum(map(sum, summary["test"]["confusion_matrix"])) == 40
+    assert summary["peak_memory_mib"] > 100
+
+    with np.load(run.predictions, allow_pickle=False) as saved:
+        assert (saved["logits"].dtype, saved["logits"].shape) == (np.float16, (40, 10))
+        assert (saved["images"].dtype, saved["images"].shape) == (np.uint8, (40, 3, 32, 32))
+        right = (saved["logits"].argmax(1) == saved["labels"]).mean()
+        assert saved["indices"].tolist() == list(range(40))
+    assert right == pytest.approx(summary["test"]["top1"], abs=0.03)
+
+    config = yaml.safe_load(run.config.read_text())
+    assert (config["recipe"]["validation_size"], config["plan"]["num_train"], config["git_commit"]) == (16, 80, "abc")
+    assert {"torch", "accelerate", "python"} <= set(config["versions"])
+
+    content = load_checkpoint(run.last)
+    assert (content["epoch"], content["step"], content["precision"], content["num_threads"]) == (3, 15, "no", 1)
+    assert content["class_names"] == [f"class{i}" for i in range(10)]
+    assert content["recipe"]["normalization"]["mean"] == [0.5, 0.5, 0.5]
+    assert content["dataset"]["fingerprint"] == make_dataset().fingerprint()
+    assert content["dataset"]["data_dir"] == str(run.path.parent.parent / "data")
+    NarrowResNet(num_classes=10).load_state_dict(content["model"], strict=True)
+
+    for text in (
+        "global_batch_size 16 = 16 per device x 1 process x 1 accumulation",
+        "epoch 3/3",
+        "Training completed after 3 of 3 epochs in 0.",
+        "class3",
+    ):
+        assert text in finished.output
+
+
+def test_the_test_images_are_used_once_at_the_end(finished):
+    """Neither selection nor early stopping uses them."""
+    assert finished.evaluated == [16, 16, 16, 40]
+
+
+def test_eval_repeats_the_results_of_training(finished):
+    test = json.loads(finished.run.summary.read_text())["test"]
+    result = evaluate("--ckpt", finished.path)
+    assert {key: result[key] for key in test} == test
+    assert (result["dataset"], result["split"], result["tta"]) == ("brightness", "test", "none")
+    assert (result["precision"], result["world_size"]) == ("no", 1)
+    assert result["checkpoint"] == str(finished.run.best)
+
+    best = min(finished.run.read_records(), key=lambda record: record.val_loss)
+    result = evaluate("--ckpt", finished.path, "--split", "validation")
+    assert (result["loss"], result["top1"], result["num_samples"]) == (best.val_loss, best.val_acc, 16)
+    # A recipe on the command line changes how images look, not which of them were held out.
+    assert evaluate("--ckpt", finished.path, "--split", "validation", "--recipe", "original") == result
+
+
+def test_eval_of_a_file_or_of_an_untested_run_uses_those_weights(finished):
+    last = evaluate("--ckpt", str(finished.run.last))
+    shutil.copytree(finished.path, "x")
+    summary = json.loads(Path("x/summary.json").read_text())
+    Path("x/summary.json").write_text(json.dumps({**summary, "test": None, "status": "interrupted"}))
+    untested = evaluate("--ckpt", "x")
+    assert untested["checkpoint"] == "x/checkpoints/last.pt" and untested["loss"] == last["loss"]
+
+
+def test_eval_with_mirror_and_figures(finished):
+    mirror = evaluate("--ckpt", finished.path, "--tta", "mirror", "--figures", "new/figures")
+    assert mirror["tta"] == "mirror"
+    assert mirror["loss"] != evaluate("--ckpt", finished.path)["loss"]
+    assert sorted(path.name for path in Path("new/figures").iterdir()) == [
+        name for name in FIGURES if name != "curves.png"
+    ]
+
+
+def test_json_on_standard_output_is_alone_there(finished, capsys):
+    evaluate("--ckpt", finished.path)
+    capsys.readouterr()
+    assert main(["eval", "--ckpt", finished.path, "--json", "-"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == Path("result.json").read_text() and "accuracy " in captured.err
+    assert not Path("-").exists()
+
+
+def test_a_code_page_without_bars_is_no_reason_to_fail(finished, monkeypatch):
+    page = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", page)
+    evaluate("--ckpt", finished.path)
+    page.flush()
+    assert b"%  ??" in page.buffer.getvalue()
+
+
+def test_a_new_run_takes_a_free_name_and_refuses_a_named_directory(capsys):
+    train("--epochs", "1", "--quiet")
+    shown = capsys.readouterr().out
+    assert "test accuracy" in shown and "epoch 1/1" not in shown and "global_batch_size" not in shown
     train("--epochs", "1")
     assert sorted(path.name for path in Path("runs").iterdir()) == ["original-shapes-seed0", "original-shapes-seed0-2"]
     capsys.readouterr()
@@ -159,17 +278,18 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(capsys, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_quiet_shows_the_result_only(capsys):
-    train("--epochs", "1", "--quiet")
-    shown = capsys.readouterr().out
-    assert "epoch 1/1" not in shown
-    assert "global_batch_size" not in shown
-    assert "test accuracy" in shown
+# `finetune` needs weights: see below.
+@pytest.mark.parametrize("recipe", sorted(set(recipe_names()) - {"finetune"}))
+def test_a_recipe_of_the_package_trains(recipe):
+    argv = ["--recipe", recipe, *DATA, "--epochs", "1", "--run-dir", "x", "--set", "image_size=16"]
+    argv += ["image_size_schedule=[[8, 0.5], [16, 1.0]]"] if recipe == "quick" else []
+    assert main(argv) == 0
+    summary = RunDirectory(Path("x")).read_summary()
+    assert (summary.status, summary.test.num_samples) == ("completed", 40)
 
 
-def test_a_diverged_run_says_so_and_keeps_its_checkpoint(capsys):
+def test_a_diverged_run_keeps_its_checkpoint(capsys):
     train("--epochs", "1", "--run-dir", "x")
-    good = Path("x/checkpoints/last.pt").read_bytes()
     state = load_checkpoint(Path("x/checkpoints/last.pt"))
     state["optimizer"]["state"][0]["momentum_buffer"].fill_(float("inf"))
     torch.save(state, "x/checkpoints/last.pt")
@@ -180,17 +300,24 @@ def test_a_diverged_run_says_so_and_keeps_its_checkpoint(capsys):
     assert line.count("\n") == 1
     assert RunDirectory(Path("x")).read_summary().status == "diverged"
     assert load_checkpoint(Path("x/checkpoints/last.pt"))["epoch"] == 1
-    assert good
 
 
-def test_the_result_alone_is_on_the_standard_output_where_it_was_asked_for(capsys):
-    train("--epochs", "1", "--run-dir", "x")
-    assert main(["eval", "--ckpt", "x", "--json", "result.json"]) == 0
-    capsys.readouterr()
-    assert main(["eval", "--ckpt", "x", "--json", "-"]) == 0
-    said = capsys.readouterr()
-    assert said.out == Path("result.json").read_text() and "accuracy " in said.err
-    assert not Path("-").exists()
+@pytest.mark.parametrize("often", [["--checkpoint-every-steps", "1"], []], ids=["each step", "epochs"])
+def test_weights_that_are_not_finite_are_not_saved(monkeypatch, often):
+    """Neither in the step that lost them, whose own loss was finite, nor later."""
+    original = Trainer._end_step
+
+    def end(trainer):
+        original(trainer)
+        if trainer.state.step == 6:  # the last of the second epoch
+            with torch.no_grad():
+                trainer.state.model.fc.bias[0] = torch.nan
+
+    monkeypatch.setattr(Trainer, "_end_step", end)
+    train("--epochs", "4", "--run-dir", "x", *often, "--set", "validation_size=0", code=1)
+    saved = [load_checkpoint(path) for path in Path("x/checkpoints").iterdir()]
+    assert sorted(content["step"] for content in saved) == ([4, 5] if often else [])
+    assert all(bool(tensor.isfinite().all()) for content in saved for tensor in content["model"].values())
 
 
 def test_figures_that_cannot_be_drawn_cost_no_result(capsys, monkeypatch):
@@ -204,36 +331,7 @@ def test_figures_that_cannot_be_drawn_cost_no_result(capsys, monkeypatch):
     assert RunDirectory(Path("x")).read_summary().test is not None
 
 
-def test_a_code_page_without_bars_is_no_reason_to_fail(monkeypatch):
-    train("--epochs", "1", "--run-dir", "x")
-    page = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
-    monkeypatch.setattr(sys, "stdout", page)
-    assert main(["eval", "--ckpt", "x", "--json", "result.json"]) == 0
-    page.flush()
-    assert b"%  ??" in page.buffer.getvalue()
-    assert Path("result.json").exists()
-
-
-@pytest.mark.parametrize("often", [["--checkpoint-every-steps", "1"], []], ids=["each step", "epochs"])
-def test_weights_that_are_lost_are_not_saved(monkeypatch, often):
-    """Neither in the step that lost them, whose own loss was still a number, nor in those after it."""
-    original = Trainer._end_step
-
-    def end(trainer):
-        original(trainer)
-        if trainer.state.step == 6:  # the last of the second epoch
-            with torch.no_grad():
-                trainer.state.model.fc.bias[0] = torch.nan
-
-    monkeypatch.setattr(Trainer, "_end_step", end)
-    train("--epochs", "4", "--run-dir", "x", *often, "--set", "validation_size=0", code=1)
-    for name in ("last", "previous") if often else ():
-        weights = load_checkpoint(Path(f"x/checkpoints/{name}.pt"))["model"]
-        assert all(bool(tensor.isfinite().all()) for tensor in weights.values()), name
-    assert not Path("x/checkpoints/last.pt").exists() or load_checkpoint(Path("x/checkpoints/last.pt"))["step"] < 6
-
-
-def test_a_run_that_ends_early_says_so_before_others_may_end_it():
+def test_an_interrupted_rank_prints_before_the_others_may_end_it():
     calls = []
     session = SimpleNamespace(
         directory=SimpleNamespace(path="x"),
@@ -248,8 +346,8 @@ def test_a_run_that_ends_early_says_so_before_others_may_end_it():
 
 
 @pytest.mark.parametrize("saving", [False, True])
-def test_a_second_ctrl_c_ends_with_130_and_says_how_to_go_on(capsys, monkeypatch, saving):
-    """Also while what the first one asked for is being saved."""
+def test_a_second_ctrl_c_ends_with_130_and_the_command_to_resume(capsys, monkeypatch, saving):
+    """Also while the first one's checkpoint is written."""
 
     def interrupt(self):
         raise KeyboardInterrupt
@@ -266,66 +364,8 @@ def test_a_second_ctrl_c_ends_with_130_and_says_how_to_go_on(capsys, monkeypatch
     assert main(["--resume", "x"]) == 0
 
 
-def evaluate(*argv: str) -> dict:
-    assert main(["eval", "--json", "result.json", *argv]) == 0
-    return json.loads(Path("result.json").read_text())
-
-
-def test_eval_gives_the_accuracy_of_the_training():
-    train("--epochs", "3", "--run-dir", "x", *VALIDATION)
-    test = json.loads(Path("x/summary.json").read_text())["test"]
-    result = evaluate("--ckpt", "x")
-    assert {key: result[key] for key in test} == test
-    assert (result["dataset"], result["split"], result["tta"]) == ("brightness", "test", "none")
-    assert (result["precision"], result["world_size"], result["checkpoint"]) == ("no", 1, "x/checkpoints/best.pt")
-
-
-def test_eval_of_the_validation_split_gives_the_best_epochs_record():
-    train("--epochs", "3", "--run-dir", "x", *VALIDATION)
-    best = min(RunDirectory(Path("x")).read_records(), key=lambda record: record.val_loss)
-    result = evaluate("--ckpt", "x", "--split", "validation")
-    assert (result["loss"], result["top1"], result["num_samples"]) == (best.val_loss, best.val_acc, 16)
-
-
-def test_eval_with_a_recipe_keeps_the_split_of_the_run():
-    """A typed recipe says how images look, and not which of them were held out."""
-    train("--epochs", "2", "--run-dir", "x", "--seed", "1", *VALIDATION)
-    own = evaluate("--ckpt", "x", "--split", "validation")
-    assert evaluate("--ckpt", "x", "--split", "validation", "--recipe", "original") == own
-    torch.save(load_checkpoint(Path("x/checkpoints/last.pt"))["model"], "bare.pth")
-    Path("mine.yaml").write_text("stem: imagenet\n")
-    assert evaluate("--ckpt", "bare.pth", "--split", "validation", "--recipe", "mine.yaml")["num_samples"] == 9
-
-
-def test_eval_of_a_file_takes_that_files_weights():
-    train("--epochs", "2", "--run-dir", "x")
-    assert evaluate("--ckpt", "x/checkpoints/last.pt")["loss"] == evaluate("--ckpt", "x")["loss"]
-
-
-def test_eval_of_a_run_that_was_not_tested_takes_the_last_weights():
-    train("--epochs", "2", "--run-dir", "x", *VALIDATION)
-    summary = json.loads(Path("x/summary.json").read_text())
-    Path("x/summary.json").write_text(json.dumps({**summary, "test": None, "status": "interrupted"}))
-    assert evaluate("--ckpt", "x")["checkpoint"] == "x/checkpoints/last.pt"
-
-
-def test_mirror_averages_over_both_sides():
-    train("--epochs", "1", "--run-dir", "x")
-    plain, mirror = evaluate("--ckpt", "x"), evaluate("--ckpt", "x", "--tta", "mirror")
-    assert mirror["tta"] == "mirror"
-    assert mirror["loss"] != plain["loss"]
-
-
-def test_eval_draws_figures():
-    train("--epochs", "1", "--run-dir", "x")
-    evaluate("--ckpt", "x", "--figures", "new/figures")
-    assert sorted(path.name for path in Path("new/figures").iterdir()) == [
-        "confusion.png", "mistakes.png", "per_class.png", "predictions.png"
-    ]  # fmt: skip
-
-
-def test_the_original_scripts_file_is_evaluated(capsys):
-    model = resnet18(num_classes=10)
+def test_bare_weights_of_torchvisions_stem_are_evaluated_as_the_original_script_does(capsys):
+    model = NarrowResNet(num_classes=10)
     torch.save(model.state_dict(), "script.pth")
     result = evaluate("--ckpt", "script.pth", "--dataset", "shapes")
     assert "bare weights: stem imagenet, 10 classes; normalisation of original" in capsys.readouterr().out
@@ -334,9 +374,12 @@ def test_the_original_scripts_file_is_evaluated(capsys):
         predicted = model.eval()(images).argmax(1)
     assert result["top1"] == pytest.approx((predicted == make_dataset().test.labels).double().mean().item())
     assert result["precision"] == "no"
+    Path("mine.yaml").write_text("stem: imagenet\n")
+    split = evaluate("--ckpt", "script.pth", "--split", "validation", "--recipe", "mine.yaml")
+    assert split["num_samples"] == 9, "a tenth of the training images"
 
 
-def test_bare_weights_of_a_3x3_stem_are_taken_as_cifar_unless_told_otherwise(capsys):
+def test_bare_weights_of_a_3x3_stem_are_taken_as_cifar_unless_a_recipe_is_named(capsys):
     train("--epochs", "1", "--run-dir", "x", "--set", "stem=small")
     summary = json.loads(Path("x/summary.json").read_text())
     torch.save(load_checkpoint(Path("x/checkpoints/last.pt"))["model"], "bare.pth")
@@ -352,46 +395,42 @@ def test_bare_weights_of_a_3x3_stem_are_taken_as_cifar_unless_told_otherwise(cap
     [
         (["--ckpt", "none"], "there is no checkpoint none"),
         (["--ckpt", "."], "there is no checkpoint in .: checkpoints/last.pt does not exist"),
-        (["--ckpt", "x", "--json", "no/where.json"], "--json no/where.json cannot be written"),
-        (["--ckpt", "x", "--figures", "script.pth"], "--figures script.pth is a file: name a folder"),
-        (["--ckpt", "x", "--split", "validation"], "was trained without a validation split"),
+        (["--ckpt", "{run}", "--json", "no/where.json"], "--json no/where.json cannot be written"),
+        (["--ckpt", "{run}", "--figures", "script.pth"], "--figures script.pth is a file: name a folder"),
         (["--ckpt", "script.pth", "--split", "validation"], "bare weights have no validation split: add --recipe"),
         (["--ckpt", "script.pth", "--recipe", "standard"], "standard has the stem cifar, and script.pth has imagenet"),
         (["--ckpt", "seven.pth"], "seven.pth knows 7 classes, and cifar10 has 10: name its --dataset"),
-        (["--ckpt", "list.pth"], "list.pth holds no state dict"),
         (["--ckpt", "mixed.pth"], "mixed.pth is neither a checkpoint of this program nor a bare state dict"),
+        (["--ckpt", "{run}", "--dataset", "other"], "was trained on other classes than other has"),
     ],
-)  # fmt: skip
-def test_what_cannot_be_evaluated_is_one_line(capsys, argv, message):
-    if "x" in argv:
-        train("--epochs", "1", "--run-dir", "x")
-    torch.save(resnet18(num_classes=10).state_dict(), "script.pth")
-    torch.save(resnet18(num_classes=7).state_dict(), "seven.pth")
-    torch.save([1], "list.pth")
+)
+def test_what_cannot_be_evaluated_is_one_line(finished, capsys, monkeypatch, argv, message):
+    torch.save(NarrowResNet(num_classes=10).state_dict(), "script.pth")
+    torch.save(NarrowResNet(num_classes=7).state_dict(), "seven.pth")
     torch.save({"epoch": 3}, "mixed.pth")
-    capsys.readouterr()
-    assert main(["eval", *argv]) == 2
+    Path("other").mkdir()
+    if "other" in argv:
+        other = make_dataset()
+        object.__setattr__(other, "class_names", tuple("abcdefghij"))
+        monkeypatch.setattr("cifar_dist.commands.evaluate.load_dataset", lambda *_, **__: other)
+    assert main(["eval", *(word.format(run=finished.path) for word in argv)]) == 2
     assert message in error_of(capsys)
 
 
-def test_another_classes_dataset_is_refused(capsys, monkeypatch):
+def test_a_run_without_a_validation_split_has_none_to_evaluate(capsys):
     train("--epochs", "1", "--run-dir", "x")
     capsys.readouterr()
-    other = make_dataset()
-    object.__setattr__(other, "class_names", tuple("abcdefghij"))
-    monkeypatch.setattr("cifar_dist.commands.evaluate.load_dataset", lambda *_, **__: other)
-    assert main(["eval", "--ckpt", "x"]) == 2
-    assert "was trained on other classes than shapes has" in error_of(capsys)
+    assert main(["eval", "--ckpt", "x", "--split", "validation"]) == 2
+    assert "was trained without a validation split" in error_of(capsys)
 
 
 @pytest.mark.parametrize("stem", ["imagenet", "cifar"])
-def test_finetuning_starts_from_weights_in_a_file_and_goes_on(stem):
+def test_finetuning_starts_from_weights_in_a_file_and_resumes(stem):
     """Both ways to fine-tune: the images enlarged (here to 64 pixels), or a 3x3 stem on the pretrained body."""
-    torch.save(resnet18(num_classes=1000).state_dict(), "weights.pth")
+    torch.save(NarrowResNet(num_classes=1000).state_dict(), "weights.pth")
     fields = ["pretrained=weights.pth", f"stem={stem}", f"image_size={64 if stem == 'imagenet' else 32}"]
-    argv = ["--recipe", "finetune", "--dataset", "shapes", "--precision", "no", "--run-dir", "x"]
-    fields += ["global_batch_size=16", "validation_size=16"]
-    assert main([*argv, "--epochs", "1", "--set", *fields]) == 0
+    fields += ["global_batch_size=32", "validation_size=16"]
+    assert main(["--recipe", "finetune", *DATA, "--run-dir", "x", "--epochs", "1", "--set", *fields]) == 0
     first = load_checkpoint(Path("x/checkpoints/last.pt"))["model"]
     pretrained = load_checkpoint(Path("weights.pth"))
     assert torch.equal(first["layer3.0.conv1.weight"], pretrained["layer3.0.conv1.weight"]), "the body was not frozen"
@@ -410,16 +449,3 @@ def test_averaged_weights_are_tested_and_evaluated():
     assert evaluate("--ckpt", "x")["loss"] == test["loss"]
     torch.save(content["model"], "raw.pth")
     assert evaluate("--ckpt", "raw.pth", "--dataset", "shapes")["loss"] != test["loss"]
-
-
-def test_the_test_images_are_used_once_at_the_end(monkeypatch):
-    """Neither selection nor early stopping sees them: they are evaluated after the last epoch, and only then."""
-    seen, predict = [], EvaluationSet.predict
-
-    def spy(self, *how):
-        seen.append(len(self.indices))
-        return predict(self, *how)
-
-    monkeypatch.setattr(EvaluationSet, "predict", spy)
-    train("--epochs", "2", *VALIDATION)
-    assert seen == [16, 16, 40]
