@@ -48,12 +48,10 @@ def test_a_closed_output_is_a_quiet_exit(words):
     assert (result.returncode, result.stderr) == (1, "")
 
 
-def test_a_pipe_gets_no_moving_view_where_colours_are_forced(monkeypatch):
+def test_a_pipe_gets_text_as_it_is_and_no_moving_view(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert not can_draw(make_console())
-
-
-def test_text_is_shown_as_it_is(capsys):
+    monkeypatch.delenv("FORCE_COLOR")
     make_console().print("a/:cat:.png 100", markup=False)
     assert capsys.readouterr().out == "a/:cat:.png 100\n"
 

@@ -2,7 +2,6 @@
 
 import csv
 import html
-import html.parser
 import io
 import re
 import shutil
@@ -111,25 +110,15 @@ def test_the_command_to_run_it_again_can_be_typed(run):
     assert read_recipe(options.recipe) == yaml.safe_load((run / "config.yaml").read_text())["recipe"]
 
 
-class Addresses(html.parser.HTMLParser):
-    """Collects the addresses that a page would load, and its tags."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.asked: list[str] = []
-        self.tags: set[str] = set()
-
-    def handle_starttag(self, tag, attributes):
-        names = ("src", "href", "xlink:href", "srcset", "data", "action")
-        self.asked += [value for name, value in attributes if name in names and not value.startswith("#")]
-        self.tags.add(tag)
+def addresses_in(page: str) -> list[str]:
+    """Return what a page would load or link to, other than its own parts."""
+    return re.findall(r"""\b(?:src|href|srcset|data|action)=["']?([^#"'\s>][^"'\s>]*)""", page)
 
 
 def test_the_page_loads_nothing_and_escapes_names(run):
-    page, heard = (run / "report.html").read_text(), Addresses()
-    heard.feed(page)
-    assert heard.asked and all(address.startswith("data:image/png;base64,") for address in heard.asked)
-    assert not heard.tags & {"script", "link", "iframe", "object", "b "}
+    page = (run / "report.html").read_text()
+    assert {address.split(",")[0] for address in addresses_in(page)} == {"data:image/png;base64"}
+    assert not set(re.findall(r"<(\w+)", page)) & {"script", "link", "iframe", "object"}
     assert set(re.findall(r"url\((.)", page)) <= {"#"} and "@import" not in page and "://" not in page
     assert "default-src 'none'" in page
     assert "<title>&lt;b&gt;</title>" in html_page("<b>", []) and "<h1>&lt;b&gt;</h1>" in html_page("<b>", [])
