@@ -1,10 +1,12 @@
 """What the scripts of slurm/ ask of Slurm, for jobs of every shape; a pretended srun and scontrol write it down."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,14 @@ def run(project: Path, script: str, *arguments: str, **env: str) -> tuple[int, s
     return process.returncode, out, err
 
 
+def summary(**values) -> str:
+    """Return what srun is told to leave as summary.json."""
+    return json.dumps({"status": "interrupted", "train_seconds": 1.25} | values, indent=1)
+
+
+RUN = "runs/cifar-dist-71"
+
+
 def calls(project: Path, program: str) -> list[list[str]]:
     """The arguments of each call of a program."""
     found: list[list[str]] = []
@@ -74,51 +84,49 @@ def calls(project: Path, program: str) -> list[list[str]]:
     return [words[1:] for words in found if words[0] == program]
 
 
-SHAPES = {
-    "one CPU task": ({"SLURM_CPUS_ON_NODE": "8"}, "--nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task=8"),
+SHAPES = {  # without the SLURM_ that each name begins with
+    "one CPU task": ("CPUS_ON_NODE=8", "--nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task=8"),
     "two CPU nodes": (
-        {"SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_ON_NODE": "8", "SLURM_CPUS_PER_TASK": "8"},
+        "JOB_NUM_NODES=2 CPUS_ON_NODE=8 CPUS_PER_TASK=8",
         "--nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=8",
     ),
     "four nodes of eight GPUs": (
-        {"SLURM_JOB_NUM_NODES": "4", "SLURM_GPUS_ON_NODE": "8", "SLURM_GPUS_PER_NODE": "8", "SLURM_CPUS_ON_NODE": "64"},
+        "JOB_NUM_NODES=4 GPUS_ON_NODE=8 GPUS_PER_NODE=8 CPUS_ON_NODE=64",
         "--nodes=4 --ntasks=32 --ntasks-per-node=8 --cpus-per-task=8",
     ),
     "more GPUs than CPUs": (
-        {"SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_ON_NODE": "4"},
+        "GPUS_ON_NODE=8 CPUS_ON_NODE=4",
         "--nodes=1 --ntasks=8 --ntasks-per-node=8 --overcommit --cpus-per-task=1",
     ),
     "tasks typed": (
-        {"SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS_PER_NODE": "4", "SLURM_NTASKS": "8", "SLURM_CPUS_ON_NODE": "8"},
+        "JOB_NUM_NODES=2 NTASKS_PER_NODE=4 NTASKS=8 CPUS_ON_NODE=8",
         "--nodes=2 --ntasks=8 --ntasks-per-node=4 --cpus-per-task=2",
     ),
     "a number of tasks, laid out by Slurm": (
-        {"SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "3", "SLURM_CPUS_PER_TASK": "2", "SLURM_CPUS_ON_NODE": "4"},
+        "JOB_NUM_NODES=2 NTASKS=3 CPUS_PER_TASK=2 CPUS_ON_NODE=4",
         "--ntasks=3 --cpus-per-task=2",
     ),
-    "GPUs of all nodes together": (
-        {"SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS": "6", "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_ON_NODE": "8"},
-        "--ntasks=6 --gpus-per-task=1 --cpus-per-task=2",
-    ),
-    "GPUs with their type": (
-        {
-            "SLURM_JOB_NUM_NODES": "2",
-            "SLURM_GPUS": "a100:4,h100:2",
-            "SLURM_GPUS_ON_NODE": "4",
-            "SLURM_CPUS_ON_NODE": "8",
-        },
+    "GPUs of all nodes together, with their type": (
+        "JOB_NUM_NODES=2 GPUS=a100:4,h100:2 GPUS_ON_NODE=4 CPUS_ON_NODE=8",
         "--ntasks=6 --gpus-per-task=1 --cpus-per-task=2",
     ),
     "each task sees one GPU": (
-        {"SLURM_NTASKS": "4", "SLURM_GPUS_PER_TASK": "1", "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_PER_TASK": "8"},
+        "NTASKS=4 GPUS_PER_TASK=1 GPUS_ON_NODE=4 CPUS_PER_TASK=8",
         "--ntasks=4 --cpus-per-task=8",
     ),
 }
 
 
+def slurm(words: str) -> dict[str, str]:
+    return dict(f"SLURM_{word}".split("=", 1) for word in words.split())
+
+
+TWO_NODES_OF_GPUS = slurm("JOB_NUM_NODES=2 GPUS_ON_NODE=4 CPUS_ON_NODE=8")
+
+
 @pytest.mark.parametrize(("env", "layout"), SHAPES.values(), ids=SHAPES.keys())
 def test_the_tasks_of_a_job(project, env, layout):
-    code, out, err = run(project, "train.sh", "--recipe", "strong", "--set", "a=1", "b=2", **env)
+    code, out, err = run(project, "train.sh", "--recipe", "strong", "--set", "a=1", "b=2", **slurm(env))
     assert (code, err) == (0, "")
     assert out == f"run directory {project}/runs/cifar-dist-71, log /logs/cifar-dist-71.out\n"
     launch = "python launch.py --recipe strong --set a=1 b=2 --run-dir runs/cifar-dist-71 --resume"
@@ -151,15 +159,12 @@ def test_a_run_directory_that_was_typed(project, typed, run_dir):
 
 def test_an_array_task_is_a_seed_and_has_a_run_of_its_own(project):
     env = {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "2"}
-    summary = json.dumps({"status": "interrupted", "train_seconds": 3.5}, indent=1)
-    code, out, _ = run(
-        project, "array.sh", "--recipe", "quick", SUMMARY=summary, RUN="runs/cifar-dist-70_2", SRUN_CODE="75", **env
-    )
+    env |= {"SUMMARY": summary(train_seconds=3.5), "RUN": "runs/cifar-dist-70_2", "SRUN_CODE": "75"}
+    code, out, _ = run(project, "array.sh", "--recipe", "quick", **env)
     assert code == 0
     assert out.splitlines()[-1] == "requeued: interrupted, after 3.5 s of training"
-    assert "launch.py --seed 2 --recipe quick --run-dir runs/cifar-dist-70_2 --resume" in " ".join(
-        calls(project, "srun")[0]
-    )
+    (words,) = calls(project, "srun")
+    assert "launch.py --seed 2 --recipe quick --run-dir runs/cifar-dist-70_2 --resume" in " ".join(words)
     assert calls(project, "scontrol")[-1] == ["requeue", "70_2"], "the whole array would be requeued"
 
 
@@ -183,8 +188,8 @@ def test_an_array_task_is_a_seed_and_has_a_run_of_its_own(project):
     ],
 )
 def test_what_becomes_of_the_job(project, status, srun_code, batch_flag, code, requeued):
-    summary = "" if status is None else json.dumps({"status": status, "train_seconds": 1.25, "test": None}, indent=1)
-    env = {"SUMMARY": summary, "RUN": "runs/cifar-dist-71", "SRUN_CODE": str(srun_code), "BATCH_FLAG": str(batch_flag)}
+    left = "" if status is None else summary(status=status, test=None)
+    env = {"SUMMARY": left, "RUN": RUN, "SRUN_CODE": str(srun_code), "BATCH_FLAG": str(batch_flag)}
     ended, _, err = run(project, "train.sh", **env)
     assert (ended, err) == (code, "")
     assert (calls(project, "scontrol")[-1] == ["requeue", "71"]) == requeued
@@ -193,18 +198,17 @@ def test_what_becomes_of_the_job(project, status, srun_code, batch_flag, code, r
 @pytest.mark.parametrize(("srun_code", "code", "requeued"), [(137, 137, False), (75, 0, True), (0, 0, False)])
 def test_the_outcome_of_an_earlier_start_is_not_this_ones(project, srun_code, code, requeued):
     """A run that was complete, is to go on for longer, and was ended before it had said that it goes on."""
-    (project / "runs" / "cifar-dist-71").mkdir(parents=True)
-    summary = json.dumps({"status": "completed", "train_seconds": 1.25}, indent=1)
-    (project / "runs" / "cifar-dist-71" / "summary.json").write_text(summary)
-    ended, _, _ = run(project, "train.sh", SRUN_CODE=str(srun_code), BATCH_FLAG="1")
+    (project / RUN).mkdir(parents=True)
+    (project / RUN / "summary.json").write_text(summary(status="completed"))
+    ended, _, _ = run(project, "train.sh", SRUN_CODE=str(srun_code))
     assert ended == code
     assert (calls(project, "scontrol")[-1] == ["requeue", "71"]) == requeued
 
 
 def test_restarts_without_progress_come_to_an_end(project):
     def once(seconds: float) -> tuple[int, str]:
-        summary = json.dumps({"status": "running", "train_seconds": seconds}, indent=1)
-        code, _, err = run(project, "train.sh", SUMMARY=summary, RUN="runs/cifar-dist-71", SRUN_CODE="1")
+        left = summary(status="running", train_seconds=seconds)
+        code, _, err = run(project, "train.sh", SUMMARY=left, RUN=RUN, SRUN_CODE="1")
         return code, err
 
     assert [once(5.5) for _ in range(3)] == [(0, "")] * 3
@@ -213,20 +217,27 @@ def test_restarts_without_progress_come_to_an_end(project):
     assert len([words for words in calls(project, "scontrol") if words[0] == "requeue"]) == 6
 
 
-def test_a_job_that_is_told_to_end_is_not_requeued(project):
-    summary = json.dumps({"status": "interrupted", "train_seconds": 1.0}, indent=1)
-    process = begin(project, "train.sh", SUMMARY=summary, RUN="runs/cifar-dist-71", STAY="1")
-    deadline = time.monotonic() + 20
-    while not (project / "started").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+def test_a_job_that_is_told_to_end_waits_for_the_run_and_is_not_requeued(project):
+    process = begin(project, "train.sh", SUMMARY=summary(), RUN=RUN, STAY="1")
+    proc = Path("/proc", str(process.pid))
+
+    def wait_for(condition: Callable[[], bool]) -> None:
+        while not condition():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+
+    def waits_again() -> bool:
+        """Whether bash has handled SIGTERM: it is not pending any more, and bash sleeps."""
+        status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
+        return not int(status["ShdPnd"], 16) & 1 << signal.SIGTERM - 1 and status["State"].strip()[0] == "S"
+
+    wait_for((project / "started").exists)
+    (srun,) = [int(pid) for pid in (proc / "task" / proc.name / "children").read_text().split()]
     process.send_signal(signal.SIGTERM)
-    (srun,) = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-    time.sleep(0.1)
-    assert process.poll() is None, "it does not wait for the processes to save"
-    subprocess.run(["kill", "-USR1", str(srun)], check=True)
+    wait_for(waits_again)
+    os.kill(srun, signal.SIGUSR1)
     _, err = process.communicate(timeout=20)
-    assert (process.returncode, err) == (75, "")
+    assert (process.returncode, err) == (75, ""), "it did not wait for the processes to save"
     assert ["requeue", "71"] not in calls(project, "scontrol")
 
 
@@ -249,14 +260,14 @@ def test_elsewhere_it_is_one_line(project, script):
 
 
 def test_data_is_staged_once_a_node(project):
-    env = {"SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_ON_NODE": "8"}
-    assert run(project, "train.sh", "--data-dir", "big", CIFAR_DIST_STAGE="/local/x", **env)[0] == 0
+    env = {"CIFAR_DIST_STAGE": "/local/x"}
+    assert run(project, "train.sh", "--data-dir", "big", **env, **TWO_NODES_OF_GPUS)[0] == 0
     copy, train = calls(project, "srun")
     assert copy[:4] == ["--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=1"]
     assert copy[-3:-1] == ["big", "/local/x"]
     assert " ".join(train).count("--data-dir big --data-dir /local/x --run-dir") == 1
     (project / "calls").unlink()
-    code, _, err = run(project, "train.sh", CIFAR_DIST_STAGE="/local/x", STAGE_CODE="1")
+    code, _, err = run(project, "train.sh", STAGE_CODE="1", **env)
     assert (code, err) == (2, "error: cannot copy data/cifar-* to /local/x\n")
     assert len(calls(project, "srun")) == 1
 
@@ -273,7 +284,7 @@ def test_the_copy_that_is_staged(tmp_path):
 
 
 def test_evaluation(project):
-    code, _, err = run(project, "eval.sh", "--ckpt", "runs/x", SLURM_GPUS_ON_NODE="2", SLURM_CPUS_ON_NODE="8")
+    code, _, err = run(project, "eval.sh", "--ckpt", "runs/x", **slurm("GPUS_ON_NODE=2 CPUS_ON_NODE=8"))
     assert (code, err) == (0, "")
     (words,) = calls(project, "srun")
     assert " ".join(words[:-1]) == (
@@ -299,8 +310,7 @@ def test_evaluation(project):
     ],
 )  # fmt: skip
 def test_an_agent_a_node(project, launcher, command):
-    env = {"SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_ON_NODE": "8"}
-    assert run(project, "train.sh", CIFAR_DIST_LAUNCHER=launcher, **env)[0] == 0
+    assert run(project, "train.sh", CIFAR_DIST_LAUNCHER=launcher, **TWO_NODES_OF_GPUS)[0] == 0
     (words,) = calls(project, "srun")
     assert " ".join(words[:-1]) == (
         "--nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=8 --kill-on-bad-exit=1"
