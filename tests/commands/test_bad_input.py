@@ -158,6 +158,8 @@ CASES = {
     " set it to at most 49998",
     "--set gradient_accumulation_steps=3": "global_batch_size=512 does not divide by 1 processes x 3 accumulation:"
     " set it to 510 or 513",
+    "--num-processes 3": "global_batch_size=512 does not divide by 3 processes",
+    "doctor --recipe no": "unknown recipe 'no'",
     "--set batch_norm_group_size=7": "batch_norm_group_size=7 must cut the",
     "--config nowhere.yaml": "cannot read Accelerate config nowhere.yaml: No such file or directory",
     "--resume": "--resume needs to know the run: type --resume DIR, or --run-dir DIR --resume",
