@@ -1,16 +1,19 @@
-"""Worlds for tests: several gloo ranks on this machine, forked from one process that has imported everything already.
+"""Start ranks and programs without new interpreters: both are forked from a process that has imported torch.
 
-A world is started once and many checks run in it: `run_world(2, first, second)` calls `first(runtime)` and then
-`second(runtime)` on every rank, and gives, for each, what the ranks returned.
+`run_world(2, first, second)` starts a world once and calls `first(runtime)` and then `second(runtime)` on every rank.
+`Program([...])` runs a command line in a process of its own, and `run_ranks` the same command on each rank of a world.
 """
 
 import multiprocessing
 import os
+import signal
+import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ from torch import nn
 from torch.distributed import TCPStore
 from torchvision.models.resnet import BasicBlock, ResNet
 
+from cifar_dist.cli import main
 from cifar_dist.config.accelerate_config import AccelerateConfig
 from cifar_dist.config.world import World
 from cifar_dist.model import resnet
@@ -25,10 +29,10 @@ from cifar_dist.runtime.device import SHARE_GPU
 from cifar_dist.runtime.distributed import Runtime, connect, start
 from cifar_dist.training import setup
 
-TIMEOUT_S = 240
-"""In which some rank must end some check."""
+TIMEOUT_SECONDS = 120
+"""Within this time some rank must end some check, and a program must end."""
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["cifar_dist.training.setup", "cifar_dist.training.session", "tests.worlds.harness"])
+_CONTEXT.set_forkserver_preload(["cifar_dist.commands.train", "tests.worlds.harness"])
 
 Check = Callable[[Runtime], Any]
 
@@ -38,14 +42,13 @@ ON_CPU = AccelerateConfig(use_cpu=True)
 def run_world(
     size: int, *checks: Check, config: AccelerateConfig = ON_CPU, precision: str = "no", share_gpu: bool = False
 ) -> list[list[Any]]:
-    """Run the checks on `size` ranks, one thread each; give a list for each check with what each rank returned."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    """Run the checks on `size` ranks, one thread each; return a list for each check with what each rank returned."""
+    store = _store()
     pipes, processes = [], []
     for rank in range(size):
         here, there = _CONTEXT.Pipe(duplex=False)
-        process = _CONTEXT.Process(
-            target=_rank, args=(rank, size, store.port, checks, config, precision, share_gpu, there), daemon=True
-        )
+        environ = _torchrun(rank, size, store) | ({SHARE_GPU: "1"} if share_gpu else {})
+        process = _CONTEXT.Process(target=_rank, args=(environ, checks, config, precision, there), daemon=True)
         process.start()
         there.close()
         pipes.append(here)
@@ -54,7 +57,7 @@ def run_world(
         returned: list[list[Any]] = [[] for _ in range(size)]
         waiting = dict(zip(pipes, range(size), strict=True))
         while waiting:
-            ready = wait(list(waiting), timeout=TIMEOUT_S)
+            ready = wait(list(waiting), timeout=TIMEOUT_SECONDS)
             assert ready, f"ranks {sorted(waiting.values())} of {size} hang in check {min(map(len, returned))}"
             for pipe in ready:
                 rank = waiting[pipe]
@@ -63,59 +66,18 @@ def run_world(
                 returned[rank].append(result)
                 if len(returned[rank]) == len(checks):
                     del waiting[pipe]
-    finally:
         for process in processes:
             process.join(5)
-            if process.is_alive():
-                process.kill()
+    finally:
+        for process in processes:
+            process.kill()
     return [list(each) for each in zip(*returned, strict=True)]
 
 
-class _ThinResNet18(ResNet):
-    """ResNet-18 with a quarter of the channels behind its stem, for time: every rank steps all weights in float64."""
-
-    def __init__(self, weights: None, num_classes: int) -> None:
-        super().__init__(BasicBlock, [2, 2, 2, 2], num_classes=num_classes)
-        self.fc = nn.Linear(128, num_classes)
-
-    def _make_layer(self, block, planes, *arguments, **named):
-        return super()._make_layer(block, planes // 4, *arguments, **named)
-
-
-@contextmanager
-def models_in_float64(*, thin: bool = False) -> Iterator[None]:
-    """Let trainers be built whose weights and images are float64, so that rounding hides nothing."""
-
-    def build(*arguments, **named):
-        model = original(*arguments, **named).double()
-        model.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(),))
-        return model
-
-    original, setup.build_resnet = setup.build_resnet, build
-    theirs, resnet.resnet18 = resnet.resnet18, _ThinResNet18 if thin else resnet.resnet18
-    try:
-        yield
-    finally:
-        setup.build_resnet, resnet.resnet18 = original, theirs
-
-
 def _rank(
-    rank: int,
-    size: int,
-    port: int,
-    checks: tuple[Check, ...],
-    config: AccelerateConfig,
-    precision: str,
-    share_gpu: bool,
-    pipe: Connection,
+    environ: dict[str, str], checks: tuple[Check, ...], config: AccelerateConfig, precision: str, pipe: Connection
 ) -> None:
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
-    }  # fmt: skip
-    if share_gpu:
-        os.environ[SHARE_GPU] = "1"
+    os.environ |= environ
     try:
         torch.set_num_threads(1)
         with connect(World.from_environment(os.environ), config) as ranks:
@@ -126,3 +88,115 @@ def _rank(
     except BaseException:
         pipe.send((True, traceback.format_exc()))
         os._exit(1)
+
+
+class Program:
+    """The command line, run in a process of its own."""
+
+    def __init__(
+        self, argv: list[str], cwd: Path, *, prepare: Callable[[], None] | None = None, **environ: str
+    ) -> None:
+        """Start it in a folder; `prepare` is called there first."""
+        self._name = f"{len(list(cwd.glob('.out-*')))}"
+        self._files = [cwd / f".{stream}-{self._name}" for stream in ("out", "err")]
+        for file in self._files:
+            file.touch()
+        arguments = (argv, cwd, {**os.environ, **environ}, self._files, prepare)
+        self.process = _CONTEXT.Process(target=_program, args=arguments, daemon=True)
+        self.process.start()
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        self.process.kill()
+
+    def finish(self) -> tuple[int | None, str, str]:
+        """Wait for its end; return exit code (None: killed because it hangs), standard output and standard error."""
+        self.process.join(TIMEOUT_SECONDS)
+        code = self.process.exitcode
+        self.process.kill()
+        out, err = (file.read_text() for file in self._files)
+        return code, out, err
+
+
+def run_ranks(
+    size: int,
+    argv: list[str],
+    cwd: Path,
+    *,
+    prepare: Callable[[], None] | None = None,
+    launcher: Callable[[int], Mapping[str, str]] | None = None,
+    **environ: str,
+) -> list[tuple[int | None, str, str]]:
+    """Run a command on each rank of a world; `launcher` returns a rank's variables (default: those of torchrun)."""
+    store = _store()
+    variables = launcher or (lambda rank: _torchrun(rank, size, store))
+    programs = [Program(argv, cwd, prepare=prepare, **variables(rank), **environ) for rank in range(size)]
+    return [program.finish() for program in programs]
+
+
+def _program(
+    argv: list[str], cwd: Path, environ: dict[str, str], files: list[Path], prepare: Callable[[], None] | None
+) -> None:
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ |= environ
+    for stream, file in zip((sys.stdout, sys.stderr), files, strict=True):
+        os.dup2(os.open(file, os.O_WRONLY), stream.fileno())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    sys.argv = ["launch.py", *argv]
+    torch.set_num_threads(1)
+    if prepare is not None:
+        prepare()
+    code = main(argv)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _store() -> TCPStore:
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+
+
+def _torchrun(rank: int, size: int, store: TCPStore) -> dict[str, str]:
+    return {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+    }  # fmt: skip
+
+
+class ThinResNet18(ResNet):
+    """ResNet-18 with a quarter of the channels behind its stem, for time."""
+
+    def __init__(self, weights: None, num_classes: int) -> None:
+        super().__init__(BasicBlock, [2, 2, 2, 2], num_classes=num_classes)
+        self.fc = nn.Linear(128, num_classes)
+
+    def _make_layer(self, block, planes, *arguments, **named):
+        return super()._make_layer(block, planes // 4, *arguments, **named)
+
+
+@contextmanager
+def thin_models() -> Iterator[None]:
+    """Build models with a quarter of the channels."""
+    original, resnet.resnet18 = resnet.resnet18, ThinResNet18
+    try:
+        yield
+    finally:
+        resnet.resnet18 = original
+
+
+@contextmanager
+def models_in_float64() -> Iterator[None]:
+    """Build trainers whose weights and images are float64, so that rounding hides nothing."""
+
+    def build(*arguments, **named):
+        model = original(*arguments, **named).double()
+        model.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(),))
+        return model
+
+    original, setup.build_resnet = setup.build_resnet, build
+    try:
+        yield
+    finally:
+        setup.build_resnet = original
