@@ -160,8 +160,9 @@ def test_whole_folder_is_read_in_order_without_network_or_writing(
         ("test", b""),
         ("meta", b"damaged"),
     ],
+    ids=["truncated", "tampered", "empty", "without images"],
 )
-@pytest.mark.parametrize("missing", [[], ["batch_1", "batch_2", "test"]])
+@pytest.mark.parametrize("missing", [[], ["batch_1", "batch_2", "test"]], ids=["whole folder", "alone"])
 def test_damaged_file_is_named_and_left_alone(folder: Path, name: str, content: bytes, missing: list[str]) -> None:
     for other in missing:
         (folder / other).unlink()
@@ -246,7 +247,7 @@ def test_pickles_load_only_the_three_names_of_an_array(folder: Path, name: str) 
 # The tarball
 
 
-@pytest.mark.parametrize("content", [TARBALL[:-1], b"", TARBALL + b"more"])
+@pytest.mark.parametrize("content", [TARBALL[:-1], b"", TARBALL + b"more"], ids=["truncated", "empty", "longer"])
 def test_wrong_tarball_is_named_and_left_alone(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "fake.tar.gz").write_bytes(content)
     assert f"not official: {tmp_path / 'fake.tar.gz'} (left alone" in refused(tmp_path)

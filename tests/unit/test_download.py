@@ -150,6 +150,11 @@ def part_of(target: Path) -> Path:
         (["lies", "good"], b"", [("lies", 0), ("good", 0)]),
         (["half_lies", "good"], b"", [("half_lies", 0), *2 * [("half_lies", HALF)], ("good", HALF), ("good", 0)]),
     ],
+    ids=[
+        *("broken connection", "little at a time", "no Range", "no length", "redirect"),
+        *("part file", "whole part file", "wrong part file", "long part file"),
+        *("after a stuck one", "after a missing one", "after a lie", "after half a lie"),
+    ],
 )
 def test_download_resumes_with_the_fewest_bytes(
     server: Server, target: Path, paths: list[str], part: bytes, requests: list[tuple[str, int]]
@@ -173,6 +178,7 @@ def test_download_resumes_with_the_fewest_bytes(
         ("empty", b"", "broke off after 0 of unknown bytes", b"", 2),
         ("empty", GOOD[:1000], "broke off after 0 of unknown bytes", GOOD[:1000], 2),
     ],
+    ids=["stuck", "behind the part file", "another range", "lie", "missing", "empty", "empty, with a part file"],
 )
 def test_failed_download_keeps_only_useful_bytes(
     server: Server, target: Path, path: str, part: bytes, reason: str, part_after: bytes, num_requests: int
