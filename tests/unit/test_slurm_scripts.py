@@ -237,7 +237,7 @@ def test_a_job_that_is_told_to_end_waits_for_the_run_and_is_not_requeued(project
     wait_for(waits_again)
     os.kill(srun, signal.SIGUSR1)
     _, err = process.communicate(timeout=20)
-    assert (process.returncode, err) == (75, ""), "it did not wait for the processes to save"
+    assert (process.returncode, err) == (75, "")
     assert ["requeue", "71"] not in calls(project, "scontrol")
 
 
