@@ -29,28 +29,35 @@ from cifar_dist.config.options import BenchOptions
 from cifar_dist.config.world import World
 from cifar_dist.display.tables import format_bench
 from cifar_dist.records import Observer
-from cifar_dist.runtime import graphs
+from cifar_dist.runtime import graphs, timing
 from cifar_dist.runtime.interrupt import StoppedBeforeTraining
 from cifar_dist.runtime.timing import Contender, alternate
 from cifar_dist.training import sweep
 from cifar_dist.training.setup import build_trainer
 from cifar_dist.training.step_profile import flops_per_image, memory_by_part, peak_flops
-from tests.commands.test_train import small_world
+from tests.commands.test_train import NarrowResNet, small_world_in
 from tests.conftest import ROOT, make_dataset, make_recipe
 
-__all__ = ["small_world"]  # a fixture that every test here uses
-
-BENCH = ["bench", "--recipe", "original", "--precision", "no", "--seconds", "0.2", "--set", "global_batch_size=8"]
+BENCH = ["bench", "--recipe", "original", "--precision", "no", "--seconds", "0.01", "--set", "global_batch_size=8"]
 
 
+@pytest.fixture
+def narrow(tmp_path, monkeypatch):
+    """A narrow network, few images and the least number of rounds."""
+    monkeypatch.setattr(timing, "_ROUNDS", 3)
+    monkeypatch.setattr(bench, "random_dataset", lambda *_: make_dataset())
+    with small_world_in(tmp_path):
+        yield
+
+
+@pytest.mark.usefixtures("narrow")
 def test_it_measures_and_writes_its_figures(capsys):
     assert main([*BENCH, "ema_decay=0.9", "--json", "bench.json"]) == 0
     result = json.loads(Path("bench.json").read_text())
     assert all(result[f"{name}_images_per_second"] > 1 for name in ("bare_step", "loop", "script", "peer"))
     for name in ("bare", "script", "peer"):
         low, middle, high = (result[f"loop_over_{name}{end}"] for end in ("_min", "", "_max"))
-        assert low <= middle <= high
-        assert 0.05 < middle < 20
+        assert 0 < low <= middle <= high
     assert list(result["seconds_by_part"]) == [
         "data", "augmentation", "normalization", "forward", "backward", "optimizer", "metrics", "progress", "average",
     ]  # fmt: skip
@@ -64,15 +71,16 @@ def test_it_measures_and_writes_its_figures(capsys):
     replayed = format_bench({**result, "compiler": "CUDAGRAPHS"})
     assert any("each given to the GPU by itself, not replayed, and waited for" in line for line in replayed)
     assert re.search(r"^\d+ rounds, in which each has its turn: about [\d.]+ (s|min)", shown, re.MULTILINE), shown
-    assert "MiB by part: images 59, model 43, gradients 43, optimizer 43, average 43" in shown
+    assert re.search(r"^MiB by part: images 0, model 0, gradients 0, optimizer 0, average 0,", shown, re.MULTILINE)
 
 
+@pytest.mark.usefixtures("narrow")
 def test_a_sweep_measures_every_choice_and_goes_on_where_a_compiler_fails(capsys, monkeypatch):
     def no_compiler(*_, **__):
         raise RuntimeError("no compiler here")
 
     monkeypatch.setattr(torch, "compile", lambda model, **_: SimpleNamespace(train=lambda: no_compiler))
-    assert main([*BENCH[:-1], "global_batch_size=2", "--sweep", "--json", "sweep.json"]) == 0
+    assert main([*BENCH, "--sweep", "--json", "sweep.json"]) == 0
     result = json.loads(Path("sweep.json").read_text())
     rows = result["sweep"]
     choices = {(row["precision"], row["memory_format"], row["compiler"], row["fused"]) for row in rows}
@@ -93,6 +101,7 @@ def test_a_sweep_measures_every_choice_and_goes_on_where_a_compiler_fails(capsys
     assert shown.count("chosen") == 1
 
 
+@pytest.mark.usefixtures("narrow")
 def test_a_sweep_in_which_nothing_can_be_computed_is_one_line(capsys, monkeypatch):
     def out_of_memory(*_, **__):
         raise RuntimeError("out of memory\nand much more")
@@ -111,6 +120,7 @@ def test_the_floor_of_replayed_steps_is_replayed_and_keeps_its_model(monkeypatch
         return lambda: done.append(alive() is not None)
 
     monkeypatch.setattr(graphs, "record", record)
+    monkeypatch.setattr("cifar_dist.model.resnet.resnet18", NarrowResNet)
     recipe = make_recipe("global_batch_size=8")
     floor = functools.partial(bench._bare_step, recipe, runtime, precision="no", layout=torch.contiguous_format)
     step = floor(compiler="CUDAGRAPHS")

@@ -1,42 +1,46 @@
-"""What is exported is loaded by the libraries that it is for, in the lines that the document has."""
+"""Exported files are loaded by the libraries that they are for, by the lines of docs/interoperability.md."""
 
 import dataclasses
 import json
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from torchvision.models import resnet18
 
 from cifar_dist.cli import main
 from cifar_dist.commands import export
+from cifar_dist.model.resnet import build_resnet
 from cifar_dist.training.weights import read_weights
-from tests.conftest import ROOT, make_dataset, make_recipe
+from tests.commands.test_train import NarrowResNet, small_world_in, train
+from tests.conftest import ROOT, make_recipe
 
 RUN = "runs/original-shapes-seed0"
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "interoperability.md").read_text(), re.DOTALL)
 
 
+def export_once(export):
+    """Keep the first graph: there is one network here, and each export takes seconds."""
+    programs = []
+
+    def kept(*arguments, **options):
+        programs.extend([] if programs else [export(*arguments, **options)])
+        return programs[0]
+
+    return kept
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder in which a small run, and what is exported from it, lie."""
+    """The current folder, with a small run and its exports. Here torchvision's network is the narrow one, too."""
     folder = tmp_path_factory.mktemp("export")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for command in ("train", "evaluate"):
-            patch.setattr(f"cifar_dist.commands.{command}.load_dataset", lambda *_, **__: make_dataset())
-        patch.setattr("cifar_dist.display.figures.save_figure", lambda figure, path: path.touch())
-        start = ["--recipe", "original", "--dataset", "shapes", "--epochs", "1", "--set", "global_batch_size=32"]
-        assert main(start) == 0
+    with small_world_in(folder), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torchvision.models.resnet18", NarrowResNet)
+        patch.setattr(torch.onnx, "export", export_once(torch.onnx.export))
+        train("--epochs", "1")
         for suffix in ("pth", "safetensors", "onnx"):
             assert main(["export", "--ckpt", RUN, "--out", f"resnet18.{suffix}"]) == 0
         yield folder
-
-
-def weights_of_the_run(folder: Path) -> dict[str, torch.Tensor]:
-    return read_weights(folder / RUN).tensors
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -45,23 +49,16 @@ def test_the_lines_of_the_document_load_it(folder, block):
     exec(block, names)
     model = names.get("model")
     if "load_state_dict" in block:
+        trained = read_weights(folder / RUN).tensors
         for name, value in model.state_dict().items():
-            assert torch.equal(value, weights_of_the_run(folder)[name]), name
+            assert torch.equal(value, trained[name]), name
             assert value.is_contiguous()
+    if "kernel_size=3" in block:
+        model.load_state_dict(build_resnet("cifar", 10, seed=0).state_dict())
+    if "logits" in names and "load_state_dict" not in block:
+        assert names["logits"].shape == (2, 10)
     if "onnxruntime" in block:
-        assert names["logits"].shape == (2, 10)
         assert json.loads(names["classes"]) == [f"class{i}" for i in range(10)]
-    if "torch.export" in block:
-        assert names["logits"].shape == (2, 10)
-
-
-def test_the_lines_for_a_3x3_stem_fit_it():
-    (block,) = [block for block in BLOCKS if "kernel_size=3" in block]
-    names: dict[str, object] = {}
-    exec(block, names)
-    from cifar_dist.model.resnet import build_resnet
-
-    names["model"].load_state_dict(build_resnet("cifar", 10, seed=0).state_dict())
 
 
 def test_eval_of_the_export_gives_the_accuracy_of_the_run(folder):
@@ -74,7 +71,7 @@ def test_eval_of_the_export_gives_the_accuracy_of_the_run(folder):
 def test_the_onnx_graph_normalises(folder):
     import onnxruntime
 
-    recipe, model = read_weights(folder / RUN).recipe, resnet18(num_classes=10).eval()
+    recipe, model = read_weights(folder / RUN).recipe, NarrowResNet(num_classes=10).eval()
     model.load_state_dict(torch.load(folder / "resnet18.pth", weights_only=True))
     images = torch.rand(5, 3, 32, 32)
     mean, std = (torch.tensor(each).view(1, 3, 1, 1) for each in (recipe.normalization.mean, recipe.normalization.std))

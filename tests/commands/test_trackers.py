@@ -1,4 +1,4 @@
-"""Trackers hear what a run says, and a resumed run goes on in the same place."""
+"""Trackers get the metrics of a run, and a resumed run continues in the same place."""
 
 import importlib.util
 import json
@@ -10,38 +10,30 @@ import yaml
 from cifar_dist.cli import main
 from cifar_dist.runtime.distributed import tracker_class
 from cifar_dist.training.run_directory import RunDirectory
-from tests.conftest import make_dataset
+from tests.commands.test_train import small_world, train
 
-SMALL = ["--recipe", "original", "--dataset", "shapes", "--precision", "no", "--run-dir", "run"]
-SETTINGS = ["--set", "global_batch_size=32", "validation_size=16"]
-
-
-@pytest.fixture(autouse=True)
-def small_world(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("WANDB_API_KEY", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setattr("cifar_dist.commands.train.load_dataset", lambda *_, **__: make_dataset())
+__all__ = ["small_world"]  # a fixture that every test here uses
 
 
-def need(package: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        pytest.skip(f"needs the package {package}")
+def needs(package: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"needs the package {package}")
 
 
-def train_and_go_on(name: str) -> None:
-    assert main([*SMALL, *SETTINGS, "--epochs", "2", "--tracker", name]) == 0
-    assert main(["--resume", "run", "--epochs", "3"]) == 0, "the tracker is the run's, and need not be typed again"
+def start(name: str, *argv: str, code: int = 0) -> None:
+    train("--run-dir", "run", "--tracker", name, *argv, "--set", "validation_size=16", code=code)
+
+
+def train_and_resume(name: str) -> None:
+    start(name, "--epochs", "2")
+    assert main(["--resume", "run", "--epochs", "3"]) == 0, "the tracker is stored with the run"
     assert yaml.safe_load(Path("run/config.yaml").read_text())["trackers"] == [name]
 
 
+@needs("tensorboard")
 def test_tensorboard_has_each_epoch_once_at_its_step():
-    need("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    words = [*SMALL, *SETTINGS, "--epochs", "2", "--tracker", "tensorboard", "--checkpoint-every-steps", "3"]
-    assert main(words) == 0
+    start("tensorboard", "--epochs", "2", "--checkpoint-every-steps", "3")
     Path("run/checkpoints/previous.pt").replace("run/checkpoints/last.pt")  # as after a kill in the second epoch
     assert main(["--resume", "run", "--epochs", "3"]) == 0
     events = EventAccumulator("run/tracking/tensorboard")
@@ -60,32 +52,33 @@ def test_tensorboard_has_each_epoch_once_at_its_step():
     assert (stored["optimizer.learning_rate"], stored["world_size"], stored["device"]) == (0.01, 1, "cpu")
 
 
-def test_wandb_goes_on_under_the_same_id():
-    need("wandb")
-    train_and_go_on("wandb")
+@pytest.mark.full  # it starts a process of its own
+@needs("wandb")
+def test_wandb_continues_under_the_same_id(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    train_and_resume("wandb")
     identity = Path("run/tracking/wandb/run-id").read_text()
     kept = sorted(Path("run/tracking/wandb/wandb").glob("offline-run-*"))
     assert len(kept) == 2 and all(folder.name.endswith(identity) for folder in kept)
     assert all(list(folder.glob("*.wandb")) for folder in kept)
 
 
-def test_a_tracker_that_could_not_begin_begins_when_the_run_goes_on(monkeypatch):
-    """And is told the parameters then."""
-    need("tensorboard")
-    tracker = tracker_class("tensorboard")
+@needs("tensorboard")
+def test_a_tracker_that_could_not_start_starts_when_the_run_is_resumed(monkeypatch):
+    """And gets the parameters then."""
     with monkeypatch.context() as patch:
-        patch.setattr(tracker, "start", lambda self: 1 / 0)
-        assert main([*SMALL, *SETTINGS, "--epochs", "1", "--tracker", "tensorboard"]) == 0
+        patch.setattr(tracker_class("tensorboard"), "start", lambda self: 1 / 0)
+        start("tensorboard", "--epochs", "1")
     assert main(["--resume", "run", "--epochs", "2"]) == 0
     assert list(Path("run/tracking/tensorboard").glob("*/hparams.yml"))
 
 
+@needs("mlflow")
 @pytest.mark.filterwarnings("ignore")  # of what MLflow itself is built on
-def test_mlflow_goes_on_in_the_same_run():
-    need("mlflow")
+def test_mlflow_continues_in_the_same_run():
     import mlflow
 
-    train_and_go_on("mlflow")
+    train_and_resume("mlflow")
     mlflow.set_tracking_uri(f"sqlite:///{Path('run/tracking/mlflow/mlflow.db').absolute()}")
     client = mlflow.MlflowClient()
     (run,) = client.search_runs([each.experiment_id for each in client.search_experiments()])
@@ -104,21 +97,21 @@ def test_mlflow_goes_on_in_the_same_run():
     ],
 )
 @pytest.mark.parametrize("more", [[], ["--num-processes", "2"], ["--dry-run"]])
-def test_what_cannot_be_is_one_line_before_anything_begins(tmp_path, capsys, name, message, more):
-    assert main([*SMALL, *SETTINGS, "--tracker", name, *more]) == 2
+def test_an_unusable_tracker_is_refused_before_anything_starts(tmp_path, capsys, name, message, more):
+    start(name, *more, code=2)
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_tracker_that_fails_is_left_out_and_training_goes_on(capsys, monkeypatch):
-    need("tensorboard")
+@needs("tensorboard")
+def test_a_tracker_that_fails_is_left_out(capsys, monkeypatch):
     from accelerate.tracking import TensorBoardTracker
 
     def fail(*_, **__):
         raise OSError("the network is gone")
 
     monkeypatch.setattr(TensorBoardTracker, "log", fail)
-    assert main([*SMALL, *SETTINGS, "--epochs", "2", "--tracker", "tensorboard"]) == 0
+    start("tensorboard", "--epochs", "2")
     out = capsys.readouterr().out
     assert out.count("tensorboard failed, and is left out from here on: the network is gone") == 1
