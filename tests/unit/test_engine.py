@@ -15,9 +15,14 @@ from cifar_dist.data.augmentation import COLUMNS
 from cifar_dist.data.batches import Normalizer, resized
 from cifar_dist.records import Observer
 from cifar_dist.training import setup
-from cifar_dist.training.engine import DivergedError, Trainer
+from cifar_dist.training.checkpoint import load_checkpoint
+from cifar_dist.training.engine import DivergedError, InterruptedRun, Trainer
 from cifar_dist.training.evaluation import EvaluationSet
+from cifar_dist.training.lock import RunLock
 from cifar_dist.training.metrics import batch_loss
+from cifar_dist.training.run_directory import RunDirectory
+from cifar_dist.training.saving import CheckpointWriter
+from cifar_dist.training.session import Session
 from cifar_dist.training.setup import build_trainer
 from tests.conftest import make_dataset, make_recipe
 from tests.unit.test_model import narrow_resnet
@@ -231,6 +236,21 @@ def test_resuming_after_an_epoch_gives_the_same_bits(runtime):
         assert torch.equal(tensor, second.state.model.state_dict()[name]), name
     assert second.state.best.epoch == whole.state.best.epoch
     assert second.state.train_seconds > content["train_seconds"]
+
+
+def test_an_interrupted_run_is_saved_at_its_step(runtime, tmp_path):
+    dataset = make_dataset()
+    trainer = trainer_for(runtime, dataset=dataset)
+    trainer.plan = dataclasses.replace(trainer.plan, report_every_steps=2)
+    trainer.interrupt.requested = "SIGTERM"
+    with RunLock() as lock:
+        run = RunDirectory(tmp_path / "run", lock)
+        session = Session(CheckpointWriter(run, {}), trainer, dataset)
+        session.begin({})
+        with pytest.raises(InterruptedRun):
+            session.train()
+    assert load_checkpoint(run.last)["step"] == 2
+    assert run.read_summary().status == "interrupted"
 
 
 @pytest.mark.parametrize(("count", "mirror"), [(1, False), (250, False), (251, False), (251, True)])
