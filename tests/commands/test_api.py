@@ -1,4 +1,4 @@
-"""The document's Python is run as it stands, and gives what the commands give."""
+"""The Python of docs/api.md runs as it stands, and does what the commands do."""
 
 import os
 import re
@@ -15,7 +15,9 @@ from torch import distributed
 import cifar_dist
 from cifar_dist import Recipe, evaluate, load_model, train
 from cifar_dist.config.errors import UserError
-from tests.conftest import ROOT, make_dataset
+from cifar_dist.records import Summary
+from tests.commands.test_train import small_world_in
+from tests.conftest import ROOT
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "api.md").read_text(), re.DOTALL)
 
@@ -35,11 +37,14 @@ def test_a_recipe_is_loaded_with_changes():
 
 
 @pytest.fixture
-def small(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for command in ("train", "evaluate"):
-        monkeypatch.setattr(f"cifar_dist.commands.{command}.load_dataset", lambda *_, **__: make_dataset())
-    monkeypatch.setattr("cifar_dist.display.figures.save_figure", lambda figure, path: path.touch())
+def small(tmp_path):
+    with small_world_in(tmp_path):
+        yield
+
+
+def train_briefly(**options) -> Summary:
+    recipe = Recipe.load("original", epochs=1, validation_size=24, global_batch_size=24)
+    return train(recipe, dataset="shapes", run_dir="run", quiet=True, **options)
 
 
 def test_the_first_blocks_train_evaluate_and_load(small, capsys):
@@ -54,9 +59,8 @@ def test_the_first_blocks_train_evaluate_and_load(small, capsys):
     again = train(names["recipe"], dataset="shapes", run_dir="runs/mine", resume=True, quiet=True)
     assert again == summary, "there was nothing left to do"
     assert train(run_dir="runs/mine", resume=True, quiet=True) == summary, "what is not given is the run's"
-    chosen = Recipe.load("original", epochs=1, validation_size=24, global_batch_size=24)
-    train(chosen, dataset="shapes", run_dir="runs/chosen", quiet=True)
-    assert "validation_size: 24" in Path("runs/chosen/config.yaml").read_text()
+    train_briefly()
+    assert "validation_size: 24" in Path("run/config.yaml").read_text()
     assert capsys.readouterr().err == ""
 
 
@@ -104,7 +108,6 @@ def test_what_is_given_is_passed_on(monkeypatch, tmp_path):
     expected = {"checkpoint": Path("runs/x"), "split": "validation", "recipe": "original", "tta": "mirror"}
     for name, value in (expected | both).items():
         assert getattr(heard["evaluate"], name) == value, name
-    assert {"Recipe", "train", "evaluate", "load_model"} <= set(dir(__import__("cifar_dist")))
 
 
 @pytest.mark.full
@@ -112,47 +115,31 @@ def test_a_notebook_launches_two_processes(tmp_path):
     """The last block, in a script; on a small part of the images, for time."""
     script = tmp_path / "notebook.py"
     body = BLOCKS[-1].replace('"original",', 'Recipe.load("original", epochs=1, global_batch_size=500, image_size=16),')
-    body = body.replace("import train", "import Recipe, train").replace("notebook_launcher(", "notebook_launcher(", 1)
-    script.write_text(body)
-    environ = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "ACCELERATE_USE_CPU": "1",
-    }
+    script.write_text(body.replace("import train", "import Recipe, train"))
+    environ = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "1"}
     ended = subprocess.run(
         [sys.executable, str(script)],
-        cwd=tmp_path,
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+        cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
     assert ended.returncode == 0, ended.stdout + ended.stderr
     config = (tmp_path / "runs" / "notebook" / "config.yaml").read_text()
     assert "world_size: 2" in config
     assert "completed" in (tmp_path / "runs" / "notebook" / "summary.json").read_text()
 
 
-def test_a_path_is_a_folder_whatever_it_is_called(monkeypatch, tmp_path):
+def test_a_path_is_a_folder_also_if_a_dataset_has_its_name(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    heard = []
-    monkeypatch.setattr(
-        "cifar_dist.api.train_command.train", lambda options, *_: heard.append(options.dataset) or (0, 1)
-    )
+    datasets, name = [], "cifar_dist.api.train_command.train"
+    monkeypatch.setattr(name, lambda options, *_: datasets.append(options.dataset) or (0, 1))
     train("quick", dataset="shapes")
     train("quick", dataset=Path("./shapes"))
-    assert heard == ["shapes", str(tmp_path / "shapes")]
+    assert datasets == ["shapes", str(tmp_path / "shapes")]
 
 
 def test_an_accelerator_of_the_caller_and_ours_do_not_hear_of_each_other(small):
     own = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=4)
     try:
-        recipe = Recipe.load("original", epochs=1, validation_size=24, global_batch_size=24)
-        summary = train(recipe, dataset="shapes", run_dir="run", precision="no", quiet=True)
-        assert summary.precision == "no"
+        assert train_briefly(precision="no").precision == "no"
         assert (own.mixed_precision, own.device.type, own.num_processes) == ("bf16", "cpu", 1)
         assert own.gradient_state.num_steps == 4
         model = own.prepare(torch.nn.Linear(2, 2))
@@ -164,22 +151,15 @@ def test_an_accelerator_of_the_caller_and_ours_do_not_hear_of_each_other(small):
             kind._shared_state.clear()
 
 
-def test_a_process_group_of_the_caller_stays(small, tmp_path):
+def test_a_process_group_of_the_caller_stays(small):
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
-        recipe = Recipe.load("original", epochs=1, validation_size=24, global_batch_size=24)
-        train(recipe, dataset="shapes", run_dir="run", quiet=True)
+        train_briefly()
         assert distributed.is_initialized()
     finally:
         distributed.destroy_process_group()
 
 
-def test_threads_of_a_checkpoint_are_not_those_of_what_follows(small):
-    before = torch.get_num_threads()
+def test_the_callers_number_of_threads_stays(small):
     torch.set_num_threads(3)
-    try:
-        recipe = Recipe.load("original", epochs=1, global_batch_size=48)
-        summary = train(recipe, dataset="shapes", run_dir="runs/threads", quiet=True)
-        assert summary.num_threads != 3 and torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
+    assert train_briefly().num_threads != 3 and torch.get_num_threads() == 3
