@@ -220,24 +220,6 @@ def test_a_validation_loss_that_is_not_finite_is_reported(runtime):
         list(trainer.epochs())
 
 
-def test_resuming_after_an_epoch_gives_the_same_bits(runtime):
-    whole = trainer_for(runtime, "validation_size=16", "epochs=3")
-    records = list(whole.epochs())
-    first = trainer_for(runtime, "validation_size=16", "epochs=1")
-    list(first.epochs())
-    content = copy.deepcopy(first.state.to_mapping())
-    second = trainer_for(runtime, "validation_size=16", "epochs=3")
-    second.state.restore(content)
-    resumed = list(second.epochs())
-    for mine, theirs in zip(resumed, records[1:], strict=True):
-        same = {"images_per_second": 0.0, "epoch_seconds": 0.0}
-        assert dataclasses.replace(mine, **same) == dataclasses.replace(theirs, **same)
-    for name, tensor in whole.state.model.state_dict().items():
-        assert torch.equal(tensor, second.state.model.state_dict()[name]), name
-    assert second.state.best.epoch == whole.state.best.epoch
-    assert second.state.train_seconds > content["train_seconds"]
-
-
 def test_an_interrupted_run_is_saved_at_its_step(runtime, tmp_path):
     dataset = make_dataset()
     trainer = trainer_for(runtime, dataset=dataset)
@@ -308,6 +290,7 @@ def test_the_average_is_what_is_validated_kept_and_resumed(runtime):
     again.state.restore(content)
     for name, value in again.state.ema.model.state_dict().items():
         assert torch.equal(value, average[name]), name
+    assert again.state.train_seconds == trainer.state.train_seconds > 0
 
 
 def test_the_weights_go_on_from_the_average_every_so_many_steps(runtime):

@@ -14,11 +14,8 @@ from tests.conftest import ROOT
 CONFIG = AccelerateConfig(path="x.yaml", num_processes=2)
 
 
-def test_one_machine_needs_no_address():
-    assert agent_arguments(CONFIG, 2) == ["--nproc-per-node=2", "--standalone", "-m", "cifar_dist"]
-
-
 def test_a_machine_starts_its_share():
+    assert agent_arguments(CONFIG, 2) == ["--nproc-per-node=2", "--standalone", "-m", "cifar_dist"]
     config = AccelerateConfig(
         num_processes=8, num_machines=2, machine_rank=1, main_process_ip="10.0.0.1", main_process_port=1234
     )
@@ -31,13 +28,8 @@ def test_a_machine_starts_its_share():
 
 
 def test_an_outer_launchers_words_do_not_leak():
-    outer = {
-        "ACCELERATE_MIXED_PRECISION": "no",
-        "ACCELERATE_USE_CPU": "True",
-        "ACCELERATE_X": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    child = child_environment({**outer, "HOME": "/h", "PET_NNODES": "2", "TORCHELASTIC_RUN_ID": "x"}, CONFIG)
+    outer = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True", "PET_NNODES": "2"}
+    child = child_environment({**outer, "HOME": "/h", "OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, CONFIG)
     assert not [name for name in child if name.startswith(("ACCELERATE_", "PET_", "TORCHELASTIC_"))]
     assert (child["HOME"], child["OMP_NUM_THREADS"]) == ("/h", "1")
     assert NUM_THREADS not in child

@@ -11,7 +11,6 @@ from cifar_dist.config.accelerate_config import (
     load_accelerate_config,
     other_count_note,
     processes_to_start,
-    started_line,
     wants_cpu,
     wished_compiler,
     wished_precision,
@@ -123,14 +122,6 @@ def test_one_line_says_which_number_of_processes_counts():
     assert [other_count_note(*each) for each in agreed] == [None] * 3
     assert other_count_note(World(size=2, launcher="slurm"), four).startswith("Slurm says")
     assert "says that there is one process:" in other_count_note(World(launcher="torchrun"), four)
-
-
-def test_what_would_be_started_in_words():
-    nodes = AccelerateConfig(path="n.yaml", num_processes=8, num_machines=2)
-    assert started_line(ALONE, nodes) == "4 processes on each of 2 machines, by torch.distributed.run"
-    assert started_line(ALONE, AccelerateConfig(num_processes=2)) == "2 processes here, by torch.distributed.run"
-    assert started_line(ALONE, AccelerateConfig()) == "one process: this one"
-    assert started_line(OUTER, nodes) == "nothing more: this is rank 0 of 2 processes, started by torchrun"
 
 
 def test_the_world_to_come():
