@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import platform
+import sys
 import tempfile
 import threading
 import uuid
@@ -32,9 +33,11 @@ class LockLostError(OSError):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Owner:
     host: str
+    boot: str
+    """The id of this start of the kernel, which the machine's containers share; the host where a system has none."""
     pid: int
     started: float
-    """When the process was started, in seconds since 1970: a number of a process is used again."""
+    """When the process was started: a number of a process is used again."""
     job: str | None
     restarts: int
     token: str
@@ -47,32 +50,30 @@ class _Owner:
         except (OSError, ValueError, TypeError):
             return None
 
-    @property
-    def runs_here(self) -> bool:
-        """Whether the owner's process is alive, if it was started on this host."""
+    def runs_here(self, boot: str) -> bool:
+        """Return whether the owner's process is alive, if it was started on this host."""
         try:
-            process = psutil.Process(self.pid)
-            if process.status() == psutil.STATUS_ZOMBIE:
-                return False
-            return abs(process.create_time() - self.started) < 2
-        except psutil.Error:
+            is_zombie = psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE
+            return not is_zombie and self.boot == boot and _start_time(self.pid) == self.started
+        except (psutil.Error, OSError):
             return False
 
 
 class RunLock:
     """The right to write into a run directory, held until the context ends or this process dies.
 
-    On one host the system's own lock tells whether the owner lives (where there is none, the process table does). An
-    owner on another host is believed for ten minutes after its last sign of life, which it gives each minute, but not
-    against a restart of the Slurm job that it belonged to.
+    On one machine the system's own lock tells whether the owner lives (where there is none, the process table does).
+    An owner on another machine is believed for ten minutes after its last sign of life, which it gives each minute, but
+    not against a restart of the Slurm job that it belonged to.
     """
 
     def __init__(self, job: SlurmJob | None = None) -> None:
         """Hold nothing yet; `job` is the Slurm job that this process belongs to."""
         self._me = _Owner(
             host=platform.node(),
+            boot=_boot_id(),
             pid=os.getpid(),
-            started=psutil.Process().create_time(),
+            started=_start_time(os.getpid()),
             job=None if job is None else job.id,
             restarts=0 if job is None else job.restarts,
             token=uuid.uuid4().hex,
@@ -147,8 +148,10 @@ class RunLock:
         """Tell whether the owner of a lock lives; `locked` is whether the system gave it to us, None if it has none."""
         if owner is None:  # a file just made, whose maker has it
             return locked is False
+        if locked is not None and (owner.host == self._me.host or owner.boot == self._me.boot):
+            return not locked
         if owner.host == self._me.host:
-            return owner.runs_here if locked is None else not locked
+            return owner.runs_here(self._me.boot)
         if owner.job is not None and owner.job == self._me.job and owner.restarts < self._me.restarts:
             return False
         return age < _FORGOTTEN_AFTER_S
@@ -158,6 +161,19 @@ class RunLock:
             with contextlib.suppress(OSError, AttributeError):
                 self.check()
                 os.utime(self._path)  # type: ignore[arg-type]
+
+
+def _boot_id() -> str:
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return platform.node()
+
+
+def _start_time(pid: int) -> float:
+    """Return when a process was started, whatever becomes of the clock. Raises OSError or psutil.Error."""
+    if sys.platform == "linux":  # psutil adds the time of the boot, which the kernel computes from the clock
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])  # in clock ticks since boot
+    return psutil.Process(pid).create_time()
 
 
 def _lock(file: BinaryIO) -> bool | None:

@@ -8,7 +8,6 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-import psutil
 import pytest
 
 from cifar_dist.config.errors import UserError
@@ -45,7 +44,8 @@ def other_process(tmp_path):
 
 
 def owned_by(folder: Path, *, host: str = "elsewhere", pid: int = 1, seconds_ago: float = 0, **other: object) -> None:
-    owner = {"host": host, "pid": pid, "started": 0.0, "job": None, "restarts": 0, "token": "theirs"} | other
+    owner = {"host": host, "boot": "another", "pid": pid, "started": 0.0, "job": None, "restarts": 0}
+    owner |= {"token": "theirs"} | other
     path = folder / ".lock"
     path.write_text(json.dumps(owner))
     os.utime(path, (path.stat().st_atime - seconds_ago, path.stat().st_mtime - seconds_ago))
@@ -80,8 +80,8 @@ def test_a_number_of_a_process_is_used_again(tmp_path, monkeypatch):
     owned_by(tmp_path, host=module.platform.node(), pid=os.getpid())  # started in 1970
     with RunLock() as lock:
         lock.take(tmp_path)
-    started = psutil.Process().create_time()
-    owned_by(tmp_path, host=module.platform.node(), pid=os.getpid(), started=started)
+    started = module._start_time(os.getpid())
+    owned_by(tmp_path, host=module.platform.node(), pid=os.getpid(), boot=module._boot_id(), started=started)
     with RunLock() as lock, pytest.raises(UserError, match="is in use"):
         lock.take(tmp_path)
 
