@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import platform
-import sys
 import tempfile
 import threading
 import uuid
@@ -171,7 +170,7 @@ def _boot_id() -> str:
 
 def _start_time(pid: int) -> float:
     """Return when a process was started, whatever becomes of the clock. Raises OSError or psutil.Error."""
-    if sys.platform == "linux":  # psutil adds the time of the boot, which the kernel computes from the clock
+    if platform.system() == "Linux":  # psutil adds the time of the boot, which the kernel computes from the clock
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])  # in clock ticks since boot
     return psutil.Process(pid).create_time()
 
