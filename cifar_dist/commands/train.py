@@ -172,9 +172,9 @@ def _train_and_test(
             except (DivergedError, InterruptedRun) as end:
                 return _leave_early(session, end, how_to_go_on), None
             if session.runtime.is_main:  # a signal finds nothing left to save, and waits for the end
+                session.directory.write_summary(summary)  # with it the run is done, whatever becomes of its figures
                 _draw_figures(session, summary, saved)
                 session.trackers.log_test(summary, session.state.step, session.directory.figures)
-                session.directory.write_summary(summary)  # last, for with it the run is done
     except OSError as error:  # a full or vanished disk, or a run that another process has
         text, code = session.directory.what_is_lost(error, how_to_go_on), EXIT_FAILED
         session.runtime.ranks.abandoned = True
@@ -219,8 +219,7 @@ def _draw_figures(session: Session, summary: Summary, saved: Mapping[str, NDArra
         run = ReportedRun(path=path, config=directory.read_config(), summary=summary, records=directory.read_records())
         for _ in write_run(run, saved, directory.figures, page if page.exists() else None):
             pass  # each file is written as it is asked for
-    except OSError:
-        raise
-    except Exception as error:  # somebody's backend or fonts: a result is worth more than its figures
-        reason = " ".join(str(error).split())[:200]
-        session.trainer.observer.on_note(f"the figures could not be drawn: {type(error).__name__}: {reason}")
+    except Exception as error:  # somebody's backend, fonts or disk: a result is worth more than its figures
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        again = command_line("report", path)
+        session.trainer.observer.on_note(f"the figures could not be drawn: {reason}; draw them with: {again}")
