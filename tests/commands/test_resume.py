@@ -82,6 +82,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(capsys, monkeypatch, whole, 
         assert capsys.readouterr().err.endswith("and saved; go on with: python launch.py --resume parts\n")
         summary = RunDirectory(Path("parts")).read_summary()
         assert (summary.status, summary.test) == ("interrupted", None)
+        assert saved("parts")["step"] >= step
     monkeypatch.setattr(Trainer, "_end_step", original)
     assert main(argv) == 0
     assert_same_run(whole, "parts")

@@ -371,8 +371,10 @@ def test_bare_weights_of_torchvisions_stem_are_evaluated_as_the_original_script_
     assert "bare weights: stem imagenet, 10 classes; normalisation of original" in capsys.readouterr().out
     images = (make_dataset().test.images.float() / 255 - 0.5) / 0.5
     with torch.no_grad():
-        predicted = model.eval()(images).argmax(1)
-    assert result["top1"] == pytest.approx((predicted == make_dataset().test.labels).double().mean().item())
+        logits = model.eval()(images)
+    labels = make_dataset().test.labels
+    assert result["top1"] == pytest.approx((logits.argmax(1) == labels).double().mean().item())
+    assert result["loss"] == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
     assert result["precision"] == "no"
     Path("mine.yaml").write_text("stem: imagenet\n")
     split = evaluate("--ckpt", "script.pth", "--split", "validation", "--recipe", "mine.yaml")
