@@ -1,6 +1,7 @@
 """The scripts of slurm/ on a real cluster of two nodes: trained, warned, preempted, killed, cancelled, requeued."""
 
 import json
+import os
 import re
 import shlex
 import sys
@@ -14,12 +15,15 @@ from cifar_dist.runtime.threads import usable_cores
 from tests.commands.test_train import assert_same_run
 from tests.conftest import ROOT, make_images
 from tests.slurm.conftest import Cluster, read_log
+from tests.worlds.harness import run_ranks
 
 QUICK = (
     "--recipe", "original", "--dataset", "images", "--precision", "no",
     "--set", "global_batch_size=8", "stem=small", "image_size=16", "early_stopping.enabled=false",
     "ema_decay=0.9", "optimizer.nesterov=true",
 )  # fmt: skip
+# So small a rate that the last bits of a sum, which differ with four shares, do not grow.
+CALM = (*QUICK, "optimizer.learning_rate=0.00001", "global_batch_size=16", "--epochs", "3")
 TRAIN, EVAL, ARRAY = "slurm/train.sh", "slurm/eval.sh", "slurm/array.sh"
 FOREVER = ("--epochs", "100000")
 
@@ -30,14 +34,16 @@ def project(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("project")
     for name in ("launch.py", "cifar_dist", "slurm", "accelerate_configs"):
         (folder / name).symlink_to(ROOT / name)
-    (folder / "env.sh").write_text(f'export PATH="{Path(sys.executable).parent}:$PATH" OMP_NUM_THREADS=1\n')
+    path = f'export PATH="{Path(sys.executable).parent}:$PATH"'
+    (folder / "env.sh").write_text(f"{path} OMP_NUM_THREADS=1\n")
+    (folder / "all_cores.sh").write_text(f"{path}; unset OMP_NUM_THREADS\n")
     make_images(folder / "images")
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def submit(cluster, project):
-    """Submits a script of the project with arguments for sbatch, `--`, and arguments for the script."""
+    """Submit a script of the project with arguments for sbatch, `--`, and arguments for the script."""
 
     def submit(*arguments: str, script: str = TRAIN, **env: str) -> str:
         split = arguments.index("--") if "--" in arguments else 0
@@ -47,6 +53,21 @@ def submit(cluster, project):
         )
 
     return submit
+
+
+@pytest.fixture(scope="module")
+def trained(cluster, submit, project) -> tuple[str, str]:
+    """The numbers of a job of two nodes with two tasks each, and of an array; `runs/local` is one process's run."""
+    four = submit(
+        "--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=2", "--", *CALM, CIFAR_DIST_ACTIVATE="all_cores.sh"
+    )
+    array = submit("--", *CALM, script=ARRAY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(project)
+        assert main([*CALM, "--run-dir", "runs/local"]) == 0
+    cluster.wait(four, "COMPLETED", timeout=180)
+    cluster.wait(array, "COMPLETED", timeout=180)
+    return four, array
 
 
 def run_of(project: Path, job_id: str) -> Path:
@@ -65,83 +86,98 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["train_loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_one_task_and_two_nodes_of_two_tasks_give_what_one_process_gives(cluster, submit, project, monkeypatch):
-    # So small a rate that the last bits of a sum, which differ with four shares, do not grow.
-    calm = (*QUICK, "optimizer.learning_rate=0.00001", "global_batch_size=16", "--epochs", "3")
-    one = submit("--", *calm)
-    four = submit("--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=2", "--", *calm)
-    monkeypatch.chdir(project)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert main([*calm, "--run-dir", "runs/local"]) == 0
-    cluster.wait(one, "COMPLETED", timeout=120)
-    cluster.wait(four, "COMPLETED", timeout=180)
-    assert_same_run("runs/local", str(run_of(project, one)))
+def wait_for_training(cluster: Cluster, job_id: str, starts: int = 1) -> None:
+    """Wait until a job has been started so often, and has since trained for two epochs."""
+
+    def trains(job: dict[str, str]) -> bool:
+        parts = read_log(job).split("run directory ")
+        return len(parts) > starts and parts[starts].count("epoch ") >= 2
+
+    cluster.wait_until(job_id, f"training after start {starts}", trains, timeout=300)
+
+
+def test_the_cluster_lays_tasks_out_and_pretends_to_have_gpus(cluster, tmp_path):
+    resolves = "$(getent ahostsv4 $0 | grep -c STREAM)"
+    task = f"echo $SLURM_PROCID $SLURM_NTASKS $SLURM_LOCALID $SLURMD_NODENAME $(hostname) {resolves}"
+    ran = cluster.run("srun", "--nodes=2", "--ntasks-per-node=2", "sh", "-c", task, cluster.nodes[0], cwd=tmp_path)
+    hosts = cluster.nodes if cluster.own_hostnames else [os.uname().nodename] * 2
+    expected = [f"{rank} 4 {rank % 2} {cluster.nodes[rank // 2]} {hosts[rank // 2]} 1" for rank in range(4)]
+    assert sorted(ran.stdout.splitlines()) == expected, ran.stderr
+    command = ("sh", "-c", "echo $CUDA_VISIBLE_DEVICES")
+    assert cluster.run("srun", "--nodes=2", "--gpus-per-node=2", *command, cwd=tmp_path).stdout == "0,1\n" * 2
+
+
+def test_two_nodes_of_two_tasks_train_as_one_process(cluster, trained, project):
+    four, _ = trained
     assert losses(run_of(project, four)) == pytest.approx(losses(project / "runs/local"), rel=1e-4)
     summary = summary_of(run_of(project, four))
-    assert (summary["world_size"], summary["num_threads"]) == (4, 1)
-
+    assert (summary["world_size"], summary["num_threads"]) == (4, min(2, usable_cores()))
     log = log_of(cluster, four)
     assert log.splitlines()[0] == f"run directory {run_of(project, four)}, log {project}/cifar-dist-{four}.out"
     assert "16 = 4 per device x 4 processes x 1 accumulation" in log
-    assert log.count("epoch 3/3") == 1, "other ranks talk too"
+    assert log.count("epoch 3/3") == 1, "other ranks print too"
     assert not {character for character in log if not character.isprintable()} - {"\n"}
 
-    # Done once: the same job again finds nothing to do.
-    again = submit("--nodes=2", "--", *calm, "--run-dir", f"runs/cifar-dist-{four}")
+
+def test_an_array_of_seeds_and_its_report(trained, project, monkeypatch, capsys):
+    runs = [f"runs/cifar-dist-{trained[1]}_{seed}" for seed in range(3)]
+    monkeypatch.chdir(project)
+    assert_same_run("runs/local", runs[0])
+    assert main(["report", *runs]) == 0
+    shown = capsys.readouterr().out
+    assert [line.split()[:4] for line in shown.splitlines()[1:4]] == [
+        [Path(run).name, "completed", str(seed), "3/3"] for seed, run in enumerate(runs)
+    ]
+    assert "mean ± sd of 3 runs " in shown
+
+
+def test_a_completed_run_is_left_alone_and_evaluated_by_three_tasks(cluster, submit, trained, project):
+    """Three on two nodes, as Slurm lays them out."""
+    run = f"runs/cifar-dist-{trained[0]}"
+    again = submit("--", *CALM, "--run-dir", run)
+    evaluated = submit("--nodes=2", "--ntasks=3", "--", "--ckpt", run, "--json", "result.json", script=EVAL)
     cluster.wait(again, "COMPLETED", timeout=120)
     assert "is completed (3 epochs" in log_of(cluster, again)
-    evaluated = submit("--nodes=2", "--", "--ckpt", f"runs/cifar-dist-{four}", "--json", "result.json", script=EVAL)
     cluster.wait(evaluated, "COMPLETED", timeout=120)
     result = json.loads((project / "result.json").read_text())
-    assert (result["world_size"], result["top1"]) == (2, summary["test"]["top1"])
+    assert (result["world_size"], result["top1"]) == (3, summary_of(project / run)["test"]["top1"])
 
 
-def test_a_warned_job_saves_is_requeued_and_ends_with_the_same_bits(cluster, submit, project):
-    """And one whose time is over without a warning (but a SIGCONT) is saved and not requeued."""
-    arguments = ("--nodes=2", "--", *QUICK, "--epochs", "16")
-    late = submit("--time=1", "--signal=CONT@1", "--", *QUICK, *FOREVER)
-    whole = submit(*arguments)
-    parts = submit(*arguments)
-    cluster.wait_for_log(parts, "epoch  3/16", timeout=120)
-    assert cluster.run("scancel", "--signal=USR2", parts).returncode == 0
-    cluster.wait(whole, "COMPLETED", timeout=240)
-    (job,) = cluster.wait(parts, "COMPLETED", timeout=240)
-    log = log_of(cluster, parts)
-    assert job["Restarts"] == "1"
-    assert log.count("interrupted in epoch") == 1
-    assert "requeued: interrupted, after" in log
-    assert log.count("going on after step") == 1
-    assert_same_run(str(run_of(project, whole)), str(run_of(project, parts)), epochs=16)
-
-    (job,) = cluster.wait(late, "TIMEOUT", timeout=150)
-    assert job["Restarts"] == "0"
-    assert summary_of(run_of(project, late))["status"] == "interrupted"
-
-
-def test_a_cancelled_job_is_saved_and_stays_cancelled(cluster, submit, project):
+def test_a_job_that_is_warned_preempted_and_cancelled_loses_nothing(cluster, submit, project):
+    """It is requeued after the first two and not after the third, and the run ends with the same bits."""
     job_id = submit("--nodes=2", "--", *QUICK, *FOREVER)
-    cluster.wait_for_log(job_id, "epoch      2/100000", timeout=120)
-    assert cluster.run("scancel", job_id).returncode == 0
-    (job,) = cluster.wait(job_id, "CANCELLED", timeout=60)
-    cluster.wait_until(job_id, "end", lambda job: job["JobState"] == "CANCELLED" and "saved" in read_log(job))
-    assert job["Restarts"] == "0"
-    assert summary_of(run_of(project, job_id))["status"] == "interrupted"
-    assert "requeued" not in log_of(cluster, job_id)
+    wait_for_training(cluster, job_id)
+    assert cluster.run("scancel", "--signal=USR2", job_id).returncode == 0
+    wait_for_training(cluster, job_id, starts=2)
+    (job,) = cluster.jobs(job_id)
+    log = read_log(job)
+    assert (job["Restarts"], log.count("interrupted in epoch"), log.count("going on after step")) == ("1", 1, 1)
+    assert "requeued: interrupted, after" in log
 
-
-def test_a_preempted_job_is_requeued(cluster, submit, project):
-    whole = ("--nodes=2", "--cpus-per-task=64")
-    low = submit(*whole, "--", *QUICK, *FOREVER)
-    cluster.wait_for_log(low, "epoch      2/100000", timeout=120)
-    high = cluster.submit(*whole, "--partition=high", "--output=/dev/null", "--wrap", "true", cwd=project)
+    whole_nodes = ("--partition=high", "--nodes=2", "--cpus-per-task=64", "--output=/dev/null")
+    high = cluster.submit(*whole_nodes, "--wrap", "true", cwd=project)
     cluster.wait(high, "COMPLETED", timeout=120)
-    (job,) = cluster.wait_for_log(low, "going on after step", timeout=120)
-    assert job["Restarts"] == "1"
+    wait_for_training(cluster, job_id, starts=3)
+    assert cluster.job(job_id)["Restarts"] == "2"
+
+    assert cluster.run("scancel", job_id).returncode == 0
+    cluster.wait_until(
+        job_id, "end", lambda job: job["JobState"] == "CANCELLED" and read_log(job).count("and saved") == 3
+    )
+    assert cluster.job(job_id)["Restarts"] == "2"
+    run = run_of(project, job_id)
+    assert summary_of(run)["status"] == "interrupted"
+
+    epochs = str(len(losses(run)) + 1)
+    for arguments in (["--resume", str(run), "--epochs", epochs], [*QUICK, "--epochs", epochs, "--run-dir", "whole"]):
+        ended = run_ranks(2, arguments, project, CIFAR_DIST_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
+        assert [code for code, _, _ in ended] == [0, 0], ended
+    assert_same_run(str(project / "whole"), str(run), epochs=int(epochs))
 
 
 def test_a_killed_rank_and_a_killed_node_end_the_step_and_the_job_goes_on(cluster, submit, project):
-    job_id = submit("--nodes=2", "--", *QUICK, *FOREVER, "--checkpoint-every-steps", "1")
-    cluster.wait_for_log(job_id, "epoch      2/100000", timeout=120)
+    job_id = submit("--nodes=2", "--", *QUICK, *FOREVER, "--checkpoint-every-steps", "4")
+    wait_for_training(cluster, job_id)
     ranks = [
         process
         for process in psutil.process_iter(["cmdline"])
@@ -150,9 +186,7 @@ def test_a_killed_rank_and_a_killed_node_end_the_step_and_the_job_goes_on(cluste
     (rank,) = [process for process in ranks if process.environ()["SLURM_PROCID"] == "1"]
     rank.kill()
     cluster.wait_for_log(job_id, "requeued: running, after", timeout=20)
-    cluster.wait_for_log(job_id, "going on after step", timeout=120)
-    done = log_of(cluster, job_id).count("epoch ")
-    cluster.wait_until(job_id, "an epoch more", lambda job: read_log(job).count("epoch ") > done, timeout=120)
+    wait_for_training(cluster, job_id, starts=2)
     cluster.crash("n2")
     # srun waits for the dead node until Slurm has noticed; here it notices when the node boots.
     cluster.wait_until(job_id, "end", lambda job: read_log(job).count("rank 0 ends: another") == 2, timeout=20)
@@ -176,31 +210,6 @@ def test_bad_input_is_not_requeued(cluster, submit, project):
     assert log_of(cluster, job_id) == f"error: there is no launch.py in {elsewhere}: submit from its folder\n"
 
 
-def test_an_array_of_seeds_and_its_report(cluster, submit, project, monkeypatch, capsys):
-    job_id = submit("--", *QUICK, "--epochs", "1", script=ARRAY)
-    cluster.wait(job_id, "COMPLETED", timeout=180)
-    runs = [f"runs/cifar-dist-{job_id}_{seed}" for seed in range(3)]
-    monkeypatch.chdir(project)
-    assert main(["report", *runs]) == 0
-    shown = capsys.readouterr().out
-    assert [line.split()[:4] for line in shown.splitlines()[1:4]] == [
-        [Path(run).name, "completed", str(seed), "1/1"] for seed, run in enumerate(runs)
-    ]
-    assert "mean ± sd of 3 runs " in shown
-
-
-def test_uneven_tasks(cluster, submit, project):
-    """Three on two nodes, as Slurm lays them out, each with a thread for each of its cores, if there are so many."""
-    (project / "plain.sh").write_text(f'export PATH="{Path(sys.executable).parent}:$PATH"; unset OMP_NUM_THREADS\n')
-    job_id = submit(
-        "--nodes=2", "--ntasks=3", "--cpus-per-task=2",
-        "--", *QUICK, "--set", "global_batch_size=6", "--epochs", "1", CIFAR_DIST_ACTIVATE="plain.sh",
-    )  # fmt: skip
-    cluster.wait(job_id, "COMPLETED", timeout=120)
-    summary = summary_of(run_of(project, job_id))
-    assert (summary["world_size"], summary["num_threads"]) == (3, min(2, usable_cores()))
-
-
 def test_a_shell_in_an_allocation_is_not_requeued_and_does_not_hang(cluster, project):
     alone = cluster.run(
         "salloc", "--nodes=2", "--ntasks=2", sys.executable, "launch.py", *QUICK, "--epochs", "1", "--run-dir", "shell",
@@ -220,7 +229,7 @@ def test_a_shell_in_an_allocation_is_not_requeued_and_does_not_hang(cluster, pro
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_an_agent_a_node(cluster, submit, project, launcher):
     job_id = submit("--nodes=2", "--", *QUICK, *FOREVER, CIFAR_DIST_LAUNCHER=launcher)
-    cluster.wait_for_log(job_id, "epoch      2/100000", timeout=150)
+    wait_for_training(cluster, job_id)
     assert "x 2 processes x" in log_of(cluster, job_id)
     assert cluster.run("scancel", "--signal=USR2", job_id).returncode == 0
     cluster.wait_for_log(job_id, "requeued: interrupted, after", timeout=60)

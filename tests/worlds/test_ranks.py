@@ -58,7 +58,7 @@ def interrupted(runtime, *, folder):
             with suppress(InterruptedRun):
                 session.train()
             assert trainer.state.step == (stop or 16)
-            runtime.ranks.exchange([])  # the others read what rank 0 has written
+            runtime.ranks.exchange([0])  # the others read what rank 0 has written
         ends.append({key: value.clone() for key, value in weights_of(trainer).items()})
     losses = [[each.train_loss for each in RunDirectory(folder / name).read_records()] for name in ("whole", "parts")]
     return [name for name in ends[0] if not torch.equal(ends[0][name], ends[1][name])], losses
