@@ -88,9 +88,14 @@ def _take_lock(folder: Path, lock: Path, made: list[Path]) -> int:
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_TEMPORARY", 0)  # Windows removes no open file but by itself
     for _ in range(_LOCK_ATTEMPTS):
         made[:0] = takewhile(lambda path: not path.exists(), (folder, *folder.parents))
-        folder.mkdir(parents=True, exist_ok=True)
         # The process waited for removes its lock file, perhaps the folder too: a lock on a removed file holds nobody.
         with suppress(FileNotFoundError):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except FileExistsError:  # a file of this name, or a folder that was removed since
+                if folder.is_file():
+                    raise
+                continue
             descriptor, held = os.open(lock, flags, 0o666), False
             try:
                 if fcntl is not None:

@@ -275,13 +275,13 @@ def test_lock_removes_only_what_it_made(tmp_path: Path) -> None:
 def test_one_at_a_time_holds_the_lock(tmp_path: Path) -> None:
     """Threads stand for processes: each opens the lock file itself, and the lock belongs to the open file.
 
-    Each holder removes the lock file, for which others are waiting.
+    Each holder removes the lock file, for which others are waiting, and the folder.
     """
     mark, entered = tmp_path / "held", []
 
     def enter_often() -> None:
         for _ in range(100):
-            with exclusive(tmp_path, "lock"):
+            with exclusive(tmp_path / "new" / "folder", "lock"):
                 mark.touch(exist_ok=False)
                 entered.append(threading.get_ident())
                 mark.unlink()
@@ -292,4 +292,4 @@ def test_one_at_a_time_holds_the_lock(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert len(entered) == 400
-    assert names(tmp_path) == []
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
