@@ -18,12 +18,14 @@ class DatasetSizes:
     num_test: int
     num_validation: int = 0
     """Images of a validation set that the dataset brings itself."""
+    num_classes: int = 2
+    """Each class keeps a training image, so that so many cannot be held out."""
 
 
 KNOWN_SIZES = {
-    "cifar10": DatasetSizes(num_train=50_000, num_test=10_000),
-    "cifar100": DatasetSizes(num_train=50_000, num_test=10_000),
-    "shapes": DatasetSizes(num_train=5_000, num_test=1_000),
+    "cifar10": DatasetSizes(num_train=50_000, num_test=10_000, num_classes=10),
+    "cifar100": DatasetSizes(num_train=50_000, num_test=10_000, num_classes=100),
+    "shapes": DatasetSizes(num_train=5_000, num_test=1_000, num_classes=10),
 }
 
 
@@ -87,9 +89,9 @@ def image_size_at(recipe: Recipe, plan: RunPlan, step: int) -> int:
 
 
 def fit_to_dataset(recipe: Recipe, sizes: DatasetSizes, *, validation_size_was_typed: bool) -> Recipe:
-    """Cut a validation size that nobody typed to a tenth of the training set; refuse a typed one that leaves nothing.
+    """Cut a validation size that nobody typed to a tenth of the training set, and to what leaves each class an image.
 
-    Where the dataset brings a validation set, that is used, whole. Raises UserError.
+    Refuse a typed one that does not. Where the dataset brings a validation set, that is used, whole. Raises UserError.
     """
     size = recipe.validation_size
     if sizes.num_validation:
@@ -97,12 +99,13 @@ def fit_to_dataset(recipe: Recipe, sizes: DatasetSizes, *, validation_size_was_t
             own = sizes.num_validation
             raise UserError(f"validation_size={size}, but the dataset brings its own {own}: leave it out")
         return replace(recipe, validation_size=sizes.num_validation)
+    most = max(sizes.num_train - sizes.num_classes, 0)
     if not validation_size_was_typed:
-        size = min(size, sizes.num_train // 10)
-    if sizes.num_train - size < 2:
+        size = min(size, sizes.num_train // 10, most)
+    if size > most:
         raise UserError(
-            f"validation_size={size} leaves no images to train on: the training set has {sizes.num_train},"
-            f" set it to at most {max(sizes.num_train - 2, 0)}"
+            f"validation_size={size} leaves a class without an image to train on: the training set has"
+            f" {sizes.num_train} images of {sizes.num_classes} classes, set it to at most {most}"
         )
     try:
         return replace(recipe, validation_size=size)

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +55,8 @@ class Dataset:
     test: LabelledImages
     validation: LabelledImages | None = None
     """Where the dataset brings its own; otherwise a recipe may hold out part of `train`."""
+    whole: LabelledImages | None = None
+    """The images of `train` and `test` together, of a folder that does not separate them itself."""
     origin: str | None = None
     """What a person is told of the files behind the images, where that is news."""
 
@@ -66,7 +69,9 @@ class Dataset:
     def sizes(self) -> DatasetSizes:
         """How many images there are."""
         own = 0 if self.validation is None else len(self.validation)
-        return DatasetSizes(num_train=len(self.train), num_test=len(self.test), num_validation=own)
+        return DatasetSizes(
+            num_train=len(self.train), num_test=len(self.test), num_validation=own, num_classes=self.num_classes
+        )
 
     def with_classes(self, class_names: tuple[str, ...]) -> "Dataset":
         """Give the same images with labels that count in `class_names`, which has all of this dataset's classes.
@@ -80,13 +85,13 @@ class Dataset:
             raise ValueError(f"there is no class '{missing[0]}'")
         places = torch.tensor([class_names.index(name) for name in self.class_names])
 
-        def relabelled(part: LabelledImages) -> LabelledImages:
-            """Give the same images with the labels of the other classes."""
-            return LabelledImages(images=part.images, labels=places[part.labels])
-
-        validation = None if self.validation is None else relabelled(self.validation)
-        train, test = relabelled(self.train), relabelled(self.test)
-        return replace(self, class_names=class_names, train=train, test=test, validation=validation)
+        parts = {name: getattr(self, name) for name in ("train", "test", "validation", "whole")}
+        relabelled: dict[str, Any] = {
+            name: LabelledImages(images=part.images, labels=places[part.labels])
+            for name, part in parts.items()
+            if part is not None
+        }
+        return replace(self, class_names=class_names, **relabelled)
 
     def fingerprint(self) -> str:
         """Hash names, images and labels, so that a run can tell whether it goes on with the data it began with."""

@@ -44,8 +44,9 @@ class MicroBatch:
 class GlobalBatchSampler(DistributedSampler[int]):
     """A DistributedSampler that neither pads nor drops.
 
-    It keeps torch's permutation, `set_epoch` and seed, but cuts the *whole* order of an epoch into global batches,
-    each of these into micro-batches, and hands a shard every count-th position of each. So the k-th global batch holds
+    It keeps `set_epoch` and the seed, but hashes the two for its permutation (torch adds them, so that neighbouring
+    seeds would share orders). It cuts the *whole* order of an epoch into global batches, each of these into
+    micro-batches, and hands a shard every count-th position of each. So the k-th global batch holds
     the same samples at every world size and for every number of samples. The last batch may be short, and a shard's
     part of it empty.
     """
@@ -68,9 +69,8 @@ class GlobalBatchSampler(DistributedSampler[int]):
         self.accumulation_steps = accumulation_steps
 
     def global_order(self) -> Tensor:
-        """Give this epoch's order of all samples, (num_used,) int64."""
-        # What DistributedSampler.__iter__ draws, but not as a list of 50,000 numbers.
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        """Return this epoch's order of all samples, (num_used,) int64."""
+        generator = torch.Generator().manual_seed(derive_seed("order", self.seed, self.epoch))
         return torch.randperm(len(self.dataset), generator=generator)[: self.num_used]  # type: ignore[arg-type]
 
     def micro_batches(self) -> Iterator[MicroBatch]:

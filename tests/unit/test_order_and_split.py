@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.utils.data import DistributedSampler
 
 from cifar_dist.data.order import GlobalBatchSampler, Shard, derive_seed
 from cifar_dist.data.split import stratified_split
@@ -60,15 +59,6 @@ def test_micro_batches_are_pieces_of_the_global_batch(num_samples, sizes, world_
     )
 
 
-def test_the_permutation_is_that_of_a_distributed_sampler():
-    ours = GlobalBatchSampler(100, 10, seed=5)
-    theirs = DistributedSampler(range(100), num_replicas=1, rank=0, seed=5)
-    for epoch in (0, 7):
-        ours.set_epoch(epoch)
-        theirs.set_epoch(epoch)
-        assert list(ours) == list(theirs)
-
-
 def test_every_epoch_and_seed_has_its_own_order():
     orders = [global_batches(50, 1, epoch=epoch, seed=seed) for epoch, seed in ((1, 3), (2, 3), (1, 8))]
     assert orders[0] != orders[1] != orders[2] != orders[0]
@@ -101,8 +91,8 @@ def test_the_split_is_stratified_exact_and_fixed_by_the_seed():
     assert not torch.equal(held_out, stratified_split(labels, 100, seed=1)[1])
 
 
-@pytest.mark.parametrize("size", [0, 10])
-def test_all_or_nothing_can_be_held_out(size):
+@pytest.mark.parametrize("size", [0, 7])
+def test_nothing_or_all_but_one_of_each_class_can_be_held_out(size):
     train, held_out = stratified_split(torch.arange(10) % 3, size, seed=0)
     assert (len(train), len(held_out)) == (10 - size, size)
     with pytest.raises(ValueError, match="validation_size must be in"):

@@ -276,7 +276,7 @@ def test_an_untyped_validation_size_is_cut_to_a_tenth():
     assert fit_to_dataset(recipe, cifar, validation_size_was_typed=False).validation_size == 5_000
     typed = make_recipe("validation_size=2000", base="standard")
     assert fit_to_dataset(typed, shapes, validation_size_was_typed=True).validation_size == 2_000
-    with pytest.raises(UserError, match="set it to at most 4998"):
+    with pytest.raises(UserError, match="set it to at most 4990"):
         fit_to_dataset(make_recipe("validation_size=5000"), shapes, validation_size_was_typed=True)
 
 
