@@ -49,7 +49,7 @@ import sys, time
 from pathlib import Path
 from cifar_dist.data.folder import load_folder
 begun = time.perf_counter()
-load_folder(Path(sys.argv[1]), image_size=32, seed=0)
+load_folder(Path(sys.argv[1]), image_size=32)
 print(time.perf_counter() - begun)
 """
 

@@ -13,7 +13,6 @@ from cifar_dist.config.accelerate_config import AccelerateConfig
 from cifar_dist.config.errors import EXIT_DONE, UserError
 from cifar_dist.config.files import STANDARD_OUTPUT, check_json, write_json, writing
 from cifar_dist.config.options import EvalOptions
-from cifar_dist.config.plan import fit_to_dataset
 from cifar_dist.config.request import DEFAULT_DATA_DIR, DEFAULT_DATASET, check_dataset_name, computed_with
 from cifar_dist.config.world import World
 from cifar_dist.data.dataset import Dataset, LabelledImages
@@ -47,10 +46,13 @@ def evaluate(options: EvalOptions, world: World, config: AccelerateConfig, conso
         print_notes(console, (*weights.notes, *runtime.compute.notes))
         is_other = weights.about.get("dataset", {}).get("fingerprint") != dataset.fingerprint()
         has_changed = is_other and _is_own_folder(options, weights, dataset)
+        whole = dataset.whole if is_other and not has_changed else None
         with ranks.together():
-            data, indices = _choose_split(options, weights, dataset, is_other=is_other, has_changed=has_changed)
+            data, indices = _choose_split(options, weights, dataset, whole, is_other=is_other)
         if has_changed:
             print_notes(console, [f"{dataset.name} has changed since the training, which may have seen these images"])
+        elif data is whole:
+            print_notes(console, [f"{dataset.name} has no test/ of its own: all its images are evaluated"])
         names, model = dataset.class_names, weights.build(runtime.device, runtime.memory_format)
         split = EvaluationSet(data=data, indices=indices, class_names=names, recipe=weights.recipe, runtime=runtime)
         with evaluation_display(console) as observer:
@@ -78,8 +80,8 @@ def _check_outputs(options: EvalOptions) -> None:
 def _read(options: EvalOptions) -> SavedWeights:
     _check_outputs(options)
     weights = read_weights(options.checkpoint, options.recipe)
-    if weights.class_names is None and options.split == "validation" and options.recipe is None:
-        raise UserError("bare weights have no validation split: add --recipe to say which images were held out")
+    if weights.class_names is None and options.split == "validation":
+        raise UserError("bare weights do not know which images were held out: use --split test, or a checkpoint")
     return weights
 
 
@@ -90,7 +92,8 @@ def _load_data(console: Console, options: EvalOptions, weights: SavedWeights) ->
     data_dir = options.data_dir or Path(about.get("data_dir", DEFAULT_DATA_DIR))
     check_dataset_name(name)
     with loading_progress(console, name) as progress:
-        dataset = load_dataset(name, data_dir.absolute(), weights.recipe, progress=progress)
+        dataset = load_dataset(name, data_dir.absolute(), weights.recipe, for_training=False, progress=progress)
+    print_notes(console, [dataset.origin])
     if weights.class_names is not None:
         try:
             return dataset.with_classes(weights.class_names)
@@ -111,19 +114,20 @@ def _is_own_folder(options: EvalOptions, weights: SavedWeights, dataset: Dataset
 
 
 def _choose_split(
-    options: EvalOptions, weights: SavedWeights, dataset: Dataset, *, is_other: bool, has_changed: bool
+    options: EvalOptions, weights: SavedWeights, dataset: Dataset, whole: LabelledImages | None, *, is_other: bool
 ) -> tuple[LabelledImages, Tensor]:
-    """Give the images, and which of them to evaluate; of those that have changed the parts may be others too."""
+    """Return the images, and which of them to evaluate. Raises UserError where the training may have seen them."""
     if options.split == "test":
-        return dataset.test, torch.arange(len(dataset.test))
+        data = whole or dataset.test
+        return data, torch.arange(len(data))
+    if is_other:  # also if it has the same images: in another order others are held out
+        raise UserError(
+            f"{dataset.name} is not what {weights.path} was trained on, or has changed: which images were held out is"
+            " not known, use --split test"
+        )
     if dataset.validation is not None:
         return dataset.validation, torch.arange(len(dataset.validation))
-    if has_changed:
-        raise UserError(f"{dataset.name} has changed since the training: which images were held out is not known")
-    recipe = weights.recipe
-    if is_other:  # nobody has cut it to these yet
-        recipe = fit_to_dataset(recipe, dataset.sizes, validation_size_was_typed=False)
-    _, held_out = stratified_split(dataset.train.labels, recipe.validation_size, seed=recipe.seed)
+    _, held_out = stratified_split(dataset.train.labels, weights.recipe.validation_size, seed=weights.recipe.seed)
     if not len(held_out):
         raise UserError(f"{weights.path} was trained without a validation split: evaluate it with --split test")
     return dataset.train, held_out

@@ -34,12 +34,12 @@ def run(options: PredictOptions, world: World, config: AccelerateConfig) -> int:
     """Predict as asked; give the exit code: 2 where an image could not be read."""
     console = make_console(quiet=world.rank > 0, stderr=options.json == STANDARD_OUTPUT)
     with connect(world, config) as ranks:
-        weights, files, unreadable = ranks.from_main(lambda: _read(options))
+        weights, files, unreadable, skipped = ranks.from_main(lambda: _read(options))
         runtime = start(
             ranks, config, **computed_with(weights.about, options.precision, world.size), doing="predicting"
         )
         unnamed = "the weights do not name their classes: they are numbered" if weights.class_names is None else None
-        print_notes(console, (*weights.notes, unnamed, *runtime.compute.notes))
+        print_notes(console, (*weights.notes, unnamed, skipped, *runtime.compute.notes))
         model = weights.build(runtime.device, runtime.memory_format)
         with evaluation_display(console) as observer:
             probabilities, was_read = _predict(model, weights, files, runtime, observer)
@@ -59,13 +59,13 @@ def run(options: PredictOptions, world: World, config: AccelerateConfig) -> int:
     return EXIT_USER_ERROR if unreadable else EXIT_DONE
 
 
-def _read(options: PredictOptions) -> tuple[SavedWeights, list[ImageFile], dict[str, str]]:
-    """Give the weights, the images, and those files, with the reason, that cannot be looked at."""
+def _read(options: PredictOptions) -> tuple[SavedWeights, list[ImageFile], dict[str, str], str]:
+    """Return the weights, the images, those files, with the reason, that cannot be looked at, and what was skipped."""
     check_json(options.json, options.checkpoint, options.recipe, options.config)
     weights = read_weights(options.checkpoint, options.recipe)
-    files, unreadable = find_images(options.images)
+    files, unreadable, skipped = find_images(options.images)
     check_json(options.json, *(file.path for file in files))
-    return weights, files, unreadable
+    return weights, files, unreadable, skipped
 
 
 def _predict(

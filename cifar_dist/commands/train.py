@@ -110,7 +110,7 @@ def _show_plan(console: Console, options: TrainOptions, world: World, config: Ac
     micro_batches = request.recipe.gradient_accumulation_steps
     compute = choose_compute(config, os.environ, future, **how, micro_batches=micro_batches)
     check_world(future, compute.device_type, os.environ)
-    sizes = known_sizes(request.dataset, request.recipe)
+    sizes = known_sizes(request.dataset)
     recipe = request.fit(sizes)
     plan = make_plan(recipe, world_size=future.size, sizes=sizes, device_type=compute.device_type)
     directory = run.existing.path if run.existing is not None else new_directory(options, request)

@@ -1,5 +1,7 @@
 """The one exception that a user is meant to see, and the exit codes of the launcher."""
 
+import re
+
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
@@ -11,6 +13,11 @@ EXIT_CODE_FILE = "CIFAR_DIST_EXIT_CODE_FILE"
 """The environment variable in which our launcher names the file for rank 0's exit code."""
 
 
+def printable(text: str) -> str:
+    """Return `text` with control characters, which a terminal would obey, escaped as in Python source."""
+    return re.sub(r"[\0-\x1f\x7f-\x9f]", lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
 class UserError(Exception):
     """Something only the user can mend. Raised anywhere, caught in `cli` alone, shown as one line.
 
@@ -19,7 +26,7 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         """Give the message as one line, whatever was put into it (file contents, other exceptions)."""
-        return " ".join(super().__str__().split())
+        return printable(" ".join(super().__str__().split()))
 
 
 class SharedError(UserError):

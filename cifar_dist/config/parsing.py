@@ -31,9 +31,10 @@ _OTHER_NAMES = {
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return `, did you mean X?` with the known name closest to `name`, or nothing if none is close."""
-    bare = {each.lstrip("-"): each for each in known}  # the dashes of flags would count as likeness
-    close = difflib.get_close_matches(name.lstrip("-"), bare, n=1, cutoff=0.6)
+    """Return `, did you mean X?` with the known name closest to `name` in any case, or nothing if none is close."""
+    # In lower case, and without the dashes of flags, which would count as likeness.
+    bare = {each.lstrip("-").lower(): each for each in known}
+    close = difflib.get_close_matches(name.lstrip("-").lower(), bare, n=1, cutoff=0.6)
     return f", did you mean '{bare[close[0]]}'?" if close else ""
 
 

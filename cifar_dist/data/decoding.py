@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context, parent_process
 from typing import NamedTuple
 
@@ -28,7 +28,8 @@ _CHUNK = 16  # images that a worker decodes before it reports: few, as they may 
 _MANY = 5_000  # images for which it pays to start processes
 _MAX_WORKERS = 8
 # Told by the content, whatever the suffix says: Pillow's other formats are rare, and one of them starts Ghostscript.
-_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+# TGA is the last, as nothing but its values tells that a file is one.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", "AVIF", "JPEG2000", "QOI", "TGA")
 
 
 class ImageFile(NamedTuple):
@@ -39,6 +40,20 @@ class ImageFile(NamedTuple):
     size: int  # bytes
     mtime_ns: int
     ctime_ns: int  # changes with a file's name too, on systems other than Windows
+
+
+@cache
+def image_formats() -> tuple[str, ...]:
+    """Return the names of the formats that are read: those that this build of Pillow knows."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """Return the suffixes of images, in lower case; with HEIC and AVIF, so that these are refused and never skipped."""
+    known = {suffix for suffix, name in Image.registered_extensions().items() if name in ("MPO", *image_formats())}
+    return frozenset((known | {".heic", ".heif", ".avif"}) - {".pfm"})  # floating-point pixels
 
 
 def name_some(names: Sequence[str]) -> str:
@@ -54,8 +69,8 @@ def decode_all(files: Sequence[ImageFile], images: Pixels, progress: Progress | 
         sizes = decode_by(ThreadPoolExecutor(1), files, images, progress)
     if unreadable := [file.name for file, size in zip(files, sizes, strict=True) if not size]:
         raise UserError(
-            f"{len(unreadable):,} of {len(files):,} image files cannot be read (empty, damaged, too large or no"
-            f" images): {name_some(unreadable)}; replace or remove them"
+            f"{len(unreadable):,} of {len(files):,} image files cannot be read (empty, damaged, too large,"
+            f" or no image for this Pillow): {name_some(unreadable)}; replace or remove them"
         )
     by_area = sorted({size for size in sizes if size}, key=lambda size: (size[0] * size[1], size))
     return by_area[0], by_area[-1]
@@ -145,7 +160,7 @@ def decode(path: str, size: int) -> tuple[Pixels, Size]:
     its middle cut out, by the rules of torchvision's `Resize` (bilinear, antialiased) and `CenterCrop`.
     Raises OSError, ValueError and nearly anything else where the file is no such image.
     """
-    with Image.open(path, formats=_FORMATS) as image:
+    with Image.open(path, formats=image_formats()) as image:
         image.load()
         with suppress(Exception):  # a broken EXIF block leaves the pixels good
             ImageOps.exif_transpose(image, in_place=True)

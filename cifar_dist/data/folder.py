@@ -1,30 +1,29 @@
 """Images in class folders, listed, split and read into memory.
 
 Two layouts are understood, as README.md shows them: parts that hold class folders, and class folders alone. As
-for torchvision's ImageFolder, what lies deeper in a class folder counts, too.
+for torchvision's ImageFolder, what lies deeper in a class folder counts, too, if some images lie in it directly.
 """
 
 import math
 import os
 import stat
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
 import psutil
 import torch
 
-from cifar_dist.config.errors import UserError
+from cifar_dist.config.errors import UserError, printable
 from cifar_dist.config.plan import DatasetSizes
 from cifar_dist.data.dataset import Dataset, LabelledImages
-from cifar_dist.data.decoding import ImageFile, Progress, name_some
+from cifar_dist.data.decoding import ImageFile, Progress, image_suffixes, name_some
 from cifar_dist.data.download import reason_of
 from cifar_dist.data.image_cache import read_images
 from cifar_dist.data.order import derive_seed
 
-_SUFFIXES = tuple(".png .jpg .jpeg .jfif .bmp .gif .webp .ppm .pgm .tif .tiff".split())
-OTHER_SUFFIXES = (".heic", ".heif", ".avif")  # images, but not for every build of Pillow
-_LISTED = _SUFFIXES + OTHER_SUFFIXES
 _PARTS = ("train", "test", "val")
 _PART_LIKE = frozenset((*_PARTS, "training", "testing", "valid", "validation"))
 _TEST_SHARE = 5  # one in so many
@@ -33,21 +32,34 @@ Classes = dict[str, list[ImageFile]]
 """The files of each class, both in the order of their names."""
 
 
-def load_folder(path: Path, *, image_size: int, seed: int, progress: Progress | None = None) -> Dataset:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Listing:
+    """The files of a folder."""
+
+    parts: dict[str, Classes]
+    """"train", "test" and, if it is there besides, "val"."""
+    is_flat: bool
+    """Whether the test images were chosen here."""
+    skipped: str
+    """Which files of class folders are not read, in words; empty for none."""
+
+
+def load_folder(path: Path, *, image_size: int, for_training: bool = True, progress: Progress | None = None) -> Dataset:
     """Load the images below `path` as (N, 3, image_size, image_size) uint8, in the order of (class, relative path).
 
-    `seed` chooses the test images where the folder has no test set, each by its name, so that new ones move few others.
-    `progress` is told the files decoded so far and in all. Raises UserError where the folder is no dataset.
+    Where the folder has no test set, each image's name decides whether it is a test image, whatever the seed of a run.
+    `for_training=False` allows a folder without training images. `progress` is told the files decoded so far and in
+    all. Raises UserError where the folder is no dataset.
     """
-    parts = _find_parts(path, seed)
-    _check_parts(path, parts)
+    listing = _list_folder(path, for_training=for_training)
+    parts = listing.parts
     files = [file for classes in parts.values() for members in classes.values() for file in members]
     _check_memory(len(files), image_size)
     # One array for all parts: they are views of it, and no pixel is in memory twice.
     images = torch.empty((len(files), 3, image_size, image_size), dtype=torch.uint8)
     (smallest, largest), from_cache = read_images(files, images.numpy(), folder=path, progress=progress)
 
-    names = tuple(parts["train"])
+    names = tuple(sorted({name for classes in parts.values() for name in classes}))
     loaded, start = {}, 0
     for part, classes in parts.items():
         counts = torch.tensor([len(classes.get(name, ())) for name in names])
@@ -55,66 +67,89 @@ def load_folder(path: Path, *, image_size: int, seed: int, progress: Progress | 
         loaded[part] = LabelledImages(images=images[start : start + len(labels)], labels=labels)
         start += len(labels)
     sizes = " to ".join(f"{width}x{height}" for width, height in dict.fromkeys((smallest, largest)))
+    together = torch.cat([part.labels for part in loaded.values()])
+    skipped = f"; {listing.skipped}" if listing.skipped else ""
     return Dataset(
-        name=path.name if path.name not in ("", "..") else path.resolve().name,
+        name=printable(path.name if path.name not in ("", "..") else path.resolve().name),
         class_names=names,
         train=loaded["train"],
         test=loaded["test"],
         validation=loaded.get("val"),
+        whole=LabelledImages(images=images, labels=together) if listing.is_flat else None,
         origin=f"{len(files):,} files of {sizes} pixels, resized and cropped to {image_size}x{image_size},"
-        f" {images.nbytes / 2**20:,.1f} MiB in memory{' (read from the cache)' if from_cache else ''}",
+        f" {images.nbytes / 2**20:,.1f} MiB in memory{' (read from the cache)' if from_cache else ''}{skipped}",
     )
 
 
-def folder_sizes(path: Path, *, seed: int) -> DatasetSizes:
+def folder_sizes(path: Path) -> DatasetSizes:
     """Count a folder's images without reading one. Raises UserError as `load_folder` does."""
-    parts = _find_parts(path, seed)
-    _check_parts(path, parts)
+    parts = _list_folder(path, for_training=True).parts
     train, test, own = (sum(map(len, parts.get(part, {}).values())) for part in _PARTS)
-    return DatasetSizes(num_train=train, num_test=test, num_validation=own)
+    return DatasetSizes(num_train=train, num_test=test, num_validation=own, num_classes=len(parts["train"]))
 
 
-def _find_parts(path: Path, seed: int) -> dict[str, Classes]:
-    """List "train", "test" and, if it is there besides, "val"."""
+def _list_folder(path: Path, *, for_training: bool) -> _Listing:
+    """List a folder's files. Raises UserError where they are no dataset."""
     # A class may well be called train, but then it holds images and no folders.
-    folders = _subfolders(path).items()
+    folders, skipped = _subfolders(path).items(), Counter[str]()
     names = {name for name, entry in folders if name.lower() in _PART_LIKE and _subfolders(entry.path)}
-    if not names:
-        return _split(_list_classes(path, ""), seed)
-    if "train" not in names or len(names) == 1 or not names <= set(_PARTS):
+    parts: dict[str, Classes]
+    if names == {"train"} or not names <= set(_PARTS) or (for_training and names and "train" not in names):
         raise UserError(
             f"{path.absolute()} holds {', '.join(sorted(names))} with folders in them: expected are train/CLASS and"
             " test/CLASS or val/CLASS (or both), by these names, or else CLASS folders alone"
         )
-    parts = {part: _list_classes(path / part, f"{part}/") for part in _PARTS if part in names}
-    return parts if "test" in parts else {"train": parts["train"], "test": parts["val"]}
+    if names:
+        parts = {part: _list_classes(path / part, f"{part}/", skipped) for part in _PARTS if part in names}
+        if "test" not in parts:
+            parts["test"] = parts.pop("val")
+        parts = {"train": {}} | parts
+    else:
+        parts = _split(_list_classes(path, "", skipped))
+    if for_training:
+        _check_training(path, parts)
+    for part, classes in parts.items():
+        if part != "train" and not any(classes.values()):
+            raise UserError(f"{path.absolute()} has no images for {part}")
+    return _Listing(parts=parts, is_flat=not names, skipped=describe_skipped(skipped))
 
 
-def _split(classes: Classes, seed: int) -> dict[str, Classes]:
+def describe_skipped(skipped: Mapping[str, int]) -> str:
+    """Return the numbers of skipped files by suffix in words; an empty text where there are none."""
+    by_suffix = [f"{count:,} {suffix or 'without a suffix'}" for suffix, count in sorted(skipped.items())]
+    return f"{sum(skipped.values()):,} other files skipped ({name_some(by_suffix)})" if skipped else ""
+
+
+def _split(classes: Classes) -> dict[str, Classes]:
+    """Choose a fifth of each class as test images, each by its name: new images move few others."""
     parts: dict[str, Classes] = {"train": {}, "test": {}}
     for name, members in classes.items():
         count = max(round(len(members) / _TEST_SHARE), min(1, len(members) - 1), 0)
-        by_lot = sorted(members, key=lambda file: derive_seed("folder split", seed, file.name))
+        by_lot = sorted(members, key=lambda file: derive_seed("folder split", file.name))
         chosen = {file.path for file in by_lot[:count]}
         parts["train"][name] = [file for file in members if file.path not in chosen]
         parts["test"][name] = [file for file in members if file.path in chosen]
     return parts
 
 
-def _check_parts(path: Path, parts: Mapping[str, Classes]) -> None:
+def _check_training(path: Path, parts: Mapping[str, Classes]) -> None:
     where, train = path.absolute(), parts["train"]
+    files = [PurePosixPath(file.name) for members in train.values() for file in members]
+    class_folders = {*train, *(f"train/{name}" for name in train)}
+    if files and not any(str(file.parent) in class_folders for file in files):
+        likely = Counter(file.parent.parent for file in files).most_common(1)[0][0]
+        likely = likely.parent if likely.name.lower() in _PART_LIKE else likely
+        raise UserError(
+            f"no class folder of {where} holds an image itself, only folders do: name the folder whose folders are the"
+            f" classes ({where / likely}, by the looks of it), or move the images up"
+        )
     if len(train) < 2:
         raise UserError(f"{where} holds {len(train)} class folders for training: a dataset needs two or more")
-    files = [file.name for classes in parts.values() for members in classes.values() for file in members]
-    if other := [name for name in files if name.lower().endswith(OTHER_SUFFIXES)]:
-        raise UserError(f"HEIC and AVIF images cannot be read, convert them (to PNG or JPEG): {name_some(other)}")
     if empty := [name for name, members in train.items() if not members]:
         raise UserError(f"there are no training images in {where} of {name_some(empty)}: add some, or remove the class")
     for part, classes in parts.items():
         if unknown := [name for name in classes if name not in train]:
             raise UserError(f"{where} has classes for {part} that train/ lacks: {name_some(unknown)}")
-        if not any(classes.values()):
-            raise UserError(f"{where} has no images for {part}")
 
 
 def _check_memory(num_files: int, image_size: int) -> None:
@@ -128,9 +163,9 @@ def _check_memory(num_files: int, image_size: int) -> None:
         )
 
 
-def _list_classes(folder: Path, prefix: str) -> Classes:
+def _list_classes(folder: Path, prefix: str, skipped: Counter[str]) -> Classes:
     return {
-        name: sorted(files_below(entry.path, f"{prefix}{name}/"), key=lambda file: file.name)
+        name: sorted(files_below(entry.path, f"{prefix}{name}/", skipped), key=lambda file: file.name)
         for name, entry in sorted(_subfolders(folder).items())
     }
 
@@ -152,11 +187,16 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def files_below(
-    folder: str, prefix: str, above: tuple[Path, ...] = (), unreadable: dict[str, str] | None = None
+    folder: str,
+    prefix: str,
+    skipped: Counter[str],
+    unreadable: dict[str, str] | None = None,
+    above: tuple[Path, ...] = (),
 ) -> Iterator[ImageFile]:
-    """Give all image files at any depth; `prefix` is what their names begin with, `above` the folders come through.
+    """Yield all image files at any depth; `prefix` is what their names begin with, `above` the folders come through.
 
-    Folders that cannot be listed are put into `unreadable`, with the reason; without it they are a UserError.
+    Other files are counted in `skipped`, by suffix. Folders that cannot be listed are put into `unreadable`, with the
+    reason; without it they are a UserError.
     """
     here = Path(folder).resolve()
     if here in above:  # a link to where we come from
@@ -171,8 +211,10 @@ def files_below(
     for entry in entries:
         name = prefix + _portable(entry.name)
         if _is_folder(entry):
-            yield from files_below(entry.path, f"{name}/", (*above, here), unreadable)
-        elif name.lower().endswith(_LISTED):
+            yield from files_below(entry.path, f"{name}/", skipped, unreadable, (*above, here))
+        elif (suffix := PurePosixPath(name).suffix.lower()) not in image_suffixes():
+            skipped[suffix] += 1
+        else:
             try:
                 status = entry.stat()
             except OSError:  # a broken link, to be named with the other files that cannot be read
@@ -191,7 +233,7 @@ def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
 
 
 def _portable(name: str) -> str:
-    """Give a name as valid, composed Unicode: macOS may decompose it, and Linux allows any bytes."""
-    if name.isascii():  # nearly always, and a folder may have very many
+    """Return a name as valid, composed Unicode of one line: macOS may decompose it, and Linux allows any bytes."""
+    if name.isascii() and name.isprintable():  # nearly always, and a folder may have very many
         return name
-    return unicodedata.normalize("NFC", os.fsencode(name).decode(errors="backslashreplace"))
+    return printable(unicodedata.normalize("NFC", os.fsencode(name).decode(errors="backslashreplace")))

@@ -14,11 +14,10 @@ from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cifar_dist.data.decoding import ImageFile, Pixels, Progress, Range, decode_all
 
-_FORMAT = 2  # to be counted up when the layout of the file changes, or the way an image becomes pixels
+_FORMAT = 3  # to be counted up when the layout of the file changes, or the way an image becomes pixels
 _BLOCK_BYTES = 1 << 22
 _HEADER = struct.Struct("<4I")  # width and height of the smallest and the largest original
 
@@ -47,45 +46,41 @@ def read_images(
     """
     if (cache_dir := default_cache_dir()) is None:
         return decode_all(files, images, progress), False
-    # The cache has an order of its own, so that another order of the same files (another seed) finds it, too. It is
-    # copied to and from in blocks, as a whole would have all pixels in memory twice.
-    order = sorted(range(len(files)), key=lambda index: (files[index].name, files[index].path))
-    listed = "".join(
-        f"\0{file.name}\0{file.size}\0{file.mtime_ns}\0{file.ctime_ns}" for file in map(files.__getitem__, order)
-    )
+    listed = "".join(f"\0{file.name}\0{file.size}\0{file.mtime_ns}\0{file.ctime_ns}" for file in files)
     key = blake2b(f"{_FORMAT}\0{images.shape[-1]}{listed}".encode(), digest_size=16).digest()
     stem = blake2b(os.fsencode(folder.resolve()), digest_size=8).hexdigest()
     cache_file = cache_dir / f"{stem}-{key.hex()}.pixels"
-    blocks = np.array_split(order, min(len(files), images.nbytes // _BLOCK_BYTES + 1))
-    if sizes := _load(cache_file, key, images, blocks):
+    # Views, so that the pixels are never in memory twice.
+    parts = np.array_split(images, min(len(files), images.nbytes // _BLOCK_BYTES + 1))
+    blocks = [part.data for part in parts]
+    if sizes := _load(cache_file, key, blocks):
         return sizes, True
     sizes = decode_all(files, images, progress)
     with suppress(OSError):  # no right to write, no space: it goes without
-        _save(cache_file, key, images, blocks, sizes)
+        _save(cache_file, key, blocks, sizes)
         for old in cache_dir.glob(f"{stem}-*"):  # whoever is writing one of these now only stays without it
             if old != cache_file:
                 old.unlink(missing_ok=True)
     return sizes, False
 
 
-def _load(cache_file: Path, key: bytes, images: Pixels, blocks: list[NDArray[np.intp]]) -> Range | None:
-    """Fill `images`; None if there is no such file or anything is wrong with it, whatever is in `images` then."""
+def _load(cache_file: Path, key: bytes, blocks: list[memoryview]) -> Range | None:
+    """Fill `blocks`; return None, whatever is in them then, if there is no such file or anything is wrong with it."""
     try:
         with cache_file.open("rb") as file:
             numbers = _HEADER.unpack(header := file.read(_HEADER.size))
             checksum = zlib.crc32(header, zlib.crc32(key))
-            for rows in blocks:
-                block = file.read(images[0].nbytes * len(rows))
+            for block in blocks:
+                file.readinto(block)  # of a file that is too short the checksum differs
                 checksum = zlib.crc32(block, checksum)
-                images[rows] = np.frombuffer(block, np.uint8).reshape(len(rows), *images.shape[1:])
             if file.read(5) != checksum.to_bytes(4):
                 return None
-    except (OSError, struct.error, ValueError):  # the last two: it is too short
+    except (OSError, struct.error):  # the last: it is too short
         return None
     return (numbers[0], numbers[1]), (numbers[2], numbers[3])
 
 
-def _save(cache_file: Path, key: bytes, images: Pixels, blocks: list[NDArray[np.intp]], sizes: Range) -> None:
+def _save(cache_file: Path, key: bytes, blocks: list[memoryview], sizes: Range) -> None:
     """Write the file under another name first, so that its own name never stands for a part of it. Raises OSError."""
     cache_file.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(".part", cache_file.stem, cache_file.parent)
@@ -93,8 +88,8 @@ def _save(cache_file: Path, key: bytes, images: Pixels, blocks: list[NDArray[np.
         with open(descriptor, "wb") as file:  # noqa: PTH123 - a descriptor is no path
             file.write(header := _HEADER.pack(*sizes[0], *sizes[1]))
             checksum = zlib.crc32(header, zlib.crc32(key))
-            for rows in blocks:
-                file.write(block := images[rows].tobytes())
+            for block in blocks:
+                file.write(block)
                 checksum = zlib.crc32(block, checksum)
             file.write(checksum.to_bytes(4))
             file.flush()

@@ -14,11 +14,13 @@ from cifar_dist.data.download import DownloadError, Progress, download, exclusiv
 
 
 def provide(archive: Archive, data_dir: Path, *, progress: Progress | None = None) -> Path:
-    """Give the folder that holds the files; missing ones are unpacked from the tarball, downloaded if need be.
+    """Return the folder that holds the files; missing ones are unpacked from the tarball, downloaded if need be.
 
+    `data_dir` is the folder around it, or itself.
     `progress` is told the bytes downloaded so far and in all. The md5 of files that were there already is looked at
     when they are read. Raises UserError where the files cannot be had.
     """
+    data_dir = _root(archive, data_dir)
     folder = data_dir / archive.folder
     if _missing(folder, archive):
         refuse_wrong({folder / file.name: file.md5 for file in archive.files})
@@ -30,6 +32,7 @@ def provide(archive: Archive, data_dir: Path, *, progress: Progress | None = Non
 
 def where_found(archive: Archive, data_dir: Path) -> str:
     """Say where the files of an archive are, or what would have to be done for them; their md5 is not looked at."""
+    data_dir = _root(archive, data_dir)
     folder, tarball = data_dir / archive.folder, data_dir / archive.tarball
     if not (missing := _missing(folder, archive)):
         return f"found: {folder}"
@@ -37,6 +40,11 @@ def where_found(archive: Archive, data_dir: Path) -> str:
         return f"found: {tarball}, to be unpacked"
     some = "missing" if len(missing) == len(archive.train + archive.test) else f"{', '.join(missing)} missing"
     return f"{some} in {folder}: would be downloaded"
+
+
+def _root(archive: Archive, data_dir: Path) -> Path:
+    """Return the folder that the archive is, or will be, in; its own folder or tarball may be named instead."""
+    return data_dir.parent if data_dir.name in (archive.folder, archive.tarball) else data_dir
 
 
 def _missing(folder: Path, archive: Archive) -> list[str]:

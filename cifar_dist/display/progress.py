@@ -8,6 +8,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from cifar_dist.config.errors import printable
 from cifar_dist.config.plan import KNOWN_SIZES, RunPlan
 from cifar_dist.display.console import can_draw
 from cifar_dist.display.tables import format_duration, format_epoch
@@ -31,7 +32,7 @@ class Display(Observer):
 
     def on_note(self, text: str) -> None:
         """Print a line: whole in a pipe or a file, and on a terminal that is too narrow broken between words."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=not can_draw(self.console))
+        self.console.print(printable(text), markup=False, highlight=False, soft_wrap=not can_draw(self.console))
 
 
 class PlainDisplay(Display):
@@ -165,7 +166,7 @@ def loading_progress(console: Console, dataset: str) -> CountProgress:
     """Give the view of what may take long before a dataset is there: a download, or the decoding of a folder."""
     if dataset in KNOWN_SIZES:
         return CountProgress(console, f"downloading {dataset}", unit="MiB", scale=2**20)
-    return CountProgress(console, f"decoding {dataset}", unit="files")
+    return CountProgress(console, printable(f"decoding {dataset}"), unit="files")
 
 
 def evaluation_display(console: Console) -> CountProgress:

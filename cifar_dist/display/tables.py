@@ -10,6 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from cifar_dist.config.errors import printable
 from cifar_dist.config.provenance import command_line
 from cifar_dist.display.console import can_draw
 from cifar_dist.records import EpochRecord, Evaluation, Summary
@@ -163,13 +164,13 @@ def print_table(console: Console, rows: Sequence[Sequence[str]]) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows[1:]:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     console.print(table)
 
 
 def print_header(console: Console, values: Mapping[str, str]) -> None:
     """Print what stands above a run: a line each, and on a terminal that is too narrow between words, indented."""
-    width = max(map(len, values)) + 2
+    width, values = max(map(len, values)) + 2, {name: printable(value) for name, value in values.items()}
     if not can_draw(console):
         for name, value in values.items():
             console.print(Text(f"{name:<{width}}{value}"), soft_wrap=True, highlight=False)
@@ -200,6 +201,7 @@ def print_result(console: Console, summary: Summary, total_epochs: int, director
 
 def print_lines(console: Console, lines: Sequence[str], *, title: str) -> None:
     """Print lines: in a panel on a terminal, as they are elsewhere."""
+    title, lines = printable(title), [*map(printable, lines)]
     if can_draw(console):
         console.print(Panel(Group(*map(Text, lines)), title=title, border_style="green", expand=False))
         return
@@ -210,4 +212,4 @@ def print_lines(console: Console, lines: Sequence[str], *, title: str) -> None:
 def print_notes(console: Console, notes: Iterable[str | None]) -> None:
     """Print lines that a person should read, as they are; None is no line."""
     for note in filter(None, notes):
-        console.print(note, soft_wrap=True, highlight=False, markup=False)
+        console.print(printable(note), soft_wrap=True, highlight=False, markup=False)
