@@ -154,8 +154,8 @@ CASES = {
     "--set optimizer.foo=0.1": "unknown recipe field 'optimizer.foo' (fields of optimizer: name, learning_rate, ",
     "--set learning_rate=0.1": "unknown recipe field 'learning_rate', did you mean 'optimizer.learning_rate'?",
     "--set epochs=0": "epochs must be 1 or more, not 0",
-    "--set validation_size=60000": "validation_size=60000 leaves a class without an image to train on: the training set has",
-    " set it to at most 49998",
+    "--set validation_size=60000": "validation_size=60000 leaves a class without an image to train on:"
+    " the training set has 50000 images of 10 classes, set it to at most 49990",
     "--set gradient_accumulation_steps=3": "global_batch_size=512 does not divide by 1 processes x 3 accumulation:"
     " set it to 510 or 513",
     "--num-processes 3": "global_batch_size=512 does not divide by 3 processes",
