@@ -20,8 +20,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from cifar_dist.commands.bench import FOR_SPEED, random_dataset
+from cifar_dist.commands.bench import random_dataset
 from cifar_dist.config.accelerate_config import load_accelerate_config
+from cifar_dist.config.checks import FOR_SPEED
 from cifar_dist.config.loading import read_recipe
 from cifar_dist.config.plan import make_plan
 from cifar_dist.config.recipe import resolve_recipe

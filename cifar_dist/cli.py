@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from cifar_dist.config.accelerate_config import load_accelerate_config, processes_to_start, with_processes
 from cifar_dist.config.arguments import parse_arguments
+from cifar_dist.config.checks import check_options
 from cifar_dist.config.errors import (
     EXIT_CODE_FILE,
     EXIT_DONE,
@@ -25,9 +26,10 @@ from cifar_dist.config.errors import (
     SharedError,
     UserError,
 )
-from cifar_dist.config.options import TrainOptions
+from cifar_dist.config.options import EvalOptions, Options, TrainOptions
 from cifar_dist.config.provenance import PROGRAM, program_name
 from cifar_dist.config.request import TrainRequest, check_before_launch
+from cifar_dist.config.run_files import first_good, verify
 from cifar_dist.config.world import World
 
 _COMMANDS = {"eval": "evaluate"}  # whose module has another name
@@ -102,13 +104,13 @@ def _run(argv: list[str], world: World) -> int:
         os.environ["CUDA_VISIBLE_DEVICES"] = config.gpu_ids
     config = with_processes(config, getattr(options, "num_processes", None), world)
     count = processes_to_start(world, config)
-    if count > 1 and command != "doctor" and not getattr(options, "dry_run", False):
+    request = _check(options, count, config.machine_rank) if world.size == 1 else None
+    is_dry = command == "doctor" or getattr(options, "dry_run", False)
+    if request is not None and not is_dry:
+        _provide_data(request)
+    if count > 1 and not is_dry:
         from cifar_dist.runtime import launch
 
-        if isinstance(options, TrainOptions):
-            request = check_before_launch(options, world_size=count, machine_rank=config.machine_rank)
-            if request is not None:
-                _provide_data(request)
         return launch.launch(argv, config, count)
     if EXIT_CODE_FILE in os.environ and sys.platform == "linux":
         from cifar_dist.runtime.launch import end_with_parent
@@ -126,8 +128,34 @@ def _run(argv: list[str], world: World) -> int:
     return code
 
 
+def _check(options: Options, world_size: int, machine_rank: int) -> TrainRequest | None:
+    """Check all that can be checked before torch is imported, which takes seconds. Raises UserError.
+
+    Return the request of a training that has something to do. Where the processes of a world are there already, rank 0
+    checks, and tells the others.
+    """
+    if isinstance(options, TrainOptions):
+        request = check_before_launch(options, world_size=world_size, machine_rank=machine_rank)
+        if request is not None and options.resume and not options.dry_run:
+            from cifar_dist.training.run_directory import RunDirectory
+
+            run = RunDirectory(options.resume_dir or options.run_dir or Path())
+            if run.nothing_left(request.recipe.epochs) is not None:
+                return None
+            first_good(run, verify)
+        return request
+    if machine_rank > 0:  # the first machine alone reads and writes
+        return None
+    if isinstance(options, EvalOptions) and options.figures is not None:
+        from cifar_dist.display.console import check_drawing
+
+        check_drawing()
+    check_options(options, world_size=world_size)
+    return None
+
+
 def _provide_data(request: TrainRequest) -> None:
-    """Download what is missing before processes are started that would wait for it."""
+    """Download what is missing, before torch is imported, or processes are started that would wait for it."""
     from cifar_dist.data.archives import ARCHIVES
     from cifar_dist.data.official_files import provide
     from cifar_dist.display.console import make_console

@@ -12,12 +12,13 @@ from rich.console import Console
 from cifar_dist.baselines import peer, script
 from cifar_dist.baselines.bare import BareStep
 from cifar_dist.config.accelerate_config import AccelerateConfig
+from cifar_dist.config.checks import recipe_for_speed
 from cifar_dist.config.errors import EXIT_DONE, UserError
 from cifar_dist.config.files import STANDARD_OUTPUT, check_json, write_json
-from cifar_dist.config.loading import read_recipe, recipe_label
+from cifar_dist.config.loading import recipe_label
 from cifar_dist.config.options import BenchOptions
 from cifar_dist.config.plan import make_plan
-from cifar_dist.config.recipe import Recipe, resolve_recipe
+from cifar_dist.config.recipe import Recipe
 from cifar_dist.config.world import World
 from cifar_dist.data.dataset import Dataset, LabelledImages
 from cifar_dist.display.console import make_console
@@ -36,14 +37,6 @@ from cifar_dist.training.step_profile import flops_per_image, memory_by_part, pe
 from cifar_dist.training.sweep import sweep
 
 _NUM_CLASSES = 10
-FOR_SPEED: dict[str, Any] = {
-    "validation_size": 0,
-    "early_stopping": {"enabled": False},
-    "epochs": 1_000_000,
-    "image_size_schedule": None,  # all loops see images of one size
-    "freeze_epochs": 0,
-}
-"""Fields of a recipe whose loop is measured: an endless run of equal steps."""
 
 
 def run(options: BenchOptions, world: World, config: AccelerateConfig) -> int:
@@ -52,7 +45,7 @@ def run(options: BenchOptions, world: World, config: AccelerateConfig) -> int:
     check_json(options.json, options.recipe, options.config)
     if options.sweep and world.size > 1:
         raise UserError(f"--sweep compares what one process can do, and there are {world.size}: start one")
-    recipe = resolve_recipe(read_recipe(options.recipe), FOR_SPEED, options.assignments)
+    recipe = recipe_for_speed(options)
     with connect(world, config) as ranks:
         runtime = start(
             ranks,

@@ -10,8 +10,9 @@ from rich.console import Console
 from torch import Tensor
 
 from cifar_dist.config.accelerate_config import AccelerateConfig
+from cifar_dist.config.checks import check_evaluation
 from cifar_dist.config.errors import EXIT_DONE, UserError
-from cifar_dist.config.files import STANDARD_OUTPUT, check_json, write_json, writing
+from cifar_dist.config.files import STANDARD_OUTPUT, write_json, writing
 from cifar_dist.config.options import EvalOptions
 from cifar_dist.config.request import DEFAULT_DATA_DIR, DEFAULT_DATASET, check_dataset_name, computed_with
 from cifar_dist.config.world import World
@@ -68,17 +69,10 @@ def evaluate(options: EvalOptions, world: World, config: AccelerateConfig, conso
     return evaluation
 
 
-def _check_outputs(options: EvalOptions) -> None:
-    """Refuse places that cannot be written to before time is spent on what goes there."""
-    check_json(options.json, options.checkpoint, options.recipe, options.config)
-    if options.figures is not None and options.figures.exists() and not options.figures.is_dir():
-        raise UserError(f"--figures {options.figures} is a file: name a folder")
+def _read(options: EvalOptions) -> SavedWeights:
+    check_evaluation(options)
     if options.figures is not None:
         check_drawing()
-
-
-def _read(options: EvalOptions) -> SavedWeights:
-    _check_outputs(options)
     weights = read_weights(options.checkpoint, options.recipe)
     if weights.class_names is None and options.split == "validation":
         raise UserError("bare weights do not know which images were held out: use --split test, or a checkpoint")

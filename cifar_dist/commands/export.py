@@ -1,17 +1,15 @@
 """`export`: weights for other programs, in the format that the suffix names."""
 
-import importlib.util
 import io
 import json
 import warnings
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from cifar_dist.config.accelerate_config import AccelerateConfig
 from cifar_dist.config.errors import EXIT_DONE, UserError
-from cifar_dist.config.files import check_output, write_output
+from cifar_dist.config.files import write_output
 from cifar_dist.config.options import ExportOptions
 from cifar_dist.config.provenance import package_versions
 from cifar_dist.config.world import World
@@ -29,17 +27,8 @@ def run(options: ExportOptions, world: World, config: AccelerateConfig) -> int:
     if world.size > 1:
         raise UserError(f"export is the work of one process, and there are {world.size}: start one")
     out, kind = options.out, options.out.suffix
-    if kind not in _FORMATS:
-        raise UserError(f"--out {out} must end in {', '.join(_FORMATS)}, not in '{kind}'")
-    if out.exists():
-        raise UserError(f"--out {out} exists already: name a new file")
-    check_output("--out", out)
-    write, packages = _FORMATS[kind]
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"{kind} needs the package {package}: pip install {' '.join(packages)}")
     weights = read_weights(options.checkpoint, options.recipe)
-    write_output(out, write(weights))
+    write_output(out, _WRITERS[kind](weights))
     recipe = weights.recipe
     mean, std = list(recipe.normalization.mean), list(recipe.normalization.std)
     images = f"RGB images (N, 3, {recipe.image_size}, {recipe.image_size}) in [0, 1]"
@@ -135,9 +124,5 @@ def _onnx(weights: SavedWeights) -> bytes:
     return content
 
 
-_FORMATS: dict[str, tuple[Callable[[SavedWeights], bytes], tuple[str, ...]]] = {
-    ".pth": (_pth, ()),
-    ".safetensors": (_safetensors, ("safetensors",)),
-    ".onnx": (_onnx, ("onnx", "onnxscript", "onnxruntime")),
-}
-"""What writes a format, and the packages that it needs."""
+_WRITERS = {".pth": _pth, ".safetensors": _safetensors, ".onnx": _onnx}
+"""What writes each of the formats in `config.checks.EXPORT_PACKAGES`."""

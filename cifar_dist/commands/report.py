@@ -58,8 +58,6 @@ def run(options: ReportOptions, world: World, config: AccelerateConfig) -> int:
 def _read(path: Path) -> ReportedRun:
     """Read a run's own words. Raises UserError where there are none."""
     files = RunDirectory(path)
-    if not files.holds_run:
-        raise UserError(f"there is no run in {path}: name the folder that holds its summary.json")
     try:
         summary, records = files.read_summary(), files.read_records()
     except OSError as error:

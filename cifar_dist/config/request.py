@@ -11,7 +11,7 @@ from cifar_dist.config.options import TrainOptions
 from cifar_dist.config.parsing import flatten, nearest
 from cifar_dist.config.plan import KNOWN_SIZES, DatasetSizes, fit_to_dataset, make_plan
 from cifar_dist.config.recipe import Recipe, recipe_to_mapping, resolve_recipe
-from cifar_dist.config.run_files import RunFiles, find_run, find_run_of_job, first_good, verify
+from cifar_dist.config.run_files import RunFiles, find_run, find_run_of_job, verify
 from cifar_dist.config.trackers import check_trackers
 from cifar_dist.config.world import SlurmJob
 
@@ -74,7 +74,7 @@ def resolve_run(options: TrainOptions, job: SlurmJob | None = None) -> RunReques
 
 
 def check_before_launch(options: TrainOptions, *, world_size: int, machine_rank: int = 0) -> TrainRequest | None:
-    """Check what needs neither torch nor the data before processes are started; give the request. Raises UserError.
+    """Check what needs neither torch nor the data before either is loaded; return the request. Raises UserError.
 
     On another machine than the first a new run's directory is not looked at (the first may have made it by now), and
     of a run that goes on nothing is known where its directory is not there: None.
@@ -86,9 +86,10 @@ def check_before_launch(options: TrainOptions, *, world_size: int, machine_rank:
         if path is None or not RunFiles(path).config.exists():
             return None
     run = resolve_run(options)
-    if run.existing is not None:
-        first_good(run.existing, verify)
     check_plan(run.request, world_size=world_size)
+    pretrained = run.request.recipe.pretrained
+    if run.existing is None and machine_rank == 0 and pretrained not in (None, "imagenet"):
+        verify(Path(pretrained))
     return run.request
 
 

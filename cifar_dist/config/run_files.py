@@ -165,6 +165,20 @@ def verify(path: Path) -> None:
         raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from None
 
 
+def find_checkpoint(path: Path) -> Path:
+    """Return `path`, or the last checkpoint of a run directory. Raises UserError if there is none, or it is damaged."""
+    if not path.exists():
+        raise UserError(f"there is no checkpoint {path}")
+    if not path.is_dir():
+        verify(path)
+        return path
+    run = RunFiles(path)
+    if not run.last.exists():
+        raise UserError(f"there is no checkpoint in {path}: {run.last} does not exist")
+    run.read_config()
+    return run.last
+
+
 def first_good(run: RunFiles, load: Callable[[Path], T]) -> tuple[T | None, str | None]:
     """Load a run's last checkpoint, or where that is damaged the previous one, and what to say of that.
 

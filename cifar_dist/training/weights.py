@@ -12,7 +12,7 @@ from cifar_dist.config.errors import UserError
 from cifar_dist.config.loading import read_recipe
 from cifar_dist.config.recipe import Recipe, resolve_recipe
 from cifar_dist.config.request import resolve_stored_recipe
-from cifar_dist.config.run_files import check_stored
+from cifar_dist.config.run_files import check_stored, find_checkpoint
 from cifar_dist.model.resnet import build_resnet, infer_architecture, load_weights
 from cifar_dist.training.checkpoint import averaged_weights, is_bare_weights, load_checkpoint, refusing_foreign_content
 from cifar_dist.training.run_directory import RunDirectory
@@ -55,16 +55,12 @@ def read_weights(path: Path, recipe_name: str | None = None) -> SavedWeights:
 
 
 def _checkpoint_file(path: Path) -> Path:
-    if not path.exists():
-        raise UserError(f"there is no checkpoint {path}")
-    if not path.is_dir():
+    last, run = find_checkpoint(path), RunDirectory(path)
+    if last == path:
         return path
-    run = RunDirectory(path)
-    if not run.last.exists():
-        raise UserError(f"there is no checkpoint in {path}: {run.last} does not exist")
     summary = run.read_summary()
     selected_best = run.read_config()["recipe"].get("selection") == "best" and run.best.exists()
-    return run.best if selected_best and summary is not None and summary.test is not None else run.last
+    return run.best if selected_best and summary is not None and summary.test is not None else last
 
 
 def _own_weights(path: Path, content: dict[str, Any], recipe_name: str | None) -> SavedWeights:

@@ -147,7 +147,7 @@ def test_a_sweep_of_several_processes_is_refused():
 
 
 def test_an_image_size_schedule_does_not_make_our_loop_look_fast():
-    recipe = bench.resolve_recipe(bench.read_recipe("quick"), bench.FOR_SPEED)
+    recipe = bench.recipe_for_speed(BenchOptions(recipe="quick"))
     assert recipe.image_size_schedule is None
 
 

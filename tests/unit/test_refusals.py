@@ -1,0 +1,102 @@
+"""What can be refused without torch is, before torch is imported: that takes seconds."""
+
+import json
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import yaml
+
+from cifar_dist.config.recipe import recipe_to_mapping
+from tests.conftest import make_images, make_recipe
+
+PROBE = """
+import contextlib, io, json, sys
+from cifar_dist.cli import main
+
+for argv in json.load(sys.stdin):
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        code = main(argv)
+    print(json.dumps([code, said.getvalue(), sorted({"torch", "torchvision", "accelerate"} & set(sys.modules))]))
+"""
+
+REFUSALS = {
+    "--recipe orignal": "unknown recipe 'orignal', did you mean 'original'?",
+    "--recipe broken.yaml": "recipe file broken.yaml is not valid YAML",
+    "--set learning_rat=0.1": "unknown recipe field 'learning_rat'",
+    "--set optimizer.name=sdg": "optimizer.name must be one of sgd, adamw, muon, not 'sdg'",
+    "--epochs 0": "epochs must be 1 or more, not 0",
+    "--epochs 0 --dry-run": "epochs must be 1 or more, not 0",
+    "--dataset cifar": "unknown dataset 'cifar', did you mean 'cifar10'?",
+    "--dataset shapes --set batch_norm_group_size=7": "batch_norm_group_size=7 must cut the 512 images",
+    "--set validation_size=50000": "validation_size=50000 leaves",
+    "--set pretrained=none.pth": "cannot read checkpoint none.pth: No such file or directory",
+    "--tracker tensorbord": "unknown tracker 'tensorbord'",
+    "--config none.yaml": "cannot read Accelerate config none.yaml",
+    "--resume nothere": "there is no run in nothere to resume",
+    "--run-dir run": "run holds a run already",
+    "--resume run --set seed=5": "a resumed run stays what it was, and this differs: seed 0 -> 5",
+    "--resume run": "checkpoint run/checkpoints/last.pt is damaged",
+    "--resume done --epochs 1": "epochs=1 is below the 3 that are done in done",
+    "--num-processes 3 --set global_batch_size=512": "global_batch_size=512 does not divide by 3 processes",
+    "eval --ckpt nothere": "there is no checkpoint nothere",
+    "eval --ckpt done": "there is no checkpoint in done",
+    "eval --ckpt damaged.pt": "checkpoint damaged.pt is damaged",
+    "eval --ckpt empty.pt": "checkpoint empty.pt is empty",
+    "eval --ckpt good.pt --recipe orignal": "unknown recipe 'orignal'",
+    "eval --ckpt good.pt --dataset nothere": "unknown dataset 'nothere'",
+    "eval --ckpt good.pt --json no/such/file": "--json no/such/file cannot be written",
+    "eval --ckpt good.pt --figures good.pt": "--figures good.pt is a file",
+    "predict --ckpt nothere images": "there is no checkpoint nothere",
+    "predict --ckpt good.pt images --json no/such/file": "--json no/such/file cannot be written",
+    "export --ckpt good.pt --out a.txt": "--out a.txt must end in .pth, .safetensors, .onnx, not in '.txt'",
+    "export --ckpt good.pt --out good.pt.pth": "--out good.pt.pth exists already",
+    "export --ckpt nothere --out a.pth": "there is no checkpoint nothere",
+    "report nothere": "there is no run in nothere",
+    "bench --set lr=1": "unknown recipe field 'lr', did you mean 'optimizer.learning_rate'?",
+    "bench --num-processes 3": "unknown argument '--num-processes'",
+    "bench --json no/such/file": "--json no/such/file cannot be written",
+    "doctor --recipe orignal": "unknown recipe 'orignal'",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a damaged run, one that is done, images, and checkpoints that are no checkpoints."""
+    folder = tmp_path_factory.mktemp("refusals")
+    make_images(folder / "images")
+    config = {
+        "recipe": recipe_to_mapping(make_recipe("validation_size=500", base="standard")),
+        "dataset": {"name": "shapes"},
+    }
+    for name in ("run", "done"):
+        (folder / name / "checkpoints").mkdir(parents=True)
+        (folder / name / "config.yaml").write_text(yaml.safe_dump(config))
+    with zipfile.ZipFile(folder / "good.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", "1" * 100)
+    content = (folder / "good.pt").read_bytes()
+    for name in ("damaged.pt", "run/checkpoints/last.pt"):
+        (folder / name).write_bytes(content.replace(b"111", b"121", 1))
+    test = {"num_samples": 1, "loss": 1.0, "top1": 0.5, "top5": None, "per_class_accuracy": {}, "confusion_matrix": []}
+    summary = {"status": "completed", "epochs": 3, "best_epoch": None, "train_seconds": 1.0, "world_size": 1,
+               "device": "cpu", "precision": "no", "num_threads": 1, "peak_memory_mib": None, "test": test}  # fmt: skip
+    (folder / "done" / "summary.json").write_text(json.dumps(summary))
+    (folder / "empty.pt").touch()
+    (folder / "good.pt.pth").touch()
+    (folder / "broken.yaml").write_text("a: [1")
+    return folder
+
+
+def test_no_refusal_of_what_was_typed_imports_torch(folder):
+    before = sorted(folder.rglob("*"))
+    argvs = json.dumps([line.split() for line in REFUSALS])
+    command = [sys.executable, "-c", PROBE]
+    result = subprocess.run(command, input=argvs, cwd=folder, capture_output=True, text=True, check=False)
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(answers) == len(REFUSALS), result.stderr
+    for (typed, refusal), (code, said, imported) in zip(REFUSALS.items(), answers, strict=True):
+        assert (code, said.startswith(f"error: {refusal}"), said.count("\n")) == (2, True, 1), (typed, said)
+        assert imported == [], f"{typed} imports {imported}"
+    assert sorted(folder.rglob("*")) == before
