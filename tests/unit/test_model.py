@@ -364,7 +364,7 @@ def test_a_first_step_that_the_fp16_scaler_skips_leaves_no_momentum(name):
 
 
 def test_a_whitened_stem_needs_images_as_large_as_its_filters():
-    model = build_resnet("imagenet", 10, seed=0)
+    model = narrow_resnet()
     whiten_stem(model, torch.randn(64, 3, 7, 7))
     with pytest.raises(UserError, match="whitened_stem=true needs images of 7 pixels or more, and these have 6"):
         whiten_stem(model, torch.randn(64, 3, 6, 6))
@@ -372,12 +372,13 @@ def test_a_whitened_stem_needs_images_as_large_as_its_filters():
 
 @pytest.mark.parametrize(("stem", "count"), [("cifar", 27), ("imagenet", 32)])
 def test_a_whitened_stem_sees_uncorrelated_directions_the_strongest_first(stem, count):
-    model, other = (build_resnet(stem, 10, seed=0) for _ in range(2))
+    model = build_resnet(stem, 10, seed=0)
+    before = model.conv1.weight.detach().clone()
     images = torch.nn.functional.avg_pool2d(torch.randn(32, 3, 32, 32), 3, 1)  # neighbours that are alike
     whiten_stem(model, images)
     filters = model.conv1.weight.detach()
-    assert torch.equal(filters[2 * count :], other.conv1.weight[2 * count :])
-    torch.testing.assert_close(filters.flatten(1).norm(dim=1), other.conv1.weight.detach().flatten(1).norm(dim=1))
+    assert torch.equal(filters[2 * count :], before[2 * count :])
+    torch.testing.assert_close(filters.flatten(1).norm(dim=1), before.flatten(1).norm(dim=1))
     directions = torch.nn.functional.normalize(filters[: 2 * count].flatten(1))
     torch.testing.assert_close(directions[:count], -directions[count:])
     seen = torch.nn.functional.conv2d(images, directions[:count].view(count, *filters.shape[1:]))
@@ -448,12 +449,13 @@ def test_the_hash_is_uniform_and_stays():
 @pytest.mark.parametrize(("stem", "num_classes"), [("imagenet", 1000), ("imagenet", 10), ("cifar", 10)])
 def test_a_pretrained_body_is_loaded_and_parts_of_another_shape_stay(stem, num_classes):
     weights = build_resnet("imagenet", num_classes, seed=1).state_dict()
-    model, drawn = (build_resnet(stem, 10, seed=0) for _ in range(2))
+    model = build_resnet(stem, 10, seed=0)
+    drawn = copy.deepcopy(model.state_dict())
     start_from(model, weights)
     new = {"fc.": num_classes != 10, "conv1.": stem != "imagenet"}
     for name, value in model.state_dict().items():
         is_new = any(new[prefix] for prefix in new if name.startswith(prefix))
-        assert torch.equal(value, drawn.state_dict()[name] if is_new else weights[name]), name
+        assert torch.equal(value, drawn[name] if is_new else weights[name]), name
     frozen = {id(each) for each in parts_to_freeze(model, stem)}
     names = {name for name, each in model.named_parameters() if id(each) not in frozen}
     head = {"fc.weight", "fc.bias"}

@@ -84,12 +84,10 @@ def calls(project: Path, program: str) -> list[list[str]]:
     return [words[1:] for words in found if words[0] == program]
 
 
+ONE_A_NODE, TWO = "--ntasks-per-node=1 --cpus-per-task=8", "JOB_NUM_NODES=2"
 SHAPES = {  # without the SLURM_ that each name begins with
-    "one CPU task": ("CPUS_ON_NODE=8", "--nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task=8"),
-    "two CPU nodes": (
-        "JOB_NUM_NODES=2 CPUS_ON_NODE=8 CPUS_PER_TASK=8",
-        "--nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=8",
-    ),
+    "one CPU task": ("CPUS_ON_NODE=8", f"--nodes=1 --ntasks=1 {ONE_A_NODE}"),
+    "two CPU nodes": (f"{TWO} CPUS_ON_NODE=8 CPUS_PER_TASK=8", f"--nodes=2 --ntasks=2 {ONE_A_NODE}"),
     "four nodes of eight GPUs": (
         "JOB_NUM_NODES=4 GPUS_ON_NODE=8 GPUS_PER_NODE=8 CPUS_ON_NODE=64",
         "--nodes=4 --ntasks=32 --ntasks-per-node=8 --cpus-per-task=8",
@@ -99,21 +97,15 @@ SHAPES = {  # without the SLURM_ that each name begins with
         "--nodes=1 --ntasks=8 --ntasks-per-node=8 --overcommit --cpus-per-task=1",
     ),
     "tasks typed": (
-        "JOB_NUM_NODES=2 NTASKS_PER_NODE=4 NTASKS=8 CPUS_ON_NODE=8",
+        f"{TWO} NTASKS_PER_NODE=4 NTASKS=8 CPUS_ON_NODE=8",
         "--nodes=2 --ntasks=8 --ntasks-per-node=4 --cpus-per-task=2",
     ),
-    "a number of tasks, laid out by Slurm": (
-        "JOB_NUM_NODES=2 NTASKS=3 CPUS_PER_TASK=2 CPUS_ON_NODE=4",
-        "--ntasks=3 --cpus-per-task=2",
-    ),
+    "laid out by Slurm": (f"{TWO} NTASKS=3 CPUS_PER_TASK=2 CPUS_ON_NODE=4", "--ntasks=3 --cpus-per-task=2"),
     "GPUs of all nodes together, with their type": (
-        "JOB_NUM_NODES=2 GPUS=a100:4,h100:2 GPUS_ON_NODE=4 CPUS_ON_NODE=8",
+        f"{TWO} GPUS=a100:4,h100:2 GPUS_ON_NODE=4 CPUS_ON_NODE=8",
         "--ntasks=6 --gpus-per-task=1 --cpus-per-task=2",
     ),
-    "each task sees one GPU": (
-        "NTASKS=4 GPUS_PER_TASK=1 GPUS_ON_NODE=4 CPUS_PER_TASK=8",
-        "--ntasks=4 --cpus-per-task=8",
-    ),
+    "a GPU a task": ("NTASKS=4 GPUS_PER_TASK=1 GPUS_ON_NODE=4 CPUS_PER_TASK=8", "--ntasks=4 --cpus-per-task=8"),
 }
 
 
