@@ -11,7 +11,8 @@ import pytest
 import torch
 from torchvision.models import resnet18
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, make_dataset
+from tests.worlds.harness import Program
 
 pytestmark = pytest.mark.full
 README = (ROOT / "README.md").read_text()
@@ -26,19 +27,22 @@ COMMANDS = [
 SMALL = ["--set", "image_size=16"]
 ADDED = {
     "python launch.py --dataset shapes --recipe original --epochs 3": SMALL,
-    "python launch.py --config accelerate_configs/multi_cpu.yaml --dataset shapes --recipe original --epochs 1": SMALL,
+    "python launch.py --config accelerate_configs/multi_cpu.yaml --dataset shapes --recipe original --epochs 1": [
+        *SMALL, "--dry-run",
+    ],
     "python launch.py --recipe original --epochs 20": ["--dry-run"],
     "python launch.py --num-processes 2": ["--dry-run"],
     "accelerate launch launch.py --config accelerate_configs/mps.yaml --dataset shapes --epochs 1": [
-        *SMALL,
-        "stem=imagenet",
+        *SMALL, "stem=imagenet",
     ],
     "accelerate launch launch.py --config accelerate_configs/multi_gpu.yaml": ["--dry-run"],
     "accelerate launch --config_file accelerate_configs/multi_gpu.yaml launch.py": ["--dry-run"],
     "torchrun --standalone --nproc-per-node 2 launch.py": ["--dry-run"],
     "python launch.py eval --ckpt resnet18_cifar10_data_augument.pth --json result.json": ["--dataset", "shapes"],
-    "python launch.py bench --recipe original --seconds 10": [*SMALL, "global_batch_size=16", "--seconds", "1"],
-}
+    "python launch.py bench --recipe original --seconds 10": [
+        *SMALL, "stem=small", "global_batch_size=16", "--seconds", "0.5",
+    ],
+}  # fmt: skip
 TEST_COMMAND = "python3 -m venv .venv && . .venv/bin/activate && pip install -e '.[test]' && pytest"
 INSTALL = "python3 -m venv .venv && . .venv/bin/activate && pip install -e . && "
 
@@ -53,9 +57,24 @@ def clone(tmp_path_factory) -> Path:
     return folder
 
 
-def run(clone: Path, words: list[str]) -> subprocess.CompletedProcess:
+def few_images() -> None:
+    """96 images instead of all shapes."""
+    from cifar_dist.commands import train
+
+    train.load_dataset = lambda *_, **__: make_dataset()
+
+
+def run(clone: Path, command: str) -> tuple[int | None, str, str]:
+    """Run a command line: in a new interpreter where it is not this one's launch.py in one process."""
+    words = shlex.split(command) + ADDED.get(command, [])
+    if words[:2] == ["python", "launch.py"]:
+        return Program(words[2:], clone).finish()
+    if "mps.yaml" in command:  # tests/launching has `accelerate launch`
+        return Program(words[words.index("launch.py") + 1 :], clone, prepare=few_images).finish()
     environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    return subprocess.run(words, cwd=clone, env=environ, capture_output=True, text=True, timeout=600, check=False)
+    words = ["bash", "-c", command] if command.startswith("eval ") else words
+    ended = subprocess.run(words, cwd=clone, env=environ, capture_output=True, text=True, timeout=600, check=False)
+    return ended.returncode, ended.stdout, ended.stderr
 
 
 def test_the_readme_begins_with_the_two_commands():
@@ -68,16 +87,15 @@ def test_the_readme_begins_with_the_two_commands():
 def test_a_command_of_the_readme(clone, command):
     """In the order of the README, in one folder: later commands use what earlier ones left."""
     command = command.removeprefix(INSTALL)  # installing is what .ci/run does
-    words = shlex.split(command) + ADDED.get(command, [])
-    result = run(clone, ["bash", "-c", command] if command.startswith("eval ") else words)
-    assert result.returncode == 0, result.stdout + result.stderr
+    code, out, err = run(clone, command)
+    assert code == 0, out + err
     if command == COMMANDS[0].removeprefix(INSTALL):
-        accuracy = float(re.search(r"test accuracy ([\d.]+) %", result.stdout)[1])
+        accuracy = float(re.search(r"test accuracy ([\d.]+) %", out)[1])
         assert 20 < accuracy < 100, "the first try learns nothing"
     if "multi_cpu" in command:
-        assert "64 per device x 2 processes" in result.stdout
+        assert "64 per device x 2 processes" in out
     if "mps.yaml" in command and not torch.backends.mps.is_available() and not torch.cuda.is_available():
-        assert "no MPS or CUDA device here: training on cpu" in result.stdout
+        assert "no MPS or CUDA device here: training on cpu" in out
 
 
 @pytest.mark.parametrize(
@@ -88,13 +106,11 @@ def test_a_path_of_the_readme_exists(path):
 
 
 def test_without_files_and_network_it_ends_in_one_line(tmp_path):
-    environ = {**os.environ, "CIFAR_DIST_CIFAR10_URLS": "http://127.0.0.1:9/cifar-10-python.tar.gz"}
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "launch.py")],
-        cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    assert result.returncode == 2
-    assert result.stderr.count("\n") == 1
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    code, _, err = Program([], folder, CIFAR_DIST_CIFAR10_URLS="http://127.0.0.1:9/cifar-10-python.tar.gz").finish()
+    assert code == 2
+    assert err.count("\n") == 1
     for choice in ("--data-dir", "CIFAR_DIST_CIFAR10_URLS", "--dataset shapes", "cifar-10-python.tar.gz"):
-        assert choice in result.stderr, choice
-    assert list(tmp_path.iterdir()) == []
+        assert choice in err, choice
+    assert [path for path in folder.iterdir() if not path.name.startswith((".out-", ".err-"))] == []

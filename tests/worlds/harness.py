@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -97,13 +98,14 @@ class Program:
         self, argv: list[str], cwd: Path, *, prepare: Callable[[], None] | None = None, **environ: str
     ) -> None:
         """Start it in a folder; `prepare` is called there first."""
-        self._name = f"{len(list(cwd.glob('.out-*')))}"
-        self._files = [cwd / f".{stream}-{self._name}" for stream in ("out", "err")]
+        number = len(list(cwd.glob(".out-*")))
+        self._files = [cwd / f".{stream}-{number}" for stream in ("out", "err")]
         for file in self._files:
             file.touch()
         arguments = (argv, cwd, {**os.environ, **environ}, self._files, prepare)
         self.process = _CONTEXT.Process(target=_program, args=arguments, daemon=True)
         self.process.start()
+        self._deadline = time.monotonic() + TIMEOUT_SECONDS
 
     def kill(self) -> None:
         """Send SIGKILL."""
@@ -111,7 +113,7 @@ class Program:
 
     def finish(self) -> tuple[int | None, str, str]:
         """Wait for its end; return exit code (None: killed because it hangs), standard output and standard error."""
-        self.process.join(TIMEOUT_SECONDS)
+        self.process.join(max(0, self._deadline - time.monotonic()))
         code = self.process.exitcode
         self.process.kill()
         out, err = (file.read_text() for file in self._files)
@@ -137,6 +139,7 @@ def run_ranks(
 def _program(
     argv: list[str], cwd: Path, environ: dict[str, str], files: list[Path], prepare: Callable[[], None] | None
 ) -> None:
+    multiprocessing.current_process()._config["daemon"] = False  # it may start processes of its own
     os.chdir(cwd)
     os.environ.clear()
     os.environ |= environ
