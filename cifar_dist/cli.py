@@ -26,9 +26,10 @@ from cifar_dist.config.errors import (
     SharedError,
     UserError,
 )
-from cifar_dist.config.options import EvalOptions, Options, TrainOptions
+from cifar_dist.config.options import EvalOptions, Options, PredictOptions, TrainOptions
+from cifar_dist.config.plan import KNOWN_SIZES
 from cifar_dist.config.provenance import PROGRAM, program_name
-from cifar_dist.config.request import TrainRequest, check_before_launch
+from cifar_dist.config.request import TrainRequest, check_before_launch, check_plan
 from cifar_dist.config.run_files import first_good, verify
 from cifar_dist.config.world import World
 
@@ -143,6 +144,12 @@ def _check(options: Options, world_size: int, machine_rank: int) -> TrainRequest
             if run.nothing_left(request.recipe.epochs) is not None:
                 return None
             first_good(run, verify)
+        if request is not None and request.dataset not in KNOWN_SIZES:
+            from cifar_dist.data.folder import check_memory, folder_sizes
+
+            sizes = folder_sizes(Path(request.dataset))
+            check_plan(request, world_size=world_size, sizes=sizes)
+            check_memory(sizes.num_train + sizes.num_test + sizes.num_validation, request.recipe.image_size)
         return request
     if machine_rank > 0:  # the first machine alone reads and writes
         return None
@@ -151,6 +158,14 @@ def _check(options: Options, world_size: int, machine_rank: int) -> TrainRequest
 
         check_drawing()
     check_options(options, world_size=world_size)
+    if isinstance(options, EvalOptions) and options.dataset is not None and options.dataset not in KNOWN_SIZES:
+        from cifar_dist.data.folder import list_folder
+
+        list_folder(Path(options.dataset), for_training=False)
+    if isinstance(options, PredictOptions):
+        from cifar_dist.data.image_files import find_images
+
+        find_images(options.images)
     return None
 
 

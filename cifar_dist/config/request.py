@@ -116,9 +116,9 @@ def seconds_allowed(max_minutes: float | None, environ: Mapping[str, str], now: 
     return min(limits, default=None)
 
 
-def check_plan(request: TrainRequest, *, world_size: int) -> None:
-    """Raise UserError where no plan can be made; before the data is there, that of a folder is not known."""
-    sizes = KNOWN_SIZES.get(request.dataset)
+def check_plan(request: TrainRequest, *, world_size: int, sizes: DatasetSizes | None = None) -> None:
+    """Raise UserError if no plan can be made; `sizes` are those of a folder, which may not be known yet."""
+    sizes = sizes or KNOWN_SIZES.get(request.dataset)
     if sizes is not None:
         make_plan(request.fit(sizes), world_size=world_size, sizes=sizes, device_type="cpu")
 

@@ -11,19 +11,22 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 import psutil
-import torch
 
 from cifar_dist.config.errors import UserError, printable
 from cifar_dist.config.plan import DatasetSizes
-from cifar_dist.data.dataset import Dataset, LabelledImages
 from cifar_dist.data.decoding import ImageFile, Progress, image_suffixes, name_some
 from cifar_dist.data.download import reason_of
 from cifar_dist.data.image_cache import read_images
-from cifar_dist.data.order import derive_seed
 
+if TYPE_CHECKING:
+    from cifar_dist.data.dataset import Dataset
+
+# torch is imported by `load_folder` alone: a folder that is no dataset is refused without it.
 _PARTS = ("train", "test", "val")
 _PART_LIKE = frozenset((*_PARTS, "training", "testing", "valid", "validation"))
 _TEST_SHARE = 5  # one in so many
@@ -44,17 +47,23 @@ class _Listing:
     """Which files of class folders are not read, in words; empty for none."""
 
 
-def load_folder(path: Path, *, image_size: int, for_training: bool = True, progress: Progress | None = None) -> Dataset:
+def load_folder(
+    path: Path, *, image_size: int, for_training: bool = True, progress: Progress | None = None
+) -> "Dataset":
     """Load the images below `path` as (N, 3, image_size, image_size) uint8, in the order of (class, relative path).
 
     Where the folder has no test set, each image's name decides whether it is a test image, whatever the seed of a run.
     `for_training=False` allows a folder without training images. `progress` is told the files decoded so far and in
     all. Raises UserError where the folder is no dataset.
     """
-    listing = _list_folder(path, for_training=for_training)
+    import torch
+
+    from cifar_dist.data.dataset import Dataset, LabelledImages
+
+    listing = list_folder(path, for_training=for_training)
     parts = listing.parts
     files = [file for classes in parts.values() for members in classes.values() for file in members]
-    _check_memory(len(files), image_size)
+    check_memory(len(files), image_size)
     # One array for all parts: they are views of it, and no pixel is in memory twice.
     images = torch.empty((len(files), 3, image_size, image_size), dtype=torch.uint8)
     (smallest, largest), from_cache = read_images(files, images.numpy(), folder=path, progress=progress)
@@ -83,12 +92,12 @@ def load_folder(path: Path, *, image_size: int, for_training: bool = True, progr
 
 def folder_sizes(path: Path) -> DatasetSizes:
     """Count a folder's images without reading one. Raises UserError as `load_folder` does."""
-    parts = _list_folder(path, for_training=True).parts
+    parts = list_folder(path, for_training=True).parts
     train, test, own = (sum(map(len, parts.get(part, {}).values())) for part in _PARTS)
     return DatasetSizes(num_train=train, num_test=test, num_validation=own, num_classes=len(parts["train"]))
 
 
-def _list_folder(path: Path, *, for_training: bool) -> _Listing:
+def list_folder(path: Path, *, for_training: bool) -> _Listing:
     """List a folder's files. Raises UserError where they are no dataset."""
     # A class may well be called train, but then it holds images and no folders.
     folders, skipped = _subfolders(path).items(), Counter[str]()
@@ -125,7 +134,7 @@ def _split(classes: Classes) -> dict[str, Classes]:
     parts: dict[str, Classes] = {"train": {}, "test": {}}
     for name, members in classes.items():
         count = max(round(len(members) / _TEST_SHARE), min(1, len(members) - 1), 0)
-        by_lot = sorted(members, key=lambda file: derive_seed("folder split", file.name))
+        by_lot = sorted(members, key=lambda file: blake2b(f"folder split/{file.name}".encode(), digest_size=8).digest())
         chosen = {file.path for file in by_lot[:count]}
         parts["train"][name] = [file for file in members if file.path not in chosen]
         parts["test"][name] = [file for file in members if file.path in chosen]
@@ -152,7 +161,7 @@ def _check_training(path: Path, parts: Mapping[str, Classes]) -> None:
             raise UserError(f"{where} has classes for {part} that train/ lacks: {name_some(unknown)}")
 
 
-def _check_memory(num_files: int, image_size: int) -> None:
+def check_memory(num_files: int, image_size: int) -> None:
     """Raise UserError if there is no room for the images."""
     needed, available = num_files * 3 * image_size**2, psutil.virtual_memory().available
     if needed > available:
