@@ -59,6 +59,8 @@ def evaluate(options: EvalOptions, world: World, config: AccelerateConfig, conso
         with evaluation_display(console) as observer:
             predictions = split.predict(model, observer, mirror=options.tta == "mirror")
         evaluation = summarize(predictions.logits, predictions.labels, names)
+        with ranks.together():
+            weights.check_finite(torch.tensor(evaluation.loss), runtime.precision)
         title = f"{weights.path}, {dataset.name} {options.split}, tta {options.tta}, precision {runtime.precision}"
         lines = [format_evaluation_totals(evaluation), "", *format_class_bars(evaluation, width=console.width)]
         print_lines(console, lines, title=title)

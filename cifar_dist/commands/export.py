@@ -19,7 +19,7 @@ from cifar_dist.display.tables import print_notes
 from cifar_dist.training.weights import SavedWeights, read_weights
 
 _TOLERANCE = 1e-4
-"""Of the logits that onnxruntime gives, against torch's."""
+"""Largest difference of onnxruntime's logits from torch's, relative to the largest logit or to 1."""
 
 
 def run(options: ExportOptions, world: World, config: AccelerateConfig) -> int:
@@ -92,12 +92,15 @@ class _Normalized(nn.Module):
 
 
 def _onnx(weights: SavedWeights) -> bytes:
-    """Write the graph, and check it: onnxruntime must give what torch gives. Raises RuntimeError where it does not."""
+    """Build the graph, and compare its logits under onnxruntime with torch's. Raises UserError where they differ."""
     import onnx
     import onnxruntime
 
     model, size = _Normalized(weights).eval(), weights.recipe.image_size
     images = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(images)
+    weights.check_finite(expected, "no")
     with warnings.catch_warnings():  # of the exporter's own inner life
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
@@ -115,12 +118,15 @@ def _onnx(weights: SavedWeights) -> bytes:
         proto.metadata_props.append(onnx.StringStringEntryProto(key=name, value=value))
     content: bytes = proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    for batch in (images, images[:1]):
-        (logits,) = session.run(None, {"images": batch.numpy()})
-        with torch.no_grad():
-            difference = float((torch.from_numpy(logits) - model(batch)).abs().max())
-        if not difference <= _TOLERANCE:
-            raise RuntimeError(f"onnxruntime's logits differ from torch's by {difference:.2g}: nothing was written")
+    largest = float(expected.abs().max())
+    for count in (3, 1):
+        (logits,) = session.run(None, {"images": images[:count].numpy()})
+        difference = float((torch.from_numpy(logits) - expected[:count]).abs().max())
+        if not difference <= _TOLERANCE * max(1.0, largest):
+            raise UserError(
+                f"onnxruntime's logits differ from torch's by {difference:.2g}, the largest is {largest:.2g}:"
+                " nothing was written; export to .safetensors, or try another onnxruntime"
+            )
     return content
 
 

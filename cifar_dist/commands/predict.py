@@ -46,6 +46,7 @@ def run(options: PredictOptions, world: World, config: AccelerateConfig) -> int:
         unreadable |= {file.name: UNREADABLE for file, ok in zip(files, was_read.tolist(), strict=True) if not ok}
         names = weights.class_names or tuple(map(str, range(weights.num_classes)))
         with ranks.together():  # the first process that ends may have the others killed
+            weights.check_finite(probabilities[was_read], runtime.precision)
             if ranks.is_main:
                 top = _most_likely(files, probabilities, was_read, names, options.top)
                 if options.json is None:

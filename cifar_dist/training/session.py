@@ -132,14 +132,14 @@ class Session(Checkpointing):
             data=data, indices=torch.arange(len(data)), class_names=names, recipe=recipe, runtime=self.runtime
         )
         predictions = test.predict(model, self.trainer.observer)
-        written = what_figures_need(predictions, data, names)
-        self.directory.write_predictions(**written)
         evaluation = summarize(predictions.logits, predictions.labels, names)
         try:
             self.trainer.check_finite(evaluation.loss)
         except DivergedError:
             self._write_summary("diverged")
             raise
+        written = what_figures_need(predictions, data, names)
+        self.directory.write_predictions(**written)
         own = self.runtime.peak_memory_mib()
         memory = [peak for (peak,) in self.runtime.ranks.exchange([own or 0])]
         return self._summary(status, evaluation, memory=int(max(memory)) or None), written

@@ -38,6 +38,12 @@ class SavedWeights:
         load_weights(model, self.tensors)
         return model.to(device, memory_format=memory_format).eval()  # type: ignore[call-overload]
 
+    def check_finite(self, values: Tensor, precision: str) -> None:
+        """Raise UserError unless all of `values`, computed from the network's logits, are finite numbers."""
+        if not values.isfinite().all():
+            advice = "use another checkpoint" if precision == "no" else "try --precision no, or another checkpoint"
+            raise UserError(f"{self.path} gives logits that are not finite numbers: {advice}")
+
 
 def read_weights(path: Path, recipe_name: str | None = None) -> SavedWeights:
     """Read a checkpoint of ours (in a run directory: the one behind its test result) or bare weights.

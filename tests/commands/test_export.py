@@ -92,13 +92,13 @@ def test_the_metadata_says_how_to_use_it(folder):
     assert json.loads(other["std"]) == [0.2470, 0.2435, 0.2616]
 
 
-def test_a_graph_that_gives_other_logits_is_not_written(folder, monkeypatch):
+def test_a_graph_that_gives_other_logits_is_not_written(folder, monkeypatch, capsys):
     import onnxruntime
 
     run = onnxruntime.InferenceSession.run
     monkeypatch.setattr(onnxruntime.InferenceSession, "run", lambda self, *words: [run(self, *words)[0] + 0.001])
-    with pytest.raises(RuntimeError, match=r"differ from torch's by 0\.001"):
-        main(["export", "--ckpt", RUN, "--out", "other.onnx"])
+    assert main(["export", "--ckpt", RUN, "--out", "other.onnx"]) == 2
+    assert "differ from torch's by 0.001" in capsys.readouterr().err
     assert not (folder / "other.onnx").exists()
 
 
