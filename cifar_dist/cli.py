@@ -39,10 +39,9 @@ _COMMANDS = {"eval": "evaluate"}  # whose module has another name
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; give its exit code, as config/errors.py names them."""
     from cifar_dist.runtime.interrupt import StoppedBeforeTraining, UntilTraining
+    from cifar_dist.runtime.output import make_output_steady
 
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):  # a bar or a name that a code page lacks is no reason to fail
-            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    make_output_steady()
     os.environ.setdefault(PROGRAM, program_name(sys.argv[0]))
     world, told_to_stop = World(), UntilTraining()
     try:
@@ -62,10 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if world.rank == 0:
             print("interrupted, with nothing left to save", file=sys.stderr)
         code = EXIT_INTERRUPTED if isinstance(end, StoppedBeforeTraining) else EXIT_KEYBOARD_INTERRUPT
-    except BrokenPipeError:  # who read has left (`| head`), and there is nothing to be said to nobody
-        from cifar_dist.display.console import discard_output
-
-        discard_output(sys.stdout)
+    except BrokenPipeError:  # stdout was closed (for example by `head`): exit quietly
         code = EXIT_FAILED
     except Exception as error:  # what nobody foresaw: its traceback, from the process that it happened to
         if told_to_stop.requested is None:
@@ -95,11 +91,12 @@ def _naming_what_may_not_be_read() -> Iterator[None]:
 
 def _run(argv: list[str], world: World) -> int:
     """Do what was typed: in this process, or in several that are started for it."""
+    from cifar_dist.runtime.output import check_output_written
+
     try:
         command, options = parse_arguments(argv)
     finally:
-        with contextlib.suppress(AttributeError):  # there is none; else a help that nobody reads is noticed here
-            sys.stdout.flush()
+        check_output_written()  # of --help
     config = load_accelerate_config(options.config)
     if config.gpu_ids is not None and world.launcher == "none":
         os.environ["CUDA_VISIBLE_DEVICES"] = config.gpu_ids
@@ -126,6 +123,8 @@ def _run(argv: list[str], world: World) -> int:
     code: int = importlib.import_module(f"cifar_dist.commands.{_COMMANDS.get(command, command)}").run(
         options, world, config
     )
+    if not isinstance(options, TrainOptions) or options.dry_run:
+        check_output_written()
     return code
 
 

@@ -28,7 +28,13 @@ MAY_IMPORT = {
 }
 NO_TORCH = {"config", "records", "display", "cli", "__init__", "__main__"}
 HEAVY = {"torch", "torchvision", "accelerate"}
-NO_TORCH_FILES = {"runtime/launch.py", "runtime/interrupt.py", "data/official_files.py", "data/download.py"}
+NO_TORCH_FILES = {
+    "runtime/launch.py",
+    "runtime/interrupt.py",
+    "runtime/output.py",
+    "data/official_files.py",
+    "data/download.py",
+}
 # (room or file, what it may not import), besides the rooms
 KNOWS_ACCELERATE = {"runtime/distributed.py", "baselines/peer.py"}
 

@@ -16,8 +16,14 @@ class SteadyConsole(Console):
     view that moves the cursor.
     """
 
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError:  # a full disk, or a terminal that was closed
+            self.on_broken_pipe()
+
     def on_broken_pipe(self) -> None:
-        """Go on in silence: whoever read has left (`| head`), and a training is worth more than its lines."""
+        """Go on in silence: nobody reads on, and a training is worth more than its lines."""
         self.quiet = True
         discard_output(self.file)
 
