@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import importlib
+import importlib.util
 import os
 import signal
 import sys
@@ -16,7 +17,6 @@ from cifar_dist.config.accelerate_config import load_accelerate_config, processe
 from cifar_dist.config.arguments import parse_arguments
 from cifar_dist.config.checks import check_options
 from cifar_dist.config.errors import (
-    EXIT_CODE_FILE,
     EXIT_DONE,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -31,7 +31,7 @@ from cifar_dist.config.plan import KNOWN_SIZES
 from cifar_dist.config.provenance import PROGRAM, program_name
 from cifar_dist.config.request import TrainRequest, check_before_launch, check_plan
 from cifar_dist.config.run_files import first_good, verify
-from cifar_dist.config.world import World
+from cifar_dist.config.world import LAUNCHED, World
 
 _COMMANDS = {"eval": "evaluate"}  # whose module has another name
 
@@ -47,14 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         world = World.from_environment(os.environ)
         with told_to_stop:
-            _say_that_signals_are_heard(world)
+            if LAUNCHED in os.environ:  # our launcher has blocked them until somebody handles them
+                signal.pthread_sigmask(signal.SIG_SETMASK, ())
             with _naming_what_may_not_be_read():
                 code = _run(list(sys.argv[1:] if argv is None else argv), world)
     except UserError as error:
         # One line: a mistake that all have made, or were told of, is said by rank 0; another by the first of a machine.
         if world.rank == 0 or (world.local_rank == 0 and not isinstance(error, SharedError)):
             print(f"error: {error}", file=sys.stderr)
-        elif EXIT_CODE_FILE not in os.environ:
+        elif LAUNCHED not in os.environ:
             _let_the_other_speak()
         code = EXIT_USER_ERROR
     except (KeyboardInterrupt, StoppedBeforeTraining) as end:
@@ -72,10 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if world.rank == 0:
             print("interrupted, with nothing left to save", file=sys.stderr)
         code = EXIT_INTERRUPTED
-    left = _leave(code, world)
     if world.size > 1 and code != EXIT_DONE:  # together: Slurm may kill the others as soon as one has ended
-        _exit_now(left)
-    return left
+        _exit_now(code)
+    return code
 
 
 @contextlib.contextmanager
@@ -110,16 +110,18 @@ def _run(argv: list[str], world: World) -> int:
         from cifar_dist.runtime import launch
 
         return launch.launch(argv, config, count)
-    if EXIT_CODE_FILE in os.environ and sys.platform == "linux":
+    if LAUNCHED in os.environ:
         from cifar_dist.runtime.launch import end_with_parent
 
-        end_with_parent(signal.SIGTERM)  # torch's agent, killed, would leave its processes behind
+        end_with_parent(signal.SIGTERM)
     # Both are read when torch is imported, so they must stand before that. The first matters on a Mac only. The second
     # is GNU OpenMP's: threads wait for each other in a loop that keeps the core from whoever else needs it; a short
     # one costs nothing measurable alone (docs/benchmarks.md).
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    if importlib.util.find_spec("torch") is None:
+        raise UserError(f"{sys.executable} has no package torch: activate the virtual environment, or pip install -e .")
     code: int = importlib.import_module(f"cifar_dist.commands.{_COMMANDS.get(command, command)}").run(
         options, world, config
     )
@@ -187,35 +189,21 @@ def _let_the_other_speak() -> None:
     time.sleep(15)
 
 
-def _say_that_signals_are_heard(world: World) -> None:
-    """Tell our own launcher, where there is one, that this process takes a signal as it should from now on."""
-    file = os.environ.get(EXIT_CODE_FILE)
-    if file is not None and world.launcher != "none":
-        Path(f"{file}.heard-by-{world.local_rank}").touch()
-
-
-def _leave(code: int, world: World) -> int:
-    """Give the exit code: to our own launcher, where there is one, in its file.
-
-    All ranks end with the same code then, and torch's agent, which would print a report, need not hear of it.
-    """
-    file = os.environ.get(EXIT_CODE_FILE)
-    if file is None or world.launcher == "none":
-        return code
-    if world.local_rank == 0:
-        Path(file).write_text(str(code))
-    return EXIT_DONE
-
-
 def _abandon(error: Exception, world: World) -> NoReturn:
-    """End this process of several, which failed by itself."""
-    gone = "Connection" in str(error) or isinstance(error, PeerFailedError)
-    if gone:
+    """End this process of several, which failed by itself: with its traceback, unless another process is the cause."""
+    if _came_of_a_lost_peer(error):
         reason = " ".join(str(error).split("\n")[0].split())
         print(f"rank {world.rank} ends: another process is gone ({reason})", file=sys.stderr)
     else:
         traceback.print_exception(error)
     _exit_now(EXIT_FAILED)
+
+
+def _came_of_a_lost_peer(error: Exception) -> bool:
+    """Whether a collective failed because of another process: gloo's and NCCL's errors have no class for that."""
+    lost = ("gloo/transport/", "ncclRemoteError")
+    is_store = type(error).__name__ == "DistNetworkError"  # the connection to rank 0's store
+    return isinstance(error, PeerFailedError) or is_store or any(word in str(error) for word in lost)
 
 
 def _exit_now(code: int) -> NoReturn:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.loading import read_yaml
 from cifar_dist.config.parsing import convert, nearest
-from cifar_dist.config.world import World
+from cifar_dist.config.world import LAUNCHED, World
 
 # What `accelerate launch --config_file` reads; another key is a ValueError there, so it is refused here too.
 _SERVED = frozenset(
@@ -205,7 +205,7 @@ def wished_compiler(config: AccelerateConfig, environ: Mapping[str, str]) -> str
 
 def has_outer_launcher(environ: Mapping[str, str]) -> bool:
     """Tell whether `accelerate launch` or torchrun started this process: then OMP_NUM_THREADS=1 is nobody's wish."""
-    return "ACCELERATE_MIXED_PRECISION" in environ or "TORCHELASTIC_RUN_ID" in environ
+    return LAUNCHED not in environ and ("ACCELERATE_MIXED_PRECISION" in environ or "TORCHELASTIC_RUN_ID" in environ)
 
 
 def wants_cpu(config: AccelerateConfig, environ: Mapping[str, str]) -> bool:
@@ -259,7 +259,7 @@ def started_line(world: World, config: AccelerateConfig) -> str:
     count, machines = processes_to_start(world, config), config.num_machines
     if count > 1:
         where = "here" if machines == 1 else f"on each of {machines} machines"
-        return f"{count // machines} processes {where}, by torch.distributed.run"
+        return f"{count // machines} processes {where}"
     if world.size > 1:
         return f"nothing more: this is rank {world.rank} of {world.size} processes, started by {world.launcher}"
     return "one process: this one"

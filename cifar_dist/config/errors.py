@@ -9,9 +9,6 @@ EXIT_INTERRUPTED = 75
 """Interrupted and saved (EX_TEMPFAIL: try again)."""
 EXIT_KEYBOARD_INTERRUPT = 130
 
-EXIT_CODE_FILE = "CIFAR_DIST_EXIT_CODE_FILE"
-"""The environment variable in which our launcher names the file for rank 0's exit code."""
-
 
 def printable(text: str) -> str:
     """Return `text` with control characters, which a terminal would obey, escaped as in Python source."""

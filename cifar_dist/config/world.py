@@ -7,6 +7,13 @@ from typing import Literal
 
 from cifar_dist.config.errors import UserError
 
+DEFAULT_PORT = 29500
+"""torch's default for `MASTER_PORT`."""
+LAUNCHED = "CIFAR_DIST_LAUNCHED"
+"""The environment variable that our launcher sets for its processes."""
+LISTENING_SOCKET = "CIFAR_DIST_LISTENING_SOCKET"
+"""The environment variable with the descriptor of the socket that rank 0 inherits, bound to `MASTER_PORT`."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class World:
@@ -28,7 +35,7 @@ class World:
         """Read `WORLD_SIZE` and its companions, or a Slurm task's variables; anything else is a world of one.
 
         A `salloc` shell has `SLURM_*` too but is no task: without `SLURM_STEP_ID` it is a world of one.
-        Raises UserError where a variable is not a number or the rank is outside the world.
+        Raises UserError where a variable is not a number, the rank is outside the world, or mpirun started us.
         """
         if "WORLD_SIZE" in environ:
             size, rank = _whole(environ, "WORLD_SIZE", 1), _whole(environ, "RANK", 0)
@@ -37,14 +44,24 @@ class World:
                 raise UserError("WORLD_SIZE is set without LOCAL_WORLD_SIZE: set that to the processes of this machine")
             local_size = _whole(environ, "LOCAL_WORLD_SIZE", 1)
             world = cls(rank=rank, size=size, local_rank=local_rank, local_size=local_size, launcher="torchrun")
-        elif "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ and _slurm_tasks(environ) > 1:
-            world = cls._slurm_task(environ)
         else:
             _refuse_mpi(environ)
-            return cls()
+            if "SLURM_PROCID" not in environ or "SLURM_STEP_ID" not in environ or _slurm_tasks(environ) == 1:
+                return cls()
+            world = cls._slurm_task(environ)
         if not world.rank < world.size:
             raise UserError(f"this process has rank {world.rank} in a world of {world.size}: mend RANK and WORLD_SIZE")
         return world
+
+    def rendezvous_address(self, environ: Mapping[str, str]) -> tuple[str, int]:
+        """Return host and port of rank 0. Raises UserError if the environment does not name them."""
+        host = self.main_address or environ.get("MASTER_ADDR", "").strip()
+        if not host:
+            raise UserError(f"WORLD_SIZE={self.size} is set without MASTER_ADDR: set it to the address of rank 0")
+        port = self.main_port or _whole(environ, "MASTER_PORT", DEFAULT_PORT)
+        if not 0 < port < 2**16:
+            raise UserError(f"MASTER_PORT must be from 1 to 65535, not {port}")
+        return host, port
 
     @classmethod
     def _slurm_task(cls, environ: Mapping[str, str]) -> "World":
@@ -95,17 +112,22 @@ def _slurm_tasks(environ: Mapping[str, str]) -> int:
 
 
 def _refuse_mpi(environ: Mapping[str, str]) -> None:
-    """Refuse ranks of mpirun, which would each train alone. Raises UserError."""
+    """Raise UserError if mpirun started this process with others: each would train alone.
+
+    `srun --mpi=pmi2` sets PMI_SIZE as well, to the number of tasks of its step.
+    """
+    tasks = _slurm_tasks(environ) if "SLURM_STEP_ID" in environ else 1
     for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"):
-        if environ.get(name, "1") not in ("", "1") and "SLURM_JOB_ID" not in environ:
-            raise UserError(f"{name}={environ[name]}: start the processes with torchrun, Slurm or --num-processes")
+        size = environ.get(name) or "1"
+        if size != "1" and (name, size) != ("PMI_SIZE", str(tasks)):
+            raise UserError(f"{name}={size}: start the processes with torchrun, Slurm or --num-processes, not mpirun")
 
 
 def first_host(nodelist: str) -> str:
-    """Give the first host of a Slurm node list such as `gpu[003-005,9],cpu1`."""
-    found = re.match(r"([^,\[]*)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodelist)
-    assert found is not None  # every part may be empty
-    return "".join(part or "" for part in found.groups())
+    """Return the first host of a Slurm node list such as `rack[0-1]gpu[003-005,9],cpu1`."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist)
+    assert first is not None  # it matches anything
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0])
 
 
 def _entry(counts: str, index: int) -> int:

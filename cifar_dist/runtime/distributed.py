@@ -21,11 +21,14 @@ from cifar_dist.runtime import device as device_module
 from cifar_dist.runtime import graphs
 from cifar_dist.runtime.device import SHARE_GPU, ComputeSettings
 from cifar_dist.runtime.ranks import Ranks
+from cifar_dist.runtime.rendezvous import rendezvous
 from cifar_dist.runtime.threads import choose_num_threads, usable_cores
 
 _ACCELERATE_KNOWS: list[dict[str, Any]] = [
     kind._shared_state for kind in (PartialState, AcceleratorState, GradientState)
 ]
+
+_WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 
 
 class Runtime:
@@ -130,19 +133,20 @@ def connect(world: World, config: AccelerateConfig) -> Iterator[Ranks]:
     """
     facts = device_module.probe(use_cpu=wants_cpu(config, os.environ))
     device_module.check_world(world, facts.type, os.environ)
-    before, threads = dict(os.environ), torch.get_num_threads()
+    before, threads = _own_variables(), torch.get_num_threads()
     others, others_group = _set_accelerate_aside(), distributed.is_available() and distributed.is_initialized()
     try:
         _tell_accelerate(world, cpu=facts.type == "cpu")
         # Accelerate would take MPI where torch has it, and NCCL where ranks share a GPU, which it refuses.
         gloo = world.size > 1 and (facts.type == "cpu" or bool(os.environ.get(SHARE_GPU)))
+        alone = world.size == 1 or others_group
+        ranks = Ranks(world) if alone else rendezvous(world, "gloo" if gloo else "nccl")
         state = PartialState(cpu=facts.type == "cpu", **({"backend": "gloo"} if gloo else {}))
         if state.num_processes != world.size:
             raise UserError(
                 f"Accelerate sees {state.num_processes} process where {world.size} were started:"
                 " each would train alone; name the device in --config"
             )
-        ranks = Ranks(world)
         try:
             yield ranks
         except SharedError:
@@ -157,8 +161,17 @@ def connect(world: World, config: AccelerateConfig) -> Iterator[Ranks]:
         for state, values in others:
             state.update(values)
         torch.set_num_threads(threads)  # those of a checkpoint are not those of what this process does next
-        os.environ.clear()
+        for name in _own_variables().keys() - before.keys():
+            del os.environ[name]
         os.environ.update(before)
+
+
+def _own_variables() -> dict[str, str]:
+    """Return the environment variables that this module, Accelerate and torch set or remove.
+
+    The others are left alone: threads of trackers read them at any time.
+    """
+    return {name: value for name, value in os.environ.items() if name in _WORLD or name.startswith("ACCELERATE_")}
 
 
 def _set_accelerate_aside() -> list[tuple[dict[str, Any], dict[str, Any]]]:

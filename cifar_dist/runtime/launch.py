@@ -1,19 +1,17 @@
-"""Starts the processes of a world, passes signals on to them, and gives rank 0's exit code. No torch here."""
+"""Start the processes of a world on this machine, pass signals on to them, return rank 0's exit code. No torch here."""
 
 import contextlib
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
-import tempfile
+import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
-
-import psutil
 
 from cifar_dist.config.accelerate_config import (
     AccelerateConfig,
@@ -22,34 +20,43 @@ from cifar_dist.config.accelerate_config import (
     wished_compiler,
     wished_precision,
 )
-from cifar_dist.config.errors import EXIT_CODE_FILE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_KEYBOARD_INTERRUPT
+from cifar_dist.config.errors import EXIT_FAILED, EXIT_KEYBOARD_INTERRUPT
+from cifar_dist.config.world import DEFAULT_PORT, LAUNCHED, LISTENING_SOCKET
 
-NUM_THREADS = "CIFAR_DIST_NUM_THREADS"
-"""The environment variable that hands down the user's own OMP_NUM_THREADS: torchrun sets a 1 that is nobody's wish."""
+_GRACE_SECONDS = 30
+"""How long the other processes may take to end by themselves after one has failed; as long as torchrun gives them."""
+
+# The folder of this package is on the path for its import alone: neither it nor the current folder (-P) may shadow a
+# module of Python's, as the same file would not in a world of one.
+_MAIN = (
+    "import sys; sys.path.insert(0, {!r}); import cifar_dist; del sys.path[0];"
+    " from cifar_dist.cli import main; sys.exit(main())"
+)
 
 
 def launch(argv: Sequence[str], config: AccelerateConfig, num_processes: int) -> int:
-    """Run this program's command `argv` in `num_processes` processes (of all machines together); give the exit code.
+    """Run this program's command `argv` in `num_processes` processes (of all machines together).
 
-    It is the code that this machine's first process left; 1 where it left none, 130 after a second Ctrl-C.
+    Return the exit code of this machine's first process, or of the one that failed where the first had to be killed;
+    1 if a signal killed it, 130 after a second Ctrl-C.
     """
-    with (
-        tempfile.TemporaryDirectory(prefix="cifar-dist-") as folder,
-        _Signals(Path(folder), num_processes // config.num_machines) as signals,
-    ):
-        code_file = Path(folder) / "exit-code"
-        environ = child_environment(os.environ, config) | {EXIT_CODE_FILE: str(code_file)}
-        signals.agent = subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", *agent_arguments(config, num_processes), *argv],
-            env=environ,
-            start_new_session=True,  # a Ctrl-C reaches this process alone, which passes it on once
-            preexec_fn=partial(end_with_parent, signal.SIGTERM) if sys.platform == "linux" else None,
-        )
-        if signals.code is None:  # else a signal came while it was started, and it is killed now
-            signals.agent.wait()
-        with contextlib.suppress(OSError, ValueError):
-            return int(code_file.read_text())
-        return EXIT_FAILED if signals.code is None else signals.code
+    command = [sys.executable, "-P", "-c", _MAIN.format(str(Path(__file__).parents[2])), *argv]
+    with contextlib.ExitStack() as stack:
+        environ = child_environment(os.environ, config, num_processes)
+        listening = []
+        if config.num_machines == 1:  # on a free port of the loopback address: the host's own name may not resolve
+            server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+            listening = [server.fileno()]
+        processes = stack.enter_context(_Processes())
+        count = num_processes // config.num_machines
+        for local_rank in range(count):
+            rank = config.machine_rank * count + local_rank
+            own = {"RANK": str(rank), "LOCAL_RANK": str(local_rank)}
+            if rank == 0 and listening:
+                own[LISTENING_SOCKET] = str(listening[0])
+            processes.start(command, environ | own, listening if rank == 0 else [])
+        return processes.wait()
 
 
 def end_with_parent(number: int) -> None:
@@ -58,26 +65,8 @@ def end_with_parent(number: int) -> None:
         ctypes.CDLL(None).prctl(1, int(number))  # PR_SET_PDEATHSIG
 
 
-def agent_arguments(config: AccelerateConfig, num_processes: int) -> list[str]:
-    """Give torch.distributed.run's arguments for this machine's share of the processes."""
-    machines = config.num_machines
-    arguments = [f"--nproc-per-node={num_processes // machines}"]
-    if machines == 1:
-        arguments += ["--standalone"]  # a free port of its own
-    else:
-        arguments += [
-            f"--nnodes={machines}",
-            f"--node-rank={config.machine_rank}",
-            f"--master-addr={config.main_process_ip}",
-            f"--master-port={config.main_process_port or 29500}",
-            "--rdzv-conf=timeout=10800",  # the other machine may still be downloading
-        ]
-    return [*arguments, "-m", "cifar_dist"]
-
-
-def child_environment(environ: Mapping[str, str], config: AccelerateConfig) -> dict[str, str]:
-    """Give the environment of the processes: an outer launcher's words are taken out, and the user's handed down."""
-    outer = has_outer_launcher(environ)
+def child_environment(environ: Mapping[str, str], config: AccelerateConfig, num_processes: int) -> dict[str, str]:
+    """Return the environment that all processes share: without an outer launcher's settings, but with the user's."""
     foreign = ("ACCELERATE_", "TORCHELASTIC_", "PET_")
     child = {name: value for name, value in environ.items() if not name.startswith(foreign)}
     wishes = {
@@ -88,72 +77,89 @@ def child_environment(environ: Mapping[str, str], config: AccelerateConfig) -> d
     child |= {name: wish for name, wish in wishes.items() if wish not in (None, "no", "auto")}
     if wants_cpu(config, environ):
         child["ACCELERATE_USE_CPU"] = "true"
-    threads = child.pop("OMP_NUM_THREADS", None)
-    if threads is not None and not (outer and threads == "1"):
-        child[NUM_THREADS] = threads
-    # torchrun would set it, with a warning; the processes choose their number of threads themselves.
-    child["OMP_NUM_THREADS"] = threads or "1"
-    # Found also where the package is not installed, and run from any folder.
-    paths = [str(Path(__file__).parents[2]), *filter(None, [environ.get("PYTHONPATH")])]
-    return child | {"PYTHONPATH": os.pathsep.join(paths)}
+    if has_outer_launcher(environ) and child.get("OMP_NUM_THREADS") == "1":
+        del child["OMP_NUM_THREADS"]
+    child.pop("SLURM_CPUS_PER_TASK", None)  # the CPUs of this process, which its children share
+    if config.num_machines > 1:
+        port = config.main_process_port or DEFAULT_PORT
+        child |= {"MASTER_ADDR": str(config.main_process_ip), "MASTER_PORT": str(port)}
+    elif loopback := [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]:
+        child.setdefault("GLOO_SOCKET_IFNAME", loopback[0])
+    size, local_size = str(num_processes), str(num_processes // config.num_machines)
+    return child | {LAUNCHED: "1", "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": local_size}
 
 
-class _Signals:
-    """Passes signals on to the processes while they run; a second Ctrl-C, or SIGQUIT, ends them all.
+class _Processes:
+    """The processes of this machine. A signal is passed on to them; a second Ctrl-C, or SIGQUIT, kills them.
 
-    They go to the processes themselves and not to torch's agent, which would shut down with a traceback, after 30
-    seconds by SIGKILL, and knows no SIGUSR. Until all of them hear signals nothing has been done that could be lost,
-    and they are ended: what the agent has started so far may be a helper of its own, or die of a signal by itself.
+    Signals are blocked until all are started. A process inherits that, and unblocks them when it has its handlers.
     """
 
-    def __init__(self, folder: Path, num_processes: int) -> None:
-        """Take the folder in which each of this machine's processes says that it hears signals."""
-        self._folder = folder
-        self._num_processes = num_processes
-        self.agent: subprocess.Popen[bytes] | None = None
-        self.code: int | None = None
-        """The exit code, where the processes were ended before they could give one."""
-        self._before: dict[int, Any] = {}
-        self._interrupts = 0
+    def __init__(self) -> None:
+        self._started: list[subprocess.Popen[bytes]] = []
+        self._handlers: dict[int, Any] = {}
+        self._mask: set[int] = set()
+        self._num_interrupts = 0
+        self._code: int | None = None
+        """The exit code, once the processes were killed on request."""
 
     def __enter__(self) -> Self:
-        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2"):
-            number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
-                self._before[number] = signal.signal(number, self._pass_on)
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+        for number in numbers:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._handlers[number] = signal.signal(number, self._pass_on)
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
+        self._kill()
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        if self.agent is not None and self.agent.poll() is None:
-            self._kill_all()
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+
+    def start(self, command: Sequence[str], environ: Mapping[str, str], descriptors: Sequence[int]) -> None:
+        """Start a process that inherits open file descriptors. Its session is its own: Ctrl-C reaches us alone."""
+        self._started.append(subprocess.Popen(command, env=environ, pass_fds=descriptors, start_new_session=True))
+
+    def wait(self) -> int:
+        """Wait for all processes; return the exit code of the whole."""
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+        failed: subprocess.Popen[bytes] | None = None
+        deadline = 0.0
+        while None in [process.poll() for process in self._started]:
+            if failed is None:
+                failed = self._first_failed()
+                deadline = time.monotonic() + _GRACE_SECONDS
+            elif time.monotonic() > deadline:
+                self._kill()
+            time.sleep(0.05)
+        if self._code is not None:
+            return self._code
+        first, other = self._started[0].returncode, failed or self._started[0]
+        code = first if first >= 0 else other.returncode
+        return code if code >= 0 else EXIT_FAILED
+
+    def _first_failed(self) -> "subprocess.Popen[bytes] | None":
+        """Return a process that ended with an error while others run. One line says so if a signal killed it."""
+        failed = next((process for process in self._started if process.returncode), None)
+        if failed is not None and failed.returncode < 0 and self._code is None:
+            name, local_rank = signal.Signals(-failed.returncode).name, self._started.index(failed)
+            hint = "; out of memory?" if name == "SIGKILL" else ""
+            print(f"process {local_rank} of this machine was killed by {name}{hint}", file=sys.stderr, flush=True)
+        return failed
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        self._interrupts += number == signal.SIGINT
-        hear = sum(1 for _ in self._folder.glob("*.heard-by-*")) >= self._num_processes
-        if self._interrupts > 1 or number == getattr(signal, "SIGQUIT", None):
-            self._end_all(EXIT_KEYBOARD_INTERRUPT)
-        elif not hear:
-            self._end_all(EXIT_KEYBOARD_INTERRUPT if number == signal.SIGINT else EXIT_INTERRUPTED)
+        self._num_interrupts += number == signal.SIGINT
+        if self._num_interrupts > 1 or number == signal.SIGQUIT:
+            self._code = EXIT_KEYBOARD_INTERRUPT
+            self._kill()
         else:
-            for process in self._processes()[1:]:
-                with contextlib.suppress(psutil.Error):
-                    process.send_signal(number)
+            for process in self._started:
+                process.send_signal(number)
 
-    def _end_all(self, code: int) -> None:
-        self.code = code
-        self._kill_all()
-
-    def _kill_all(self) -> None:
-        for process in self._processes():
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-
-    def _processes(self) -> list[psutil.Process]:
-        """Give the agent and what it started, the agent first, so that it starts nothing more when it is killed."""
-        try:
-            agent = psutil.Process(-1 if self.agent is None else self.agent.pid)
-            return [agent, *agent.children(recursive=True)]
-        except (psutil.Error, ValueError):
-            return []
+    def _kill(self) -> None:
+        """Kill what is left, each with the processes that it has started itself."""
+        for process in self._started:
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)

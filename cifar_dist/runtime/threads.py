@@ -6,20 +6,18 @@ from collections.abc import Mapping
 import psutil
 
 from cifar_dist.config.accelerate_config import has_outer_launcher
-from cifar_dist.runtime.launch import NUM_THREADS
 
 
 def choose_num_threads(environ: Mapping[str, str], *, cores: int, local_processes: int, default: int) -> int:
     """Give the threads of this process.
 
     `OMP_NUM_THREADS` is the user's word, except that a 1 under `accelerate launch` or torchrun was forced by them and
-    would leave the other cores idle: then the cores are shared among the processes here. Our own launcher hands the
-    user's word down under another name. A Slurm task has the cores that Slurm gave it. Otherwise one process keeps
-    torch's own default.
+    would leave the other cores idle: then the cores are shared among the processes here. A Slurm task has
+    the cores that Slurm gave it. Otherwise one process keeps torch's own default.
     """
-    text = environ.get(NUM_THREADS) or environ.get("OMP_NUM_THREADS", "")
+    text = environ.get("OMP_NUM_THREADS", "")
     outer = has_outer_launcher(environ)
-    forced = outer and text == "1" and NUM_THREADS not in environ
+    forced = outer and text == "1"
     if text.isdecimal() and int(text) > 0 and not forced:
         return int(text)
     own = environ.get("SLURM_CPUS_PER_TASK", "")

@@ -1,5 +1,6 @@
 """The console, and what a person is told of the program: in pipes, under FORCE_COLOR, without the packages."""
 
+import importlib.util
 import os
 import runpy
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cifar_dist.cli import main
 from cifar_dist.config import provenance
 from cifar_dist.config.provenance import command_line, program_name
 from cifar_dist.display.console import can_draw, make_console
@@ -65,12 +67,21 @@ def test_a_python_without_the_packages_is_told_so_in_one_line():
     assert "has no package yaml" in result.stderr and "pip install" in result.stderr
 
 
-def test_a_part_of_the_program_that_is_missing_is_not_taken_for_a_package(monkeypatch):
+def test_a_python_without_torch_is_told_so_in_one_line(monkeypatch, capsys):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find_spec(name))
+    assert main(["--dataset", "shapes", "--dry-run"]) == 2
+    shown = capsys.readouterr().err
+    assert "has no package torch: activate the virtual environment" in shown and shown.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["cifar_dist.gone", "wandb.part_of_it"])
+def test_a_module_that_is_missing_deep_inside_keeps_its_traceback(monkeypatch, name):
     def broken():
-        raise ModuleNotFoundError("No module named 'cifar_dist.gone'", name="cifar_dist.gone")
+        raise ModuleNotFoundError(f"No module named '{name}'", name=name)
 
     monkeypatch.setattr("cifar_dist.cli.main", broken)
-    with pytest.raises(ModuleNotFoundError, match="gone"):
+    with pytest.raises(ModuleNotFoundError, match=name):
         runpy.run_path(str(ROOT / "launch.py"), run_name="__main__")
 
 

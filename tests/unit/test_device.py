@@ -137,7 +137,7 @@ def test_a_wish_becomes_what_the_device_can_serve(wish, facts, precision, differ
         ({"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}, 1, 8),
         ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, 2, 4),
         ({"OMP_NUM_THREADS": "2", "TORCHELASTIC_RUN_ID": "x"}, 2, 2),
-        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x", "CIFAR_DIST_NUM_THREADS": "1"}, 2, 1),
+        ({"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "bf16", "CIFAR_DIST_LAUNCHED": "1"}, 2, 1),
         ({"SLURM_CPUS_PER_TASK": "3", "SLURM_STEP_ID": "0"}, 2, 3),
         ({"SLURM_CPUS_PER_TASK": "99", "SLURM_STEP_ID": "0"}, 1, 8),
         ({"SLURM_CPUS_PER_TASK": "3"}, 2, 4),  # of the job, and this is no task of it
@@ -255,6 +255,7 @@ def test_accelerate_is_told_the_threads_that_slurm_gave(monkeypatch):
 def test_ranks_that_would_each_be_alone_are_refused(monkeypatch):
     """As Accelerate does it where there is no GPU and nobody said so."""
     monkeypatch.setattr("cifar_dist.runtime.distributed.PartialState", lambda **_: SimpleNamespace(num_processes=1))
+    monkeypatch.setattr("cifar_dist.runtime.distributed.rendezvous", lambda *_: None)
     world = World(rank=1, size=2, local_rank=1, local_size=2, launcher="torchrun")
     with pytest.raises(UserError, match="each would train alone"), connect(world, ON_CPU):
         pass

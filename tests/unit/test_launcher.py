@@ -1,77 +1,116 @@
-"""What the launcher would start, and with which words; starting it is tests/launching's."""
+"""How the launcher starts the processes of a machine, passes signals on, and what it returns."""
 
 import dataclasses
 import os
 import signal
-import subprocess
+import sys
 
 import pytest
 
 from cifar_dist.config.accelerate_config import AccelerateConfig
-from cifar_dist.runtime.launch import NUM_THREADS, _Signals, agent_arguments, child_environment, launch
-from tests.conftest import ROOT
+from cifar_dist.runtime import launch as launcher
+from cifar_dist.runtime.launch import _Processes, child_environment, launch
 
 CONFIG = AccelerateConfig(path="x.yaml", num_processes=2)
+NODES = AccelerateConfig(num_processes=4, num_machines=2, machine_rank=1, main_process_ip="10.0.0.1")
 
 
-def test_a_machine_starts_its_share():
-    assert agent_arguments(CONFIG, 2) == ["--nproc-per-node=2", "--standalone", "-m", "cifar_dist"]
-    config = AccelerateConfig(
-        num_processes=8, num_machines=2, machine_rank=1, main_process_ip="10.0.0.1", main_process_port=1234
-    )
-    assert agent_arguments(config, 8) == [
-        "--nproc-per-node=4", "--nnodes=2", "--node-rank=1", "--master-addr=10.0.0.1", "--master-port=1234",
-        "--rdzv-conf=timeout=10800",
-        "-m", "cifar_dist",
-    ]  # fmt: skip
-    assert "--master-port=29500" in agent_arguments(dataclasses.replace(config, main_process_port=None), 8)
+@pytest.fixture
+def started(monkeypatch):
+    """What would be started: a list of (environment, descriptors)."""
+    processes = []
+    monkeypatch.setattr(_Processes, "start", lambda _, command, environ, pipes: processes.append((environ, pipes)))
+    monkeypatch.setattr(_Processes, "wait", lambda _: 0)
+    return processes
+
+
+@pytest.mark.parametrize(
+    ("config", "count", "ranks", "address"),
+    [
+        (CONFIG, 2, ["0 0", "1 1"], "127.0.0.1"),  # the host's own name may not resolve
+        (NODES, 4, ["2 0", "3 1"], "10.0.0.1:29500"),
+        (dataclasses.replace(NODES, machine_rank=0, main_process_port=1234), 4, ["0 0", "1 1"], "10.0.0.1:1234"),
+    ],
+)
+def test_a_machine_starts_its_share(started, config, count, ranks, address):
+    assert launch([], config, count) == 0
+    assert [f"{environ['RANK']} {environ['LOCAL_RANK']}" for environ, _ in started] == ranks
+    for environ, descriptors in started:
+        assert (environ["WORLD_SIZE"], environ["LOCAL_WORLD_SIZE"]) == (str(count), "2")
+        assert f"{environ['MASTER_ADDR']}:{environ['MASTER_PORT']}".startswith(address)
+        holds_socket = config is CONFIG and environ["RANK"] == "0"
+        assert ("CIFAR_DIST_LISTENING_SOCKET" in environ, len(descriptors)) == (holds_socket, int(holds_socket))
 
 
 def test_an_outer_launchers_words_do_not_leak():
     outer = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True", "PET_NNODES": "2"}
-    child = child_environment({**outer, "HOME": "/h", "OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, CONFIG)
-    assert not [name for name in child if name.startswith(("ACCELERATE_", "PET_", "TORCHELASTIC_"))]
-    assert (child["HOME"], child["OMP_NUM_THREADS"]) == ("/h", "1")
-    assert NUM_THREADS not in child
+    slurm = {"SLURM_CPUS_PER_TASK": "8"}  # of one task, which all share
+    environ = {**outer, **slurm, "HOME": "/h", "OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}
+    child = child_environment(environ, CONFIG, 2)
+    foreign = ("ACCELERATE_", "PET_", "TORCHELASTIC_", "OMP_", "SLURM_")
+    assert not [name for name in child if name.startswith(foreign)]
+    assert child["HOME"] == "/h"
 
 
 def test_what_somebody_wished_is_handed_down():
-    child = child_environment({"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}, CONFIG)
-    assert (child[NUM_THREADS], child["ACCELERATE_USE_CPU"]) == ("1", "true")
-    child = child_environment({"ACCELERATE_MIXED_PRECISION": "bf16", "OMP_NUM_THREADS": "3"}, CONFIG)
-    assert (child[NUM_THREADS], child["OMP_NUM_THREADS"], child["ACCELERATE_MIXED_PRECISION"]) == ("3", "3", "bf16")
+    child = child_environment({"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}, CONFIG, 2)
+    assert (child["OMP_NUM_THREADS"], child["ACCELERATE_USE_CPU"]) == ("1", "true")
+    child = child_environment({"ACCELERATE_MIXED_PRECISION": "bf16", "OMP_NUM_THREADS": "3"}, CONFIG, 2)
+    assert (child["OMP_NUM_THREADS"], child["ACCELERATE_MIXED_PRECISION"]) == ("3", "bf16")
     config = AccelerateConfig(path="x.yaml", use_cpu=True, mixed_precision="fp16")
-    child = child_environment({"PYTHONPATH": "/mine"}, config)
+    child = child_environment({"PYTHONPATH": "/mine", "GLOO_SOCKET_IFNAME": "eth7"}, config, 2)
     assert (child["ACCELERATE_USE_CPU"], child["ACCELERATE_MIXED_PRECISION"]) == ("true", "fp16")
-    assert child["PYTHONPATH"] == f"{ROOT}:/mine"
+    assert (child["PYTHONPATH"], child["GLOO_SOCKET_IFNAME"]) == ("/mine", "eth7")
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGUSR2"), reason="Windows has no such signals")
-@pytest.mark.parametrize("heard_by", [0, 1, 2])
-def test_a_signal_waits_for_nobody_who_does_not_hear_yet(tmp_path, heard_by):
-    """The agent's own helpers, and interpreters that are being started, are not yet the processes of a training."""
-    for rank in range(heard_by):
-        (tmp_path / f"exit-code.heard-by-{rank}").touch()
-    helper = 'trap "echo heard; exit 0" USR2; echo ready; while :; do sleep 0.01; done'
-    with _Signals(tmp_path, 2) as signals:
-        signals.agent = subprocess.Popen(["sh", "-c", f"sh -c '{helper}' & wait"], stdout=subprocess.PIPE, text=True)
-        assert signals.agent.stdout.readline() == "ready\n"
-        os.kill(os.getpid(), signal.SIGUSR2)
-        with signals.agent.stdout as rest:
-            assert rest.read() == ("heard\n" if heard_by == 2 else "")
-        signals.agent.wait()
-    assert signals.code == (None if heard_by == 2 else 75)
+def run(*scripts: str) -> int:
+    """Run shell scripts as the processes of a machine."""
+    with _Processes() as processes:
+        for script in scripts:
+            processes.start(["sh", "-c", script], os.environ, [])
+        return processes.wait()
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGUSR2"), reason="Windows has no such signals")
-def test_a_signal_while_the_agent_is_started_ends_it(monkeypatch):
-    start, agents = subprocess.Popen, []
+@pytest.mark.parametrize(
+    ("scripts", "code", "line"),
+    [
+        (("exit 0", "exit 0"), 0, ""),
+        (("exit 75", "exit 75"), 75, ""),
+        (("exit 0", "exit 1"), 0, ""),  # the first has written that the run is complete
+        (("exec sleep 60", "exit 2"), 2, ""),  # it waits for who is gone, and is killed
+        (("sleep 0.2; exit 1", "kill -KILL $$"), 1, "process 1 of this machine was killed by SIGKILL; out of memory?"),
+        (("kill -SEGV $$", "exec sleep 60"), 1, "process 0 of this machine was killed by SIGSEGV"),
+    ],
+)
+def test_the_code_is_the_first_process_s(scripts, code, line, monkeypatch, capfd):
+    monkeypatch.setattr(launcher, "_GRACE_SECONDS", 0.3)
+    assert run(*scripts) == code
+    assert capfd.readouterr().err.splitlines() == ([line] if line else [])
 
-    def popen(*_, **__):
-        os.kill(os.getpid(), signal.SIGUSR2)
-        agents.append(start(["sleep", "60"]))
-        return agents[0]
 
-    monkeypatch.setattr(subprocess, "Popen", popen)
-    assert launch([], CONFIG, 2) == 75
-    assert agents[0].wait() == -signal.SIGKILL
+# As a process of ours: signals are blocked until it has handlers. It signals its launcher early, and after Ctrl-C.
+PROCESS = """
+import os, signal, sys, time
+def signal_launcher(number, frame=None):
+    os.kill(int(sys.argv[1]), number)
+signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
+signal.signal(signal.SIGINT, signal_launcher)
+signal_launcher(getattr(signal, sys.argv[2]))
+signal.pthread_sigmask(signal.SIG_SETMASK, ())
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGQUIT", 130), ("SIGINT", 130)])
+def test_signals_reach_processes_that_have_hardly_begun(name, code):
+    """Also one that comes while others are still started. A second Ctrl-C, and SIGQUIT, kill all."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
+    command = [sys.executable, "-c", PROCESS, str(os.getpid()), name]
+    try:
+        with _Processes() as processes:
+            processes.start(command, os.environ, [])
+            os.kill(os.getpid(), getattr(signal, name))
+            processes.start(command, os.environ, [])
+            assert processes.wait() == code
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import distributed, nn
 
-from cifar_dist.config.errors import EXIT_CODE_FILE, PeerFailedError, SharedError, UserError
+from cifar_dist.config.errors import PeerFailedError, SharedError, UserError
 from cifar_dist.config.plan import fit_to_dataset, make_plan
 from cifar_dist.data.dataset import Dataset, LabelledImages
 from cifar_dist.model.batch_norm import (
@@ -443,9 +443,9 @@ def other_data() -> None:
 
 
 def test_data_that_differs_between_ranks_is_refused_with_code_2(folder):
-    code = folder / "code"  # where our own launcher reads it
-    (_, _, err), (_, _, other_err) = run_ranks(2, QUICK, folder, prepare=other_data, **{EXIT_CODE_FILE: str(code)})
-    assert (code.read_text(), other_err) == ("2", "")
+    ranks = run_ranks(2, QUICK, folder, prepare=other_data, CIFAR_DIST_LAUNCHED="1")  # no rank waits for another
+    (code, _, err), (other_code, _, other_err) = ranks
+    assert (code, other_code, other_err) == (2, 2, "")
     assert err.startswith("error: ") and " is not the same on " in err
     assert err.count("\n") == 1
     assert not (folder / "run").exists()
