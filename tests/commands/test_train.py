@@ -26,7 +26,7 @@ from cifar_dist.training.engine import InterruptedRun, Trainer
 from cifar_dist.training.evaluation import EvaluationSet
 from cifar_dist.training.run_directory import RunDirectory
 from cifar_dist.training.session import Session
-from tests.conftest import make_dataset
+from tests.conftest import make_dataset, make_images
 
 DATA = ["--dataset", "shapes", "--data-dir", "/no/data", "--precision", "no"]
 SMALL = ["--recipe", "original", *DATA, "--set", "global_batch_size=32"]
@@ -407,7 +407,7 @@ def test_what_cannot_be_evaluated_is_one_line(finished, capsys, monkeypatch, arg
     torch.save(NarrowResNet(num_classes=10).state_dict(), "script.pth")
     torch.save(NarrowResNet(num_classes=7).state_dict(), "seven.pth")
     torch.save({"epoch": 3}, "mixed.pth")
-    Path("other").mkdir()
+    make_images(Path("other"))
     if "other" in argv:
         other = make_dataset()
         object.__setattr__(other, "class_names", tuple("abcdefghij"))
