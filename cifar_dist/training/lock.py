@@ -7,6 +7,7 @@ import platform
 import tempfile
 import threading
 import uuid
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -79,7 +80,19 @@ class RunLock:
         )
         self._path: Path | None = None
         self._file: BinaryIO | None = None
+        self._claimed: Path | None = None
         self._released = threading.Event()
+
+    def claim(self, folders: Iterable[Path]) -> Path:
+        """Make the first of these folders that is free, and take its lock. It goes with the lock if it stays empty."""
+        for folder in folders:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                self._claimed = folder
+                self.take(folder)
+                return folder
+        raise AssertionError("names do not come to an end")
 
     def take(self, folder: Path) -> None:
         """Take a run directory's lock. Raises UserError where a live run has it, OSError where none can be made."""
@@ -116,7 +129,10 @@ class RunLock:
                 self._path.unlink()
         if self._file is not None:
             self._file.close()
-        self._path = self._file = None
+        if self._claimed is not None:
+            with contextlib.suppress(OSError):  # it holds a run
+                os.removedirs(self._claimed)
+        self._path = self._file = self._claimed = None
 
     def __enter__(self) -> Self:
         return self

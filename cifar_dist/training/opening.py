@@ -76,7 +76,7 @@ def open_run(
                 refuse_other_recipe(run.request, checkpoint)
     return OpenedRun(
         run=run,
-        directory=new_directory(options, run.request) if existing is None else existing.path,
+        directory=new_directory(options, run.request, lock) if existing is None else existing.path,
         checkpoint=checkpoint or {},
         damage=damage,
         pretrained=None if checkpoint or nothing_left else pretrained_weights(run.request.recipe, note),
@@ -96,10 +96,13 @@ def _refuse_to_begin_again(run: RunFiles) -> None:
         raise UserError(f"the checkpoints of {run.path} are gone, and it cannot go on: type a new --run-dir")
 
 
-def new_directory(options: TrainOptions, request: TrainRequest) -> Path:
-    """Give the folder of a new run: as typed, else the first of its names that is free."""
+def new_directory(options: TrainOptions, request: TrainRequest, lock: RunLock | None = None) -> Path:
+    """Return the folder of a new run: as typed, else the first of its names that is free, made and locked by `lock`."""
     names = names_in_turn(DEFAULT_RUNS / request.label)
-    return options.run_dir or next(name for name in names if not name.exists())
+    if options.run_dir is not None or lock is None:
+        return options.run_dir or next(name for name in names if not name.exists())
+    with writing(DEFAULT_RUNS, "free space or mend the rights there, or name another --run-dir"):
+        return lock.claim(names)
 
 
 def describe(
