@@ -68,7 +68,10 @@ class Row:
 
 def digest(recipe: Recipe) -> str:
     """Give a few letters that tell this recipe from any other, and stay when a field is added that is off in it."""
-    text = json.dumps(switched_on(recipe_to_mapping(recipe)), sort_keys=True)
+    values = recipe_to_mapping(recipe)
+    if recipe.image_size_schedule is not None:  # in pixels, as it was when the first results were recorded
+        values["image_size_schedule"] = [[round(s * recipe.image_size), end] for s, end in recipe.image_size_schedule]
+    text = json.dumps(switched_on(values), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -242,8 +245,9 @@ def measure(rows: list[Row], results: Path, typed: argparse.Namespace) -> int:
                 model, images.images, images.labels, batch_size=SCRIPT_BATCH, device=runtime.device
             )
             total, parts, begun = 0.0, [], 0.0
-            for side, end in recipe.image_size_schedule or ((recipe.image_size, 1.0),):
-                endless = {"epochs": 1_000_000, "validation_size": 0, "image_size_schedule": [[side, 1.0]]}
+            for share, end in recipe.image_size_schedule or ((1.0, 1.0),):
+                side = round(share * recipe.image_size)
+                endless = {"epochs": 1_000_000, "validation_size": 0, "image_size": side, "image_size_schedule": None}
                 one = resolve_recipe(recipe_to_mapping(recipe), endless)
                 plan = make_plan(one, world_size=1, sizes=dataset.sizes, device_type=runtime.device.type)
                 loop = Loop(build_trainer(one, plan, dataset, runtime, Observer()))

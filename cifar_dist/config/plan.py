@@ -47,6 +47,8 @@ class RunPlan:
     """`num_train`, or one fewer where the last batch would be a single image."""
     batch_norm_groups: int
     """Parts of a micro-batch with BatchNorm statistics of their own; 1: the statistics are over all of it."""
+    image_sizes: tuple[tuple[int, int], ...]
+    """(side of the training images in pixels, last step that has it), in their order."""
     report_every_steps: int
     """Steps between two agreements of the ranks: on the loss that is shown, divergence, interruption."""
 
@@ -76,16 +78,13 @@ class RunPlan:
         return {
             "batch": self.equation,
             "images": f"{self.num_train:,} training, {self.num_validation:,} validation, {self.num_test:,} test",
+            "image size": ", ".join(f"{side} x {side} to step {end:,}" for side, end in self.image_sizes),
             "steps": f"{self.steps_per_epoch:,} an epoch{note} x {epochs} = {self.total_steps:,}",
         }
 
-
-def image_size_at(recipe: Recipe, plan: RunPlan, step: int) -> int:
-    """Give the side of the training images, in pixels, in a step of the run (counted from 0)."""
-    for size, end in recipe.image_size_schedule or ():
-        if step < round(end * plan.total_steps):
-            return size
-    return recipe.image_size
+    def image_size_at(self, step: int) -> int:
+        """Return the side of the training images, in pixels, in a step of the run (counted from 0)."""
+        return next((side for side, end in self.image_sizes if step < end), self.image_sizes[-1][0])
 
 
 def fit_to_dataset(recipe: Recipe, sizes: DatasetSizes, *, validation_size_was_typed: bool) -> Recipe:
@@ -132,6 +131,7 @@ def make_plan(recipe: Recipe, *, world_size: int, sizes: DatasetSizes, device_ty
     images_a_second = _IMAGES_A_SECOND[device_type] * (world_size if device_type == "cuda" else 1)
     num_train = sizes.num_train - (0 if sizes.num_validation else recipe.validation_size)
     images_per_epoch = num_train - (1 if num_train % batch == 1 else 0)
+    steps_per_epoch = -(-images_per_epoch // batch)
     return RunPlan(
         global_batch_size=batch,
         per_device_batch_size=batch // factor,
@@ -141,11 +141,20 @@ def make_plan(recipe: Recipe, *, world_size: int, sizes: DatasetSizes, device_ty
         num_validation=recipe.validation_size,
         num_test=sizes.num_test,
         epochs=recipe.epochs,
-        steps_per_epoch=-(-images_per_epoch // batch),
+        steps_per_epoch=steps_per_epoch,
         images_per_epoch=images_per_epoch,
         batch_norm_groups=groups,
+        image_sizes=_image_sizes(recipe, recipe.epochs * steps_per_epoch),
         report_every_steps=max(1, images_a_second // batch),
     )
+
+
+def _image_sizes(recipe: Recipe, total_steps: int) -> tuple[tuple[int, int], ...]:
+    """Return (side in pixels, last step) pairs; a side that no step has is left out."""
+    sizes: dict[int, int] = {}  # last step -> side
+    for side, end in recipe.image_size_schedule or ((1, 1),):
+        sizes.setdefault(round(end * total_steps), round(side * recipe.image_size))
+    return tuple((side, last) for last, side in sizes.items() if last > 0)
 
 
 def _batch_norm_groups(recipe: Recipe, world_size: int) -> int:

@@ -166,8 +166,11 @@ class Recipe:
     gradient_accumulation_steps: int
     image_size: int
     """Side of the images the model sees, in pixels."""
-    image_size_schedule: tuple[tuple[int, float], ...] | None
-    """(side in pixels, fraction of the steps at which it ends), rising; null: `image_size` throughout."""
+    image_size_schedule: tuple[tuple[float, float], ...] | None
+    """(side as a fraction of `image_size`, fraction of the steps at which it ends), the last (1, 1); null: no change.
+
+    Sides above 1 are pixels, as in older recipes, and become fractions.
+    """
     label_smoothing: float
     """In [0, 1)."""
     ema_decay: float
@@ -226,13 +229,18 @@ class Recipe:
             )
 
     def _check_image_sizes(self) -> None:
-        schedule: Any = self.image_size_schedule
+        schedule = self.image_size_schedule
         if schedule is None:
             return
-        ends = [end for _, end in schedule]
+        sides, ends = [side for side, _ in schedule], [end for _, end in schedule]
+        if max(sides, default=0) > 1:  # pixels
+            sides = [side / self.image_size for side in sides]
         ok = bool(ends) and ends == sorted(set(ends)) and ends[0] > 0 and math.isclose(ends[-1], 1.0)
-        ok = ok and all(size >= 1 for size, _ in schedule)
-        _require(ok, "image_size_schedule", [list(pair) for pair in schedule], "[size, end] pairs, ends rising to 1.0")
+        ok = ok and sides[-1] == max(sides) == 1 and round(min(sides) * self.image_size) >= 1
+        allowed = f"[side, end] pairs with sides as fractions of image_size={self.image_size}, the last 1, and ends"
+        shown = [list(pair) for pair in schedule]
+        _require(ok, "image_size_schedule", shown, f"{allowed} rising to 1")
+        object.__setattr__(self, "image_size_schedule", tuple(zip(sides, ends, strict=True)))
 
 
 def resolve_recipe(*layers: Mapping[str, Any]) -> Recipe:

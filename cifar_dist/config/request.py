@@ -185,7 +185,8 @@ def refuse_other_recipe(request: TrainRequest, then: Mapping[str, Any]) -> None:
 
     `then` is what its config.yaml or a checkpoint says of it. A folder may have moved: its content is compared later.
     """
-    old, new = flatten(then["recipe"]), flatten(recipe_to_mapping(request.recipe))
+    stored = resolve_stored_recipe(then, "the run")
+    old, new = (flatten(recipe_to_mapping(recipe)) for recipe in (stored, request.recipe))
     fields = [field for field in sorted(new.keys() | old.keys()) if field not in _MAY_CHANGE]
     changed = [f"{field} {old.get(field)} -> {new.get(field)}" for field in fields if old.get(field) != new.get(field)]
     names = str(then["dataset"]["name"]), request.dataset

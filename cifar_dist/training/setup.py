@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from cifar_dist.config.errors import UserError
-from cifar_dist.config.plan import RunPlan, image_size_at
+from cifar_dist.config.plan import RunPlan
 from cifar_dist.config.recipe import Recipe
 from cifar_dist.data.augmentation import Augmentation
 from cifar_dist.data.batches import Normalizer, TrainingBatches
@@ -151,7 +151,7 @@ def _data_path(
         sampler=sampler,
         augmentation=Augmentation(recipe.augmentation, seed=recipe.seed, image_size=size, fill=mean),
         normalize=Normalizer(recipe.normalization, runtime.device, runtime.memory_format),
-        image_size=lambda epoch, step: image_size_at(recipe, plan, (epoch - 1) * plan.steps_per_epoch + step - 1),
+        image_size=lambda epoch, step: plan.image_size_at((epoch - 1) * plan.steps_per_epoch + step - 1),
     )
     images, indices = (data, held_out) if own is None else (own.to(runtime.device), torch.arange(len(own)))
     validation = EvaluationSet(

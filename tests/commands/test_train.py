@@ -282,7 +282,6 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(capsys, tmp_path):
 @pytest.mark.parametrize("recipe", sorted(set(recipe_names()) - {"finetune"}))
 def test_a_recipe_of_the_package_trains(recipe):
     argv = ["--recipe", recipe, *DATA, "--epochs", "1", "--run-dir", "x", "--set", "image_size=16"]
-    argv += ["image_size_schedule=[[8, 0.5], [16, 1.0]]"] if recipe == "quick" else []
     assert main(argv) == 0
     summary = RunDirectory(Path("x")).read_summary()
     assert (summary.status, summary.test.num_samples) == ("completed", 40)

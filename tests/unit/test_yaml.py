@@ -20,7 +20,8 @@ def from_file(folder, text: str) -> Recipe:
 def test_an_integer_is_decimal_wherever_it_stands(tmp_path, text, number):
     assert parse_arguments(["--seed", text])[1].seed == number
     assert make_recipe(f"seed={text}").seed == number
-    assert from_file(tmp_path, f"seed: {text}\nimage_size_schedule: [[{text}1, 1.0]]").seed == number
+    schedule = f"image_size: {text}1\nimage_size_schedule: [[{text}1, 1.0]]"
+    assert from_file(tmp_path, f"seed: {text}\n{schedule}").seed == number
     (tmp_path / "world.yaml").write_text(f"main_process_port: {text}1")
     assert load_accelerate_config(str(tmp_path / "world.yaml")).main_process_port == int(f"{text}1")
 
