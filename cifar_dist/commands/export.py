@@ -3,8 +3,10 @@
 import io
 import json
 import warnings
+from dataclasses import replace
 
 import torch
+from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from cifar_dist.config.accelerate_config import AccelerateConfig
@@ -12,6 +14,7 @@ from cifar_dist.config.errors import EXIT_DONE, UserError
 from cifar_dist.config.files import write_output
 from cifar_dist.config.options import ExportOptions
 from cifar_dist.config.provenance import package_versions
+from cifar_dist.config.recipe import recipe_to_mapping
 from cifar_dist.config.world import World
 from cifar_dist.data.batches import Normalizer
 from cifar_dist.display.console import make_console
@@ -62,13 +65,13 @@ def _about(weights: SavedWeights) -> dict[str, str]:
         "std": list(recipe.normalization.std),
         "versions": package_versions(),
     }
+    if weights.class_names is not None:  # with this, the file is read as a checkpoint
+        about["recipe"] = recipe_to_mapping(replace(recipe, pretrained=None, freeze_epochs=0))
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in about.items()}
 
 
 def _safetensors(weights: SavedWeights) -> bytes:
-    from safetensors.torch import save
-
-    content: bytes = save(_plain(weights), metadata=_about(weights))
+    content: bytes = save_safetensors(_plain(weights), metadata=_about(weights))
     return content
 
 

@@ -21,7 +21,7 @@ from cifar_dist.config.recipe import Recipe, resolve_recipe
 from cifar_dist.config.request import check_dataset_name
 from cifar_dist.config.run_files import RunFiles, find_checkpoint
 
-EXPORT_PACKAGES = {".pth": (), ".safetensors": ("safetensors",), ".onnx": ("onnx", "onnxscript", "onnxruntime")}
+EXPORT_PACKAGES = {".pth": (), ".safetensors": (), ".onnx": ("onnx", "onnxscript", "onnxruntime")}
 """The suffixes of formats that `export` writes, and the packages that each needs."""
 
 FOR_SPEED: dict[str, Any] = {

@@ -1,8 +1,9 @@
-"""Weights that were trained elsewhere, as a start."""
+"""Weights that were trained elsewhere."""
 
 import contextlib
 import io
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -41,6 +42,39 @@ def imagenet_weights_place() -> Path:
     """Give the file in torch's cache where torchvision keeps its ImageNet weights."""
     url: str = ResNet18_Weights.IMAGENET1K_V1.url
     return Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+
+
+def find_state_dict(path: Path, content: Mapping[str, Any]) -> tuple[dict[str, Tensor], str | None]:
+    """Return a ResNet-18's state dict with torchvision's names from what another program saved at `path`.
+
+    The second value is a note of what was renamed, None if nothing was. Raises UserError unless `content` is a state
+    dict, or holds exactly one.
+    """
+    weights, changes = dict(content), []
+    if not _is_state_dict(content):
+        found = [key for key, value in content.items() if _is_state_dict(value)]
+        if len(found) != 1:
+            what = f"of {', '.join(found)} save one alone" if found else f"its keys are {', '.join(list(content)[:5])}"
+            raise UserError(f"{path} is neither a checkpoint of this program nor a bare state dict: {what}")
+        weights, changes = dict(content[found[0]]), [f"from '{found[0]}'"]
+    prefix = min((key for key in weights if key.endswith("conv1.weight")), key=len, default="conv1.weight")[:-12]
+    if others := [key for key in weights if not key.startswith(prefix)]:
+        raise UserError(f"{path} holds a network under '{prefix}' and also {', '.join(others[:3])}: save it alone")
+    for pattern, new, change in (
+        (rf"^{re.escape(prefix)}", "", f"without '{prefix}'"),  # DataParallel, torch.compile, Lightning
+        (r"\.shortcut\.", ".downsample.", "shortcut as downsample"),  # https://github.com/kuangliu/pytorch-cifar
+        (r"^linear\.", "fc.", "linear as fc"),
+        (r"^fc\.\w+\.(?=weight$|bias$)", "fc.", "the one layer in fc as fc"),  # a Sequential with dropout
+    ):
+        renamed = {re.sub(pattern, new, key): value for key, value in weights.items()}
+        if renamed.keys() != weights.keys() and len(renamed) == len(weights):  # no two of one name
+            weights = renamed
+            changes.append(change)
+    return weights, f"{path} is read {', '.join(changes)}" if changes else None
+
+
+def _is_state_dict(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value) and all(isinstance(each, Tensor) for each in value.values())
 
 
 def start_from(model: nn.Module, weights: dict[str, Tensor]) -> None:

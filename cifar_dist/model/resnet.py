@@ -58,7 +58,9 @@ def infer_architecture(weights: Mapping[str, Tensor]) -> tuple[str, int]:
     """
     conv, head = weights.get("conv1.weight"), weights.get("fc.weight")
     if conv is None or head is None or head.ndim != 2:
-        raise UserError("these weights are not a ResNet-18's: conv1.weight or fc.weight is missing")
+        missing = "conv1.weight" if conv is None else "fc.weight"
+        there = ", ".join(list(weights)[:3] if conv is None else list(weights)[-3:])
+        raise UserError(f"these weights are not a ResNet-18's: {missing} is missing, and there are {there}")
     stems: dict[tuple[int, ...], str] = {(64, 3, 7, 7): "imagenet", (64, 3, 3, 3): "cifar"}
     stem = stems.get(tuple(conv.shape))
     if stem is None:
@@ -67,8 +69,12 @@ def infer_architecture(weights: Mapping[str, Tensor]) -> tuple[str, int]:
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load a state dict, every key of it and no other. Raises UserError that names the first tensor that differs."""
+    """Load a state dict, every key of it and no other. Raises UserError that names the first tensor that differs.
+
+    As in torch, BatchNorm's counters may be missing: files of before 2018 have none.
+    """
     own = model.state_dict()
+    weights = {key: value for key, value in own.items() if key.endswith("num_batches_tracked")} | dict(weights)
     for key in sorted(own.keys() | weights.keys()):
         if key not in weights or key not in own:
             where = "missing from" if key not in weights else "unknown in"
@@ -80,4 +86,4 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
                 f"these weights are not this ResNet-18's: {key} has the shape {list(weights[key].shape)},"
                 f" not {list(own[key].shape)}"
             )
-    model.load_state_dict(dict(weights))
+    model.load_state_dict(weights)

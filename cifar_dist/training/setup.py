@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cifar_dist.config.errors import UserError
 from cifar_dist.config.plan import RunPlan
 from cifar_dist.config.recipe import Recipe
 from cifar_dist.data.augmentation import Augmentation
@@ -24,7 +23,6 @@ from cifar_dist.model.resnet import build_resnet, whiten_stem
 from cifar_dist.records import Observer
 from cifar_dist.runtime.distributed import Runtime
 from cifar_dist.runtime.interrupt import Interrupt
-from cifar_dist.training.checkpoint import averaged_weights, is_bare_weights, load_checkpoint
 from cifar_dist.training.early_stopping import EarlyStopping
 from cifar_dist.training.engine import Trainer
 from cifar_dist.training.evaluation import EvaluationSet
@@ -32,6 +30,7 @@ from cifar_dist.training.metrics import RunningSums
 from cifar_dist.training.replay import ReplayedSteps
 from cifar_dist.training.state import TrainState
 from cifar_dist.training.step import TrainingStep
+from cifar_dist.training.weights import read_state_dict
 
 
 def build_trainer(
@@ -112,20 +111,18 @@ def _with_statistics(model: nn.Module, recipe: Recipe, plan: RunPlan) -> tuple[n
 
 
 def pretrained_weights(recipe: Recipe, note: Callable[[str], None] = lambda text: None) -> dict[str, Tensor] | None:
-    """Read the weights that a recipe starts from; None where it starts from nothing. `note` hears of a download.
+    """Read the weights that a recipe starts from; None where it starts from nothing.
 
-    Raises UserError.
+    `note` is called with one line on a download, or on keys that were renamed. Raises UserError.
     """
     if recipe.pretrained is None:
         return None
     if recipe.pretrained == "imagenet":
         return imagenet_weights(note)
-    content = load_checkpoint(Path(recipe.pretrained))
-    if is_bare_weights(content):
-        return content
-    if not isinstance(content.get("model"), dict):
-        raise UserError(f"pretrained={recipe.pretrained} holds no weights")
-    return averaged_weights(content)
+    weights, renamed = read_state_dict(Path(recipe.pretrained))
+    if renamed is not None:
+        note(renamed)
+    return weights
 
 
 def _data_path(

@@ -13,6 +13,7 @@ from cifar_dist.config.loading import read_recipe
 from cifar_dist.config.recipe import Recipe, resolve_recipe
 from cifar_dist.config.request import resolve_stored_recipe
 from cifar_dist.config.run_files import check_stored, find_checkpoint
+from cifar_dist.model.pretrained import find_state_dict
 from cifar_dist.model.resnet import build_resnet, infer_architecture, load_weights
 from cifar_dist.training.checkpoint import averaged_weights, is_bare_weights, load_checkpoint, refusing_foreign_content
 from cifar_dist.training.run_directory import RunDirectory
@@ -54,10 +55,7 @@ def read_weights(path: Path, recipe_name: str | None = None) -> SavedWeights:
     file = _checkpoint_file(path)
     content = load_checkpoint(file)
     with refusing_foreign_content(file):
-        weights = (_bare_weights if is_bare_weights(content) else _own_weights)(file, content, recipe_name)
-        if bad := [name for name, tensor in weights.tensors.items() if not tensor.isfinite().all()]:
-            raise UserError(f"{file} holds numbers that are not finite ({bad[0]}): its training diverged, use another")
-    return weights
+        return (_bare_weights if is_bare_weights(content) else _own_weights)(file, content, recipe_name)
 
 
 def _checkpoint_file(path: Path) -> Path:
@@ -70,8 +68,6 @@ def _checkpoint_file(path: Path) -> Path:
 
 
 def _own_weights(path: Path, content: dict[str, Any], recipe_name: str | None) -> SavedWeights:
-    if "recipe" not in content or "model" not in content:
-        raise UserError(f"checkpoint {path} is neither a checkpoint of this program nor a bare state dict")
     check_stored(content, f"checkpoint {path}")
     recipe = resolve_stored_recipe(content, f"checkpoint {path}")
     if recipe_name is not None:
@@ -85,7 +81,7 @@ def _own_weights(path: Path, content: dict[str, Any], recipe_name: str | None) -
     names = tuple(content["class_names"])
     return SavedWeights(
         path=path,
-        tensors=averaged_weights(content),
+        tensors=_state_dict(path, content)[0],
         recipe=recipe,
         num_classes=len(names),
         class_names=names,
@@ -94,8 +90,23 @@ def _own_weights(path: Path, content: dict[str, Any], recipe_name: str | None) -
     )
 
 
-def _bare_weights(path: Path, tensors: dict[str, Tensor], recipe_name: str | None) -> SavedWeights:
+def read_state_dict(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """Return the weights in a file, and a note of what was renamed, None if nothing was. Raises UserError."""
+    content = load_checkpoint(path)
+    with refusing_foreign_content(path):
+        return _state_dict(path, content)
+
+
+def _state_dict(path: Path, content: dict[str, Any]) -> tuple[dict[str, Tensor], str | None]:
+    tensors, renamed = find_state_dict(path, content) if is_bare_weights(content) else (averaged_weights(content), None)
+    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise UserError(f"{path} holds numbers that are not finite ({bad[0]}): its training diverged, use another")
+    return tensors, renamed
+
+
+def _bare_weights(path: Path, content: dict[str, Any], recipe_name: str | None) -> SavedWeights:
     """Infer from the tensors what they can tell, and take the rest from the recipe, typed or likely."""
+    tensors, renamed = _state_dict(path, content)
     stem, num_classes = infer_architecture(tensors)
     name = recipe_name or ("original" if stem == "imagenet" else "standard")
     recipe = resolve_recipe(read_recipe(name), {} if recipe_name else {"stem": stem})
@@ -110,5 +121,5 @@ def _bare_weights(path: Path, tensors: dict[str, Tensor], recipe_name: str | Non
         num_classes=num_classes,
         class_names=None,
         about={"precision": "no"},
-        notes=(note,),
+        notes=(note,) if renamed is None else (renamed, note),
     )

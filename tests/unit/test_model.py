@@ -73,7 +73,7 @@ def test_the_seed_alone_decides_the_weights():
 
 
 def test_another_network_is_refused():
-    with pytest.raises(UserError, match=r"conv1\.weight or fc\.weight is missing"):
+    with pytest.raises(UserError, match=r"conv1\.weight is missing, and there are weight, bias"):
         infer_architecture(nn.Linear(3, 3).state_dict())
     with pytest.raises(UserError, match=r"conv1\.weight has the shape \[64, 3, 5, 5\]"):
         infer_architecture({"conv1.weight": torch.zeros(64, 3, 5, 5), "fc.weight": torch.zeros(10, 512)})
