@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from cifar_dist.config.accelerate_config import AccelerateConfig
+from cifar_dist.config.cpus import usable_cpus
 from cifar_dist.config.loading import parse_assignments, read_recipe
 from cifar_dist.config.recipe import Recipe, resolve_recipe
 from cifar_dist.config.world import World
@@ -76,7 +77,7 @@ def pytest_addoption(parser):
 
 def pytest_xdist_auto_num_workers() -> int:
     """Return the number of workers of `-n auto`: one for each core that this process may use, 4 at most."""
-    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return min(4, usable_cpus())
 
 
 def pytest_collection_modifyitems(config, items):

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from cifar_dist.config.cpus import usable_cpus
 from cifar_dist.config.errors import UserError
 
 Pixels = NDArray[np.uint8]
@@ -100,7 +101,7 @@ def decode_by(
 
 def pool_for(num_files: int) -> Executor:
     """Give threads, or, where there are many images, processes: small ones wait for each other's interpreter lock."""
-    workers = min(_MAX_WORKERS, os.cpu_count() or 1)
+    workers = min(_MAX_WORKERS, usable_cpus())
     if num_files < _MANY or workers == 1:
         return ThreadPoolExecutor(workers)
     # Not forked: torch's threads may run already.

@@ -17,6 +17,7 @@ from cifar_dist.config.accelerate_config import (
     wished_compiler,
     wished_precision,
 )
+from cifar_dist.config.cpus import usable_cpus
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.world import World
 from cifar_dist.runtime.precision import FULL_NAMES, DeviceFacts, DeviceType, Precision, resolve_precision
@@ -108,7 +109,10 @@ def choose_compute(
         precision_reason=reason,
         num_threads=num_threads
         or choose_num_threads(
-            environ, cores=usable_cores(), local_processes=world.local_size, default=torch.get_num_threads()
+            environ,
+            cores=usable_cores(),
+            local_processes=world.local_size,
+            default=min(torch.get_num_threads(), usable_cpus()),
         ),
         compiler=compiler,
         replays=has_steps and obstacle is None and wished in (None, "CUDAGRAPHS") and config.dynamo_backend != "NO",

@@ -15,6 +15,7 @@ from accelerate.utils import DistributedDataParallelKwargs, TorchDynamoPlugin
 from torch import Tensor, distributed, nn
 
 from cifar_dist.config.accelerate_config import AccelerateConfig, wants_cpu
+from cifar_dist.config.cpus import usable_cpus
 from cifar_dist.config.errors import SharedError, UserError
 from cifar_dist.config.world import World
 from cifar_dist.runtime import device as device_module
@@ -254,7 +255,10 @@ def _tell_accelerate(world: World, *, cpu: bool) -> None:
         return
     visible = torch.cuda.device_count() if torch.cuda.is_available() else world.local_size
     threads = choose_num_threads(
-        os.environ, cores=usable_cores(), local_processes=world.local_size, default=torch.get_num_threads()
+        os.environ,
+        cores=usable_cores(),
+        local_processes=world.local_size,
+        default=min(torch.get_num_threads(), usable_cpus()),
     )
     os.environ |= {
         "RANK": str(world.rank),

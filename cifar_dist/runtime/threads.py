@@ -1,11 +1,11 @@
 """How many threads a process computes with."""
 
-import os
 from collections.abc import Mapping
 
 import psutil
 
 from cifar_dist.config.accelerate_config import has_outer_launcher
+from cifar_dist.config.cpus import usable_cpus
 
 
 def choose_num_threads(environ: Mapping[str, str], *, cores: int, local_processes: int, default: int) -> int:
@@ -13,7 +13,7 @@ def choose_num_threads(environ: Mapping[str, str], *, cores: int, local_processe
 
     `OMP_NUM_THREADS` is the user's word, except that a 1 under `accelerate launch` or torchrun was forced by them and
     would leave the other cores idle: then the cores are shared among the processes here. A Slurm task has
-    the cores that Slurm gave it. Otherwise one process keeps torch's own default.
+    the cores that Slurm gave it. Otherwise one process keeps `default`, torch's own.
     """
     text = environ.get("OMP_NUM_THREADS", "")
     outer = has_outer_launcher(environ)
@@ -29,7 +29,5 @@ def choose_num_threads(environ: Mapping[str, str], *, cores: int, local_processe
 
 
 def usable_cores() -> int:
-    """Count the cores that this process may run on, at most as many as there are physical ones."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    allowed = len(affinity(0)) if affinity else (os.cpu_count() or 1)
-    return min(allowed, psutil.cpu_count(logical=False) or allowed)
+    """Return the number of cores that this process may use, at most as many as there are physical ones."""
+    return min(usable_cpus(), psutil.cpu_count(logical=False) or usable_cpus())

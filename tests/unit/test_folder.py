@@ -473,7 +473,7 @@ def test_processes_decode_what_threads_do(tmp_path: Path, monkeypatch: pytest.Mo
     report = lambda done, total: progress.append((done, total))  # noqa: E731
     by_threads = load(folder, cache_dir=tmp_path / "one", progress=report)
     monkeypatch.setattr(decoding, "_MANY", 1)
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(decoding, "usable_cpus", lambda: 2)
     with monkeypatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("always")  # as for a user, and not the errors that warnings are in tests
         before = list(warnings.filters)
@@ -498,7 +498,7 @@ def test_script_without_a_guard_is_not_run_again_by_workers(tmp_path: Path) -> N
         "from pathlib import Path\n"
         "from cifar_dist.data import decoding, image_files\n"
         "print('ran')\n"
-        "decoding._MANY, os.cpu_count = 1, lambda: 2\n"
+        "decoding._MANY, decoding.usable_cpus = 1, lambda: 2\n"
         "files, *_ = image_files.find_images(sorted(Path(__file__).parent.glob('*.png')))\n"
         "print(image_files.decode_images(files, 8)[1] == [True] * 40)\n"
     )
