@@ -109,10 +109,11 @@ class _Processes:
         for number in numbers:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._handlers[number] = signal.signal(number, self._pass_on)
+        self._handlers[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, self._suspend)
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._kill()
+        self._signal_all(signal.SIGKILL)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
@@ -131,7 +132,7 @@ class _Processes:
                 failed = self._first_failed()
                 deadline = time.monotonic() + _GRACE_SECONDS
             elif time.monotonic() > deadline:
-                self._kill()
+                self._signal_all(signal.SIGKILL)
             time.sleep(0.05)
         if self._code is not None:
             return self._code
@@ -152,14 +153,20 @@ class _Processes:
         self._num_interrupts += number == signal.SIGINT
         if self._num_interrupts > 1 or number == signal.SIGQUIT:
             self._code = EXIT_KEYBOARD_INTERRUPT
-            self._kill()
+            self._signal_all(signal.SIGKILL)
         else:
             for process in self._started:
                 process.send_signal(number)
 
-    def _kill(self) -> None:
-        """Kill what is left, each with the processes that it has started itself."""
+    def _suspend(self, number: int, frame: FrameType | None) -> None:
+        """Stop with all processes on Ctrl-Z, which their terminal does not send them, and continue with them."""
+        self._signal_all(signal.SIGSTOP)
+        signal.raise_signal(signal.SIGSTOP)
+        self._signal_all(signal.SIGCONT)
+
+    def _signal_all(self, number: int) -> None:
+        """Send a signal to what is left, each with the processes that it has started itself."""
         for process in self._started:
             if process.poll() is None:
                 with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+                    os.killpg(process.pid, number)

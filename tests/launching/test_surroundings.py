@@ -18,6 +18,7 @@ LAUNCH = str(ROOT / "launch.py")
 ARGUMENTS = (
     "--recipe", "original", "--dataset", "images", "--precision", "no", "--epochs", "100000", "--run-dir", "run",
     "--set", "global_batch_size=8", "stem=small", "image_size=16", "early_stopping.enabled=false",
+    "optimizer.learning_rate=0.001",
 )  # fmt: skip
 
 

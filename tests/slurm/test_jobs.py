@@ -20,7 +20,7 @@ from tests.worlds.harness import run_ranks
 QUICK = (
     "--recipe", "original", "--dataset", "images", "--precision", "no",
     "--set", "global_batch_size=8", "stem=small", "image_size=16", "early_stopping.enabled=false",
-    "ema_decay=0.9", "optimizer.nesterov=true",
+    "ema_decay=0.9", "optimizer.nesterov=true", "optimizer.learning_rate=0.001",
 )  # fmt: skip
 # So small a rate that the last bits of a sum, which differ with four shares, do not grow.
 CALM = (*QUICK, "optimizer.learning_rate=0.00001", "global_batch_size=16", "--epochs", "3")

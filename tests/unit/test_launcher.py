@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 
+import psutil
 import pytest
 
 from cifar_dist.config.accelerate_config import AccelerateConfig
@@ -114,3 +115,25 @@ def test_signals_reach_processes_that_have_hardly_begun(name, code):
             assert processes.wait() == code
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_z_stops_the_processes_too(monkeypatch):
+    seen = []
+
+    def stop(number):
+        """Be stopped, until the process is, too."""
+        while child.status() != psutil.STATUS_STOPPED:
+            assert child.is_running()
+        seen.append(number)
+
+    with _Processes() as processes:
+        processes.start(["sleep", "60"], os.environ, [])
+        child = psutil.Process(processes._started[0].pid)
+        raise_signal = signal.raise_signal
+        monkeypatch.setattr(signal, "raise_signal", stop)
+        raise_signal(signal.SIGTSTP)
+        assert seen == [signal.SIGSTOP]
+        while child.status() == psutil.STATUS_STOPPED:
+            assert child.is_running()
+        child.kill()  # it blocks other signals, as none of ours does for long
+        assert processes.wait() == 1
