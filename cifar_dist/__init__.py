@@ -4,11 +4,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cifar_dist.api import evaluate, load_model, train
+    from cifar_dist.api import evaluate, load_model, predict, train
     from cifar_dist.config.errors import UserError
     from cifar_dist.config.recipe import Recipe
 
-__all__ = ["Recipe", "UserError", "evaluate", "load_model", "train"]
+__all__ = ["Recipe", "UserError", "evaluate", "load_model", "predict", "train"]
 __version__ = "0.1.0"
 
 

@@ -1,9 +1,11 @@
 """The launcher from Python: what the commands do, as functions. See docs/api.md."""
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
 
@@ -11,28 +13,43 @@ import torch
 from torch import nn
 
 from cifar_dist.commands import evaluate as evaluate_command
+from cifar_dist.commands import predict as predict_command
 from cifar_dist.commands import train as train_command
 from cifar_dist.config.accelerate_config import AccelerateConfig, load_accelerate_config, processes_to_start
 from cifar_dist.config.errors import EXIT_DONE, UserError
-from cifar_dist.config.options import EvalOptions, TrainOptions
+from cifar_dist.config.options import EvalOptions, PredictOptions, TrainOptions
 from cifar_dist.config.recipe import Recipe
 from cifar_dist.config.world import World
-from cifar_dist.display.console import make_console
-from cifar_dist.records import Evaluation, Summary
+from cifar_dist.display.console import make_console, print_error
+from cifar_dist.records import Evaluation, Prediction, Summary
 from cifar_dist.training.weights import read_weights
 
 PathLike = str | os.PathLike[str]
+Precision = Literal["auto", "no", "fp16", "bf16"]
+_NAMES = {"ckpt": "checkpoint", "resume": "resume=True", "tracker": "trackers"}
 
 
+@contextmanager
+def _arguments_by_name() -> Iterator[None]:
+    """Name arguments in errors as Python does: `run_dir`, not `--run-dir`."""
+    try:
+        yield
+    except UserError as error:
+        pattern = re.compile(r"(?<!\S)--([a-z][a-z-]+)")
+        text = pattern.sub(lambda flag: _NAMES.get(flag[1], flag[1].replace("-", "_")), str(error))
+        raise type(error)(text) from None
+
+
+@_arguments_by_name()
 def train(
-    recipe: str | Recipe | None = None,
+    recipe: PathLike | Recipe | None = None,
     *,
     dataset: PathLike | None = None,
     data_dir: PathLike | None = None,
     run_dir: PathLike | None = None,
     resume: bool = False,
-    precision: Literal["auto", "no", "fp16", "bf16"] | None = None,
-    config: str | None = None,
+    precision: Precision | None = None,
+    config: PathLike | None = None,
     trackers: str | Sequence[str] = (),
     quiet: bool = False,
 ) -> Summary:
@@ -41,41 +58,42 @@ def train(
     `run_dir` is where the run is written (default: a new folder in `runs/`); with `resume` it goes on where it was.
     What is not given is `standard` on CIFAR-10 in `data`, or comes from the run that goes on.
     In a process group's process (under `accelerate.notebook_launcher` or torchrun) it is one of the ranks.
-    Raises UserError for a mistake, and RuntimeError where training was interrupted or failed: stderr and `summary.json`
-    say how.
+    With `quiet` nothing is printed. Raises UserError for a mistake, and RuntimeError, which gives the reason, where
+    training was interrupted or failed.
     """
-    if run_dir is not None and not str(run_dir):
-        raise UserError("run_dir is empty: name a folder")
     options = TrainOptions(
-        recipe=recipe,
+        recipe=recipe if isinstance(recipe, Recipe) else _text("recipe", recipe, "a name, a file or a Recipe"),
         dataset=_name_or_folder(dataset),
-        data_dir=None if data_dir is None else Path(data_dir),
-        run_dir=None if run_dir is None else Path(run_dir),
+        data_dir=_path("data_dir", data_dir),
+        run_dir=_path("run_dir", run_dir),
         resume=resume,
         precision=precision,
-        config=config,
+        config=_text("config", config, "a file"),
         trackers=(trackers,) if isinstance(trackers, str) else tuple(trackers),
         quiet=quiet,
     )
-    world, asked = World.from_environment(os.environ), _read_config(config)
+    world, asked = World.from_environment(os.environ), _read_config(options.config)
     if (count := processes_to_start(world, asked)) > 1:
         raise UserError(f"{config} asks for {count} processes, and this is one: start them by notebook_launcher")
-    code, summary = train_command.train(options, world, asked)
+    reasons: list[str] = []
+    console = make_console(quiet=quiet or world.rank > 0)
+    code, summary = train_command.train(options, world, asked, console, reasons.append)
     if code != EXIT_DONE or summary is None:
-        raise RuntimeError(f"training did not come to its end (exit code {code})")
+        raise RuntimeError(": ".join([f"training did not come to its end (exit code {code})", *reasons]))
     return summary
 
 
+@_arguments_by_name()
 def evaluate(
     checkpoint: PathLike,
     *,
     dataset: PathLike | None = None,
     data_dir: PathLike | None = None,
     split: Literal["test", "validation"] = "test",
-    recipe: str | None = None,
+    recipe: PathLike | None = None,
     tta: Literal["none", "mirror"] = "none",
-    precision: Literal["auto", "no", "fp16", "bf16"] | None = None,
-    config: str | None = None,
+    precision: Precision | None = None,
+    config: PathLike | None = None,
     quiet: bool = False,
 ) -> Evaluation:
     """Evaluate a run directory, a checkpoint or a bare state dict; each image is counted once.
@@ -83,23 +101,89 @@ def evaluate(
     What is not given comes from the checkpoint. Raises UserError.
     """
     options = EvalOptions(
-        checkpoint=Path(checkpoint),
+        checkpoint=_given("checkpoint", checkpoint, "a run directory or a file"),
         dataset=_name_or_folder(dataset),
-        data_dir=None if data_dir is None else Path(data_dir),
+        data_dir=_path("data_dir", data_dir),
         split=split,
-        recipe=recipe,
+        recipe=_text("recipe", recipe, "a name or a file"),
         tta=tta,
         precision=precision,
-        config=config,
+        config=_text("config", config, "a file"),
     )
     world = World.from_environment(os.environ)
     console = make_console(quiet=quiet or world.rank > 0)
-    return evaluate_command.evaluate(options, world, _read_config(config), console)
+    return evaluate_command.evaluate(options, world, _read_config(options.config), console)
+
+
+@_arguments_by_name()
+def predict(
+    checkpoint: PathLike,
+    images: PathLike | Sequence[PathLike],
+    *,
+    recipe: PathLike | None = None,
+    top: int = 5,
+    precision: Precision | None = None,
+    config: PathLike | None = None,
+    quiet: bool = False,
+) -> list[Prediction]:
+    """Predict the `top` most likely classes of image files, or of all images in folders.
+
+    `checkpoint` is a run directory, a checkpoint or a bare state dict, whose classes are numbered. Files that could
+    not be read come last, with the reason. Raises UserError where none could be read.
+    """
+    named = [images] if isinstance(images, str | os.PathLike) else images
+    options = PredictOptions(
+        checkpoint=_given("checkpoint", checkpoint, "a run directory or a file"),
+        images=[_given("images", each, "paths of files or folders") for each in named],
+        recipe=_text("recipe", recipe, "a name or a file"),
+        top=top,
+        precision=precision,
+        config=_text("config", config, "a file"),
+    )
+    world = World.from_environment(os.environ)
+    console = make_console(quiet=quiet or world.rank > 0)
+    on_failure = (lambda text: None) if quiet else print_error
+    return predict_command.predict(options, world, _read_config(options.config), console, on_failure)
+
+
+@_arguments_by_name()
+def load_model(checkpoint: PathLike, *, recipe: PathLike | None = None) -> nn.Module:
+    """Load the network of a run directory, a checkpoint or a bare state dict: torchvision's ResNet-18, on the CPU.
+
+    It is in evaluation mode and takes normalised images (N, 3, S, S) (`model.recipe.normalization`, `.image_size`).
+    `model.class_names` are those of the logits (N, classes); None for a bare state dict. Raises UserError.
+    """
+    weights = read_weights(
+        _given("checkpoint", checkpoint, "a run directory or a file"), _text("recipe", recipe, "a name or a file")
+    )
+    model = weights.build(torch.device("cpu"), torch.contiguous_format)
+    vars(model).update(class_names=weights.class_names, recipe=weights.recipe)
+    return model
 
 
 def _name_or_folder(dataset: PathLike | None) -> str | None:
-    """Give a dataset as it is typed; `Path("./shapes")` is a folder, and as text it would be a dataset's name."""
-    return dataset if dataset is None or isinstance(dataset, str) else str(Path(dataset).absolute())
+    """Return a dataset as it is typed; `Path("./shapes")` is a folder, and as text it would be a dataset's name."""
+    text = _text("dataset", dataset, "the name of a dataset or a folder of images")
+    return text if text is None or isinstance(dataset, str) else str(Path(text).absolute())
+
+
+def _given(name: str, value: PathLike, what: str) -> Path:
+    return Path(_text(name, "" if value is None else value, what) or "")
+
+
+def _path(name: str, value: PathLike | None) -> Path | None:
+    text = _text(name, value, "a folder")
+    return None if text is None else Path(text)
+
+
+def _text(name: str, value: Any, what: str) -> str | None:
+    """Return a path or a name as text. Raises UserError for another type, and for an empty one."""
+    if value is None:
+        return None
+    if isinstance(value, str | os.PathLike) and str(value):
+        return os.fspath(value)
+    given = "empty" if value == "" else f"of type {type(value).__name__}"
+    raise UserError(f"{name} is {given}: it must be {what}")
 
 
 def _read_config(path: str | None) -> AccelerateConfig:
@@ -110,11 +194,3 @@ def _read_config(path: str | None) -> AccelerateConfig:
             raise UserError(f"{path} chooses GPUs {config.gpu_ids}, and this process has begun on others: restart it")
         os.environ["CUDA_VISIBLE_DEVICES"] = config.gpu_ids
     return config
-
-
-def load_model(checkpoint: PathLike, *, recipe: str | None = None) -> nn.Module:
-    """Give the network of a run directory, a checkpoint or a bare state dict: torchvision's ResNet-18, on the CPU.
-
-    It is in evaluation mode and takes normalised images (N, 3, S, S) (`Recipe.normalization`). Raises UserError.
-    """
-    return read_weights(Path(checkpoint), recipe).build(torch.device("cpu"), torch.contiguous_format)

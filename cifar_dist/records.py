@@ -58,6 +58,17 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Prediction:
+    """The most likely classes of one image file."""
+
+    file: str
+    classes: Sequence[tuple[str, float]]
+    """(name, probability), the likeliest first; empty if the file could not be read."""
+    error: str | None = None
+    """Why the file could not be read."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Summary:
     """summary.json: what became of a run."""
 
@@ -65,6 +76,8 @@ class Summary:
     epochs: int
     """Epochs done."""
     best_epoch: int | None
+    best_val_acc: float | None = None
+    """The validation accuracy of `best_epoch`."""
     train_seconds: float
     """Time spent training over all starts of the run, evaluation apart."""
     world_size: int

@@ -1,8 +1,7 @@
 """`predict`: the most likely classes of images that belong to no dataset."""
 
 import math
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +17,10 @@ from cifar_dist.config.world import World
 from cifar_dist.data.batches import Normalizer
 from cifar_dist.data.decoding import ImageFile
 from cifar_dist.data.image_files import UNREADABLE, decode_images, find_images
-from cifar_dist.display.console import make_console
+from cifar_dist.display.console import make_console, print_error
 from cifar_dist.display.progress import evaluation_display
 from cifar_dist.display.tables import format_table, print_notes
-from cifar_dist.records import Observer
+from cifar_dist.records import Observer, Prediction
 from cifar_dist.runtime.distributed import Runtime, connect, start
 from cifar_dist.training.evaluation import batch_size_for
 from cifar_dist.training.weights import SavedWeights, read_weights
@@ -33,6 +32,21 @@ _DECODED_AT_ONCE = 256
 def run(options: PredictOptions, world: World, config: AccelerateConfig) -> int:
     """Predict as asked; give the exit code: 2 where an image could not be read."""
     console = make_console(quiet=world.rank > 0, stderr=options.json == STANDARD_OUTPUT)
+    predictions = predict(options, world, config, console)
+    return EXIT_USER_ERROR if any(each.error for each in predictions) else EXIT_DONE
+
+
+def predict(
+    options: PredictOptions,
+    world: World,
+    config: AccelerateConfig,
+    console: Console,
+    on_failure: Callable[[str], None] = print_error,
+) -> list[Prediction]:
+    """Predict as asked, print the result, and return it on all ranks; files that could not be read come last.
+
+    On rank 0, `on_failure` is called with a line for each of them. Raises UserError.
+    """
     with connect(world, config) as ranks:
         weights, files, unreadable, skipped = ranks.from_main(lambda: _read(options))
         runtime = start(
@@ -47,17 +61,17 @@ def run(options: PredictOptions, world: World, config: AccelerateConfig) -> int:
         names = weights.class_names or tuple(map(str, range(weights.num_classes)))
         with ranks.together():  # the first process that ends may have the others killed
             weights.check_finite(probabilities[was_read], runtime.precision)
+            top = _most_likely(files, probabilities, was_read, names, options.top)
             if ranks.is_main:
-                top = _most_likely(files, probabilities, was_read, names, options.top)
                 if options.json is None:
                     _print_table(console, top)
                 else:
                     about = {"checkpoint": str(weights.path), "precision": runtime.precision, "world_size": world.size}
                     listed = [{"file": name, "reason": reason} for name, reason in unreadable.items()]
-                    write_json(options.json, {**about, "predictions": top, "unreadable": listed})
+                    write_json(options.json, {**about, "predictions": _in_json(top), "unreadable": listed})
                 for name, reason in unreadable.items():
-                    print(f"error: {name} {reason}", file=sys.stderr, flush=True)
-    return EXIT_USER_ERROR if unreadable else EXIT_DONE
+                    on_failure(f"error: {name} {reason}")
+    return top + [Prediction(file=name, classes=(), error=reason) for name, reason in unreadable.items()]
 
 
 def _read(options: PredictOptions) -> tuple[SavedWeights, list[ImageFile], dict[str, str], str]:
@@ -93,20 +107,22 @@ def _predict(
 
 def _most_likely(
     files: Sequence[ImageFile], probabilities: Tensor, was_read: Tensor, names: Sequence[str], top: int
-) -> list[dict[str, Any]]:
+) -> list[Prediction]:
     values, classes = probabilities.topk(min(top, len(names)), dim=1)
     return [
-        {
-            "file": file.name,
-            "classes": [{"name": names[c], "probability": p} for c, p in zip(places, shares, strict=True)],
-        }
+        Prediction(file=file.name, classes=[(names[c], p) for c, p in zip(places, shares, strict=True)])
         for file, shares, places, ok in zip(files, values.tolist(), classes.tolist(), was_read.tolist(), strict=True)
         if ok
     ]
 
 
-def _print_table(console: Console, predictions: Sequence[Mapping[str, Any]]) -> None:
-    rows = [
-        [each["file"], *(f"{one['name']} {one['probability']:.1%}" for one in each["classes"])] for each in predictions
+def _in_json(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
+    return [
+        {"file": each.file, "classes": [{"name": name, "probability": p} for name, p in each.classes]}
+        for each in predictions
     ]
+
+
+def _print_table(console: Console, predictions: Sequence[Prediction]) -> None:
+    rows = [[each.file, *(f"{name} {p:.1%}" for name, p in each.classes)] for each in predictions]
     print_notes(console, format_table(rows) if rows else ())

@@ -2,9 +2,8 @@
 
 import os
 import platform
-import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from cifar_dist.data.archives import ARCHIVES
 from cifar_dist.data.dataset import Dataset
 from cifar_dist.data.datasets import known_sizes, load_dataset
 from cifar_dist.data.official_files import where_found
-from cifar_dist.display.console import make_console
+from cifar_dist.display.console import make_console, print_error
 from cifar_dist.display.live import training_display
 from cifar_dist.display.progress import Display, loading_progress
 from cifar_dist.display.tables import print_header, print_notes, print_result
@@ -46,12 +45,20 @@ def run(options: TrainOptions, world: World, config: AccelerateConfig) -> int:
     """Train as asked; give the exit code."""
     if options.dry_run:
         return _show_plan(make_console(quiet=world.rank > 0), options, world, config)
-    return train(options, world, config)[0]
+    return train(options, world, config, make_console(quiet=world.rank > 0))[0]
 
 
-def train(options: TrainOptions, world: World, config: AccelerateConfig) -> tuple[int, Summary | None]:
-    """Train as asked; give the exit code, and on all ranks what became of the run where it came to its end."""
-    console = make_console(quiet=world.rank > 0)
+def train(
+    options: TrainOptions,
+    world: World,
+    config: AccelerateConfig,
+    console: Console,
+    on_failure: Callable[[str], None] = print_error,
+) -> tuple[int, Summary | None]:
+    """Train as asked. Return the exit code, and on all ranks the summary of a run that came to its end.
+
+    On rank 0, `on_failure` is called with the reason of another end.
+    """
     interrupt = Interrupt(seconds=seconds_allowed(options.max_minutes, os.environ, time.time()))
     slurm_job = SlurmJob.from_environment(os.environ)
     with connect(world, config) as ranks, RunLock(slurm_job) as lock:
@@ -91,7 +98,7 @@ def train(options: TrainOptions, world: World, config: AccelerateConfig) -> tupl
         session = Session(checkpoints, trainer, dataset)
         with ranks.together():
             begin_session(session, opened, slurm_job, intervals)
-        return _train_and_test(console, display, session, _how_to_go_on(options, opened.directory))
+        return _train_and_test(console, display, session, _how_to_go_on(options, opened.directory), on_failure)
 
 
 def _how_to_go_on(options: TrainOptions, directory: Path) -> str:
@@ -161,7 +168,7 @@ def _data_lines(dataset: Dataset, recipe: Recipe) -> dict[str, str]:
 
 
 def _train_and_test(
-    console: Console, display: Display, session: Session, how_to_go_on: str
+    console: Console, display: Display, session: Session, how_to_go_on: str, on_failure: Callable[[str], None]
 ) -> tuple[int, Summary | None]:
     try:
         with session.trainer.interrupt:
@@ -170,7 +177,7 @@ def _train_and_test(
                     status = session.train()
                     summary, saved = session.test(status)
             except (DivergedError, InterruptedRun) as end:
-                return _leave_early(session, end, how_to_go_on), None
+                return _leave_early(session, end, how_to_go_on, on_failure), None
             if session.runtime.is_main:  # a signal finds nothing left to save, and waits for the end
                 session.directory.write_summary(summary)  # with it the run is done, whatever becomes of its figures
                 _draw_figures(session, summary, saved)
@@ -187,11 +194,16 @@ def _train_and_test(
         return EXIT_DONE, summary
     session.trackers.finish()
     if session.runtime.is_main:
-        print(text, file=sys.stderr)
+        on_failure(text)
     return code, None
 
 
-def _leave_early(session: Session, end: DivergedError | InterruptedRun, how_to_go_on: str) -> int:
+def _leave_early(
+    session: Session,
+    end: DivergedError | InterruptedRun,
+    how_to_go_on: str,
+    on_failure: Callable[[str], None] = print_error,
+) -> int:
     """Close what is open and say how a run ended that all processes leave together; give the exit code."""
     if isinstance(end, DivergedError):
         path = session.directory.path
@@ -202,7 +214,7 @@ def _leave_early(session: Session, end: DivergedError | InterruptedRun, how_to_g
         text, code = f"interrupted in {place}, and saved; go on with: {how_to_go_on}", EXIT_INTERRUPTED
     session.trackers.finish()
     if session.runtime.is_main:
-        print(text, file=sys.stderr, flush=True)
+        on_failure(text)
     session.leave_together()
     return code
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 from typing import IO
 
 from rich.console import Console
@@ -48,6 +49,11 @@ def check_drawing() -> None:
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"matplotlib cannot be used: {reason}") from None
+
+
+def print_error(text: str) -> None:
+    """Print a line on stderr."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def discard_output(stream: IO[str]) -> None:

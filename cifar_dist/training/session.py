@@ -154,6 +154,7 @@ class Session(Checkpointing):
             status=status,
             epochs=self.state.epoch,
             best_epoch=None if best is None else best.epoch,
+            best_val_acc=None if best is None else best.record["val_acc"],
             train_seconds=self.state.train_seconds + self.state.epoch_seconds,
             world_size=self.trainer.plan.world_size,
             device=self.runtime.device.type,
