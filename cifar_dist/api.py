@@ -35,8 +35,8 @@ def _arguments_by_name() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        pattern = re.compile(r"(?<!\S)--([a-z][a-z-]+)")
-        text = pattern.sub(lambda flag: _NAMES.get(flag[1], flag[1].replace("-", "_")), str(error))
+        text = re.sub(r"(?<!\S)--(precision|split) (no|test)\b", r'\1="\2"', str(error))
+        text = re.sub(r"(?<!\S)--([a-z][a-z-]+)", lambda flag: _NAMES.get(flag[1], flag[1].replace("-", "_")), text)
         raise type(error)(text) from None
 
 

@@ -40,7 +40,7 @@ def test_logits_that_are_not_finite_are_one_line(folder, capsys, command):
 
 
 def test_in_python_it_is_a_user_error():
-    with pytest.raises(UserError, match="not finite numbers: try --precision no, or another checkpoint"):
+    with pytest.raises(UserError, match='not finite numbers: try precision="no", or another checkpoint'):
         evaluate("overflow.pth", dataset="shapes", precision="bf16", quiet=True)
 
 
