@@ -22,7 +22,7 @@ from cifar_dist.data.archives import ARCHIVES
 from cifar_dist.data.dataset import Dataset
 from cifar_dist.data.datasets import known_sizes, load_dataset
 from cifar_dist.data.official_files import where_found
-from cifar_dist.display.console import make_console, print_error
+from cifar_dist.display.console import check_drawing, make_console, print_error
 from cifar_dist.display.live import training_display
 from cifar_dist.display.progress import Display, loading_progress
 from cifar_dist.display.tables import print_header, print_notes, print_result
@@ -225,6 +225,7 @@ def _draw_figures(session: Session, summary: Summary, saved: Mapping[str, NDArra
     path, page = directory.path, directory.path / "report.html"
     try:
         # matplotlib takes its time to be imported, and a run that fails does not need it.
+        check_drawing()
         from cifar_dist.display.comparison import ReportedRun
         from cifar_dist.display.page import write_run
 

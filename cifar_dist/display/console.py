@@ -43,12 +43,24 @@ def can_draw(console: Console) -> bool:
 
 
 def check_drawing() -> None:
-    """Raise UserError where matplotlib cannot be used, as with an MPLBACKEND that it does not know."""
+    """Import matplotlib, which most commands do not need. Raises UserError if that fails.
+
+    Figures are drawn by Agg alone, so an MPLBACKEND that matplotlib does not know here (a notebook's) does no harm.
+    """
+    if "matplotlib" in sys.modules:
+        return
+    backend = os.environ.pop("MPLBACKEND", None)
     try:
-        import matplotlib  # noqa: F401 - it takes its time, and most commands do not need it
+        import matplotlib
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"matplotlib cannot be used: {reason}") from None
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    if backend:  # for the figures of whoever calls us from Python
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend
 
 
 def print_error(text: str) -> None:

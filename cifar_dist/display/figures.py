@@ -1,6 +1,7 @@
 """Pictures of a run. They need no display, and are readable in print and by colour-blind people."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
@@ -20,11 +22,29 @@ from cifar_dist.records import EpochRecord, Evaluation
 # From nothing to blue, so that what is under it shows: white paper or a dark page.
 _BLUES = LinearSegmentedColormap.from_list("blues", [f"{BLUE}00", BLUE])
 MANY_CLASSES = 20  # from which on there is no room for a number in each cell
-_OWN_STYLE = matplotlib.style.context("default")  # whatever somebody's matplotlibrc says
 _BARS, _COLUMNS = 34, 3  # of classes: in a column, and columns
+# Fonts of Linux, Windows and macOS that have Chinese, Japanese or Korean characters.
+_CJK_FONTS = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "Source Han Sans CN",
+    "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback", "Microsoft YaHei", "SimHei", "SimSun",
+    "PingFang SC", "Hiragino Sans GB", "Heiti TC", "STHeiti", "Arial Unicode MS", "Noto Sans JP", "Yu Gothic",
+    "Hiragino Sans", "Noto Sans KR", "NanumGothic", "Malgun Gothic", "AppleGothic",
+)  # fmt: skip
 
 
-@_OWN_STYLE
+@contextmanager
+def _own_style() -> Iterator[None]:
+    """Draw in matplotlib's default style but in the user's fonts; installed CJK fonts have what these lack."""
+    names = ("font.family", "font.sans-serif", "font.serif", "font.monospace", "font.cursive", "font.fantasy")
+    fonts: dict[str, Any] = {name: matplotlib.rcParams[name] for name in names}
+    installed = {font.name for font in fontManager.ttflist}
+    cjk = [name for name in _CJK_FONTS if name in installed]
+    fonts["font.family"] = [*fonts["font.family"], *cjk, "DejaVu Sans"]
+    with matplotlib.style.context(["default", fonts]):
+        yield
+
+
+@_own_style()
 def draw_curves(
     records: Sequence[EpochRecord], path: Path, *, title: str, best_epoch: int | None, stopped_early: bool = False
 ) -> None:
@@ -37,7 +57,7 @@ def draw_curves(
     save_figure(figure, path)
 
 
-@_OWN_STYLE
+@_own_style()
 def draw_overlay(runs: Mapping[str, Sequence[EpochRecord]], path: Path, *, title: str) -> None:
     """Draw the curves of runs, by their names, over each other."""
     panels = overlaid_panels({plain(name): records for name, records in runs.items()})
@@ -58,7 +78,7 @@ def draw_overlay(runs: Mapping[str, Sequence[EpochRecord]], path: Path, *, title
     save_figure(figure, path)
 
 
-@_OWN_STYLE
+@_own_style()
 def draw_confusion(evaluation: Evaluation, path: Path, *, title: str) -> None:
     """Draw the confusion matrix, each row in percent of its true class."""
     many = len(evaluation.confusion_matrix) > MANY_CLASSES
@@ -70,7 +90,7 @@ def draw_confusion(evaluation: Evaluation, path: Path, *, title: str) -> None:
     save_figure(figure, path)
 
 
-@_OWN_STYLE
+@_own_style()
 def confusion_svg(evaluation: Evaluation) -> str:
     """Give the confusion matrix as a part of a page."""
     many = len(evaluation.confusion_matrix) > MANY_CLASSES
@@ -79,7 +99,7 @@ def confusion_svg(evaluation: Evaluation) -> str:
     return to_svg(figure)
 
 
-@_OWN_STYLE
+@_own_style()
 def panel_svg(panel: Panel, *, legend: bool) -> str:
     """Give curves as a part of a page, wide enough for a phone."""
     figure = Figure(figsize=(4.2, 3), layout="constrained")
@@ -87,7 +107,7 @@ def panel_svg(panel: Panel, *, legend: bool) -> str:
     return to_svg(figure)
 
 
-@_OWN_STYLE
+@_own_style()
 def draw_per_class(evaluation: Evaluation, path: Path, *, title: str) -> None:
     """Draw each class's accuracy as a bar, the worst first; a line shows that of all images.
 
@@ -118,7 +138,7 @@ def draw_per_class(evaluation: Evaluation, path: Path, *, title: str) -> None:
     save_figure(figure, path)
 
 
-@_OWN_STYLE
+@_own_style()
 def draw_predictions(
     images: NDArray[np.uint8],
     labels: NDArray[Any],

@@ -108,7 +108,8 @@ class Trainer:
         """Do what is left of an epoch's optimiser steps, one by one; give each step's number in the epoch."""
         self.step.begin_epoch(epoch)
         number = self.state.step - (epoch - 1) * self.plan.steps_per_epoch
-        loss_before, images_before = 0.0, 0.0
+        # A resumed epoch has sums of its steps so far.
+        loss_before, _, images_before = self._agree(epoch) if number else (0.0, 0.0, 0.0)
         for batch in self.batches.epoch(epoch, steps_done=number):
             self.step.train_on(batch, is_frozen=epoch <= self.recipe.freeze_epochs)
             if not batch.ends_step:
