@@ -36,7 +36,7 @@ _CJK_FONTS = (
 def _own_style() -> Iterator[None]:
     """Draw in matplotlib's default style but in the user's fonts; installed CJK fonts have what these lack."""
     names = ("font.family", "font.sans-serif", "font.serif", "font.monospace", "font.cursive", "font.fantasy")
-    fonts: dict[str, Any] = {name: matplotlib.rcParams[name] for name in names}
+    fonts: dict[str, Any] = {name: matplotlib.rcParams[name] for name in names}  # type: ignore[index]
     installed = {font.name for font in fontManager.ttflist}
     cjk = [name for name in _CJK_FONTS if name in installed]
     fonts["font.family"] = [*fonts["font.family"], *cjk, "DejaVu Sans"]
