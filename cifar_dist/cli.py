@@ -7,6 +7,7 @@ import importlib.util
 import os
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -122,6 +123,10 @@ def _run(argv: list[str], world: World) -> int:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if importlib.util.find_spec("torch") is None:
         raise UserError(f"{sys.executable} has no package torch: activate the virtual environment, or pip install -e .")
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        raise UserError("torch needs a folder for temporary files: set TMPDIR to one that can be written") from None
     code: int = importlib.import_module(f"cifar_dist.commands.{_COMMANDS.get(command, command)}").run(
         options, world, config
     )

@@ -3,7 +3,7 @@
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from cifar_dist.config.accelerate_config import AccelerateConfig, started_line, 
 from cifar_dist.config.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_KEYBOARD_INTERRUPT, UserError
 from cifar_dist.config.options import TrainOptions
 from cifar_dist.config.plan import RunPlan, make_plan
-from cifar_dist.config.provenance import command_line
+from cifar_dist.config.provenance import command_line, version_note
 from cifar_dist.config.recipe import Recipe
 from cifar_dist.config.request import TrainRequest, computed_with, resolve_run, seconds_allowed
 from cifar_dist.config.world import SlurmJob, World
@@ -78,7 +78,8 @@ def train(
         if not options.quiet:
             step = opened.checkpoint.get("step")
             where = f"{opened.directory}" + (f", going on after step {step:,}" if step else "")
-            lines = _header(where, request, runtime.compute, plan, recipe, opened.damage)
+            notes = [opened.damage, version_note(stored.get("versions", {}))]
+            lines = _header(where, request, runtime.compute, plan, recipe, notes)
             print_header(console, lines | _data_lines(dataset, recipe))
         display = training_display(
             console,
@@ -121,7 +122,8 @@ def _show_plan(console: Console, options: TrainOptions, world: World, config: Ac
     recipe = request.fit(sizes)
     plan = make_plan(recipe, world_size=future.size, sizes=sizes, device_type=compute.device_type)
     directory = run.existing.path if run.existing is not None else new_directory(options, request)
-    lines = _header(f"{directory}", request, compute, plan, recipe)
+    notes = [version_note(stored.get("versions", {}))]
+    lines = _header(f"{directory}", request, compute, plan, recipe, notes)
     if request.dataset in ARCHIVES:
         lines["data"] = where_found(ARCHIVES[request.dataset], request.data_dir)
     print_header(console, lines | {"would start": started_line(world, config)})
@@ -145,7 +147,12 @@ def _load(console: Console, request: TrainRequest) -> Dataset:
 
 
 def _header(
-    run: str, request: TrainRequest, compute: ComputeSettings, plan: RunPlan, recipe: Recipe, damage: str | None = None
+    run: str,
+    request: TrainRequest,
+    compute: ComputeSettings,
+    plan: RunPlan,
+    recipe: Recipe,
+    notes: Sequence[str | None] = (),
 ) -> dict[str, str]:
     """Give what stands above a run: names and values."""
     lines = {
@@ -155,7 +162,7 @@ def _header(
         **plan.lines,
         "learning rate": learning_rate_line(recipe, plan),
     }
-    told = "; ".join(note for note in (*compute.notes, damage) if note)
+    told = "; ".join(note for note in (*compute.notes, *notes) if note)
     return lines | {"note": told} if told else lines
 
 

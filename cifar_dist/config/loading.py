@@ -42,6 +42,8 @@ def recipe_names() -> list[str]:
 
 def read_yaml(path: Path, what: str) -> dict[str, Any]:
     """Read a YAML file that must hold a mapping. Raises UserError that names the file and, where known, the line."""
+    if path.is_fifo():  # of `<(...)`: other processes and a resumed run need it again
+        raise UserError(f"{what} {path} is a pipe, which can be read only once: name a file")
     try:
         return _mapping(path.read_text(encoding="utf-8"), f"{what} {path}")
     except OSError as error:
@@ -62,7 +64,7 @@ def stated_fields(name_or_file: str) -> dict[str, Any]:
     if name_or_file in recipe_names():
         return {}
     path = Path(name_or_file)
-    if not path.is_file():
+    if not (path.is_file() or path.is_fifo()):
         if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
             raise UserError(f"recipe file {path} does not exist")
         names = recipe_names()

@@ -125,6 +125,8 @@ def check_plan(request: TrainRequest, *, world_size: int, sizes: DatasetSizes | 
 
 def check_dataset_name(name: str) -> None:
     """Raise UserError where there is neither a dataset nor a folder of this name."""
+    if Path(name).is_absolute() and not Path(name).is_dir():  # as a run knows it
+        raise UserError(f"the dataset's folder {name} is not there: name its place with --dataset")
     if name not in KNOWN_SIZES and not Path(name).is_dir():
         known = ", ".join(KNOWN_SIZES)
         raise UserError(
