@@ -206,7 +206,7 @@ def default_recipe(runtime):
     with models_in_float64():
         trainer = make_trainer(
             runtime, "stem=small", "epochs=2", "global_batch_size=8", "validation_size=4",
-            "image_size_schedule=[[24, 0.5], [32, 1.0]]", num_train=31, base="standard",
+            "image_size_schedule=[[0.75, 0.5], [1.0, 1.0]]", num_train=31, base="standard",
         )  # fmt: skip
     seen, train_on = [], trainer.step.train_on
 
