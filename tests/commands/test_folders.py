@@ -151,6 +151,6 @@ def test_official_files_and_png_folders_give_the_same_results(official_data, mon
     object.__setattr__(dataset, "train", few)
     save_as_folders(dataset)
     monkeypatch.setattr("cifar_dist.data.datasets.load_archive", lambda *_, **__: dataset)
-    train("--run-dir", "run")
+    train("--run-dir", "run", "--data-dir", str(official_data))
     first, second = evaluate("--ckpt", "run"), evaluate("--ckpt", "run", "--dataset", "png")
     assert second["confusion_matrix"] == first["confusion_matrix"]

@@ -157,5 +157,5 @@ def test_notes_reach_the_user(tmp_path, monkeypatch):
 
 def test_what_compiles_is_handed_down_to_processes_that_are_started():
     environ = {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "ACCELERATE_DYNAMO_MODE": "max-autotune"}
-    child = child_environment(environ, load_accelerate_config(None, environ))
+    child = child_environment(environ, load_accelerate_config(None, environ), 2)
     assert environ.items() <= child.items()
