@@ -10,7 +10,6 @@
 #SBATCH --array=0-2
 #SBATCH --open-mode=append
 #SBATCH --time=04:00:00
-#SBATCH --cpus-per-task=8
 #SBATCH --requeue
 #SBATCH --signal=USR2@120
 # Slurm runs a copy of this script from its spool: the project is where it was submitted.

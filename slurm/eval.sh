@@ -6,7 +6,6 @@
 #SBATCH --job-name=cifar-dist-eval
 #SBATCH --output=%x-%j.out
 #SBATCH --time=00:30:00
-#SBATCH --cpus-per-task=8
 set -euo pipefail
 # Slurm runs a copy of this script from its spool: the project is where it was submitted.
 project=${SLURM_SUBMIT_DIR:-$PWD}

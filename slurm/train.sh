@@ -11,10 +11,10 @@
 #SBATCH --output=%x-%j.out
 #SBATCH --open-mode=append
 #SBATCH --time=04:00:00
-#SBATCH --cpus-per-task=8
 #SBATCH --requeue
 #SBATCH --signal=USR2@120
-# (--cpus-per-task: the CPUs of a node, which its processes share. --signal: to the processes, two minutes before the end.)
+# (--signal: to the processes, two minutes before the end. The processes of a node share the CPUs that the job gets, by the
+# site's default often one core. Ask for more by `sbatch --cpus-per-task=N`: a number here might be more than a node has.)
 set -euo pipefail
 # Slurm runs a copy of this script from its spool: the project is where it was submitted.
 project=${SLURM_SUBMIT_DIR:-$PWD}

@@ -9,6 +9,7 @@ from cifar_dist.config.accelerate_config import AccelerateConfig
 from cifar_dist.config.world import World
 from cifar_dist.data import decoding
 from cifar_dist.runtime import device, threads
+from tests.conftest import ROOT
 
 V2, V1 = "0::/jobs/mine\n", "4:cpu,cpuacct:/docker/3f\n3:cpuset:/\n1:name=systemd:/docker/3f\n"
 
@@ -60,3 +61,10 @@ def test_threads_and_workers_keep_to_it(groups, monkeypatch, quota, count):
     assert (threads.usable_cores(), compute.num_threads) == (count, count)
     with decoding.pool_for(1) as pool:
         assert pool._max_workers == count
+
+
+@pytest.mark.parametrize("script", ["train.sh", "array.sh", "eval.sh"])
+def test_a_job_asks_for_nothing_that_a_node_may_lack(script):
+    lines = (ROOT / "slurm" / script).read_text().splitlines()
+    asked = {line.split()[1].partition("=")[0] for line in lines if line.startswith("#SBATCH")}
+    assert asked <= {"--job-name", "--output", "--open-mode", "--time", "--array", "--requeue", "--signal"}
