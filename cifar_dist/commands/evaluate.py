@@ -24,6 +24,7 @@ from cifar_dist.display.progress import evaluation_display, loading_progress
 from cifar_dist.display.tables import format_class_bars, format_evaluation_totals, print_lines, print_notes
 from cifar_dist.records import Evaluation
 from cifar_dist.runtime.distributed import Runtime, connect, start
+from cifar_dist.runtime.precision import FULL_NAMES
 from cifar_dist.training.evaluation import EvaluationSet, what_figures_need
 from cifar_dist.training.metrics import summarize
 from cifar_dist.training.weights import SavedWeights, read_weights
@@ -61,7 +62,8 @@ def evaluate(options: EvalOptions, world: World, config: AccelerateConfig, conso
         evaluation = summarize(predictions.logits, predictions.labels, names)
         with ranks.together():
             weights.check_finite(torch.tensor(evaluation.loss), runtime.precision)
-        title = f"{weights.path}, {dataset.name} {options.split}, tta {options.tta}, precision {runtime.precision}"
+        how = f"tta {options.tta}, {FULL_NAMES[runtime.precision]}"
+        title = f"{weights.path}, {dataset.name} {options.split}, {how}"
         lines = [format_evaluation_totals(evaluation), "", *format_class_bars(evaluation, width=console.width)]
         print_lines(console, lines, title=title)
         if ranks.is_main:

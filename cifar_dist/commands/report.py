@@ -17,6 +17,7 @@ from cifar_dist.display.comparison import (
     format_csv,
     format_markdown,
     short_names,
+    untested,
 )
 from cifar_dist.display.console import check_drawing, make_console
 from cifar_dist.display.tables import (
@@ -25,6 +26,7 @@ from cifar_dist.display.tables import (
     format_outcome,
     format_worst_confusions,
     print_lines,
+    print_notes,
     print_table,
 )
 from cifar_dist.records import EpochRecord, Summary
@@ -49,9 +51,11 @@ def run(options: ReportOptions, world: World, config: AccelerateConfig) -> int:
         written = [] if options.out is None else _write_files(options.out, _several(runs, options.out))
         print_table(console, comparison_rows(runs))
         lines = comparison_notes(runs)
-    hint = "--out DIR writes the curves, the table as CSV and Markdown, and a page"
-    last = f"written: {', '.join(map(str, written))}" if written else hint
-    print_lines(console, [*lines, *([""] if lines else []), last], title="report")
+    last = [f"written: {name}" for name in _by_folder(written)]
+    last = last or ["--out DIR writes the curves, the table as CSV and Markdown, and a page"]
+    print_lines(console, [*lines, *([""] if lines else []), *last], title="report")
+    if len(runs) == 1 and runs[0].summary.test is None:
+        print_notes(console, [untested(runs[0])])  # no panel, so that it can be copied whole
     return EXIT_DONE
 
 
@@ -94,6 +98,14 @@ def _write_files(folder: Path, files: Iterator[Path]) -> list[Path]:
         return list(files)
 
 
+def _by_folder(files: Sequence[Path]) -> list[str]:
+    """Return each folder with the names of its files."""
+    folders: dict[Path, list[str]] = {}
+    for file in files:
+        folders.setdefault(file.parent, []).append(file.name)
+    return [f"{', '.join(names)} in {folder}" for folder, names in folders.items()]
+
+
 def _one(run: ReportedRun, figures: Path, page: Path) -> Iterator[Path]:
     """Draw what there is of a run, and write its page; give the files."""
     from cifar_dist.display.page import write_run
@@ -123,6 +135,6 @@ def _in_words(run: ReportedRun, width: int) -> list[str]:
     """Give what became of a run as text."""
     lines, test = [run.title, format_outcome(run.summary, total_epochs=run.recipe["epochs"])], run.summary.test
     if test is None:
-        return [*lines, "not tested yet"]
+        return lines
     lines += [f"test {format_evaluation_totals(test)}", "", *format_class_bars(test, width=width)]
     return [*lines, *format_worst_confusions(test)]

@@ -77,8 +77,8 @@ def train(
             plan = make_plan(recipe, world_size=world.size, sizes=dataset.sizes, device_type=runtime.device.type)
         if not options.quiet:
             step = opened.checkpoint.get("step")
-            where = f"{opened.directory}" + (f", going on after step {step:,}" if step else "")
-            notes = [opened.damage, version_note(stored.get("versions", {}))]
+            where = f"{opened.directory}" + (f", going on after {plan.place_of(step)}" if step else "")
+            notes = [opened.damage, version_note(stored.get("versions", {})), None if stored else plan.few_steps_note]
             lines = _header(where, request, runtime.compute, plan, recipe, notes)
             print_header(console, lines | _data_lines(dataset, recipe))
         display = training_display(
@@ -122,7 +122,7 @@ def _show_plan(console: Console, options: TrainOptions, world: World, config: Ac
     recipe = request.fit(sizes)
     plan = make_plan(recipe, world_size=future.size, sizes=sizes, device_type=compute.device_type)
     directory = run.existing.path if run.existing is not None else new_directory(options, request)
-    notes = [version_note(stored.get("versions", {}))]
+    notes = [version_note(stored.get("versions", {})), None if stored else plan.few_steps_note]
     lines = _header(f"{directory}", request, compute, plan, recipe, notes)
     if request.dataset in ARCHIVES:
         lines["data"] = where_found(ARCHIVES[request.dataset], request.data_dir)
@@ -154,7 +154,7 @@ def _header(
     recipe: Recipe,
     notes: Sequence[str | None] = (),
 ) -> dict[str, str]:
-    """Give what stands above a run: names and values."""
+    """Return the lines above a run: names and values."""
     lines = {
         "run": run,
         "recipe": f"{request.recipe_name} on {request.dataset}, seed {recipe.seed}, stem {recipe.stem}",
@@ -217,7 +217,7 @@ def _leave_early(
         left = "the last good checkpoint stays" if session.directory.last.exists() else "there was no checkpoint yet"
         text, code = f"diverged: {end}; {left}: {path}", EXIT_FAILED
     else:
-        place = f"epoch {session.state.epoch + 1}, step {session.state.step}"
+        place = session.trainer.plan.place_of(session.state.step)
         text, code = f"interrupted in {place}, and saved; go on with: {how_to_go_on}", EXIT_INTERRUPTED
     session.trackers.finish()
     if session.runtime.is_main:

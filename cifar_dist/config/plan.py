@@ -8,6 +8,7 @@ from cifar_dist.config.recipe import Recipe
 # Steps between two looks at the device, at signals, and at each other: about a second's worth of images, so that the
 # device is not made to wait. Orders of magnitude for a ResNet-18, not measurements of one machine.
 _IMAGES_A_SECOND = {"cpu": 500, "mps": 2_000, "cuda": 30_000}
+_FEW_STEPS = 10  # in an epoch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,13 +75,32 @@ class RunPlan:
         """The plan in words: names and values."""
         epochs = f"{self.epochs:,} epoch{'s' if self.epochs > 1 else ''}"
         left_out = self.num_train - self.images_per_epoch
+        growing = [f"{side} x {side} to step {end:,}" for side, end in self.image_sizes[:-1]]
+        last = self.image_sizes[-1][0]
         note = f" ({left_out} image left out of each: BatchNorm needs two)" if left_out else ""
         return {
             "batch": self.equation,
             "images": f"{self.num_train:,} training, {self.num_validation:,} validation, {self.num_test:,} test",
-            "image size": ", ".join(f"{side} x {side} to step {end:,}" for side, end in self.image_sizes),
+            "image size": ", ".join([*growing, f"{last} x {last}"]),
             "steps": f"{self.steps_per_epoch:,} an epoch{note} x {epochs} = {self.total_steps:,}",
         }
+
+    @property
+    def few_steps_note(self) -> str | None:
+        """What to change where an epoch has so few steps that BatchNorm's averages and the schedule suffer."""
+        factor = self.world_size * self.gradient_accumulation_steps
+        fitting = max(factor, 2)
+        while 2 * fitting * _FEW_STEPS <= self.num_train:
+            fitting *= 2
+        if self.steps_per_epoch >= _FEW_STEPS or fitting >= self.global_batch_size:
+            return None
+        steps = f"{self.steps_per_epoch} step{'s' if self.steps_per_epoch > 1 else ''} an epoch"
+        return f"{steps} may be too few to learn: --set global_batch_size={fitting} makes {self.num_train // fitting}"
+
+    def place_of(self, step: int) -> str:
+        """Return the epoch, and the step in it, that the run's `step` (from 1) is."""
+        epoch = max(1, -(-step // self.steps_per_epoch))
+        return f"epoch {epoch}, step {step - (epoch - 1) * self.steps_per_epoch}"
 
     def image_size_at(self, step: int) -> int:
         """Return the side of the training images, in pixels, in a step of the run (counted from 0)."""

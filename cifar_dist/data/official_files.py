@@ -38,6 +38,8 @@ def where_found(archive: Archive, data_dir: Path) -> str:
         return f"found: {folder}"
     if tarball.exists():
         return f"found: {tarball}, to be unpacked"
+    if not data_dir.exists():
+        return f"the folder {data_dir} does not exist: it would be made, and the files downloaded"
     some = "missing" if len(missing) == len(archive.train + archive.test) else f"{', '.join(missing)} missing"
     return f"{some} in {folder}: would be downloaded"
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from cifar_dist.config.parsing import flatten
+from cifar_dist.config.provenance import command_line
+from cifar_dist.config.run_files import RunFiles
 from cifar_dist.records import EpochRecord, Summary
 
 _FACTS = ("run", "status", "seed", "epochs")
@@ -120,13 +122,23 @@ def comparison_notes(runs: Sequence[ReportedRun]) -> list[str]:
     notes = []
     if _experiments(runs):
         notes.append("sd: the standard deviation over runs of the same recipe that differ in their seed")
-    if any(_share_a_seed(group) for group in _alike(runs)):
-        notes.append("no mean over runs of which two have the same recipe and the same seed")
-    if untested := sum(run.summary.test is None for run in runs):
-        notes.append(f"not tested yet, and in no mean: {untested}")
+    name_of = dict(zip(map(id, runs), short_names(runs), strict=True))
+    for group in filter(_share_a_seed, _alike(runs)):
+        seeds = [run.recipe["seed"] for run in group]
+        twice = [
+            f"{name_of[id(run)]} (seed {seed})" for run, seed in zip(group, seeds, strict=True) if seeds.count(seed) > 1
+        ]
+        notes.append(f"no mean over these runs, which have the same recipe and the same seed: {', '.join(twice)}")
+    notes += [f"{name_of[id(run)]}, in no mean, is {untested(run)}" for run in runs if run.summary.test is None]
     if names := differences(runs):
         notes.append(f"the runs differ in {', '.join(names)}")
     return notes
+
+
+def untested(run: ReportedRun) -> str:
+    """Return that a run is not tested yet, with the command that tests its last checkpoint, if it has one."""
+    command = command_line("eval", "--ckpt", run.path)
+    return f"not tested yet: {command}" if RunFiles(run.path).last.exists() else "not tested yet"
 
 
 def differences(runs: Sequence[ReportedRun]) -> list[str]:

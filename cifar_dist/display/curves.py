@@ -13,6 +13,8 @@ from cifar_dist.records import EpochRecord
 BLUE, RED, GREEN, PURPLE, ORANGE, SKY = PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 # Strokes and gaps, for a print without colours. Five of them beside six colours: thirty runs look different.
 _DASHES: tuple[tuple[float, ...], ...] = ((), (6, 2), (2, 2), (8, 2, 2, 2), (5, 1, 1, 1, 1, 1))
+_FEW_POINTS = 3
+"""Of so few epochs the last values say more than the lines."""
 _FIELDS = {
     "train_loss": "Training loss",
     "val_loss": "Validation loss",
@@ -93,6 +95,8 @@ def draw_panel(axes: Axes, panel: Panel, *, legend: bool) -> None:
         x, y = [epoch for epoch, _ in curve.points], [value for _, value in curve.points]
         marker = curve.marker if len(x) <= 15 else None
         axes.plot(x, y, label=curve.label, color=curve.color, dashes=curve.dashes, marker=marker, markersize=4)
+    if len(panel.curves) <= 2 and all(len(curve.points) <= _FEW_POINTS for curve in panel.curves):
+        _label_ends(axes, panel)
     for (what, epoch), line in zip(panel.marks.items(), (":", "-."), strict=False):
         axes.axvline(epoch, color="0.45", linestyle=line, label=f"{what} ({epoch})", zorder=1)
     axes.set_title(panel.title)
@@ -106,6 +110,16 @@ def draw_panel(axes: Axes, panel: Panel, *, legend: bool) -> None:
         axes.set_ylim(0, 1.08 * max(value for curve in panel.curves for _, value in curve.points) or 1)
     if legend and len(panel.curves) + len(panel.marks) > 1:
         axes.legend(frameon=False)
+
+
+def _label_ends(axes: Axes, panel: Panel) -> None:
+    """Write the last value of each curve beside it, the higher one above the lower one."""
+    ends = sorted((curve.points[-1][::-1], curve.color) for curve in panel.curves if curve.points)
+    for ((value, epoch), color), place in zip(ends, ("top", "bottom") if len(ends) > 1 else ("center",), strict=True):
+        text = f"{value:.1%}" if panel.is_share else f"{value:.3g}"
+        label = axes.annotate(text, (epoch, value), xytext=(7, 0), textcoords="offset points")
+        label.set(va=place, fontsize=9, color=color)
+    axes.margins(x=0.15)
 
 
 def _points(records: Sequence[EpochRecord], name: str) -> list[tuple[int, float]]:

@@ -9,7 +9,7 @@ import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+from matplotlib.colors import LinearSegmentedColormap, Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 from matplotlib.patches import Rectangle
@@ -21,7 +21,8 @@ from cifar_dist.records import EpochRecord, Evaluation
 
 # From nothing to blue, so that what is under it shows: white paper or a dark page.
 _BLUES = LinearSegmentedColormap.from_list("blues", [f"{BLUE}00", BLUE])
-MANY_CLASSES = 20  # from which on there is no room for a number in each cell
+MANY_CLASSES = 20  # up to which there is room for a number in each cell
+SCALE_OF_MANY = "the colour grows with its square root, so that rare confusions can be seen"
 _BARS, _COLUMNS = 34, 3  # of classes: in a column, and columns
 # Fonts of Linux, Windows and macOS that have Chinese, Japanese or Korean characters.
 _CJK_FONTS = (
@@ -84,9 +85,10 @@ def draw_confusion(evaluation: Evaluation, path: Path, *, title: str) -> None:
     many = len(evaluation.confusion_matrix) > MANY_CLASSES
     figure = Figure(figsize=(15, 13.6) if many else (7.5, 6.8), layout="constrained")
     axes = figure.subplots()
-    shown = _confusion(axes, evaluation, number="{:.1f}", size=7 if many else 8)
+    shown = _confusion(axes, evaluation, digits=1, size=7 if many else 8)
     axes.set_title(plain(title))
-    figure.colorbar(shown, ax=axes, label="percent of the true class", shrink=0.85, ticks=[0, 1, 5, 10, 25, 50, 100])
+    label = "percent of the true class" + (f" ({SCALE_OF_MANY})" if many else "")
+    figure.colorbar(shown, ax=axes, label=label, shrink=0.85, ticks=[0, 1, 5, 10, 25, 50, 100] if many else None)
     save_figure(figure, path)
 
 
@@ -95,7 +97,7 @@ def confusion_svg(evaluation: Evaluation) -> str:
     """Give the confusion matrix as a part of a page."""
     many = len(evaluation.confusion_matrix) > MANY_CLASSES
     figure = Figure(figsize=(12, 11.6) if many else (4.8, 4.6), layout="constrained")
-    _confusion(figure.subplots(), evaluation, number="{:.0f}", size=7 if many else 9)
+    _confusion(figure.subplots(), evaluation, digits=0, size=7 if many else 9)
     return to_svg(figure)
 
 
@@ -125,7 +127,7 @@ def draw_per_class(evaluation: Evaluation, path: Path, *, title: str) -> None:
     for axes, start in zip(figure.subplots(1, columns, squeeze=False)[0], range(0, len(names), rows), strict=True):
         part = names[start : start + rows]
         bars = axes.barh(range(len(part)), [100 * known[name] for name in part], color=BLUE, height=0.7)
-        labels = axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
+        labels = axes.bar_label(bars, fmt=_short, padding=3, fontsize=8)
         for label in labels:  # above the line
             label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.8})
         axes.set_yticks(range(len(part)), [plain(name, 24) for name in part])
@@ -148,18 +150,20 @@ def draw_predictions(
     *,
     title: str,
 ) -> None:
-    """Draw up to 64 images (N, 3, H, W) in rows of 8 with their true class, and the predicted one where it differs.
+    """Draw up to 24 images (N, 3, H, W) in rows of 8 with their true class, and the predicted one where it differs.
 
     `labels` is (N,), `logits` (N, num_classes).
     """
-    images = images[:64]
-    # One pair of axes for all images: sixty-four pairs take matplotlib seconds to lay out.
+    images = images[:24]
+    # One pair of axes for all images: a pair for each takes matplotlib seconds to lay out.
     bottom = 1.36 * -(-len(images) // 8) - 0.33
-    height = 0.65 + 1.3364 * (bottom + 0.32)
+    height = 0.85 + 1.3364 * (bottom + 0.32)
     figure = Figure(figsize=(12, height))
-    axes = figure.add_axes((0.01, 0.0, 0.98, 1 - 0.65 / height))
+    axes = figure.add_axes((0.01, 0.0, 0.98, 1 - 0.85 / height))
     axes.set_axis_off()
-    figure.suptitle(plain(title), y=1 - 0.22 / height)
+    figure.suptitle(plain(title), y=1 - 0.2 / height)
+    legend = "the true class; ✗ marks a mistake: the true class → the predicted one, with its probability"
+    figure.text(0.5, 1 - 0.6 / height, legend, ha="center", fontsize=9, color="0.35")
     names = [plain(name, 13) for name in class_names]
     for place, (image, label, guess) in enumerate(zip(images, labels, logits.argmax(1), strict=False)):
         row, column = divmod(place, 8)
@@ -167,8 +171,8 @@ def draw_predictions(
         axes.imshow(image.transpose(1, 2, 0), extent=(left, left + 1, top + 1, top), interpolation="nearest")
         right = label == guess
         text = names[label] if right else f"✗ {names[label]}\n→ {names[guess]} {softmax_top(logits[place]):.0%}"
-        weight, color = ("normal", "black") if right else ("bold", RED)
-        axes.text(left + 0.5, top - 0.02, text, fontsize=9, ha="center", va="bottom", color=color, fontweight=weight)
+        color = "black" if right else RED
+        axes.text(left + 0.5, top - 0.02, text, fontsize=9, ha="center", va="bottom", color=color)
         if not right:
             axes.add_patch(Rectangle((left, top), 1, 1, fill=False, edgecolor=RED, linewidth=2.5))
     axes.set_xlim(-0.05, 8.75)
@@ -194,12 +198,13 @@ def draw_evaluation(
     return files
 
 
-def _confusion(axes: Axes, evaluation: Evaluation, *, number: str, size: float) -> ScalarMappable:
-    """Draw the matrix, with a number in each cell where there is room; rare confusions are made visible."""
+def _confusion(axes: Axes, evaluation: Evaluation, *, digits: int, size: float) -> ScalarMappable:
+    """Draw the matrix, with a number in each cell where there is room; else rare confusions are made visible."""
     names = [plain(name, 18) for name in evaluation.per_class_accuracy]
     counts = np.asarray(evaluation.confusion_matrix, dtype=np.float64)
     percent = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    shown = axes.imshow(percent, cmap=_BLUES, norm=PowerNorm(0.5, 0, 100), interpolation="none")
+    scale = Normalize(0, 100) if len(names) <= MANY_CLASSES else PowerNorm(0.5, 0, 100)
+    shown = axes.imshow(percent, cmap=_BLUES, norm=scale, interpolation="none")
     if len(names) <= 150:
         axes.set_xticks(
             range(len(names)),
@@ -214,11 +219,15 @@ def _confusion(axes: Axes, evaluation: Evaluation, *, number: str, size: float) 
     axes.set_ylabel("true class")
     if len(names) <= MANY_CLASSES:
         for (row, column), value in np.ndenumerate(percent):
-            if (text := number.format(value)) not in ("0", "0.0"):
-                text = text.removesuffix(".0") if value == 100 else text
-                color = "white" if value > 45 else "black"
+            if (text := _short(value, digits)) != "0":
+                color = "white" if value > 60 else "black"
                 axes.text(column, row, text, ha="center", va="center", fontsize=size, color=color)
     return shown
+
+
+def _short(value: float, digits: int = 1) -> str:
+    """Return a number with at most so many digits after the point, and no zero there."""
+    return f"{round(float(value), digits):g}"
 
 
 def softmax_top(logits: NDArray[Any]) -> float:

@@ -2,7 +2,8 @@
 
 import base64
 import io
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from html import escape
 from itertools import chain, dropwhile, repeat
 from typing import Any
@@ -37,7 +38,8 @@ th { font-weight: 600; } .numbers td:not(:first-child), .numbers th:not(:first-c
 .columns { columns: 20rem; column-gap: 2.5rem; } .columns div { display: flex; gap: 1rem; break-inside: avoid;
   justify-content: space-between; border-bottom: 1px solid var(--line); padding: .2rem 0; }
 .columns span:first-child { color: var(--dim); flex: none; max-width: 72%; }
-.columns span:last-child { text-align: right; }
+.columns span:first-child { overflow-wrap: break-word; } .columns span:last-child { text-align: right; }
+.columns .marked span { color: var(--text); font-weight: 600; }
 .bar { display: block; width: 6rem; height: .8rem; margin-top: .4rem; background: var(--soft); }
 @media (max-width: 30rem) { .bar { display: none; } }
 .bar i { display: block; height: 100%; background: var(--c0); }
@@ -125,11 +127,13 @@ def html_list(lines: Iterable[str]) -> str:
     return f"<ol>{''.join(f'<li>{escape(line.strip())}</li>' for line in lines)}</ol>"
 
 
-def html_fields(fields: Mapping[str, Any]) -> str:
-    """Give names and values, in as many columns as there is room for."""
-    rows = (
-        f"<div><span>{escape(name)}</span><span>{escape(str(value))}</span></div>" for name, value in fields.items()
-    )
+def html_fields(fields: Mapping[str, Any], *, marked: Collection[str] = ()) -> str:
+    """Return names and values, in as many columns as there is room for; a name is broken after a dot or underscore."""
+    rows = []
+    for name, value in fields.items():
+        breakable = re.sub(r"([._])", r"\1<wbr>", escape(name))
+        attribute = ' class="marked"' if name in marked else ""
+        rows.append(f"<div{attribute}><span>{breakable}</span><span>{escape(str(value))}</span></div>")
     return f'<div class="columns">{"".join(rows)}</div>'
 
 

@@ -22,17 +22,18 @@ from cifar_dist.records import EpochRecord
 _NUM_EPOCHS = 6
 _WIDE = 80  # columns of a terminal, from which on numbers have room beside the bars
 
-# Heading, how an epoch is shown, and the width of the terminal from which on there is room for it.
-_COLUMNS: tuple[tuple[str, Callable[[EpochRecord], str], int], ...] = (
-    ("epoch", lambda record: str(record.epoch), 0),
-    ("train loss", lambda record: f"{record.train_loss:.3f}", 0),
-    ("train acc", lambda record: f"{record.train_acc:.2%}", 46),
-    ("val loss", lambda record: "-" if record.val_loss is None else f"{record.val_loss:.3f}", 58),
-    ("val acc", lambda record: "-" if record.val_acc is None else f"{record.val_acc:.2%}", 0),
-    ("lr", lambda record: f"{record.lr:.4g}", 80),
-    ("images/s", lambda record: f"{record.images_per_second:,.0f}", 72),
-    ("time", lambda record: format_duration(record.epoch_seconds), 90),
-)
+# Headings, and how an epoch is shown.
+_COLUMNS: dict[str, Callable[[EpochRecord], str]] = {
+    "epoch": lambda record: str(record.epoch),
+    "train loss": lambda record: f"{record.train_loss:.3f}",
+    "train acc": lambda record: f"{record.train_acc:.2%}",
+    "val loss": lambda record: "-" if record.val_loss is None else f"{record.val_loss:.3f}",
+    "val acc": lambda record: "-" if record.val_acc is None else f"{record.val_acc:.2%}",
+    "lr": lambda record: f"{record.lr:.4g}",
+    "images /s": lambda record: f"{record.images_per_second:,.0f}",
+    "time": lambda record: format_duration(record.epoch_seconds),
+}
+_LEFT_OUT_FIRST = ("time", "lr", "images /s", "val loss", "train acc")  # where the terminal is too narrow
 
 
 class _WhereWide(TextColumn):
@@ -60,7 +61,7 @@ class LiveTraining(Display):
         self.best: EpochRecord | None = None
         self.epoch, self.rate, self.used = 0, 0.0, memory()
         self._lr, self._started, self._first_step, self._evaluated = 0.0, 0.0, 0, 0
-        self._has_begun = False
+        self._has_begun, self._loss = False, ""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
@@ -92,7 +93,7 @@ class LiveTraining(Display):
         """Draw what fits: rows and columns of the table go first, and the space around it."""
         height = (options.height or console.height) - 6
         yield from self._space(height)
-        yield self._facts()
+        yield self._facts(options.max_width)
         if self.epochs:
             yield self._table(options.max_width, max(1, height))
             yield from self._space(height)
@@ -102,9 +103,11 @@ class LiveTraining(Display):
         """Give an empty line, where besides the whole table there is room for two."""
         return [Text()] if height >= _NUM_EPOCHS + 2 else []
 
-    def _facts(self) -> Text:
+    def _facts(self, width: int) -> Text:
         """What changes comes first: a narrow terminal cuts off the end, which the header has said."""
-        parts = [f"{self.rate:,.0f} images/s"] if self.rate else []
+        parts = [self._loss] if width < _WIDE else []  # else it is beside the bar
+        parts += [f"end {self.end.text}"] if self.end.text else []
+        parts += [f"{self.rate:,.0f} images/s"] if self.rate else []
         parts += [f"{self.used:,} MiB"] if self.used is not None else []
         return Text(" · ".join(filter(None, [*parts, self.facts])), style="dim", overflow="ellipsis", no_wrap=True)
 
@@ -113,16 +116,29 @@ class LiveTraining(Display):
         shown = self.epochs[-min(rows, _NUM_EPOCHS) :]
         if self.best is not None and self.best not in shown:
             shown = [self.best, *shown[1:]]
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        columns = [column for column in _COLUMNS if width >= column[2]]
-        if not self.plan.num_validation:
-            columns = [column for column in columns if not column[0].startswith("val")]
-        for name, _, _ in columns:
-            table.add_column(name, justify="right", no_wrap=True)
+        names = [name for name in _COLUMNS if self.plan.num_validation or not name.startswith("val")]
+        table, left_out = self._table_of(names, shown), list[str]()
+        unlimited = self.console.options.update(max_width=1000)
+        for name in ("", *_LEFT_OUT_FIRST):
+            if self.console.measure(table, options=unlimited).maximum <= width:
+                break
+            left_out += [name] if name in names else []
+            kept = [each for each in names if each not in left_out]
+            table = self._table_of(kept, shown[-max(1, rows - 1 - bool(left_out)) :], tight=True)
+        if left_out:
+            missing = ", ".join(left_out).replace(" /", "/")
+            table.caption = Text(f"too narrow for {missing}", style="dim", no_wrap=True, overflow="ellipsis")
+        return table
+
+    def _table_of(self, names: Sequence[str], records: Sequence[EpochRecord], *, tight: bool = False) -> Table:
+        table = Table(box=None, pad_edge=False, header_style="bold", collapse_padding=tight, caption_justify="left")
+        for name in names:
+            heading = name.replace(" ", "\n") if tight else name.replace(" /", "/")
+            table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("", no_wrap=True)
-        for record in shown:
+        for record in records:
             is_best = record is self.best
-            cells = [show(record) for _, show, _ in columns]
+            cells = [_COLUMNS[name](record) for name in names]
             table.add_row(*cells, "best" if is_best else "", style="bold green" if is_best else None)
         return table
 
@@ -134,6 +150,7 @@ class LiveTraining(Display):
     def on_epoch_start(self, epoch: int, lr: float) -> None:
         """Begin a new bar."""
         self.epoch, self._lr, self._started, self._first_step = epoch, lr, time.monotonic(), 0
+        self.end.on_epoch_start()
         total = self.plan.steps_per_epoch if self._has_begun else None  # None: a bar that only says that it is alive
         self.progress.reset(self.steps, total=total, description=f"epoch {epoch}/{self.plan.epochs}")
         self.progress.update(self.run, completed=(epoch - 1) * self.plan.steps_per_epoch)
@@ -149,13 +166,15 @@ class LiveTraining(Display):
             self.progress.reset(self.run, completed=done)
         self.progress.update(self.steps, completed=step_in_epoch)
         self.progress.update(self.run, completed=done)
-        if line := self.end.after_step(self.epoch, step_in_epoch):
-            self.on_note(line)
+        if (found := self.end.after_step(done)) and found[1]:
+            self.on_note(f"in a hurry: {found[1]}")
         if loss is not None:
             steps, seconds = step_in_epoch - self._first_step + 1, max(time.monotonic() - self._started, 1e-9)
-            self.rate = steps * self.plan.global_batch_size / seconds
+            if steps > 1:  # the first one is slow
+                self.rate = steps * self.plan.global_batch_size / seconds
             self.used = self.memory()
-            self.progress.update(self.steps, shown=f"loss {loss:.3f}  lr {self._lr:.4g}")
+            self._loss = f"loss {loss:.3f}  lr {self._lr:.4g}"
+            self.progress.update(self.steps, shown=self._loss)
 
     def on_evaluation(self, done: int, total: int) -> None:
         """Show a bar while an evaluation runs."""
@@ -167,6 +186,7 @@ class LiveTraining(Display):
     def on_epoch_end(self, record: EpochRecord, is_best: bool) -> None:
         """Add a line to the table."""
         self.epochs.append(record)
+        self.end.on_epoch_end(record.step)
         if is_best:
             self.best = record
         self.rate = record.images_per_second

@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 from cifar_dist.config.files import write_atomically
 from cifar_dist.config.parsing import flatten
 from cifar_dist.config.provenance import command_line
-from cifar_dist.display.comparison import ReportedRun, comparison_notes, comparison_rows, short_names
+from cifar_dist.config.recipe import Recipe, recipe_to_mapping
+from cifar_dist.display.comparison import ReportedRun, comparison_notes, comparison_rows, short_names, untested
 from cifar_dist.display.curves import overlaid_panels, run_panels, style_of
 from cifar_dist.display.figures import (
     MANY_CLASSES,
+    SCALE_OF_MANY,
     confusion_svg,
     draw_curves,
     draw_evaluation,
@@ -71,13 +73,16 @@ def page_of_run(run: ReportedRun, saved: Arrays) -> str:
         parts += [html_heading("Training"), html_panels(panel_svg(panel, legend=True) for panel in panels)]
     if test is not None:
         parts += _test_parts(test, saved)
-    recipe = {
-        name: value if isinstance(value, str) else json.dumps(value) for name, value in flatten(run.recipe).items()
-    }
+    else:
+        parts += [html_text(untested(run))]
+    recipe, standard = (_as_text(each) for each in (run.recipe, recipe_to_mapping(Recipe.load())))
+    changed = [name for name, value in recipe.items() if value != standard.get(name)]
+    note = "Bold: another value than in standard, which stands in brackets." if changed else "As in standard."
+    recipe |= {name: f"{recipe[name]} ({standard.get(name, '-')})" for name in changed}
     again = command_line("--recipe", *_arguments(run))
     parts += [html_heading("To run it again"), html_text(again)]
     parts += [html_heading("Where it comes from"), html_fields(_origin(run))]
-    return html_page(run.title, [*parts, html_heading("Recipe"), html_fields(recipe)])
+    return html_page(run.title, [*parts, html_heading("Recipe", note), html_fields(recipe, marked=changed)])
 
 
 def page_of_runs(runs: Sequence[ReportedRun], title: str) -> str:
@@ -91,6 +96,10 @@ def page_of_runs(runs: Sequence[ReportedRun], title: str) -> str:
     for name, run in zip(names, runs, strict=True):
         parts += [html_heading(name), html_fields(_origin(run))]
     return html_page(title, parts)
+
+
+def _as_text(recipe: Mapping[str, Any]) -> dict[str, str]:
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in flatten(recipe).items()}
 
 
 def _tiles(run: ReportedRun) -> dict[str, str]:
@@ -114,7 +123,7 @@ def _test_parts(test: Evaluation, saved: Arrays) -> list[str]:
         other, count = errors[place].argmax(), errors[place].max()
         rows.append((name, accuracy, int(matrix[place].sum()), f"{names[other]} ({count:,})" if count else ""))
     rows.sort(key=lambda row: (row[1] is None, row[1]))
-    note = "Percent of each true class; rare confusions are tinted more than their share."
+    note = f"Percent of each true class{f'; {SCALE_OF_MANY}' if len(names) > MANY_CLASSES else ''}."
     parts = [html_heading("Confusions that hurt most"), html_list(format_confusions(test, count=10) or ["none"])]
     parts += [html_heading("Confusion matrix", note), html_matrix(confusion_svg(test), large=len(names) > MANY_CLASSES)]
     parts += [html_heading("Classes", "The worst first."), html_classes(rows)]

@@ -59,39 +59,58 @@ class PlainDisplay(Display):
 
 
 class ExpectedEnd:
-    """Says once, after twenty steps, when training will end; the first five, which are slow, do not count."""
+    """When training will end: known after twenty steps, of which the first five are slow and do not count."""
 
     def __init__(self, plan: RunPlan, recipe_name: str, clock: Callable[[], float] = time.monotonic) -> None:
         self.plan = plan
         self.recipe_name = recipe_name
         self.clock = clock
-        self._steps = 0
-        self._warm_at = 0.0
+        self.text = ""
+        """The time of day, and the date if it is another day; empty until it is known."""
+        self._steps = self._steps_before = 0
+        self._warm_at = self._epoch_began = 0.0
 
-    def after_step(self, epoch: int, step_in_epoch: int) -> str | None:
-        """Give the line to show, at the one step where there is one."""
+    def on_epoch_start(self) -> None:
+        """Remember when, and after how many steps, an epoch began."""
+        self._steps_before, self._epoch_began = self._steps, self.clock()
+
+    def after_step(self, done: int) -> tuple[str, str] | None:
+        """Return, at the one step where there is one, the line to show, and what would end sooner or an empty text.
+
+        The run has `done` steps.
+        """
         self._steps += 1
         if self._steps == 5:
             self._warm_at = self.clock()
         if self._steps != 20:
             return None
-        done = (epoch - 1) * self.plan.steps_per_epoch + step_in_epoch
         step_seconds = (self.clock() - self._warm_at) / 15
-        steps_left = self.plan.total_steps - done
-        return format_expected_end(self.plan, self.recipe_name, steps_left, step_seconds, datetime.now())
+        seconds = (self.plan.total_steps - done) * step_seconds
+        self.text = format_end(seconds, datetime.now())
+        line = f"expected end {self.text}, in {format_duration(seconds)}, evaluation not counted"
+        return line, format_quicker(self.plan, self.recipe_name, seconds, step_seconds)
+
+    def on_epoch_end(self, done: int) -> str:
+        """Return when training will end, by the pace of the last epoch and its evaluation; empty after the last one."""
+        left, steps = self.plan.total_steps - done, self._steps - self._steps_before
+        seconds = (self.clock() - self._epoch_began) / max(steps, 1) * left
+        self.text = format_end(seconds, datetime.now()) if left and steps else ""
+        return self.text
 
 
-def format_expected_end(plan: RunPlan, recipe_name: str, steps_left: int, step_seconds: float, now: datetime) -> str:
-    """Say when training will end; where that is over half an hour away, say what would end sooner."""
-    seconds = steps_left * step_seconds
+def format_end(seconds: float, now: datetime) -> str:
+    """Return the time of day in so many `seconds`, with the date if that is another day."""
     end = now + timedelta(seconds=min(seconds, 1e11))  # 3,000 years: no calendar has all that can be typed
-    day = "" if end.date() == now.date() else f" {end:%Y-%m-%d}"
-    text = f"expected end{day} {end:%H:%M}, in {format_duration(seconds)}, evaluation not counted"
+    return f"{end:%H:%M}" if end.date() == now.date() else f"{end:%Y-%m-%d %H:%M}"
+
+
+def format_quicker(plan: RunPlan, recipe_name: str, seconds: float, step_seconds: float) -> str:
+    """Return what would end sooner, if the end is over half an hour away."""
     epochs = int(_HALF_AN_HOUR / (step_seconds * plan.steps_per_epoch)) if step_seconds > 0 else 0
     quicker = ["--recipe quick is made to be short"] if recipe_name != "quick" else []
     if 0 < epochs < plan.epochs:
         quicker.append(f"--epochs {epochs} would take half an hour")
-    return f"{text} ({'; '.join(quicker)})" if seconds > _HALF_AN_HOUR and quicker else text
+    return "; ".join(quicker) if seconds > _HALF_AN_HOUR else ""
 
 
 class PlainTraining(PlainDisplay):
@@ -109,19 +128,22 @@ class PlainTraining(PlainDisplay):
     def on_epoch_start(self, epoch: int, lr: float) -> None:
         """Remember the epoch."""
         self.epoch = epoch
+        self.end.on_epoch_start()
 
     def on_step(self, step_in_epoch: int, loss: float | None) -> None:
         """Show that training goes on, and once when it will end."""
         if loss is not None:
             self._loss = f"  loss {loss:.3f}"
-        if line := self.end.after_step(self.epoch, step_in_epoch):
-            self.on_note(line)
+        if found := self.end.after_step((self.epoch - 1) * self.plan.steps_per_epoch + step_in_epoch):
+            line, quicker = found
+            self.on_note(f"{line} ({quicker})" if quicker else line)
         place = f"epoch {self.epoch}/{self.plan.epochs}  step {step_in_epoch}/{self.plan.steps_per_epoch}"
         self.sign_of_life(place + self._loss)
 
     def on_epoch_end(self, record: EpochRecord, is_best: bool) -> None:
         """Print the epoch."""
-        self.on_note(format_epoch(record, self.plan.epochs, is_best=is_best))
+        end = self.end.on_epoch_end(record.step)
+        self.on_note(format_epoch(record, self.plan.epochs, is_best=is_best, end=end))
 
 
 class CountProgress(PlainDisplay):

@@ -18,7 +18,7 @@ from cifar_dist.records import EpochRecord, Evaluation, Summary
 
 def format_percent(fraction: float | None) -> str:
     """Give a fraction of 1 as a percentage with two decimals, or a dash."""
-    return "-" if fraction is None else f"{100 * fraction:.2f} %"
+    return "-" if fraction is None else f"{fraction:.2%}"
 
 
 def format_duration(seconds: float) -> str:
@@ -31,13 +31,14 @@ def format_duration(seconds: float) -> str:
     return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def format_epoch(record: EpochRecord, epochs: int, *, is_best: bool) -> str:
-    """Give an epoch as one line of aligned fields."""
+def format_epoch(record: EpochRecord, epochs: int, *, is_best: bool, end: str = "") -> str:
+    """Return an epoch as one line of aligned fields; `end` is when training is expected to end."""
     width = len(str(epochs))
     parts = [f"epoch {record.epoch:>{width}}/{epochs}", f"loss {record.train_loss:.3f}", f"acc {record.train_acc:6.2%}"]
     if record.val_loss is not None and record.val_acc is not None:
         parts += [f"val loss {record.val_loss:.3f}", f"val acc {record.val_acc:6.2%}"]
     parts += [f"lr {record.lr:.4g}", f"{record.images_per_second:,.0f} images/s", format_duration(record.epoch_seconds)]
+    parts += [f"end {end}"] if end else []
     return "  ".join(parts) + ("  best" if is_best else "")
 
 
@@ -60,10 +61,10 @@ def format_class_bars(evaluation: Evaluation, *, width: int = 80) -> list[str]:
         worst = sorted(shown, key=lambda name: (shown[name] is None, shown[name] or 0.0))[:10]
         shown = {name: shown[name] for name in worst}
     names = max(map(cell_len, shown))
-    bar_width = max(1, min(30, width - names - 16))  # beside the bar: spaces, the number, and the panel's edges
+    bar_width = max(1, min(30, width - names - 15))  # beside the bar: spaces, the number, and the panel's edges
     for name, accuracy in shown.items():
         bar = "█" * max(round(accuracy * bar_width), 1) if accuracy else ""
-        lines.append(f"{name}{' ' * (names - cell_len(name))}  {format_percent(accuracy):>8}  {bar}".rstrip())
+        lines.append(f"{name}{' ' * (names - cell_len(name))}  {format_percent(accuracy):>7}  {bar}".rstrip())
     return lines
 
 
@@ -94,9 +95,9 @@ def format_outcome(summary: Summary, *, total_epochs: int) -> str:
         "diverged": "Diverged",
         "running": "Running",
     }[summary.status]
-    minutes = summary.train_seconds / 60
     best = "" if summary.best_epoch is None else f", best epoch {summary.best_epoch}"
-    return f"{how} after {summary.epochs} of {total_epochs} epochs in {minutes:.2f} minutes{best}"
+    epochs = f"{summary.epochs} of {total_epochs} epoch{'s' if total_epochs > 1 else ''}"
+    return f"{how} after {epochs} in {format_duration(summary.train_seconds)}{best}"
 
 
 def format_bench(result: Mapping[str, Any]) -> list[str]:
@@ -196,7 +197,12 @@ def print_result(console: Console, summary: Summary, total_epochs: int, director
         f"in {directory}: config.yaml, metrics.jsonl, summary.json, checkpoints, figures",
     ]
     print_lines(console, lines, title="result")
-    print_notes(console, [f"next: {command_line('report', directory)}"])  # no panel, so that it can be copied whole
+    commands = (
+        ["report", directory],
+        ["predict", "--ckpt", directory, "IMAGE"],
+        ["export", "--ckpt", directory, "--out", "model.pth"],
+    )
+    print_notes(console, ["next:", *(f"  {command_line(*words)}" for words in commands)])  # no panel: to be copied
 
 
 def print_lines(console: Console, lines: Sequence[str], *, title: str) -> None:

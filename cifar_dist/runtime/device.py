@@ -47,7 +47,8 @@ class ComputeSettings:
         """Device, precision and threads in words."""
         how = f", compiled by {self.compiler.lower()}" if self.compiler else ""
         how = ", steps replayed as CUDA graphs" if self.replays else how
-        return f"{self.device_type}, precision {self.precision} ({self.precision_reason}), {self._threads}{how}"
+        reason = f" ({self.precision_reason})" if self.precision_reason else ""
+        return f"{self.device_type}, {FULL_NAMES[self.precision]}{reason}, {self._threads}{how}"
 
     @property
     def short(self) -> str:
@@ -83,14 +84,15 @@ def choose_compute(
     facts, other_count = probe(use_cpu=asked_cpu), other_count_note(world, config)
     notes = [*config.notes, *([] if other_count is None else [other_count])]
     if facts.type == "cpu" and not asked_cpu:
-        notes.append(f"no MPS or CUDA device here: {doing} on cpu")
+        notes.append("no MPS or CUDA device here: the CPU computes")
     wish = wished_precision(typed_precision, config, environ)
     precision, reason = resolve_precision(wish, facts)
     if wish not in ("auto", precision):
-        notes.append(f"{reason}: using {precision}")
+        notes.append(f"{reason}: using {FULL_NAMES[precision]}")
     if wish == "auto" and precision != "no" and environ.get("ACCELERATE_MIXED_PRECISION") == "no":
         notes.append(
-            f"accelerate launch has mixed_precision no, its default: using {precision}; --precision no for float32"
+            f"accelerate launch has mixed_precision no, its default: using {FULL_NAMES[precision]};"
+            " --precision no for float32"
         )
     wished = wished_compiler(config, environ)
     compiler = None if wished == "CUDAGRAPHS" else wished

@@ -238,7 +238,7 @@ def _common_precision(compute: ComputeSettings, ranks: Ranks) -> ComputeSettings
     chosen = {names[int(number)] for (number,) in ranks.exchange([names.index(compute.precision)])}
     if len(chosen) == 1:
         return compute
-    note = f"the processes could not all serve one precision ({', '.join(sorted(chosen))}): using no"
+    note = f"the processes could not all serve one precision ({', '.join(sorted(chosen))}): using float32"
     reason = "the processes differ"
     return replace(compute, precision="no", precision_reason=reason, notes=(*compute.notes, note))
 

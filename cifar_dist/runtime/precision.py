@@ -23,14 +23,14 @@ FULL_NAMES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def resolve_precision(wish: str, facts: DeviceFacts) -> tuple[Precision, str]:
-    """Turn `auto`, `no`, `fp16` or `bf16` into what the device can serve; give it, and the reason in words.
+    """Turn `auto`, `no`, `fp16` or `bf16` into what the device can serve; give it, and why, where it was not asked for.
 
     fp16 needs a gradient scaler, which a CPU does not use. bf16 is asked of compute capability 8, since
     `is_bf16_supported()` counts emulation; on MPS it needs macOS 14 and was half as fast as float32 on an M1 Pro, so
     that `auto` does not choose it there.
     """
     if wish == "no" or wish in _able(facts):
-        return wish, FULL_NAMES[wish]  # type: ignore[return-value]
+        return wish, ""  # type: ignore[return-value]
     best, reason = _automatic(facts)
     return best, reason if wish == "auto" else f"{wish} is not served by this {facts.type}: {reason}"
 
@@ -46,16 +46,12 @@ def _able(facts: DeviceFacts) -> set[str]:
 
 def _automatic(facts: DeviceFacts) -> tuple[Precision, str]:
     if facts.type == "cpu":
-        return (
-            ("bf16", "this processor has fast bf16")
-            if facts.cpu_has_fast_bf16
-            else ("no", "float32: no fast bf16 here")
-        )
+        return ("bf16", "this processor has fast bf16") if facts.cpu_has_fast_bf16 else ("no", "no fast bf16 here")
     if facts.type == "mps":
-        return "no", "float32 is the fastest that is safe on MPS"
+        return "no", "the fastest that is safe on MPS"
     capability = ".".join(map(str, facts.cuda_capability))
     if facts.cuda_capability >= (8, 0):
         return "bf16", f"compute capability {capability}"
     if facts.cuda_capability >= (7, 0):
         return "fp16", f"compute capability {capability} has fp16 tensor cores and no bf16"
-    return "no", f"float32: compute capability {capability} has no tensor cores"
+    return "no", f"compute capability {capability} has no tensor cores"

@@ -23,8 +23,8 @@ from cifar_dist.training.step import TrainingStep
 class DivergedError(Exception):
     """The loss is not a finite number any more; the weights are lost, the last checkpoint is not."""
 
-    def __init__(self, epoch: int, step: int, rate: float) -> None:
-        super().__init__(f"the loss is not finite in epoch {epoch}, step {step}, at learning rate {rate:g}")
+    def __init__(self, place: str, rate: float) -> None:
+        super().__init__(f"the loss is not finite in {place}, at learning rate {rate:g}")
 
 
 class InterruptedRun(Exception):
@@ -64,6 +64,7 @@ class Trainer:
         self.state = self.step.state
         self._time_to_save = False
         self._clock_started = 0.0
+        self._has_begun = False
 
     def epochs(self) -> Iterator[EpochRecord]:
         """Train what is left of the plan, giving a record after each epoch; the state is then ready to be saved.
@@ -75,7 +76,7 @@ class Trainer:
             epoch = state.epoch + 1
             self.observer.on_epoch_start(epoch, learning_rate(self.recipe, self.plan, state.step))
             loss, hits, images = self._train_epoch(epoch)
-            self._check_weights(epoch)
+            self._check_weights()
             self.runtime.average_over_ranks(state.own_statistics)
             record = self._record(epoch, loss, hits, images, self._validate())
             state.epoch = epoch
@@ -94,7 +95,7 @@ class Trainer:
         try:
             for _ in self.steps(epoch):
                 pass
-            return self._agree(epoch)
+            return self._agree()
         finally:
             self.stop_clock()
 
@@ -109,7 +110,7 @@ class Trainer:
         self.step.begin_epoch(epoch)
         number = self.state.step - (epoch - 1) * self.plan.steps_per_epoch
         # A resumed epoch has sums of its steps so far.
-        loss_before, _, images_before = self._agree(epoch) if number else (0.0, 0.0, 0.0)
+        loss_before, _, images_before = self._agree() if number else (0.0, 0.0, 0.0)
         for batch in self.batches.epoch(epoch, steps_done=number):
             self.step.train_on(batch, is_frozen=epoch <= self.recipe.freeze_epochs)
             if not batch.ends_step:
@@ -117,16 +118,17 @@ class Trainer:
             self._end_step()
             number += 1
             shown = None
-            if number % self.plan.report_every_steps == 0:
-                loss, _, images = self._agree(epoch)
+            if number % self.plan.report_every_steps == 0 or not self._has_begun:
+                self._has_begun = True
+                loss, _, images = self._agree()
                 shown = (loss - loss_before) / max(images - images_before, 1)
                 loss_before, images_before = loss, images
             self.observer.on_step(number, shown)
             due = self._time_to_save or self.checkpointing.due_by_step(self.state.step)
             if due and number < self.plan.steps_per_epoch:  # the end of an epoch has its own
                 if shown is None:  # else all have just heard of each other
-                    self._agree(epoch)
-                self._check_weights(epoch)
+                    self._agree()
+                self._check_weights()
                 self._time_to_save = False
                 self.checkpointing.save()
             yield number
@@ -141,7 +143,7 @@ class Trainer:
             if every:
                 state.ema.give_to(state.model)
 
-    def _agree(self, epoch: int) -> tuple[float, float, float]:
+    def _agree(self) -> tuple[float, float, float]:
         """Hear from all ranks what happened, and give the epoch's loss, hits and images so far, summed over them.
 
         Raises DivergedError or InterruptedRun on all of them where one has reason to.
@@ -149,29 +151,29 @@ class Trainer:
         own = (*self.state.sums.read(), self.interrupt.wanted, self.checkpointing.due_by_time())
         losses, hits, images, bad_steps, told_to_stop, due = zip(*self.runtime.ranks.exchange(own), strict=True)
         if math.isfinite(first := min(bad_steps)):
-            raise self._divergence(epoch, int(first))
+            raise self._divergence(int(first))
         if any(told_to_stop):
-            self._check_weights(epoch)
+            self._check_weights()
             raise InterruptedRun
         self._time_to_save = bool(due[0])
         return sum(losses), sum(hits), sum(images)
 
-    def _check_weights(self, epoch: int) -> None:
+    def _check_weights(self) -> None:
         """Raise DivergedError where a weight is not a finite number, before such weights are saved.
 
         The loss says so only in the step after. All ranks have the same weights, and come to the same answer.
         """
         norms = torch._foreach_norm([each.detach() for each in self.state.model.parameters()])
         if not bool(torch.stack(tuple(norms)).isfinite().all()):
-            raise self._divergence(epoch, self.state.step)
+            raise self._divergence(self.state.step)
 
-    def _divergence(self, epoch: int, step: int) -> DivergedError:
-        return DivergedError(epoch, step, learning_rate(self.recipe, self.plan, max(step - 1, 0)))
+    def _divergence(self, step: int) -> DivergedError:
+        return DivergedError(self.plan.place_of(step), learning_rate(self.recipe, self.plan, max(step - 1, 0)))
 
     def check_finite(self, loss: float) -> None:
         """Raise DivergedError where the loss of an evaluation is not a finite number."""
         if not math.isfinite(loss):
-            raise self._divergence(self.state.epoch + 1, self.state.step)
+            raise self._divergence(self.state.step)
 
     def _record(self, epoch: int, loss: float, hits: float, images: float, held_out: Evaluation | None) -> EpochRecord:
         """Give the record of an epoch: rank 0's, so that what is decided by it is decided by the same numbers."""

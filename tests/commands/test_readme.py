@@ -95,7 +95,7 @@ def test_a_command_of_the_readme(clone, command):
     if "multi_cpu" in command:
         assert "64 per device x 2 processes" in out
     if "mps.yaml" in command and not torch.backends.mps.is_available() and not torch.cuda.is_available():
-        assert "no MPS or CUDA device here: training on cpu" in out
+        assert "no MPS or CUDA device here: the CPU computes" in out
 
 
 @pytest.mark.parametrize(

@@ -204,7 +204,7 @@ def test_a_requeued_slurm_job_resumes_its_own_run(monkeypatch, capsys):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     capsys.readouterr()
     train("--epochs", "2")
-    assert "run            runs/original-shapes-seed0-2, going on after step" in capsys.readouterr().out
+    assert "run            runs/original-shapes-seed0-2, going on after epoch" in capsys.readouterr().out
     assert status("runs/original-shapes-seed0") == "interrupted"
     monkeypatch.setenv("SLURM_JOB_ID", "9")  # was requeued before it made a run
     train("--epochs", "1")

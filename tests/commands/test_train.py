@@ -21,17 +21,19 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from cifar_dist.cli import main
 from cifar_dist.commands.train import _leave_early
 from cifar_dist.config.loading import recipe_names
+from cifar_dist.config.plan import DatasetSizes, make_plan
 from cifar_dist.training.checkpoint import load_checkpoint
 from cifar_dist.training.engine import InterruptedRun, Trainer
 from cifar_dist.training.evaluation import EvaluationSet
 from cifar_dist.training.run_directory import RunDirectory
 from cifar_dist.training.session import Session
-from tests.conftest import make_dataset, make_images
+from tests.conftest import make_dataset, make_images, make_recipe
 
 DATA = ["--dataset", "shapes", "--data-dir", "/no/data", "--precision", "no"]
 SMALL = ["--recipe", "original", *DATA, "--set", "global_batch_size=32"]
 VALIDATION = ["--set", "validation_size=16", "selection=best", "early_stopping.monitor=val_loss"]
 EVERYTHING = (*VALIDATION, "ema_decay=0.9", "dropout=0.2", "optimizer.nesterov=true", "augmentation.mixup=0.5")
+SIZES = DatasetSizes(num_train=40 * 128, num_test=10)
 FIGURES = ["confusion.png", "curves.png", "mistakes.png", "per_class.png", "predictions.png"]
 
 
@@ -336,12 +338,13 @@ def test_an_interrupted_rank_prints_before_the_others_may_end_it():
         directory=SimpleNamespace(path="x"),
         trackers=SimpleNamespace(finish=lambda: calls.append("finished")),
         runtime=SimpleNamespace(is_main=True),
-        state=SimpleNamespace(epoch=0, step=1),
+        state=SimpleNamespace(step=46),
+        trainer=SimpleNamespace(plan=make_plan(make_recipe(), world_size=1, sizes=SIZES, device_type="cpu")),
         leave_together=lambda: calls.append(sys.stderr.getvalue()),
     )
     with contextlib.redirect_stderr(io.StringIO()):
         assert _leave_early(session, InterruptedRun(), "go on") == 75
-    assert calls == ["finished", "interrupted in epoch 1, step 1, and saved; go on with: go on\n"]
+    assert calls == ["finished", "interrupted in epoch 2, step 6, and saved; go on with: go on\n"]
 
 
 @pytest.mark.parametrize("saving", [False, True])

@@ -138,7 +138,7 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on(folder):
     ranks(process)[0].kill()  # it has the lock
     ((code, out, err),) = finish(process)
     assert code == 0, err
-    assert out.count("going on after step") == 1
+    assert out.count("going on after epoch") == 1
     assert (summary_of(run)["status"], summary_of(run)["world_size"]) == ("completed", 2)
     assert epochs_of(run) == list(range(1, 13))
     assert not (run / ".lock").exists()
@@ -168,7 +168,7 @@ def test_a_run_goes_on_with_the_same_bits_however_its_processes_were_ended(folde
         process.send_signal(number)
         ((code, out, err),) = finish(process)
         assert code == 75, err
-        assert ("going on after step" in out) == (arguments is again)
+        assert ("going on after epoch" in out) == (arguments is again)
         line, world = err.strip().splitlines()[-1], " ".join(arguments[:2])
         assert line.startswith("interrupted in epoch ")
         assert line.endswith(f"and saved; go on with: python {LAUNCH} {world} --resume run")

@@ -13,7 +13,8 @@ from cifar_dist.display.progress import (
     Display,
     PlainTraining,
     evaluation_display,
-    format_expected_end,
+    format_end,
+    format_quicker,
     loading_progress,
 )
 from cifar_dist.display.tables import (
@@ -80,15 +81,17 @@ def test_an_epoch_is_one_line():
 
 
 def test_the_result_in_words():
-    assert format_evaluation_totals(TEST) == "accuracy 75.00 %, loss 0.5000 on 20 images"
+    assert format_evaluation_totals(TEST) == "accuracy 75.00%, loss 0.5000 on 20 images"
     eleven = dataclasses.replace(TEST, per_class_accuracy=dict.fromkeys("abcdefghijk", 0.5))
-    assert format_evaluation_totals(eleven) == "accuracy 75.00 %, top-5 95.00 %, loss 0.5000 on 20 images"
+    assert format_evaluation_totals(eleven) == "accuracy 75.00%, top-5 95.00%, loss 0.5000 on 20 images"
     cat, dog, ship = format_class_bars(TEST, width=35)
-    assert cat.split() == ["cat", "60.40", "%", "██████"]
+    assert cat.split() == ["cat", "60.40%", "███████"]
     assert dog.split() == ["dog", "-"]
-    assert ship.endswith("100.00 %  ██████████")
-    outcome = "Early stopping triggered: training ended after 8 of 20 epochs in 79.91 minutes, best epoch 5"
+    assert ship.endswith("100.00%  ███████████")
+    outcome = "Early stopping triggered: training ended after 8 of 20 epochs in 1 h 20 min, best epoch 5"
     assert format_outcome(SUMMARY, total_epochs=20) == outcome
+    one = dataclasses.replace(SUMMARY, status="completed", epochs=1, best_epoch=None)
+    assert format_outcome(one, total_epochs=1) == "Training completed after 1 of 1 epoch in 1 h 20 min"
 
 
 def test_what_is_mistaken_most_comes_first():
@@ -103,8 +106,8 @@ def test_of_many_classes_the_worst_are_shown():
     many = dataclasses.replace(TEST, per_class_accuracy={f"class{i}": (i * 7 % 100) / 100 for i in range(100)})
     heading, first, *others = format_class_bars(many)
     assert heading == "the ten worst of 100 classes:"
-    assert first.split()[:2] == ["class0", "0.00"] and len(others) == 9
-    assert others[-1].split()[1] == "9.00"
+    assert first.split()[:2] == ["class0", "0.00%"] and len(others) == 9
+    assert others[-1].split()[1] == "9.00%"
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -114,9 +117,10 @@ def test_the_result_is_a_panel_on_a_terminal_and_plain_lines_elsewhere(terminal,
     print_result(shown, SUMMARY, 20, tmp_path)
     text = text_of(shown)
     assert ("╭" in text) == terminal
-    assert "79.91 minutes" in text
+    assert "in 1 h 20 min" in text
     assert "25.0% of cat taken for [red]ship" in text
-    assert f"next: python launch.py report {tmp_path}" in text
+    assert [line.split()[2] for line in text.splitlines()[-3:]] == ["report", "predict", "export"], "what comes next"
+    assert f"\n  python launch.py report {tmp_path}\n" in text
     assert "[red]ship" in text, "a class name was taken for markup"
     assert "\x1b" not in text
 
@@ -125,9 +129,9 @@ def test_the_header_is_aligned_and_breaks_between_words():
     shown, narrow = console(False), console(True, width=30)
     print_header(shown, {"run": "runs/x", "learning rate": "0.1"})
     assert text_of(shown) == "run            runs/x\nlearning rate  0.1\n"
-    print_header(narrow, {"device": "cpu, precision no (no fast bf16 here)"})
+    print_header(narrow, {"device": "cpu, float32 (no fast bf16 here), 2 threads"})
     lines = [line.rstrip() for line in text_of(narrow).splitlines()]
-    assert lines == ["device  cpu, precision no (no", "        fast bf16 here)"]
+    assert lines == ["device  cpu, float32 (no fast", "        bf16 here), 2 threads"]
 
 
 def test_the_view_fits_the_console(monkeypatch):
@@ -164,16 +168,18 @@ def test_plain_training_prints_an_epoch_a_line_and_signs_of_life():
 
 
 def test_a_long_run_is_told_what_would_be_shorter():
+    shorter = "--recipe quick is made to be short; --epochs 4 would take half an hour"
+    assert format_quicker(PLAN, "standard", PLAN.total_steps, 1.0) == shorter
+    assert format_quicker(PLAN, "standard", 0.1 * PLAN.total_steps, 0.1) == ""
+    assert "--epochs" not in format_quicker(PLAN, "standard", 10 * PLAN.total_steps, 10.0)
+    assert format_quicker(PLAN, "quick", PLAN.total_steps, 1.0) == "--epochs 4 would take half an hour"
+
+
+def test_the_expected_end_has_a_date_on_another_day():
     now = datetime(2026, 1, 1, 23, 0)
-    line = format_expected_end(PLAN, "standard", PLAN.total_steps, 1.0, now)
-    assert line.startswith("expected end 2026-01-02 01:10, in 2 h 10 min")
-    assert line.endswith("(--recipe quick is made to be short; --epochs 4 would take half an hour)")
-    assert "(" not in format_expected_end(PLAN, "standard", PLAN.total_steps, 0.1, now)
-    assert "--epochs" not in format_expected_end(PLAN, "standard", PLAN.total_steps, 10.0, now)
-    assert format_expected_end(PLAN, "quick", PLAN.total_steps, 1.0, now).endswith(
-        "(--epochs 4 would take half an hour)"
-    )
-    assert "expected end 5" in format_expected_end(PLAN, "quick", 10**15, 1.0, now), "no calendar goes so far"
+    assert format_end(1800, now) == "23:30"
+    assert format_end(7800, now) == "2026-01-02 01:10"
+    assert format_end(1e15, now).startswith("5"), "no calendar goes so far"
 
 
 def test_quiet_shows_notes_only():
@@ -213,4 +219,4 @@ def test_no_bar_is_broken_by_the_panel(width):
     print_lines(shown, format_class_bars(sure, width=width), title="result")
     lines = text_of(shown).splitlines()
     assert len(lines) == 2 + len(TEST.per_class_accuracy)
-    assert all("█" in line and "100.00 %" in line for line in lines[1:-1])
+    assert all("█" in line and "100.00%" in line for line in lines[1:-1])

@@ -13,7 +13,7 @@ from PIL import Image
 
 from cifar_dist.cli import main
 from cifar_dist.display.comparison import ReportedRun
-from cifar_dist.display.figures import draw_confusion, draw_curves, draw_overlay, draw_per_class
+from cifar_dist.display.figures import draw_confusion, draw_curves, draw_overlay, draw_per_class, draw_predictions
 from cifar_dist.display.page import page_of_run, page_of_runs, write_run
 from cifar_dist.records import Evaluation, Summary
 from tests.unit.test_metrics import record
@@ -58,7 +58,7 @@ def test_a_row_of_the_confusion_matrix_is_a_true_class(drawn, tmp_path):
     assert (axes.get_ylabel(), axes.get_xlabel()) == ("true class", "predicted class")
     assert axes.images[0].get_array()[0].tolist() == [60, 15, 25]
     numbers = {text.get_position(): text.get_text() for text in axes.texts}
-    assert numbers[2, 0] == "25.0" and numbers[0, 2] == "10.0" and (1, 2) not in numbers, "(column, row)"
+    assert numbers[2, 0] == "25" and numbers[0, 2] == "10" and (1, 2) not in numbers, "(column, row)"
     for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
         assert [label.get_text() for label in labels] == ["cat", "dog", "ship"]
 
@@ -93,6 +93,46 @@ def test_the_figures_of_a_run_mark_its_best_epoch_and_its_early_stop(drawn, tmp_
     )
     assert first == ["cat", "✗ cat\n→ dog 70%", "✗ dog\n→ ship 80%"]
     assert surest == ["✗ dog\n→ ship 80%", "✗ cat\n→ dog 70%"]
+
+
+def test_of_few_epochs_the_last_values_are_written(drawn, tmp_path):
+    records = [record(epoch, train_acc=epoch / 10, val_acc=epoch / 5, val_loss=0.5) for epoch in (1, 2, 3, 4)]
+    for count, expected in ((3, ["30.0%", "60.0%"]), (4, [])):
+        draw_curves(records[:count], tmp_path / "curves.png", title="", best_epoch=None)
+        texts = drawn["curves.png"].axes[1].texts
+        assert [text.get_text() for text in texts] == expected
+
+
+def test_the_colours_are_linear_where_numbers_stand_and_explained_elsewhere(drawn, tmp_path):
+    many = {f"class{number}": 0.5 for number in range(30)}
+    large = replace(TEST, per_class_accuracy=many, confusion_matrix=np.eye(30, dtype=int).tolist())
+    for evaluation, scale in ((TEST, 0.5), (large, 0.5**0.5)):
+        draw_confusion(evaluation, tmp_path / "confusion.png", title="")
+        axes, bar = drawn["confusion.png"].axes
+        assert axes.images[0].norm(50) == pytest.approx(scale)
+        assert ("square root" in bar.get_ylabel()) == (scale != 0.5)
+
+
+def test_a_picture_has_24_images_and_explains_its_marks(drawn, tmp_path):
+    images = np.zeros((64, 3, 8, 8), np.uint8)
+    labels, logits = np.zeros(64, np.int64), np.tile(LOGITS[:1], (64, 1))
+    draw_predictions(images, labels, logits, ["cat", "dog", "ship"], tmp_path / "mistakes.png", title="")
+    figure = drawn["mistakes.png"]
+    assert len(figure.axes[0].images) == 24
+    assert "with its probability" in figure.texts[1].get_text()
+
+
+def test_no_number_has_a_needless_zero(drawn, tmp_path):
+    draw_per_class(replace(TEST, per_class_accuracy={"a": 1.0, "b": 0.3333}), tmp_path / "per_class.png", title="")
+    assert [text.get_text() for text in drawn["per_class.png"].axes[0].texts] == ["33.3", "100"]
+
+
+def test_the_page_marks_what_differs_from_standard_and_breaks_keys_between_words(tmp_path):
+    page = page_of_run(a_run(tmp_path / "run"), SAVED)
+    marked = dict(re.findall(r'<div class="marked"><span>(.*?)</span><span>(.*?)</span>', page))
+    assert marked["epochs"] == "3 (13)" and marked["stem"] == "imagenet (cifar)"
+    assert marked["optimizer.<wbr>learning_<wbr>rate"] == "0.01 (0.05)" and "model" not in marked
+    assert "<div><span>model</span><span>resnet18</span></div>" in page
 
 
 def test_without_validation_the_titles_name_training(drawn, tmp_path):
@@ -166,7 +206,8 @@ def test_two_runs_of_one_seed_are_no_statistics(tmp_path, capsys):
     runs = [str(make_run(tmp_path / f"{place}")) for place in range(2)]
     assert main(["report", *runs]) == 0
     text = capsys.readouterr().out
-    assert "mean ± sd" not in text and "the same seed" in text
+    assert "mean ± sd" not in text
+    assert "no mean over these runs, which have the same recipe and the same seed: 0 (seed 0), 1 (seed 0)\n" in text
 
 
 def test_a_mean_of_times_is_over_one_number_of_processes(tmp_path, capsys):

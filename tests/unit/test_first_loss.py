@@ -19,4 +19,4 @@ def test_the_first_loss_after_a_resume_is_that_of_the_steps_since(runtime, monke
     before, *_ = trainer.state.sums.read()
     assert list(trainer.steps(1)) == [3], "goes on in the epoch, as a resumed run does"
     after, *_ = trainer.state.sums.read()
-    assert [event[2] for event in listener.events] == [None, None, pytest.approx((after - before) / 32, rel=1e-5)]
+    assert [event[2] for event in listener.events[1:]] == [None, pytest.approx((after - before) / 32, rel=1e-5)]

@@ -121,15 +121,39 @@ def test_the_best_epoch_stays_in_sight_and_a_low_terminal_shows_less():
     assert len(drawn(view, height=14)) == 12
 
 
-@pytest.mark.parametrize("width", [20, 40, 80])
+@pytest.mark.parametrize("width", [20, 40, 60, 80])
 def test_nothing_is_wider_than_the_terminal(width):
     view = view_on(terminal(width))
     train(view, 3)
     lines = drawn(view, width)
     assert max(map(len, lines)) <= width
-    assert len(lines) == 9, "a line was broken"
+    assert len(lines) == 9 + (0 if width == 80 else 1 if width == 60 else 2), "a line was broken"
     assert any("best" in line for line in lines) == (width >= 40)
-    assert any("loss 1.500  lr 0.1" in line for line in lines) == (width >= 80), "the bars have its room"
+    assert any("loss 1.500  lr 0.1" in line for line in lines)
+
+
+def test_at_60_columns_nothing_is_left_out_and_at_40_it_is_named():
+    view = view_on(terminal(60))
+    train(view, 3)
+    heading = " ".join(drawn(view, 60)[2:4]).split()
+    assert {"lr", "images", "/s", "time"} <= set(heading)
+    assert "too narrow" not in "".join(drawn(view, 60))
+    assert any(line.strip() == "too narrow for time, lr, images/s" for line in drawn(view, 40))
+
+
+def test_the_expected_end_is_shown_and_kept_up_to_date(monkeypatch):
+    monkeypatch.setattr("cifar_dist.display.progress.format_end", lambda seconds, now: f"in {seconds:.0f} s")
+    view = view_on(terminal())
+    seconds = [0.0]
+    view.end.clock = lambda: seconds[0]
+    for epoch, pace in ((1, 1.0), (2, 2.0)):
+        view.on_epoch_start(epoch, 0.1)
+        assert ("end in" in "".join(drawn(view))) == (epoch == 2)
+        for step in range(1, 392):
+            seconds[0] += pace
+            view.on_step(step, None)
+        view.on_epoch_end(record(epoch, step=391 * epoch, val_loss=0.5, val_acc=0.5), False)
+        assert f"end in {(20 - epoch) * 391 * pace:.0f} s" in "".join(drawn(view))
 
 
 def test_notes_prints_and_logs_go_above_and_the_table_stays_at_the_end(capsys):

@@ -94,13 +94,20 @@ def test_one_run_gets_its_figures_and_a_page(run):
     assert names_in(run / "figures") == EVERY_FIGURE
     for path in (run / "figures").iterdir():
         assert matplotlib_image.imread(path)[..., :3].std() > 0.02, f"{path} is empty"
-    page = html.unescape((run / "report.html").read_text())
+    page = html.unescape((run / "report.html").read_text()).replace("<wbr>", "")
     for expected in (
-        "original on shapes, seed 0", "75.00 %", "Early stopping triggered", "early stop (3)", "best epoch (2)",
+        "original on shapes, seed 0", "75.00%", "Early stopping triggered", "early stop (3)", "best epoch (2)",
         "optimizer.learning_rate", "0.01", "torch", "2.14", "abc", "bf16", r"40.0% of cat taken for $\dog$ (8 of 20)",
     ):  # fmt: skip
         assert expected in page, expected
     assert page.count("data:image/png;base64,") == 60 + 5 + 1, "the first images, the mistakes, the matrix"
+
+
+def test_what_was_written_is_a_line_a_folder(run, capsys):
+    assert main(["report", str(run)]) == 0
+    *_, figures, page = capsys.readouterr().out.splitlines()
+    assert figures.startswith("written: curves.png, ") and figures.endswith(f" in {run / 'figures'}")
+    assert page == f"written: report.html in {run}"
 
 
 def test_the_command_to_run_it_again_can_be_typed(run):
@@ -237,7 +244,15 @@ def test_untested_runs_are_in_no_mean(tmp_path, capsys):
     assert main(["report", *runs, untested]) == 0
     text = capsys.readouterr().out
     assert re.search(r"mean ± sd of 3 runs +60.00 ± 10.00", text)
-    assert "not tested yet, and in no mean: 1" in text
+    assert "\nc, in no mean, is not tested yet\n" in text
+    (Path(untested) / "checkpoints").mkdir()
+    (Path(untested) / "checkpoints" / "last.pt").touch()
+    assert main(["report", *runs, untested]) == 0
+    command = rf"(cifar-dist|python launch.py) eval --ckpt {untested}"
+    assert re.search(rf"^c, in no mean, is not tested yet: {command}$", capsys.readouterr().out, re.MULTILINE)
+    assert main(["report", untested]) == 0
+    assert re.search(rf"^not tested yet: {command}$", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(f"<pre>not tested yet: {command}</pre>", (Path(untested) / "report.html").read_text())
 
 
 @pytest.mark.parametrize("differing", ["global_batch_size", "precision", "content of the dataset"])
