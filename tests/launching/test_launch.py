@@ -97,7 +97,7 @@ def assert_trained_by_two(run: Path, printed: str, *, processes_here: int = 2) -
     assert summary["num_threads"] == max(1, cores // processes_here)
     assert (record["step"], record["world_size"]) == (4, 2)
     assert printed.count("4 per device x 2 processes") == 1
-    assert printed.count("Training completed after 1 of 1 epochs") == 1
+    assert printed.count("Training completed after 1 of 1 epoch") == 1
 
 
 @pytest.mark.parametrize(

@@ -346,7 +346,7 @@ def test_ghost_groups_are_normalized_by_their_own_moments(world, runtime):
 
 
 def test_ranks_have_one_precision(world):
-    note = ("the processes could not all serve one precision (bf16, fp16): using no",)
+    note = ("the processes could not all serve one precision (bf16, fp16): using float32",)
     assert world["precisions"] == [("no", note, "bf16", ())] * 2
 
 
@@ -431,7 +431,7 @@ def test_slurm_tasks_train_in_one_world_and_rank_0_writes_and_talks(folder):
     record = json.loads((folder / "run" / "metrics.jsonl").read_text())
     assert (record["step"], record["world_size"]) == (4, 2)
     assert "4 per device x 2 processes" in tasks[0][1]
-    assert "Training completed after 1 of 1 epochs" in tasks[0][1]
+    assert "Training completed after 1 of 1 epoch" in tasks[0][1]
     assert tasks[1][1] == "", "another rank than 0 prints"
     assert (folder / "writers").read_text() == "0\n", "checkpoints were written by these ranks"
     assert [path.name for path in (folder / "run" / "checkpoints").iterdir()] == ["last.pt"]
