@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -61,6 +61,8 @@ def train(
     With `quiet` nothing is printed. Raises UserError for a mistake, and RuntimeError, which gives the reason, where
     training was interrupted or failed.
     """
+    if resume and run_dir is None:
+        raise UserError("resume=True needs run_dir: the run's folder")
     options = TrainOptions(
         recipe=recipe if isinstance(recipe, Recipe) else _text("recipe", recipe, "a name, a file or a Recipe"),
         dataset=_name_or_folder(dataset),
@@ -69,7 +71,7 @@ def train(
         resume=resume,
         precision=precision,
         config=_text("config", config, "a file"),
-        trackers=(trackers,) if isinstance(trackers, str) else tuple(trackers),
+        trackers=_several("trackers", trackers, "names of trackers"),
         quiet=quiet,
     )
     world, asked = World.from_environment(os.environ), _read_config(options.config)
@@ -131,7 +133,11 @@ def predict(
     `checkpoint` is a run directory, a checkpoint or a bare state dict, whose classes are numbered. Files that could
     not be read come last, with the reason. Raises UserError where none could be read.
     """
-    named = [images] if isinstance(images, str | os.PathLike) else images
+    if not isinstance(top, int):
+        raise UserError(f"top is of type {type(top).__name__}: it must be a number of classes")
+    named = _several("images", images, "paths of files or folders")
+    if not named:
+        raise UserError("images is empty: it must be paths of files or folders")
     options = PredictOptions(
         checkpoint=_given("checkpoint", checkpoint, "a run directory or a file"),
         images=[_given("images", each, "paths of files or folders") for each in named],
@@ -169,6 +175,15 @@ def _name_or_folder(dataset: PathLike | None) -> str | None:
 
 def _given(name: str, value: PathLike, what: str) -> Path:
     return Path(_text(name, "" if value is None else value, what) or "")
+
+
+def _several(name: str, value: Any, what: str) -> tuple[Any, ...]:
+    """Return one value or several as a tuple. Raises UserError for another type."""
+    if isinstance(value, str | os.PathLike):
+        return (value,)
+    if not isinstance(value, Iterable):
+        raise UserError(f"{name} is of type {type(value).__name__}: it must be {what}")
+    return tuple(value)
 
 
 def _path(name: str, value: PathLike | None) -> Path | None:

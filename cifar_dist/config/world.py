@@ -40,8 +40,12 @@ class World:
         if "WORLD_SIZE" in environ:
             size, rank = _whole(environ, "WORLD_SIZE", 1), _whole(environ, "RANK", 0)
             local_rank = _whole(environ, "LOCAL_RANK", 0)
-            if size > 1 and "LOCAL_WORLD_SIZE" not in environ:
-                raise UserError("WORLD_SIZE is set without LOCAL_WORLD_SIZE: set that to the processes of this machine")
+            for name, meaning in (
+                ("RANK", "number of this process"),
+                ("LOCAL_WORLD_SIZE", "processes of this machine"),
+            ):
+                if size > 1 and name not in environ:
+                    raise UserError(f"WORLD_SIZE is set without {name}: set that to the {meaning}")
             local_size = _whole(environ, "LOCAL_WORLD_SIZE", 1)
             world = cls(rank=rank, size=size, local_rank=local_rank, local_size=local_size, launcher="torchrun")
         else:
@@ -51,6 +55,9 @@ class World:
             world = cls._slurm_task(environ)
         if not world.rank < world.size:
             raise UserError(f"this process has rank {world.rank} in a world of {world.size}: mend RANK and WORLD_SIZE")
+        if not world.local_rank < world.local_size:
+            numbers = f"LOCAL_RANK={world.local_rank} of {world.local_size} processes on this machine"
+            raise UserError(f"this process has {numbers}: mend LOCAL_RANK and LOCAL_WORLD_SIZE")
         return world
 
     def rendezvous_address(self, environ: Mapping[str, str]) -> tuple[str, int]:

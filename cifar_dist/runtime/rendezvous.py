@@ -50,6 +50,11 @@ def rendezvous(world: World, backend: str) -> Ranks:
     return meeting.ranks
 
 
+def _prefix() -> str:
+    """Return what the keys of the next world begin with: an agent's store outlives a restart (`--max-restarts`)."""
+    return f"cifar-dist-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{next(_WORLDS)}"
+
+
 class _Meeting(threading.Thread):
     """Joins the other processes. Ends with `ranks` or an `error`."""
 
@@ -81,7 +86,7 @@ class _Meeting(threading.Thread):
         world = self._world
         if world.rank == 0 and not self._has_agent:
             _SERVERS.append(_serve(self._port))
-        store = PrefixStore(f"cifar-dist-{next(_WORLDS)}", self._find_store())
+        store = PrefixStore(_prefix(), self._find_store())
         self._wait_for_all(store)
         advice = f"can the machines reach each other by {self._backend}?"
         self._begin(f"waiting for connections between {world.size} processes", _PEERS_SECONDS, advice)

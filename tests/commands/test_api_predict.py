@@ -78,7 +78,7 @@ def test_the_block_on_images_runs(images):
     ("call", "message"),
     [
         (lambda: train("quick", dataset="shapes", run_dir="held"), "add resume=True to go on .* name another run_dir"),
-        (lambda: train("quick", resume=True), "resume=True needs to know the run"),
+        (lambda: train("quick", resume=True), "resume=True needs run_dir"),
         (lambda: train("quick", dataset=TensorDataset(torch.ones(1))), "dataset is of type TensorDataset: it must be"),
         (lambda: train({"epochs": 1}), "recipe is of type dict: it must be a name, a file or a Recipe"),
         (lambda: train(Path("my.yaml"), dataset="shapes"), "recipe file my.yaml does not exist"),
@@ -87,6 +87,10 @@ def test_the_block_on_images_runs(images):
         (lambda: evaluate(None), "checkpoint is empty: it must be"),
         (lambda: predict("bare.pth", [torch.ones(3, 32, 32)]), "images is of type Tensor: it must be paths"),
         (lambda: predict("bare.pth", "images", top=0), "^top must be 1 or more"),
+        (lambda: predict("bare.pth", "images", top="3"), "top is of type str: it must be"),
+        (lambda: predict("bare.pth", None), "images is of type NoneType: it must be"),
+        (lambda: predict("bare.pth", []), "images is empty: it must be"),
+        (lambda: train("quick", trackers=5), "trackers is of type int: it must be"),
         (lambda: load_model(torch.nn.Identity()), "checkpoint is of type Identity: it must be"),
     ],
 )

@@ -84,6 +84,8 @@ def test_the_first_host_of_a_slurm_step(nodelist, host):
         {"WORLD_SIZE": "two"},
         {"WORLD_SIZE": "2", "RANK": "2", "LOCAL_WORLD_SIZE": "2"},
         {"WORLD_SIZE": "2", "RANK": "-1"},
+        {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+        {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"},  # would wait without a word
         {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"},  # ranks would not agree on how many share a machine
         {"OMPI_COMM_WORLD_SIZE": "2"},  # two worlds of one
     ],

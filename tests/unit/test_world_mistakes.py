@@ -36,7 +36,10 @@ STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_S
         ({"MV2_COMM_WORLD_SIZE": "2"}, None),
         ({**STEP, "SLURM_STEP_NUM_TASKS": "2", "PMI_SIZE": "2"}, 2),  # srun --mpi=pmi2
         ({"OMPI_COMM_WORLD_SIZE": "1", "PMI_SIZE": ""}, 1),
-        ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "OMPI_COMM_WORLD_SIZE": "2"}, 8),  # mpirun starts torchrun
+        (
+            {"WORLD_SIZE": "8", "RANK": "0", "LOCAL_WORLD_SIZE": "4", "OMPI_COMM_WORLD_SIZE": "2"},
+            8,
+        ),  # mpirun starts torchrun
     ],
 )
 def test_ranks_of_mpirun_are_refused_in_a_slurm_job_too(environ, size):
@@ -223,3 +226,13 @@ def test_only_a_lost_peer_is_taken_for_one(error, is_lost_peer, monkeypatch, cap
     assert end.value.code == 1
     assert shown.startswith("rank 1 ends: another process is gone (") == is_lost_peer
     assert ("Traceback" in shown) != is_lost_peer
+
+
+def test_restarted_processes_do_not_find_the_keys_of_those_before(monkeypatch):
+    def keys(restarts):
+        monkeypatch.setattr(meeting, "_WORLDS", itertools.count())  # as in a new process
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+        return {meeting._prefix(), meeting._prefix()}
+
+    assert keys("0") == keys("0")
+    assert len(keys("0") | keys("1")) == 4
