@@ -10,6 +10,7 @@ from PIL import Image
 
 from cifar_dist.cli import main
 from cifar_dist.training.checkpoint import load_checkpoint
+from tests.commands.test_train import NarrowResNet
 
 
 def put(folder: Path, count: int, first: int = 0) -> None:
@@ -28,6 +29,7 @@ def folder(tmp_path_factory):
         patch.chdir(folder)
         patch.setenv("CIFAR_DIST_CACHE", str(folder / "cache"))
         patch.setattr("cifar_dist.display.figures.save_figure", lambda figure, path: path.touch())
+        patch.setattr("cifar_dist.model.resnet.resnet18", NarrowResNet)
         put(folder / "own", 20)
         put(folder / "foreign", 5, first=50)
         put(folder / "tested/test", 3, first=60)
