@@ -50,7 +50,8 @@ class PlainDisplay(Display):
 
     def on_evaluation(self, done: int, total: int) -> None:
         """Show that an evaluation goes on."""
-        self.sign_of_life(f"evaluating {done:,}/{total:,} images")
+        if done < total:  # else the result comes
+            self.sign_of_life(f"evaluating {done:,}/{total:,} images")
 
     def sign_of_life(self, text: str) -> None:
         """Print a line if none came for long."""

@@ -158,6 +158,8 @@ def test_plain_training_prints_an_epoch_a_line_and_signs_of_life():
         view.on_evaluation(10, 20)
         clock.now = 57.0
         view.on_evaluation(15, 20)
+        clock.now = 99.0
+        view.on_evaluation(20, 20)
     lines = text_of(shown).splitlines()
     assert lines[0].startswith("expected end ") and "in 13 min 0 s" in lines[0]
     assert lines[1].startswith("epoch  1/20  loss 1.000")
