@@ -91,7 +91,7 @@ def wait_for_training(cluster: Cluster, job_id: str, starts: int = 1) -> None:
 
     def trains(job: dict[str, str]) -> bool:
         parts = read_log(job).split("run directory ")
-        return len(parts) > starts and parts[starts].count("epoch ") >= 2
+        return len(parts) > starts and len(re.findall(r"^epoch +\d", parts[starts], re.MULTILINE)) >= 2
 
     cluster.wait_until(job_id, f"training after start {starts}", trains, timeout=300)
 
