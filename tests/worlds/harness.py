@@ -139,7 +139,9 @@ def run_ranks(
 def _program(
     argv: list[str], cwd: Path, environ: dict[str, str], files: list[Path], prepare: Callable[[], None] | None
 ) -> None:
-    multiprocessing.current_process()._config["daemon"] = False  # it may start processes of its own
+    # It may start processes of its own, as a fresh interpreter would.
+    multiprocessing.current_process()._config["daemon"] = False
+    multiprocessing.set_start_method(None, force=True)
     os.chdir(cwd)
     os.environ.clear()
     os.environ |= environ
@@ -151,9 +153,7 @@ def _program(
     torch.set_num_threads(1)
     if prepare is not None:
         prepare()
-    code = main(argv)
-    sys.stdout.flush()
-    os._exit(code)
+    sys.exit(main(argv))
 
 
 def _store() -> TCPStore:
