@@ -18,7 +18,6 @@ from cifar_dist.config.accelerate_config import load_accelerate_config, processe
 from cifar_dist.config.arguments import parse_arguments
 from cifar_dist.config.checks import check_options
 from cifar_dist.config.errors import (
-    EXIT_DONE,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_KEYBOARD_INTERRUPT,
@@ -74,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if world.rank == 0:
             print("interrupted, with nothing left to save", file=sys.stderr)
         code = EXIT_INTERRUPTED
-    if world.size > 1 and code != EXIT_DONE:  # together: Slurm may kill the others as soon as one has ended
+    if world.size > 1:  # at once: threads of torch's process group may abort the end of the interpreter
         _exit_now(code)
     return code
 
@@ -115,10 +114,11 @@ def _run(argv: list[str], world: World) -> int:
         from cifar_dist.runtime.launch import end_with_parent
 
         end_with_parent(signal.SIGTERM)
-    # Both are read when torch is imported, so they must stand before that. The first matters on a Mac only. The second
+    # All are read when torch is imported, so they must stand before that. The first matters on a Mac only. The last
     # is GNU OpenMP's: threads wait for each other in a loop that keeps the core from whoever else needs it; a short
     # one costs nothing measurable alone (docs/benchmarks.md).
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # without name resolution each connection is a warning
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if importlib.util.find_spec("torch") is None:

@@ -40,6 +40,7 @@ def _isolate_environment() -> None:
         "TERM": "xterm-256color",
         "OMP_NUM_THREADS": "1",  # workers share the cores
         "GOMP_SPINCOUNT": "10000",  # as the launcher sets it
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # as the launcher sets it
         "CIFAR_DIST_CIFAR10_URLS": "http://127.0.0.1:9/cifar-10-python.tar.gz",  # nothing is downloaded
         "CIFAR_DIST_CIFAR100_URLS": "http://127.0.0.1:9/cifar-100-python.tar.gz",
     }

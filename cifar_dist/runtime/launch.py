@@ -100,6 +100,9 @@ class _Processes:
         self._handlers: dict[int, Any] = {}
         self._mask: set[int] = set()
         self._num_interrupts = 0
+        self._complete = False
+        self._early: list[int] = []
+        """Signals that came before all processes were started."""
         self._code: int | None = None
         """The exit code, once the processes were killed on request."""
 
@@ -125,6 +128,9 @@ class _Processes:
     def wait(self) -> int:
         """Wait for all processes; return the exit code of the whole."""
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+        self._complete = True
+        for number in self._early:
+            self._pass_on(number, None)
         failed: subprocess.Popen[bytes] | None = None
         deadline = 0.0
         while None in [process.poll() for process in self._started]:
@@ -150,6 +156,9 @@ class _Processes:
         return failed
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        if not self._complete:  # another thread of this process had the signal unblocked
+            self._early.append(number)
+            return
         self._num_interrupts += number == signal.SIGINT
         if self._num_interrupts > 1 or number == signal.SIGQUIT:
             self._code = EXIT_KEYBOARD_INTERRUPT

@@ -101,7 +101,7 @@ class Session(Checkpointing):
         """Wait until all is written and said: the first process that ends may have the others killed, as with Slurm."""
         if self.runtime.world.size > 1:
             self.trainer.interrupt.ignore()
-        self.runtime.ranks.exchange([])
+        self.runtime.ranks.exchange([0])  # gloo does not wait for others if there is nothing to exchange
 
     def due_by_step(self, step: int) -> bool:
         """Whether a checkpoint is due after this step."""
