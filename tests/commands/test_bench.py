@@ -38,6 +38,9 @@ from cifar_dist.training.step_profile import flops_per_image, memory_by_part, pe
 from tests.commands.test_train import NarrowResNet, small_world_in
 from tests.conftest import ROOT, make_dataset, make_recipe
 
+# The original script has two workers, of which torch warns on one core.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
 BENCH = ["bench", "--recipe", "original", "--precision", "no", "--seconds", "0.01", "--set", "global_batch_size=8"]
 
 
