@@ -28,8 +28,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the package beside this file, where another one is installed too
 
-from cifar_dist.training.checkpoint import load_checkpoint  # noqa: E402
-from cifar_dist.training.run_directory import RunDirectory  # noqa: E402
+from cifar_dist.run.checkpoint import load_checkpoint  # noqa: E402
+from cifar_dist.run.directory import RunDirectory  # noqa: E402
 
 # Mixed images, averaged weights and a best epoch that need not be the last: much that can be lost.
 ARGUMENTS = """--dataset shapes --recipe original --epochs 3 --precision no --quiet --resume --set stem=small

@@ -18,9 +18,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from cifar_dist.cli import main as cifar_dist
-from cifar_dist.training.engine import Trainer
-from cifar_dist.training.session import Session
+from cifar_dist.run.session import Session
 from cifar_dist.training.state import Best, copy_weights
+from cifar_dist.training.trainer import Trainer
 
 
 class Clock:

@@ -27,10 +27,10 @@ from PIL import Image
 
 from cifar_dist.cli import main as cifar_dist
 from cifar_dist.data import datasets
-from cifar_dist.data.batches import Batch
 from cifar_dist.data.dataset import Dataset, LabelledImages
-from cifar_dist.training.engine import Trainer
+from cifar_dist.data.loader import Batch
 from cifar_dist.training.step import TrainingStep
+from cifar_dist.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 FIRST_STEP = """

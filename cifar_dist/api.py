@@ -21,8 +21,8 @@ from cifar_dist.config.options import EvalOptions, PredictOptions, TrainOptions
 from cifar_dist.config.recipe import Recipe
 from cifar_dist.config.world import World
 from cifar_dist.display.console import make_console, print_error
-from cifar_dist.records import Evaluation, Prediction, Summary
-from cifar_dist.training.weights import read_weights
+from cifar_dist.run.results import Evaluation, Prediction, Summary
+from cifar_dist.run.weights import read_weights
 
 PathLike = str | os.PathLike[str]
 Precision = Literal["auto", "no", "fp16", "bf16"]

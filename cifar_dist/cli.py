@@ -16,7 +16,6 @@ from typing import NoReturn
 
 from cifar_dist.config.accelerate_config import load_accelerate_config, processes_to_start, with_processes
 from cifar_dist.config.arguments import parse_arguments
-from cifar_dist.config.checks import check_options
 from cifar_dist.config.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -29,9 +28,10 @@ from cifar_dist.config.errors import (
 from cifar_dist.config.options import EvalOptions, Options, PredictOptions, TrainOptions
 from cifar_dist.config.plan import KNOWN_SIZES
 from cifar_dist.config.provenance import PROGRAM, program_name
-from cifar_dist.config.request import TrainRequest, check_before_launch, check_plan
-from cifar_dist.config.run_files import first_good, verify
 from cifar_dist.config.world import LAUNCHED, World
+from cifar_dist.run.checks import check_options
+from cifar_dist.run.resolve import TrainRequest, check_before_launch, check_plan
+from cifar_dist.run.run_files import first_good, verify
 
 _COMMANDS = {"eval": "evaluate"}  # whose module has another name
 
@@ -144,7 +144,7 @@ def _check(options: Options, world_size: int, machine_rank: int) -> TrainRequest
     if isinstance(options, TrainOptions):
         request = check_before_launch(options, world_size=world_size, machine_rank=machine_rank)
         if request is not None and options.resume and not options.dry_run:
-            from cifar_dist.training.run_directory import RunDirectory
+            from cifar_dist.run.directory import RunDirectory
 
             run = RunDirectory(options.resume_dir or options.run_dir or Path())
             if run.nothing_left(request.recipe.epochs) is not None:

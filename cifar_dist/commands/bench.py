@@ -12,9 +12,8 @@ from rich.console import Console
 from cifar_dist.baselines import peer, script
 from cifar_dist.baselines.bare import BareStep
 from cifar_dist.config.accelerate_config import AccelerateConfig
-from cifar_dist.config.checks import recipe_for_speed
 from cifar_dist.config.errors import EXIT_DONE, UserError
-from cifar_dist.config.files import STANDARD_OUTPUT, check_json, write_json
+from cifar_dist.config.files import STANDARD_OUTPUT, write_json
 from cifar_dist.config.loading import recipe_label
 from cifar_dist.config.options import BenchOptions
 from cifar_dist.config.plan import make_plan
@@ -28,13 +27,15 @@ from cifar_dist.display.tables import format_bench, format_duration, format_swee
 from cifar_dist.model.convolution import use_dense_products
 from cifar_dist.model.optimizer import build_optimizer
 from cifar_dist.model.resnet import build_resnet
+from cifar_dist.run.checks import recipe_for_speed
+from cifar_dist.run.run_files import check_json
 from cifar_dist.runtime.distributed import Runtime, connect, start
 from cifar_dist.runtime.graphs import EAGER_STEPS, recorded
 from cifar_dist.runtime.timing import Contender, alternate
-from cifar_dist.training.engine import Trainer
 from cifar_dist.training.setup import build_trainer
 from cifar_dist.training.step_profile import flops_per_image, memory_by_part, peak_flops, seconds_by_part
 from cifar_dist.training.sweep import sweep
+from cifar_dist.training.trainer import Trainer
 
 _NUM_CLASSES = 10
 

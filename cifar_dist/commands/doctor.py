@@ -13,7 +13,6 @@ from cifar_dist.config.options import DoctorOptions
 from cifar_dist.config.plan import KNOWN_SIZES, fit_to_dataset, make_plan
 from cifar_dist.config.provenance import git_commit, package_versions
 from cifar_dist.config.recipe import resolve_recipe
-from cifar_dist.config.request import DEFAULT_DATA_DIR, DEFAULT_DATASET, DEFAULT_RECIPE
 from cifar_dist.config.world import World
 from cifar_dist.data.archives import CIFAR10, CIFAR100
 from cifar_dist.data.datasets import load_dataset
@@ -23,6 +22,7 @@ from cifar_dist.display.progress import loading_progress
 from cifar_dist.display.tables import print_header, print_notes
 from cifar_dist.model.pretrained import imagenet_weights, imagenet_weights_place
 from cifar_dist.model.schedule import learning_rate_line
+from cifar_dist.run.resolve import DEFAULT_DATA_DIR, DEFAULT_DATASET, DEFAULT_RECIPE
 from cifar_dist.runtime.device import check_world, choose_compute, describe_devices
 from cifar_dist.runtime.threads import usable_cores
 

@@ -10,11 +10,9 @@ from rich.console import Console
 from torch import Tensor
 
 from cifar_dist.config.accelerate_config import AccelerateConfig
-from cifar_dist.config.checks import check_evaluation
 from cifar_dist.config.errors import EXIT_DONE, UserError
 from cifar_dist.config.files import STANDARD_OUTPUT, write_json, writing
 from cifar_dist.config.options import EvalOptions
-from cifar_dist.config.request import DEFAULT_DATA_DIR, DEFAULT_DATASET, check_dataset_name, computed_with
 from cifar_dist.config.world import World
 from cifar_dist.data.dataset import Dataset, LabelledImages
 from cifar_dist.data.datasets import load_dataset
@@ -22,12 +20,14 @@ from cifar_dist.data.split import stratified_split
 from cifar_dist.display.console import check_drawing, make_console
 from cifar_dist.display.progress import evaluation_display, loading_progress
 from cifar_dist.display.tables import format_class_bars, format_evaluation_totals, print_lines, print_notes
-from cifar_dist.records import Evaluation
+from cifar_dist.run.checks import check_evaluation
+from cifar_dist.run.resolve import DEFAULT_DATA_DIR, DEFAULT_DATASET, check_dataset_name, computed_with
+from cifar_dist.run.results import Evaluation
+from cifar_dist.run.weights import SavedWeights, read_weights
 from cifar_dist.runtime.distributed import Runtime, connect, start
 from cifar_dist.runtime.precision import FULL_NAMES
 from cifar_dist.training.evaluation import EvaluationSet, what_figures_need
 from cifar_dist.training.metrics import summarize
-from cifar_dist.training.weights import SavedWeights, read_weights
 
 
 def run(options: EvalOptions, world: World, config: AccelerateConfig) -> int:
@@ -40,8 +40,8 @@ def run(options: EvalOptions, world: World, config: AccelerateConfig) -> int:
 def evaluate(options: EvalOptions, world: World, config: AccelerateConfig, console: Console) -> Evaluation:
     """Evaluate as asked, tell the console, and give the result on all ranks. Raises UserError."""
     with connect(world, config) as ranks:
-        weights = ranks.from_main(lambda: _read(options))
-        dataset = ranks.in_turn(lambda: _load_data(console, options, weights))
+        weights = ranks.broadcast_from_main(lambda: _read(options))
+        dataset = ranks.main_process_first(lambda: _load_data(console, options, weights))
         runtime = start(
             ranks, config, **computed_with(weights.about, options.precision, world.size), doing="evaluating"
         )

@@ -16,10 +16,10 @@ from cifar_dist.config.options import ExportOptions
 from cifar_dist.config.provenance import package_versions
 from cifar_dist.config.recipe import recipe_to_mapping
 from cifar_dist.config.world import World
-from cifar_dist.data.batches import Normalizer
+from cifar_dist.data.loader import Normalizer
 from cifar_dist.display.console import make_console
 from cifar_dist.display.tables import print_notes
-from cifar_dist.training.weights import SavedWeights, read_weights
+from cifar_dist.run.weights import SavedWeights, read_weights
 
 _TOLERANCE = 1e-4
 """Largest difference of onnxruntime's logits from torch's, relative to the largest logit or to 1."""
@@ -134,4 +134,4 @@ def _onnx(weights: SavedWeights) -> bytes:
 
 
 _WRITERS = {".pth": _pth, ".safetensors": _safetensors, ".onnx": _onnx}
-"""What writes each of the formats in `config.checks.EXPORT_PACKAGES`."""
+"""What writes each of the formats in `run.checks.EXPORT_PACKAGES`."""

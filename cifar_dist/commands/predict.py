@@ -10,20 +10,21 @@ from torch import Tensor, nn
 
 from cifar_dist.config.accelerate_config import AccelerateConfig
 from cifar_dist.config.errors import EXIT_DONE, EXIT_USER_ERROR
-from cifar_dist.config.files import STANDARD_OUTPUT, check_json, write_json
+from cifar_dist.config.files import STANDARD_OUTPUT, write_json
 from cifar_dist.config.options import PredictOptions
-from cifar_dist.config.request import computed_with
 from cifar_dist.config.world import World
-from cifar_dist.data.batches import Normalizer
 from cifar_dist.data.decoding import ImageFile
 from cifar_dist.data.image_files import UNREADABLE, decode_images, find_images
+from cifar_dist.data.loader import Normalizer
 from cifar_dist.display.console import make_console, print_error
 from cifar_dist.display.progress import evaluation_display
 from cifar_dist.display.tables import format_table, print_notes
-from cifar_dist.records import Observer, Prediction
+from cifar_dist.run.resolve import computed_with
+from cifar_dist.run.results import Observer, Prediction
+from cifar_dist.run.run_files import check_json
+from cifar_dist.run.weights import SavedWeights, read_weights
 from cifar_dist.runtime.distributed import Runtime, connect, start
 from cifar_dist.training.evaluation import batch_size_for
-from cifar_dist.training.weights import SavedWeights, read_weights
 
 _DECODED_AT_ONCE = 256
 """Images, or a few more: enough for all the threads that decode, and little memory."""
@@ -48,7 +49,7 @@ def predict(
     On rank 0, `on_failure` is called with a line for each of them. Raises UserError.
     """
     with connect(world, config) as ranks:
-        weights, files, unreadable, skipped = ranks.from_main(lambda: _read(options))
+        weights, files, unreadable, skipped = ranks.broadcast_from_main(lambda: _read(options))
         runtime = start(
             ranks, config, **computed_with(weights.about, options.precision, world.size), doing="predicting"
         )

@@ -29,8 +29,8 @@ from cifar_dist.display.tables import (
     print_notes,
     print_table,
 )
-from cifar_dist.records import EpochRecord, Summary
-from cifar_dist.training.run_directory import RunDirectory
+from cifar_dist.run.directory import RunDirectory
+from cifar_dist.run.results import EpochRecord, Summary
 
 # matplotlib takes its time to be imported: what needs it is imported where it is used. torch is not needed.
 

@@ -16,7 +16,6 @@ from cifar_dist.config.options import TrainOptions
 from cifar_dist.config.plan import RunPlan, make_plan
 from cifar_dist.config.provenance import command_line, version_note
 from cifar_dist.config.recipe import Recipe
-from cifar_dist.config.request import TrainRequest, computed_with, resolve_run, seconds_allowed
 from cifar_dist.config.world import SlurmJob, World
 from cifar_dist.data.archives import ARCHIVES
 from cifar_dist.data.dataset import Dataset
@@ -27,18 +26,19 @@ from cifar_dist.display.live import training_display
 from cifar_dist.display.progress import Display, loading_progress
 from cifar_dist.display.tables import print_header, print_notes, print_result
 from cifar_dist.model.schedule import learning_rate_line
-from cifar_dist.records import Summary
+from cifar_dist.run.directory import RunDirectory, UnwrittenRun
+from cifar_dist.run.lock import RunLock
+from cifar_dist.run.opening import begin_session, checkpoint_intervals, describe, new_directory, open_run
+from cifar_dist.run.resolve import TrainRequest, computed_with, resolve_run, seconds_allowed
+from cifar_dist.run.results import Summary
+from cifar_dist.run.saving import CheckpointWriter
+from cifar_dist.run.session import Session
 from cifar_dist.runtime.device import ComputeSettings, check_world, choose_compute
 from cifar_dist.runtime.distributed import connect, start
 from cifar_dist.runtime.interrupt import Interrupt
 from cifar_dist.runtime.ranks import Ranks
-from cifar_dist.training.engine import DivergedError, InterruptedRun
-from cifar_dist.training.lock import RunLock
-from cifar_dist.training.opening import begin_session, checkpoint_intervals, describe, new_directory, open_run
-from cifar_dist.training.run_directory import RunDirectory, UnwrittenRun
-from cifar_dist.training.saving import CheckpointWriter
-from cifar_dist.training.session import Session
 from cifar_dist.training.setup import build_trainer
+from cifar_dist.training.trainer import DivergedError, InterruptedRun
 
 
 def run(options: TrainOptions, world: World, config: AccelerateConfig) -> int:
@@ -62,12 +62,12 @@ def train(
     interrupt = Interrupt(seconds=seconds_allowed(options.max_minutes, os.environ, time.time()))
     slurm_job = SlurmJob.from_environment(os.environ)
     with connect(world, config) as ranks, RunLock(slurm_job) as lock:
-        opened = ranks.from_main(
+        opened = ranks.broadcast_from_main(
             lambda: open_run(options, world, slurm_job, lock, lambda text: print_notes(console, [text]))
         )
         if opened.nothing_left is not None:
             print_notes(console, [opened.nothing_left])
-            return EXIT_DONE, ranks.from_main(RunDirectory(opened.directory).read_summary)
+            return EXIT_DONE, ranks.broadcast_from_main(RunDirectory(opened.directory).read_summary)
         request, stored = opened.run.request, opened.run.stored
         dataset, fingerprint = _load_alike(console, request, ranks)
         how = computed_with(stored, options.precision, world.size)
@@ -132,9 +132,9 @@ def _show_plan(console: Console, options: TrainOptions, world: World, config: Ac
 
 def _load_alike(console: Console, request: TrainRequest, ranks: Ranks) -> tuple[Dataset, str]:
     """Give the dataset and its fingerprint. Raises UserError where a machine has other files than that of rank 0."""
-    dataset = ranks.in_turn(lambda: _load(console, request))
+    dataset = ranks.main_process_first(lambda: _load(console, request))
     fingerprint = dataset.fingerprint()
-    expected = ranks.from_main(lambda: fingerprint)
+    expected = ranks.broadcast_from_main(lambda: fingerprint)
     with ranks.together():
         if fingerprint != expected:
             raise UserError(f"{request.dataset} is not the same on {platform.node()} as on the machine of rank 0")

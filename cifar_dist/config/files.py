@@ -4,13 +4,12 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from cifar_dist.config.errors import UserError
-from cifar_dist.config.run_files import RunFiles
 
 STANDARD_OUTPUT = Path("-")
 """What `--json` may name instead of a file."""
@@ -44,30 +43,6 @@ def write_output(path: Path, content: bytes) -> None:
     """Write a file that was asked for, atomically. Raises UserError where that cannot be."""
     with writing(path):
         write_atomically(path, lambda file: file.write(content))
-
-
-def check_output(option: str, path: Path, read: Sequence[Path] = ()) -> None:
-    """Refuse a place that cannot be written to before time is spent on what goes there. Raises UserError.
-
-    Nor are the files overwritten that the command reads, nor those of a run.
-    """
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UserError(f"{option} {path} cannot be written: name a file in a folder that exists")
-    if not path.exists():
-        return
-    if any(os.path.exists(each) and path.samefile(each) for each in read):  # noqa: PTH110 - a Path raises where nobody may look
-        raise UserError(f"{option} {path} would overwrite what is read: name another file")
-    if any(RunFiles(folder).owns(one) for one in (path.absolute(), path.resolve()) for folder in list(one.parents)[:2]):
-        raise UserError(f"{option} {path} would overwrite a run's own file: name another file")
-
-
-def check_json(path: Path | None, *read: str | Path | None) -> None:
-    """Refuse a `--json` that was typed where it cannot be written, as `check_output` does. Raises UserError.
-
-    `read` are the files that are read, or what was typed where a name would do too.
-    """
-    if path is not None and path != STANDARD_OUTPUT:
-        check_output("--json", path, [Path(each) for each in read if each is not None])
 
 
 def write_json(path: Path | None, content: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ from cifar_dist.data.color import jitter
 from cifar_dist.data.dataset import to_device
 from cifar_dist.data.geometry import AffineMove, move_pixels
 from cifar_dist.data.mixing import cutout, mix
-from cifar_dist.data.order import derive_seed
+from cifar_dist.data.sampler import derive_seed
 
 COLUMNS = (
     "crop_y", "crop_x", "flip", "angle", "affine_angle", "affine_y", "affine_x", "affine_scale",

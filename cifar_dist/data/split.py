@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cifar_dist.data.order import derive_seed
+from cifar_dist.data.sampler import derive_seed
 
 
 def stratified_split(labels: Tensor, validation_size: int, *, seed: int) -> tuple[Tensor, Tensor]:

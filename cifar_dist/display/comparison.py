@@ -11,8 +11,8 @@ from typing import Any
 
 from cifar_dist.config.parsing import flatten
 from cifar_dist.config.provenance import command_line
-from cifar_dist.config.run_files import RunFiles
-from cifar_dist.records import EpochRecord, Summary
+from cifar_dist.run.results import EpochRecord, Summary
+from cifar_dist.run.run_files import RunFiles
 
 _FACTS = ("run", "status", "seed", "epochs")
 # What is measured: the heading for people, the digits after the point, the factor, and the field of the CSV.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from cifar_dist.records import EpochRecord
+from cifar_dist.run.results import EpochRecord
 
 # Okabe and Ito's palette, told apart with any colour vision (https://jfly.uni-koeln.de/color/); without its black and
 # its yellow, which a dark and a white page swallow.

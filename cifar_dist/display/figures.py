@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from cifar_dist.display.canvas import plain, save_figure, to_svg
 from cifar_dist.display.curves import BLUE, RED, Panel, draw_panel, overlaid_panels, run_panels
-from cifar_dist.records import EpochRecord, Evaluation
+from cifar_dist.run.results import EpochRecord, Evaluation
 
 # From nothing to blue, so that what is under it shows: white paper or a dark page.
 _BLUES = LinearSegmentedColormap.from_list("blues", [f"{BLUE}00", BLUE])

@@ -17,7 +17,7 @@ from cifar_dist.config.plan import RunPlan
 from cifar_dist.display.console import can_draw
 from cifar_dist.display.progress import Display, ExpectedEnd, PlainTraining
 from cifar_dist.display.tables import format_duration
-from cifar_dist.records import EpochRecord
+from cifar_dist.run.results import EpochRecord
 
 _NUM_EPOCHS = 6
 _WIDE = 80  # columns of a terminal, from which on numbers have room beside the bars

@@ -39,7 +39,7 @@ from cifar_dist.display.html import (
     html_tiles,
 )
 from cifar_dist.display.tables import format_confusions, format_duration, format_outcome, format_percent
-from cifar_dist.records import Evaluation
+from cifar_dist.run.results import Evaluation
 
 Arrays = Mapping[str, NDArray[Any]]
 _MISTAKES = 24  # on the page; mistakes.png has all that were kept

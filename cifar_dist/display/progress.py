@@ -12,7 +12,7 @@ from cifar_dist.config.errors import printable
 from cifar_dist.config.plan import KNOWN_SIZES, RunPlan
 from cifar_dist.display.console import can_draw
 from cifar_dist.display.tables import format_duration, format_epoch
-from cifar_dist.records import EpochRecord, Observer
+from cifar_dist.run.results import EpochRecord, Observer
 
 _SIGN_OF_LIFE_SECONDS = 30.0
 _HALF_AN_HOUR = 1800.0

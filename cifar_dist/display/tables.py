@@ -13,7 +13,7 @@ from rich.text import Text
 from cifar_dist.config.errors import printable
 from cifar_dist.config.provenance import command_line
 from cifar_dist.display.console import can_draw
-from cifar_dist.records import EpochRecord, Evaluation, Summary
+from cifar_dist.run.results import EpochRecord, Evaluation, Summary
 
 
 def format_percent(fraction: float | None) -> str:

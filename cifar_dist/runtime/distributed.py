@@ -235,7 +235,7 @@ def start(
 def _common_precision(compute: ComputeSettings, ranks: Ranks) -> ComputeSettings:
     """Give all ranks one precision: float32 where they would choose different ones, as on machines of several kinds."""
     names = ("no", "fp16", "bf16")
-    chosen = {names[int(number)] for (number,) in ranks.exchange([names.index(compute.precision)])}
+    chosen = {names[int(number)] for (number,) in ranks.all_gather([names.index(compute.precision)])}
     if len(chosen) == 1:
         return compute
     note = f"the processes could not all serve one precision ({', '.join(sorted(chosen))}): using float32"

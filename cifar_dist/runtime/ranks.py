@@ -33,7 +33,7 @@ class Ranks:
         """Whether this process writes files, talks to the console and downloads."""
         return self.world.rank == 0
 
-    def exchange(self, values: Sequence[float]) -> list[tuple[float, ...]]:
+    def all_gather(self, values: Sequence[float]) -> list[tuple[float, ...]]:
         """Give what each process said, in order of rank; all must say equally many numbers. A collective."""
         if self._group is None:
             return [tuple(values)]
@@ -42,7 +42,7 @@ class Ranks:
         distributed.all_gather(everyone, own, group=self._group)
         return [tuple(each.tolist()) for each in everyone]
 
-    def from_main(self, make: Callable[[], T]) -> T:
+    def broadcast_from_main(self, make: Callable[[], T]) -> T:
         """Let rank 0 make something and give it to all. A collective.
 
         Where that fails, it fails everywhere: with the UserError as a SharedError, or, where it is rank 0's own
@@ -73,7 +73,7 @@ class Ranks:
             failure = error
         self._fail_together(failure)
 
-    def in_turn(self, make: Callable[[], T]) -> T:
+    def main_process_first(self, make: Callable[[], T]) -> T:
         """Do something first on rank 0, then on one process of each other machine, then on the rest. A collective.
 
         So what the first leaves on the disk (a download, a cache) is found by the others, on shared disks or not.

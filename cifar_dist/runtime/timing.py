@@ -44,14 +44,14 @@ def alternate(
     for contender in contenders:  # caches, allocators and kernels that are chosen at the first call
         seconds_of(contender.step, 1, runtime)
     # All processes must do the same number of steps: rank 0's clock counts.
-    times = runtime.ranks.exchange([seconds_of(each.step, 1, runtime) for each in contenders])[0]
+    times = runtime.ranks.all_gather([seconds_of(each.step, 1, runtime) for each in contenders])[0]
     prefetched = [
         each.prefetched if step_seconds < _SLOW_SECONDS else 0
         for each, step_seconds in zip(contenders, times, strict=True)
     ]
     for contender, ready in zip(contenders, prefetched, strict=True):
         seconds_of(contender.step, 1 + ready, runtime)
-    times = runtime.ranks.exchange([seconds_of(each.step, 2, runtime) / 2 for each in contenders])[0]
+    times = runtime.ranks.all_gather([seconds_of(each.step, 2, runtime) / 2 for each in contenders])[0]
     rounds = max(3, min(_ROUNDS, int(seconds / (_STEPS_A_ROUND * max(times)))))
     counts = [max(1, round(seconds / rounds / step_seconds)) for step_seconds in times]
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cifar_dist.config.recipe import EarlyStoppingConfig
-from cifar_dist.records import EpochRecord
+from cifar_dist.run.results import EpochRecord
 
 
 def monitored_value(config: EarlyStoppingConfig, record: EpochRecord) -> float:

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cifar_dist.config.recipe import Recipe
-from cifar_dist.data.batches import Normalizer, evaluation_batches
 from cifar_dist.data.dataset import LabelledImages
-from cifar_dist.data.order import Shard
-from cifar_dist.records import Evaluation, Observer
+from cifar_dist.data.loader import Normalizer, evaluation_batches
+from cifar_dist.data.sampler import Shard
+from cifar_dist.run.results import Evaluation, Observer
 from cifar_dist.runtime.distributed import Runtime
 from cifar_dist.training.metrics import confident_mistakes, summarize
 

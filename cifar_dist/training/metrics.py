@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cifar_dist.data.batches import Batch
-from cifar_dist.records import Evaluation
+from cifar_dist.data.loader import Batch
+from cifar_dist.run.results import Evaluation
 
 
 def batch_loss(logits: Tensor, batch: Batch, label_smoothing: float) -> Tensor:

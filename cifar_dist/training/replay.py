@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cifar_dist.data.batches import Batch
+from cifar_dist.data.loader import Batch
 from cifar_dist.runtime.graphs import EAGER_STEPS
 
 _CANNOT_BE_RECORDED = (

@@ -1,36 +1,32 @@
 """From a recipe, a plan and a dataset to a trainer that is ready to go."""
 
-from collections.abc import Callable
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
 from cifar_dist.config.plan import RunPlan
 from cifar_dist.config.recipe import Recipe
 from cifar_dist.data.augmentation import Augmentation
-from cifar_dist.data.batches import Normalizer, TrainingBatches
 from cifar_dist.data.dataset import Dataset
-from cifar_dist.data.order import GlobalBatchSampler, Shard
+from cifar_dist.data.loader import Normalizer, TrainingBatches
+from cifar_dist.data.sampler import GlobalBatchSampler, Shard
 from cifar_dist.data.split import stratified_split
 from cifar_dist.model.batch_norm import Groups, share_statistics, use_groups
 from cifar_dist.model.convolution import use_dense_products
-from cifar_dist.model.dropout import HeadDropout
 from cifar_dist.model.ema import ExponentialMovingAverage
 from cifar_dist.model.optimizer import build_optimizer
-from cifar_dist.model.pretrained import imagenet_weights, parts_to_freeze, start_from
+from cifar_dist.model.pretrained import parts_to_freeze, start_from
 from cifar_dist.model.resnet import build_resnet, whiten_stem
-from cifar_dist.records import Observer
+from cifar_dist.model.stochastic import HeadDropout
+from cifar_dist.run.results import Observer
 from cifar_dist.runtime.distributed import Runtime
 from cifar_dist.runtime.interrupt import Interrupt
 from cifar_dist.training.early_stopping import EarlyStopping
-from cifar_dist.training.engine import Trainer
 from cifar_dist.training.evaluation import EvaluationSet
 from cifar_dist.training.metrics import RunningSums
 from cifar_dist.training.replay import ReplayedSteps
 from cifar_dist.training.state import TrainState
 from cifar_dist.training.step import TrainingStep
-from cifar_dist.training.weights import read_state_dict
+from cifar_dist.training.trainer import Trainer
 
 
 def build_trainer(
@@ -108,21 +104,6 @@ def _with_statistics(model: nn.Module, recipe: Recipe, plan: RunPlan) -> tuple[n
         return share_statistics(model, num_ranks=plan.world_size), None
     groups = Groups(count=plan.batch_norm_groups, num_ranks=plan.world_size)
     return use_groups(model, groups), groups
-
-
-def pretrained_weights(recipe: Recipe, note: Callable[[str], None] = lambda text: None) -> dict[str, Tensor] | None:
-    """Read the weights that a recipe starts from; None where it starts from nothing.
-
-    `note` is called with one line on a download, or on keys that were renamed. Raises UserError.
-    """
-    if recipe.pretrained is None:
-        return None
-    if recipe.pretrained == "imagenet":
-        return imagenet_weights(note)
-    weights, renamed = read_state_dict(Path(recipe.pretrained))
-    if renamed is not None:
-        note(renamed)
-    return weights
 
 
 def _data_path(

@@ -7,11 +7,11 @@ from torch import nn
 
 from cifar_dist.config.plan import RunPlan
 from cifar_dist.config.recipe import Recipe
-from cifar_dist.data.batches import Batch
-from cifar_dist.data.order import derive_seed
-from cifar_dist.model.dropout import HeadDropout
+from cifar_dist.data.loader import Batch
+from cifar_dist.data.sampler import derive_seed
 from cifar_dist.model.optimizer import set_learning_rate
 from cifar_dist.model.schedule import learning_rate
+from cifar_dist.model.stochastic import HeadDropout
 from cifar_dist.runtime.distributed import Runtime
 from cifar_dist.training.metrics import batch_loss
 from cifar_dist.training.replay import ReplayedSteps

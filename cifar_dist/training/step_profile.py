@@ -12,8 +12,8 @@ from cifar_dist.config.recipe import Recipe
 from cifar_dist.model.resnet import build_resnet
 from cifar_dist.runtime.distributed import Runtime
 from cifar_dist.runtime.timing import seconds_of
-from cifar_dist.training.engine import Trainer
 from cifar_dist.training.metrics import RunningSums, batch_loss
+from cifar_dist.training.trainer import Trainer
 
 # Dense peak of the matrix units, 1e12 operations a second: in 16 bits, and in float32 (torch's convolutions use TF32
 # where there is any). From NVIDIA's data sheets.

@@ -15,7 +15,7 @@ from torch import distributed
 import cifar_dist
 from cifar_dist import Recipe, evaluate, load_model, train
 from cifar_dist.config.errors import UserError
-from cifar_dist.records import Summary
+from cifar_dist.run.results import Summary
 from tests.commands.test_train import small_world_in
 from tests.conftest import ROOT
 

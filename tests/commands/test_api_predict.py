@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from cifar_dist import Recipe, UserError, evaluate, load_model, predict, train
-from cifar_dist.training.run_directory import RunDirectory
+from cifar_dist.run.directory import RunDirectory
 from tests.commands.test_train import NarrowResNet, small_world_in
 from tests.conftest import ROOT, make_images
 

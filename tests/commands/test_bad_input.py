@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cifar_dist.cli import main
-from cifar_dist.config.files import check_json
 from cifar_dist.config.parsing import flatten
 from cifar_dist.config.recipe import recipe_to_mapping
+from cifar_dist.run.run_files import check_json
 from tests.conftest import make_dataset, make_recipe
 
 FIELDS = sorted(flatten(recipe_to_mapping(make_recipe())))

@@ -28,7 +28,7 @@ from cifar_dist.config.errors import UserError
 from cifar_dist.config.options import BenchOptions
 from cifar_dist.config.world import World
 from cifar_dist.display.tables import format_bench
-from cifar_dist.records import Observer
+from cifar_dist.run.results import Observer
 from cifar_dist.runtime import graphs, timing
 from cifar_dist.runtime.interrupt import StoppedBeforeTraining
 from cifar_dist.runtime.timing import Contender, alternate

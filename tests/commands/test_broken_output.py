@@ -11,8 +11,8 @@ import pytest
 
 from cifar_dist.cli import main
 from cifar_dist.display.console import make_console
+from cifar_dist.run.directory import RunDirectory
 from cifar_dist.runtime.output import make_output_steady
-from cifar_dist.training.run_directory import RunDirectory
 from tests.commands.test_train import finished, small_world, train
 from tests.conftest import ROOT, make_images
 

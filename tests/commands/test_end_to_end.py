@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torchvision.models import resnet18
 
 from cifar_dist.cli import main
-from cifar_dist.training.checkpoint import load_checkpoint
+from cifar_dist.run.checkpoint import load_checkpoint
 from tests.commands.test_train import FIGURES, assert_same_run
 from tests.conftest import ROOT, make_images
 

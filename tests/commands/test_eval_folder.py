@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from cifar_dist.cli import main
-from cifar_dist.training.checkpoint import load_checkpoint
+from cifar_dist.run.checkpoint import load_checkpoint
 from tests.commands.test_train import NarrowResNet
 
 

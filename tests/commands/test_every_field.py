@@ -13,9 +13,10 @@ from cifar_dist.config.parsing import flatten
 from cifar_dist.config.plan import fit_to_dataset, make_plan
 from cifar_dist.config.recipe import recipe_to_mapping
 from cifar_dist.config.world import World
-from cifar_dist.records import Observer
+from cifar_dist.run.results import Observer
+from cifar_dist.run.weights import pretrained_weights
 from cifar_dist.runtime.distributed import connect, start
-from cifar_dist.training.setup import build_trainer, pretrained_weights
+from cifar_dist.training.setup import build_trainer
 from tests.conftest import make_dataset, make_recipe
 
 SMALL = ("epochs=2", "global_batch_size=16", "early_stopping.enabled=false")

@@ -13,7 +13,7 @@ from cifar_dist.cli import main
 from cifar_dist.data.archives import CIFAR10
 from cifar_dist.data.cifar import load_archive
 from cifar_dist.data.dataset import Dataset
-from cifar_dist.training.run_directory import RunDirectory
+from cifar_dist.run.directory import RunDirectory
 from tests.commands.test_train import NarrowResNet
 from tests.conftest import make_dataset
 

@@ -9,8 +9,8 @@ from cifar_dist import evaluate
 from cifar_dist.cli import main
 from cifar_dist.commands import export
 from cifar_dist.config.errors import UserError
+from cifar_dist.run.weights import read_weights
 from cifar_dist.training.evaluation import EvaluationSet
-from cifar_dist.training.weights import read_weights
 from tests.commands.test_train import NarrowResNet, small_world_in, train
 from tests.conftest import make_images
 

@@ -9,10 +9,10 @@ import yaml
 
 from cifar_dist.cli import main
 from cifar_dist.commands import train as train_command
-from cifar_dist.training.checkpoint import load_checkpoint
-from cifar_dist.training.engine import Trainer
-from cifar_dist.training.lock import RunLock
-from cifar_dist.training.run_directory import RunDirectory
+from cifar_dist.run.checkpoint import load_checkpoint
+from cifar_dist.run.directory import RunDirectory
+from cifar_dist.run.lock import RunLock
+from cifar_dist.training.trainer import Trainer
 from tests.commands.test_train import (
     DATA,
     EVERYTHING,

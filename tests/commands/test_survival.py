@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from cifar_dist.cli import main
-from cifar_dist.config.request import seconds_allowed
 from cifar_dist.display import page
-from cifar_dist.training.checkpoint import load_checkpoint
-from cifar_dist.training.engine import Trainer
-from cifar_dist.training.run_directory import RunDirectory
+from cifar_dist.run.checkpoint import load_checkpoint
+from cifar_dist.run.directory import RunDirectory
+from cifar_dist.run.resolve import seconds_allowed
+from cifar_dist.training.trainer import Trainer
 from tests.commands.test_train import (
     EVERYTHING,
     FIGURES,

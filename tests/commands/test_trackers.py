@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from cifar_dist.cli import main
+from cifar_dist.run.directory import RunDirectory
 from cifar_dist.runtime.distributed import tracker_class
-from cifar_dist.training.run_directory import RunDirectory
 from tests.commands.test_train import small_world, train
 
 __all__ = ["small_world"]  # a fixture that every test here uses

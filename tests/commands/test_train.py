@@ -22,11 +22,11 @@ from cifar_dist.cli import main
 from cifar_dist.commands.train import _leave_early
 from cifar_dist.config.loading import recipe_names
 from cifar_dist.config.plan import DatasetSizes, make_plan
-from cifar_dist.training.checkpoint import load_checkpoint
-from cifar_dist.training.engine import InterruptedRun, Trainer
+from cifar_dist.run.checkpoint import load_checkpoint
+from cifar_dist.run.directory import RunDirectory
+from cifar_dist.run.session import Session
 from cifar_dist.training.evaluation import EvaluationSet
-from cifar_dist.training.run_directory import RunDirectory
-from cifar_dist.training.session import Session
+from cifar_dist.training.trainer import InterruptedRun, Trainer
 from tests.conftest import make_dataset, make_images, make_recipe
 
 DATA = ["--dataset", "shapes", "--data-dir", "/no/data", "--precision", "no"]
@@ -67,7 +67,7 @@ def small_world_in(folder: Path) -> Iterator[None]:
         for command in ("train", "evaluate"):
             patch.setattr(f"cifar_dist.commands.{command}.load_dataset", lambda *_, **__: make_dataset())
         patch.setattr("cifar_dist.model.resnet.resnet18", NarrowResNet)
-        patch.setattr("cifar_dist.training.opening.git_commit", lambda: "abc")  # it starts git twice
+        patch.setattr("cifar_dist.run.opening.git_commit", lambda: "abc")  # it starts git twice
         for kind in ("confusion", "per_class", "predictions"):
             patch.setattr(f"cifar_dist.display.figures.draw_{kind}", save_empty_figure)
         patch.setattr("cifar_dist.display.page.draw_curves", save_empty_figure)

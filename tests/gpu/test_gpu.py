@@ -19,7 +19,7 @@ from cifar_dist.config.plan import make_plan
 from cifar_dist.config.world import World
 from cifar_dist.model.batch_norm import Groups, share_statistics, use_groups
 from cifar_dist.model.optimizer import orthogonalized
-from cifar_dist.records import Observer
+from cifar_dist.run.results import Observer
 from cifar_dist.runtime.distributed import connect, start
 from cifar_dist.runtime.graphs import EAGER_STEPS
 from cifar_dist.training.setup import build_trainer

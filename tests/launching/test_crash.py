@@ -4,7 +4,7 @@ import random
 import time
 
 from cifar_dist.model import resnet
-from cifar_dist.training.checkpoint import load_checkpoint
+from cifar_dist.run.checkpoint import load_checkpoint
 from tests.commands.test_train import assert_same_run
 from tests.conftest import ROOT, make_images
 from tests.worlds.harness import Program, ThinResNet18

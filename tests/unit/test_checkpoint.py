@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cifar_dist.config.errors import UserError
-from cifar_dist.training.checkpoint import is_bare_weights, load_checkpoint, save_checkpoint
+from cifar_dist.run.checkpoint import is_bare_weights, load_checkpoint, save_checkpoint
 
 CONTENT = {"model": {"weight": torch.arange(6.0)}, "epoch": 3, "best": None, "names": ["a", "b"]}
 

@@ -11,7 +11,6 @@ from rich.console import Console
 
 from cifar_dist.config.errors import UserError, printable
 from cifar_dist.config.plan import KNOWN_SIZES
-from cifar_dist.config.request import check_dataset_name
 from cifar_dist.data.archives import CIFAR10, CIFAR100
 from cifar_dist.data.dataset import Dataset
 from cifar_dist.data.decoding import decode, image_suffixes
@@ -19,6 +18,7 @@ from cifar_dist.data.folder import folder_sizes, load_folder
 from cifar_dist.data.image_files import find_images
 from cifar_dist.data.official_files import provide, where_found
 from cifar_dist.display.tables import print_header, print_lines, print_notes
+from cifar_dist.run.resolve import check_dataset_name
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,7 @@ from cifar_dist.display.tables import (
     print_lines,
     print_result,
 )
-from cifar_dist.records import Evaluation, Summary
+from cifar_dist.run.results import Evaluation, Summary
 from tests.conftest import make_recipe
 from tests.unit.test_metrics import record
 

@@ -10,7 +10,7 @@ import pytest
 from cifar_dist.config.arguments import parse_arguments
 from cifar_dist.config.loading import read_recipe
 from cifar_dist.config.parsing import flatten
-from cifar_dist.records import EpochRecord, Evaluation, Summary
+from cifar_dist.run.results import EpochRecord, Evaluation, Summary
 from tests.conftest import ROOT
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])

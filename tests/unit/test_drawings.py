@@ -15,7 +15,7 @@ from cifar_dist.cli import main
 from cifar_dist.display.comparison import ReportedRun
 from cifar_dist.display.figures import draw_confusion, draw_curves, draw_overlay, draw_per_class, draw_predictions
 from cifar_dist.display.page import page_of_run, page_of_runs, write_run
-from cifar_dist.records import Evaluation, Summary
+from cifar_dist.run.results import Evaluation, Summary
 from tests.unit.test_metrics import record
 from tests.unit.test_report import addresses_in, make_run
 

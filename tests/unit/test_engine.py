@@ -12,18 +12,18 @@ from torch.nn import functional
 
 from cifar_dist.config.plan import make_plan
 from cifar_dist.data.augmentation import COLUMNS
-from cifar_dist.data.batches import Normalizer, resized
-from cifar_dist.records import Observer
+from cifar_dist.data.loader import Normalizer, resized
+from cifar_dist.run.checkpoint import load_checkpoint
+from cifar_dist.run.directory import RunDirectory
+from cifar_dist.run.lock import RunLock
+from cifar_dist.run.results import Observer
+from cifar_dist.run.saving import CheckpointWriter
+from cifar_dist.run.session import Session
 from cifar_dist.training import setup
-from cifar_dist.training.checkpoint import load_checkpoint
-from cifar_dist.training.engine import DivergedError, InterruptedRun, Trainer
 from cifar_dist.training.evaluation import EvaluationSet
-from cifar_dist.training.lock import RunLock
 from cifar_dist.training.metrics import batch_loss
-from cifar_dist.training.run_directory import RunDirectory
-from cifar_dist.training.saving import CheckpointWriter
-from cifar_dist.training.session import Session
 from cifar_dist.training.setup import build_trainer
+from cifar_dist.training.trainer import DivergedError, InterruptedRun, Trainer
 from tests.conftest import make_dataset, make_recipe
 from tests.unit.test_model import narrow_resnet
 

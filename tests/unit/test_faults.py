@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cifar_dist.config.run_files import first_good
-from cifar_dist.training.checkpoint import load_checkpoint, save_checkpoint
-from cifar_dist.training.run_directory import RunDirectory
-from cifar_dist.training.saving import CheckpointWriter
+from cifar_dist.run.checkpoint import load_checkpoint, save_checkpoint
+from cifar_dist.run.directory import RunDirectory
+from cifar_dist.run.run_files import first_good
+from cifar_dist.run.saving import CheckpointWriter
 from tests.unit.test_metrics import record
 from tests.unit.test_run_directory import state_at
 

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.font_manager import fontManager
 
 from cifar_dist.display.figures import draw_per_class
-from cifar_dist.records import Evaluation
+from cifar_dist.run.results import Evaluation
 from tests.unit.test_report import EVERY_FIGURE, make_run
 
 CHINESE = Evaluation(
@@ -28,7 +28,7 @@ END_OF_TRAIN = """
 from pathlib import Path
 from types import SimpleNamespace
 from cifar_dist.commands.train import _draw_figures
-from cifar_dist.training.run_directory import RunDirectory
+from cifar_dist.run.directory import RunDirectory
 run = RunDirectory(Path("run"))
 observer = SimpleNamespace(on_note=print)
 session = SimpleNamespace(directory=run, trainer=SimpleNamespace(observer=observer))

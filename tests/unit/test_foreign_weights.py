@@ -11,8 +11,8 @@ from cifar_dist import load_model, train
 from cifar_dist.cli import main
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.recipe import Recipe
-from cifar_dist.training.checkpoint import load_checkpoint, refusing_foreign_content
-from cifar_dist.training.session import Session
+from cifar_dist.run.checkpoint import load_checkpoint, refusing_foreign_content
+from cifar_dist.run.session import Session
 from tests.commands.test_train import NarrowResNet, small_world_in
 from tests.commands.test_train import train as train_run
 

@@ -12,15 +12,15 @@ import pytest
 
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.world import SlurmJob
-from cifar_dist.records import EpochRecord
+from cifar_dist.run.directory import RunDirectory
+from cifar_dist.run.lock import LockLostError, RunLock
+from cifar_dist.run.results import EpochRecord
 from cifar_dist.training import lock as module
-from cifar_dist.training.lock import LockLostError, RunLock
-from cifar_dist.training.run_directory import RunDirectory
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from cifar_dist.training.lock import RunLock
+from cifar_dist.run.lock import RunLock
 RunLock().take(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(600)

@@ -7,8 +7,8 @@ import psutil
 import pytest
 
 from cifar_dist.config.errors import UserError
+from cifar_dist.run.lock import RunLock
 from cifar_dist.training import lock as module
-from cifar_dist.training.lock import RunLock
 
 
 def change_owner(folder: Path, **fields: str) -> None:

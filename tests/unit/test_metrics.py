@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from cifar_dist.config.recipe import EarlyStoppingConfig
-from cifar_dist.records import EpochRecord, Evaluation, Summary
+from cifar_dist.run.results import EpochRecord, Evaluation, Summary
 from cifar_dist.training.early_stopping import EarlyStopping, monitored_value
 from cifar_dist.training.metrics import RunningSums, confident_mistakes, summarize
 

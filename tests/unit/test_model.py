@@ -14,10 +14,9 @@ from torchvision.models.resnet import BasicBlock
 
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.plan import DatasetSizes, make_plan
-from cifar_dist.data.order import derive_seed
+from cifar_dist.data.sampler import derive_seed
 from cifar_dist.model import optimizer as optimizer_module
 from cifar_dist.model.batch_norm import Groups
-from cifar_dist.model.dropout import HeadDropout, uniform_hash
 from cifar_dist.model.ema import ExponentialMovingAverage
 from cifar_dist.model.optimizer import (
     MuonWithSGD,
@@ -29,6 +28,7 @@ from cifar_dist.model.optimizer import (
 from cifar_dist.model.pretrained import imagenet_weights, parts_to_freeze, start_from
 from cifar_dist.model.resnet import build_resnet, infer_architecture, load_weights, whiten_stem
 from cifar_dist.model.schedule import learning_rate, learning_rate_line
+from cifar_dist.model.stochastic import HeadDropout, uniform_hash
 from tests.conftest import make_recipe
 
 

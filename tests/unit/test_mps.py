@@ -22,7 +22,7 @@ from cifar_dist.config.accelerate_config import AccelerateConfig
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.plan import make_plan
 from cifar_dist.config.world import World
-from cifar_dist.records import Observer
+from cifar_dist.run.results import Observer
 from cifar_dist.runtime import distributed
 from cifar_dist.runtime.device import choose_compute
 from cifar_dist.training import setup

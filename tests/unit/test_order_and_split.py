@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cifar_dist.data.order import GlobalBatchSampler, Shard, derive_seed
+from cifar_dist.data.sampler import GlobalBatchSampler, Shard, derive_seed
 from cifar_dist.data.split import stratified_split
 
 

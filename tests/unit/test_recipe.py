@@ -11,7 +11,7 @@ from cifar_dist.config.loading import parse_assignments, read_recipe, recipe_lab
 from cifar_dist.config.options import TrainOptions
 from cifar_dist.config.plan import DatasetSizes
 from cifar_dist.config.recipe import Recipe, recipe_to_mapping, resolve_recipe
-from cifar_dist.config.request import resolve_request
+from cifar_dist.run.resolve import resolve_request
 from tests.conftest import make_recipe
 
 

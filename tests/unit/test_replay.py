@@ -12,10 +12,10 @@ from torch.utils._pytree import tree_leaves
 
 from cifar_dist.config.plan import make_plan
 from cifar_dist.model.schedule import learning_rate
-from cifar_dist.records import Observer
+from cifar_dist.run.results import Observer
 from cifar_dist.training import setup, step
-from cifar_dist.training.engine import DivergedError
 from cifar_dist.training.setup import build_trainer
+from cifar_dist.training.trainer import DivergedError
 from tests.conftest import make_dataset, make_recipe
 from tests.unit.test_model import narrow_resnet
 

@@ -21,7 +21,7 @@ from cifar_dist.config.recipe import recipe_to_mapping
 from cifar_dist.display.curves import overlaid_panels, run_panels, style_of
 from cifar_dist.display.figures import panel_svg
 from cifar_dist.display.html import html_page
-from cifar_dist.records import Evaluation, Summary
+from cifar_dist.run.results import Evaluation, Summary
 from tests.conftest import make_recipe
 from tests.unit.test_metrics import record
 

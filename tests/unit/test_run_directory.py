@@ -10,12 +10,12 @@ from torch import nn
 
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.recipe import EarlyStoppingConfig
-from cifar_dist.records import Summary
-from cifar_dist.training.checkpoint import load_checkpoint
+from cifar_dist.run.checkpoint import load_checkpoint
+from cifar_dist.run.directory import RunDirectory
+from cifar_dist.run.results import Summary
+from cifar_dist.run.saving import CheckpointWriter
 from cifar_dist.training.early_stopping import EarlyStopping
 from cifar_dist.training.metrics import RunningSums
-from cifar_dist.training.run_directory import RunDirectory
-from cifar_dist.training.saving import CheckpointWriter
 from cifar_dist.training.state import Best, TrainState
 from tests.unit.test_metrics import record
 
@@ -145,7 +145,7 @@ def save_if_due(writer: CheckpointWriter, state: TrainState) -> None:
 
 def test_checkpoints_keep_to_their_rhythm(run, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("cifar_dist.training.saving.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("cifar_dist.run.saving.time.monotonic", lambda: now[0])
     writer = CheckpointWriter(run, {"recipe": {"stem": "cifar"}})
     save_if_due(writer, state_at(1))
     assert not run.last.exists()
@@ -164,7 +164,7 @@ def test_checkpoints_keep_to_their_rhythm(run, monkeypatch):
 def test_on_a_slow_disk_checkpoints_are_rarer(run, monkeypatch):
     """Each takes two seconds here, and a hundredth of the time is theirs."""
     now = [0.0]
-    monkeypatch.setattr("cifar_dist.training.saving.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("cifar_dist.run.saving.time.monotonic", lambda: now[0])
     writer = CheckpointWriter(run, {})
     save = run.write_checkpoint
     monkeypatch.setattr(run, "write_checkpoint", lambda *a, **k: (save(*a, **k), now.__setitem__(0, now[0] + 2)))

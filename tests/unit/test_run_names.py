@@ -5,8 +5,8 @@ from pathlib import Path
 from threading import Barrier
 
 from cifar_dist.config.errors import UserError
-from cifar_dist.config.run_files import names_in_turn
-from cifar_dist.training.lock import RunLock
+from cifar_dist.run.lock import RunLock
+from cifar_dist.run.run_files import names_in_turn
 from tests.commands.test_train import small_world, train
 
 __all__ = ["small_world"]  # a fixture

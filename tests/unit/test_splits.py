@@ -7,7 +7,7 @@ from PIL import Image
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.plan import DatasetSizes, fit_to_dataset
 from cifar_dist.data.datasets import known_sizes, load_dataset
-from cifar_dist.data.order import GlobalBatchSampler
+from cifar_dist.data.sampler import GlobalBatchSampler
 from cifar_dist.data.split import stratified_split
 from tests.conftest import make_recipe
 

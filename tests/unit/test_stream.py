@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from cifar_dist.data.augmentation import Augmentation
-from cifar_dist.data.batches import Normalizer, TrainingBatches
 from cifar_dist.data.dataset import LabelledImages
-from cifar_dist.data.order import GlobalBatchSampler, Shard
+from cifar_dist.data.loader import Normalizer, TrainingBatches
+from cifar_dist.data.sampler import GlobalBatchSampler, Shard
 from tests.conftest import make_recipe
 
 

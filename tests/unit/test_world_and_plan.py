@@ -21,8 +21,8 @@ from cifar_dist.config.errors import UserError
 from cifar_dist.config.options import TrainOptions
 from cifar_dist.config.plan import KNOWN_SIZES, DatasetSizes, fit_to_dataset, make_plan
 from cifar_dist.config.recipe import recipe_to_mapping
-from cifar_dist.config.request import check_before_launch
 from cifar_dist.config.world import World, first_host
+from cifar_dist.run.resolve import check_before_launch
 from tests.conftest import ROOT, make_recipe
 
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))

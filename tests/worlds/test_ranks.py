@@ -6,11 +6,11 @@ from contextlib import suppress
 import pytest
 import torch
 
-from cifar_dist.training.checkpoint import load_checkpoint
-from cifar_dist.training.engine import InterruptedRun
-from cifar_dist.training.run_directory import RunDirectory, UnwrittenRun
-from cifar_dist.training.saving import CheckpointWriter
-from cifar_dist.training.session import Session
+from cifar_dist.run.checkpoint import load_checkpoint
+from cifar_dist.run.directory import RunDirectory, UnwrittenRun
+from cifar_dist.run.saving import CheckpointWriter
+from cifar_dist.run.session import Session
+from cifar_dist.training.trainer import InterruptedRun
 from tests.conftest import make_dataset
 from tests.worlds.harness import run_world
 from tests.worlds.test_two_ranks import (
@@ -58,7 +58,7 @@ def interrupted(runtime, *, folder):
             with suppress(InterruptedRun):
                 session.train()
             assert trainer.state.step == (stop or 16)
-            runtime.ranks.exchange([0])  # the others read what rank 0 has written
+            runtime.ranks.all_gather([0])  # the others read what rank 0 has written
         ends.append({key: value.clone() for key, value in weights_of(trainer).items()})
     losses = [[each.train_loss for each in RunDirectory(folder / name).read_records()] for name in ("whole", "parts")]
     return [name for name in ends[0] if not torch.equal(ends[0][name], ends[1][name])], losses

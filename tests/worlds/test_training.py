@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from cifar_dist.training.checkpoint import load_checkpoint
-from cifar_dist.training.engine import InterruptedRun
-from cifar_dist.training.run_directory import RunDirectory, UnwrittenRun
-from cifar_dist.training.saving import CheckpointWriter
-from cifar_dist.training.session import Session
+from cifar_dist.run.checkpoint import load_checkpoint
+from cifar_dist.run.directory import RunDirectory, UnwrittenRun
+from cifar_dist.run.saving import CheckpointWriter
+from cifar_dist.run.session import Session
+from cifar_dist.training.trainer import InterruptedRun
 from tests.conftest import make_dataset
 from tests.worlds.harness import models_in_float64, run_world
 from tests.worlds.test_two_ranks import make_trainer, weights_of

@@ -26,12 +26,12 @@ from cifar_dist.model.batch_norm import (
     share_statistics,
     use_groups,
 )
-from cifar_dist.records import Observer
+from cifar_dist.run.results import Observer
 from cifar_dist.runtime.distributed import _common_precision
-from cifar_dist.training.engine import DivergedError, InterruptedRun
 from cifar_dist.training.evaluation import EvaluationSet
 from cifar_dist.training.metrics import summarize
 from cifar_dist.training.setup import build_trainer
+from cifar_dist.training.trainer import DivergedError, InterruptedRun
 from tests.conftest import make_dataset, make_images, make_recipe
 from tests.worlds.harness import models_in_float64, run_ranks, run_world, thin_models
 
@@ -58,16 +58,18 @@ def conversation(runtime):
                 raise failing[rank]
 
     return {
-        "exchange": ranks.exchange([rank, math.inf]),
-        "from main": ranks.from_main(lambda: makers.append(rank) or {"rank": rank}),
+        "exchange": ranks.all_gather([rank, math.inf]),
+        "from main": ranks.broadcast_from_main(lambda: makers.append(rank) or {"rank": rank}),
         "makers": makers,
-        "in turn": ranks.in_turn(lambda: rank),
-        "mistake of main": outcome(lambda: ranks.from_main(lambda: fail(UserError("no such file")))),
-        "accident of main": outcome(lambda: ranks.from_main(lambda: fail(KeyError("x")))),
+        "in turn": ranks.main_process_first(lambda: rank),
+        "mistake of main": outcome(lambda: ranks.broadcast_from_main(lambda: fail(UserError("no such file")))),
+        "accident of main": outcome(lambda: ranks.broadcast_from_main(lambda: fail(KeyError("x")))),
         "mistake of the last": outcome(lambda: together({size - 1: UserError("not here")})),
         "accident of the last": outcome(lambda: together({size - 1: OSError("full")})),
         "mistakes of all": outcome(lambda: together({r: UserError(f"from {r}") for r in range(size)})),
-        "while loading": outcome(lambda: ranks.in_turn(lambda: fail(UserError("md5")) if rank == 0 else None)),
+        "while loading": outcome(
+            lambda: ranks.main_process_first(lambda: fail(UserError("md5")) if rank == 0 else None)
+        ),
         "nothing": outcome(lambda: together({})),
     }
 

@@ -20,7 +20,7 @@ from safetensors.torch import load as load_safetensors
 
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.files import write_atomically
-from cifar_dist.config.run_files import verify_checksums
+from cifar_dist.run.run_files import verify_checksums
 
 FORMAT_VERSION = 1
 

@@ -1,14 +1,16 @@
 """The files of a run: their names, and what can be said of them without torch."""
 
+import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar
 
 from cifar_dist.config.errors import UserError
+from cifar_dist.config.files import STANDARD_OUTPUT
 from cifar_dist.config.loading import read_yaml
 from cifar_dist.config.parsing import convert
 
@@ -197,3 +199,27 @@ def first_good(run: RunFiles, load: Callable[[Path], T]) -> tuple[T | None, str 
             return load(run.previous), f"{error}: going on from {run.previous.name}"
         except UserError as second:
             raise UserError(f"{error}; and {second}") from None
+
+
+def check_output(option: str, path: Path, read: Sequence[Path] = ()) -> None:
+    """Refuse a place that cannot be written to before time is spent on what goes there. Raises UserError.
+
+    Nor are the files overwritten that the command reads, nor those of a run.
+    """
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"{option} {path} cannot be written: name a file in a folder that exists")
+    if not path.exists():
+        return
+    if any(os.path.exists(each) and path.samefile(each) for each in read):  # noqa: PTH110 - a Path raises where nobody may look
+        raise UserError(f"{option} {path} would overwrite what is read: name another file")
+    if any(RunFiles(folder).owns(one) for one in (path.absolute(), path.resolve()) for folder in list(one.parents)[:2]):
+        raise UserError(f"{option} {path} would overwrite a run's own file: name another file")
+
+
+def check_json(path: Path | None, *read: str | Path | None) -> None:
+    """Refuse a `--json` that was typed where it cannot be written, as `check_output` does. Raises UserError.
+
+    `read` are the files that are read, or what was typed where a name would do too.
+    """
+    if path is not None and path != STANDARD_OUTPUT:
+        check_output("--json", path, [Path(each) for each in read if each is not None])

@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cifar_dist.training.run_directory import RunDirectory
+from cifar_dist.run.directory import RunDirectory
 from cifar_dist.training.state import Best, TrainState
 
 

@@ -9,9 +9,9 @@ import torch
 
 from cifar_dist.config.plan import RunPlan
 from cifar_dist.config.recipe import Recipe
-from cifar_dist.data.batches import TrainingBatches
+from cifar_dist.data.loader import TrainingBatches
 from cifar_dist.model.schedule import learning_rate
-from cifar_dist.records import EpochRecord, Evaluation, Observer
+from cifar_dist.run.results import EpochRecord, Evaluation, Observer
 from cifar_dist.runtime.distributed import Runtime
 from cifar_dist.runtime.interrupt import Interrupt
 from cifar_dist.training.early_stopping import monitored_value
@@ -85,7 +85,7 @@ class Trainer:
             state.sums.set(0, 0, 0)
             is_best = self._keep_best(record)
             vote = state.early_stopping.update(record)
-            state.early_stopping.stopped = any(stop for (stop,) in self.runtime.ranks.exchange([vote]))
+            state.early_stopping.stopped = any(stop for (stop,) in self.runtime.ranks.all_gather([vote]))
             self.observer.on_epoch_end(record, is_best)
             yield record
 
@@ -149,7 +149,7 @@ class Trainer:
         Raises DivergedError or InterruptedRun on all of them where one has reason to.
         """
         own = (*self.state.sums.read(), self.interrupt.wanted, self.checkpointing.due_by_time())
-        losses, hits, images, bad_steps, told_to_stop, due = zip(*self.runtime.ranks.exchange(own), strict=True)
+        losses, hits, images, bad_steps, told_to_stop, due = zip(*self.runtime.ranks.all_gather(own), strict=True)
         if math.isfinite(first := min(bad_steps)):
             raise self._divergence(int(first))
         if any(told_to_stop):
@@ -192,7 +192,7 @@ class Trainer:
             epoch_seconds=seconds,
             world_size=self.plan.world_size,
         )
-        return self.runtime.ranks.from_main(lambda: record)
+        return self.runtime.ranks.broadcast_from_main(lambda: record)
 
     def _validate(self) -> Evaluation | None:
         if self.validation is None:

@@ -11,9 +11,9 @@ from cifar_dist.config.options import TrainOptions
 from cifar_dist.config.parsing import flatten, nearest
 from cifar_dist.config.plan import KNOWN_SIZES, DatasetSizes, fit_to_dataset, make_plan
 from cifar_dist.config.recipe import Recipe, recipe_to_mapping, resolve_recipe
-from cifar_dist.config.run_files import RunFiles, find_run, find_run_of_job, verify
 from cifar_dist.config.trackers import check_trackers
 from cifar_dist.config.world import SlurmJob
+from cifar_dist.run.run_files import RunFiles, find_run, find_run_of_job, verify
 
 DEFAULT_RECIPE, DEFAULT_DATASET, DEFAULT_DATA_DIR = "standard", "cifar10", Path("data")
 DEFAULT_RUNS = Path("runs")

@@ -1,6 +1,6 @@
 """How a run opens: what was asked for becomes a run, its folder is locked, and what is known is written down.
 
-A resumed run's way: `open_run` resolves what was typed over the run's own words (config/request.py), locks the folder
+A resumed run's way: `open_run` resolves what was typed over the run's own words (run/resolve.py), locks the folder
 and loads its checkpoint; once data, model and plan are there, `begin_session` has the session restore the state.
 """
 
@@ -17,7 +17,11 @@ from cifar_dist.config.options import TrainOptions
 from cifar_dist.config.parsing import flatten, to_mapping
 from cifar_dist.config.provenance import git_commit, package_versions
 from cifar_dist.config.recipe import Recipe, recipe_to_mapping
-from cifar_dist.config.request import (
+from cifar_dist.config.world import SlurmJob, World
+from cifar_dist.run.checkpoint import load_checkpoint, refusing_foreign_content
+from cifar_dist.run.directory import RunDirectory
+from cifar_dist.run.lock import RunLock
+from cifar_dist.run.resolve import (
     DEFAULT_RUNS,
     RunRequest,
     TrainRequest,
@@ -26,14 +30,10 @@ from cifar_dist.config.request import (
     refuse_other_recipe,
     resolve_run,
 )
-from cifar_dist.config.run_files import RunFiles, check_stored, first_good, names_in_turn
-from cifar_dist.config.world import SlurmJob, World
+from cifar_dist.run.run_files import RunFiles, check_stored, first_good, names_in_turn
+from cifar_dist.run.session import Session
+from cifar_dist.run.weights import pretrained_weights
 from cifar_dist.runtime.distributed import Runtime
-from cifar_dist.training.checkpoint import load_checkpoint, refusing_foreign_content
-from cifar_dist.training.lock import RunLock
-from cifar_dist.training.run_directory import RunDirectory
-from cifar_dist.training.session import Session
-from cifar_dist.training.setup import pretrained_weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

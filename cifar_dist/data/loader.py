@@ -10,7 +10,7 @@ from torch.nn import functional
 from cifar_dist.config.recipe import NormalizationConfig
 from cifar_dist.data.augmentation import COLUMNS, Augmentation
 from cifar_dist.data.dataset import LabelledImages, to_device
-from cifar_dist.data.order import GlobalBatchSampler, MicroBatch, Shard
+from cifar_dist.data.sampler import GlobalBatchSampler, MicroBatch, Shard
 
 # Augmented in one go, because most of a small batch's time are the calls and not the pixels: as much as a processor's
 # caches hold, about 512 images of 32 pixels. On an accelerator it is launches that cost: 4096 of them, in 50 MiB.

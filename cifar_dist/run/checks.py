@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from cifar_dist.config.errors import UserError
-from cifar_dist.config.files import check_json, check_output
 from cifar_dist.config.loading import read_recipe
 from cifar_dist.config.options import (
     BenchOptions,
@@ -18,8 +17,8 @@ from cifar_dist.config.options import (
 )
 from cifar_dist.config.plan import KNOWN_SIZES, make_plan
 from cifar_dist.config.recipe import Recipe, resolve_recipe
-from cifar_dist.config.request import check_dataset_name
-from cifar_dist.config.run_files import RunFiles, find_checkpoint
+from cifar_dist.run.resolve import check_dataset_name
+from cifar_dist.run.run_files import RunFiles, check_json, check_output, find_checkpoint
 
 EXPORT_PACKAGES = {".pth": (), ".safetensors": (), ".onnx": ("onnx", "onnxscript", "onnxruntime")}
 """The suffixes of formats that `export` writes, and the packages that each needs."""

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.files import writing
 from cifar_dist.data.dataset import Dataset
-from cifar_dist.records import Evaluation, Status, Summary
-from cifar_dist.training.engine import Checkpointing, DivergedError, InterruptedRun, Trainer
+from cifar_dist.run.results import Evaluation, Status, Summary
+from cifar_dist.run.saving import CheckpointWriter
+from cifar_dist.run.tracking import Trackers
 from cifar_dist.training.evaluation import EvaluationSet, what_figures_need
 from cifar_dist.training.metrics import summarize
-from cifar_dist.training.saving import CheckpointWriter
-from cifar_dist.training.tracking import Trackers
+from cifar_dist.training.trainer import Checkpointing, DivergedError, InterruptedRun, Trainer
 
 
 class Session(Checkpointing):
@@ -101,7 +101,7 @@ class Session(Checkpointing):
         """Wait until all is written and said: the first process that ends may have the others killed, as with Slurm."""
         if self.runtime.world.size > 1:
             self.trainer.interrupt.ignore()
-        self.runtime.ranks.exchange([0])  # gloo does not wait for others if there is nothing to exchange
+        self.runtime.ranks.all_gather([0])  # gloo does not wait for others if there is nothing to exchange
 
     def due_by_step(self, step: int) -> bool:
         """Whether a checkpoint is due after this step."""
@@ -115,9 +115,9 @@ class Session(Checkpointing):
         """Save the state in the middle of an epoch, with what each rank has of its own; all ranks do it together."""
         ranks, state = self.runtime.ranks, self.state
         self.trainer.stop_clock()
-        sums = ranks.exchange(state.sums.read()[:3])
+        sums = ranks.all_gather(state.sums.read()[:3])
         own = [value for tensor in state.own_statistics for value in tensor.tolist()]
-        statistics = ranks.exchange(own)
+        statistics = ranks.all_gather(own)
         self.runtime.average_over_ranks(state.own_statistics)
         self.checkpoints.save(state, self.runtime.state(), epoch_sums=sums, statistics=statistics)
         state.set_own_statistics(own)  # as if nothing had been saved
@@ -141,7 +141,7 @@ class Session(Checkpointing):
         written = what_figures_need(predictions, data, names)
         self.directory.write_predictions(**written)
         own = self.runtime.peak_memory_mib()
-        memory = [peak for (peak,) in self.runtime.ranks.exchange([own or 0])]
+        memory = [peak for (peak,) in self.runtime.ranks.all_gather([own or 0])]
         return self._summary(status, evaluation, memory=int(max(memory)) or None), written
 
     def _write_summary(self, status: Status) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from cifar_dist.records import EpochRecord, Summary
+from cifar_dist.run.results import EpochRecord, Summary
 from cifar_dist.runtime.distributed import tracker_class
 
 

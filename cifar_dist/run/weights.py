@@ -1,6 +1,6 @@
 """Saved weights: a checkpoint of ours, or the one behind a run's test result, or a bare state dict."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.loading import read_recipe
 from cifar_dist.config.recipe import Recipe, resolve_recipe
-from cifar_dist.config.request import resolve_stored_recipe
-from cifar_dist.config.run_files import check_stored, find_checkpoint
-from cifar_dist.model.pretrained import find_state_dict
+from cifar_dist.model.pretrained import find_state_dict, imagenet_weights
 from cifar_dist.model.resnet import build_resnet, infer_architecture, load_weights
-from cifar_dist.training.checkpoint import averaged_weights, is_bare_weights, load_checkpoint, refusing_foreign_content
-from cifar_dist.training.run_directory import RunDirectory
+from cifar_dist.run.checkpoint import averaged_weights, is_bare_weights, load_checkpoint, refusing_foreign_content
+from cifar_dist.run.directory import RunDirectory
+from cifar_dist.run.resolve import resolve_stored_recipe
+from cifar_dist.run.run_files import check_stored, find_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -95,6 +95,21 @@ def read_state_dict(path: Path) -> tuple[dict[str, Tensor], str | None]:
     content = load_checkpoint(path)
     with refusing_foreign_content(path):
         return _state_dict(path, content)
+
+
+def pretrained_weights(recipe: Recipe, note: Callable[[str], None] = lambda text: None) -> dict[str, Tensor] | None:
+    """Read the weights that a recipe starts from; None where it starts from nothing.
+
+    `note` is called with one line on a download, or on keys that were renamed. Raises UserError.
+    """
+    if recipe.pretrained is None:
+        return None
+    if recipe.pretrained == "imagenet":
+        return imagenet_weights(note)
+    weights, renamed = read_state_dict(Path(recipe.pretrained))
+    if renamed is not None:
+        note(renamed)
+    return weights
 
 
 def _state_dict(path: Path, content: dict[str, Any]) -> tuple[dict[str, Tensor], str | None]:

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.files import write_atomically, writing
-from cifar_dist.config.run_files import RunFiles
-from cifar_dist.records import EpochRecord, Summary
-from cifar_dist.training.lock import LockLostError, RunLock
+from cifar_dist.run.lock import LockLostError, RunLock
+from cifar_dist.run.results import EpochRecord, Summary
+from cifar_dist.run.run_files import RunFiles
 
 
 class RunDirectory(RunFiles):
@@ -135,7 +135,7 @@ class RunDirectory(RunFiles):
 
     def write_checkpoint(self, path: Path, content: dict[str, Any], *, previous: Path | None = None) -> None:
         """Write a checkpoint; what was at `path` becomes `previous`."""
-        from cifar_dist.training.checkpoint import save_checkpoint  # torch: who only reads a run does without
+        from cifar_dist.run.checkpoint import save_checkpoint  # torch: who only reads a run does without
 
         self._lock.check()
         save_checkpoint(path, content, previous=previous)
