@@ -74,7 +74,7 @@ def _training(options: DoctorOptions, world: World, config: AccelerateConfig) ->
     try:
         check_world(future, compute.device_type, os.environ)
         sizes = KNOWN_SIZES[DEFAULT_DATASET]
-        recipe = fit_to_dataset(wanted, sizes, validation_size_was_typed=False)
+        recipe = fit_to_dataset(wanted, sizes)
         plan = make_plan(recipe, world_size=future.size, sizes=sizes, device_type=compute.device_type)
         lines |= {**plan.lines, "learning rate": learning_rate_line(recipe, plan)}
     except UserError as error:

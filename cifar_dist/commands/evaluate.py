@@ -13,6 +13,7 @@ from cifar_dist.config.accelerate_config import AccelerateConfig
 from cifar_dist.config.errors import EXIT_DONE, UserError
 from cifar_dist.config.files import STANDARD_OUTPUT, write_json, writing
 from cifar_dist.config.options import EvalOptions
+from cifar_dist.config.plan import num_held_out
 from cifar_dist.config.world import World
 from cifar_dist.data.dataset import Dataset, LabelledImages
 from cifar_dist.data.datasets import load_dataset
@@ -125,7 +126,8 @@ def _choose_split(
         )
     if dataset.validation is not None:
         return dataset.validation, torch.arange(len(dataset.validation))
-    _, held_out = stratified_split(dataset.train.labels, weights.recipe.validation_size, seed=weights.recipe.seed)
+    num_validation = num_held_out(weights.recipe, dataset.sizes)
+    _, held_out = stratified_split(dataset.train.labels, num_validation, seed=weights.recipe.seed)
     if not len(held_out):
         raise UserError(f"{weights.path} was trained without a validation split: evaluate it with --split test")
     return dataset.train, held_out

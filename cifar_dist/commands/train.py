@@ -13,7 +13,7 @@ from rich.console import Console
 from cifar_dist.config.accelerate_config import AccelerateConfig, started_line, world_to_come
 from cifar_dist.config.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_KEYBOARD_INTERRUPT, UserError
 from cifar_dist.config.options import TrainOptions
-from cifar_dist.config.plan import RunPlan, make_plan
+from cifar_dist.config.plan import RunPlan, fit_to_dataset, make_plan
 from cifar_dist.config.provenance import command_line, version_note
 from cifar_dist.config.recipe import Recipe
 from cifar_dist.config.world import SlurmJob, World
@@ -73,7 +73,7 @@ def train(
         how = computed_with(stored, options.precision, world.size)
         runtime = start(ranks, config, **how, micro_batches=request.recipe.gradient_accumulation_steps)
         with ranks.together():
-            recipe = request.fit(dataset.sizes)
+            recipe = fit_to_dataset(request.recipe, dataset.sizes)
             plan = make_plan(recipe, world_size=world.size, sizes=dataset.sizes, device_type=runtime.device.type)
         if not options.quiet:
             step = opened.checkpoint.get("step")
@@ -119,7 +119,7 @@ def _show_plan(console: Console, options: TrainOptions, world: World, config: Ac
     compute = choose_compute(config, os.environ, future, **how, micro_batches=micro_batches)
     check_world(future, compute.device_type, os.environ)
     sizes = known_sizes(request.dataset)
-    recipe = request.fit(sizes)
+    recipe = fit_to_dataset(request.recipe, sizes)
     plan = make_plan(recipe, world_size=future.size, sizes=sizes, device_type=compute.device_type)
     directory = run.existing.path if run.existing is not None else new_directory(options, request)
     notes = [version_note(stored.get("versions", {})), None if stored else plan.few_steps_note]

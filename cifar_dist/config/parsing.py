@@ -110,8 +110,10 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     if origin is Literal:
         return _choice(arguments, value, where)
     if origin in (typing.Union, types.UnionType):
-        if value is None:
+        if value is None and type(None) in arguments:
             return None
+        if any(isinstance(value, str) and value in typing.get_args(each) for each in arguments):
+            return value
         inner = next(each for each in arguments if each is not type(None))
         if isinstance(value, str) and value.lower() == "none" and typing.get_origin(inner) is not Literal:
             raise UserError(f"{where} must not be the text '{value}', did you mean null?")

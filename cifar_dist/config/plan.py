@@ -9,6 +9,7 @@ from cifar_dist.config.recipe import Recipe
 # device is not made to wait. Orders of magnitude for a ResNet-18, not measurements of one machine.
 _IMAGES_A_SECOND = {"cpu": 500, "mps": 2_000, "cuda": 30_000}
 _FEW_STEPS = 10  # in an epoch
+_MOST_HELD_OUT = 5_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,28 +108,33 @@ class RunPlan:
         return next((side for side, end in self.image_sizes if step < end), self.image_sizes[-1][0])
 
 
-def fit_to_dataset(recipe: Recipe, sizes: DatasetSizes, *, validation_size_was_typed: bool) -> Recipe:
-    """Cut a validation size that nobody typed to a tenth of the training set, and to what leaves each class an image.
+def num_held_out(recipe: Recipe, sizes: DatasetSizes) -> int:
+    """Return the size of the validation set. Raises UserError if the dataset does not allow the recipe's.
 
-    Refuse a typed one that does not. Where the dataset brings a validation set, that is used, whole. Raises UserError.
+    `auto` is a tenth of the training images, at most 5,000, and leaves each class an image. A validation set that
+    the dataset brings is used whole, and nothing is held out beside it.
     """
-    size = recipe.validation_size
-    if sizes.num_validation:
-        if validation_size_was_typed and size != sizes.num_validation:
-            own = sizes.num_validation
+    size, own, most = recipe.validation_size, sizes.num_validation, max(sizes.num_train - sizes.num_classes, 0)
+    if own:
+        if size not in ("auto", 0, own):
             raise UserError(f"validation_size={size}, but the dataset brings its own {own}: leave it out")
-        return replace(recipe, validation_size=sizes.num_validation)
-    most = max(sizes.num_train - sizes.num_classes, 0)
-    if not validation_size_was_typed:
-        size = min(size, sizes.num_train // 10, most)
+        return own
+    if size == "auto":
+        return min(_MOST_HELD_OUT, sizes.num_train // 10, most)
     if size > most:
         raise UserError(
             f"validation_size={size} leaves a class without an image to train on: the training set has"
             f" {sizes.num_train} images of {sizes.num_classes} classes, set it to at most {most}"
         )
+    return size
+
+
+def fit_to_dataset(recipe: Recipe, sizes: DatasetSizes) -> Recipe:
+    """Replace `validation_size: auto` by a number. Raises UserError as `num_held_out` does."""
+    size = num_held_out(recipe, sizes)
     try:
-        return replace(recipe, validation_size=size)
-    except ValueError as error:  # it stops by a validation split, of which nothing is left
+        return replace(recipe, validation_size=size) if recipe.validation_size == "auto" else recipe
+    except ValueError as error:  # early stopping needs a validation set, and nothing can be held out
         raise UserError(f"of {sizes.num_train} training images none is held out: {error}") from None
 
 
@@ -146,10 +152,11 @@ def make_plan(recipe: Recipe, *, world_size: int, sizes: DatasetSizes, device_ty
             f"global_batch_size={batch} does not divide by {world_size} processes"
             f" x {recipe.gradient_accumulation_steps} accumulation: set it to {nearest}"
         )
+    num_validation = num_held_out(recipe, sizes)
     groups = _batch_norm_groups(recipe, world_size)
     # Processes on CPUs may share the cores of one machine.
     images_a_second = _IMAGES_A_SECOND[device_type] * (world_size if device_type == "cuda" else 1)
-    num_train = sizes.num_train - (0 if sizes.num_validation else recipe.validation_size)
+    num_train = sizes.num_train - (0 if sizes.num_validation else num_validation)
     images_per_epoch = num_train - (1 if num_train % batch == 1 else 0)
     steps_per_epoch = -(-images_per_epoch // batch)
     return RunPlan(
@@ -158,7 +165,7 @@ def make_plan(recipe: Recipe, *, world_size: int, sizes: DatasetSizes, device_ty
         world_size=world_size,
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
         num_train=num_train,
-        num_validation=recipe.validation_size,
+        num_validation=num_validation,
         num_test=sizes.num_test,
         epochs=recipe.epochs,
         steps_per_epoch=steps_per_epoch,

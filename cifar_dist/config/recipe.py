@@ -180,8 +180,8 @@ class Recipe:
     gradient_clipping: float | None
     """Largest norm of the whole gradient."""
     seed: int
-    validation_size: int
-    """Images held out of the training set, in equal parts of its classes; 0: none."""
+    validation_size: int | Literal["auto"]
+    """Images held out of the training set, in equal parts of its classes; 0: none; auto: as `fit_to_dataset` says."""
     selection: Literal["best", "last"]
     """Which weights are tested; without a validation split always the last."""
     optimizer: OptimizerConfig
@@ -201,7 +201,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for field in ("epochs", "global_batch_size", "gradient_accumulation_steps", "image_size"):
             _require(getattr(self, field) >= 1, field, getattr(self, field), "1 or more")
-        for field in ("freeze_epochs", "validation_size", "lookahead_steps"):
+        for field in ("freeze_epochs", "lookahead_steps"):
             _require(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
         _require_fractions(self, "dropout", "label_smoothing", "ema_decay", below_one=True)
         _require(0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2^32)")
@@ -217,6 +217,8 @@ class Recipe:
         _require(group is None or group >= 2, "batch_norm_group_size", group, "2 or more, or null")
         _require(self.global_batch_size >= 2, "global_batch_size", self.global_batch_size, "2 or more (BatchNorm)")
         _require(not (self.whitened_stem and self.pretrained), "whitened_stem", True, "false with pretrained")
+        size = self.validation_size
+        _require(size == "auto" or size >= 0, "validation_size", size, "0 or more, or auto")
         self._check_early_stopping()
         self._check_image_sizes()
 

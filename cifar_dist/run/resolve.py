@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar_dist.config.errors import UserError
-from cifar_dist.config.loading import read_recipe, recipe_label, stated_fields
+from cifar_dist.config.loading import read_recipe, recipe_label
 from cifar_dist.config.options import TrainOptions
 from cifar_dist.config.parsing import flatten, nearest
 from cifar_dist.config.plan import KNOWN_SIZES, DatasetSizes, fit_to_dataset, make_plan
@@ -32,16 +32,11 @@ class TrainRequest:
     data_dir: Path
     """Absolute."""
     trackers: tuple[str, ...]
-    validation_size_was_typed: bool
 
     @property
     def label(self) -> str:
         """The default name of the run's folder."""
         return f"{self.recipe_name}-{Path(self.dataset).name}-seed{self.recipe.seed}"
-
-    def fit(self, sizes: DatasetSizes) -> Recipe:
-        """Give the recipe, fitted to the sizes of the dataset. Raises UserError."""
-        return fit_to_dataset(self.recipe, sizes, validation_size_was_typed=self.validation_size_was_typed)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,7 +115,7 @@ def check_plan(request: TrainRequest, *, world_size: int, sizes: DatasetSizes | 
     """Raise UserError if no plan can be made; `sizes` are those of a folder, which may not be known yet."""
     sizes = sizes or KNOWN_SIZES.get(request.dataset)
     if sizes is not None:
-        make_plan(request.fit(sizes), world_size=world_size, sizes=sizes, device_type="cpu")
+        make_plan(fit_to_dataset(request.recipe, sizes), world_size=world_size, sizes=sizes, device_type="cpu")
 
 
 def check_dataset_name(name: str) -> None:
@@ -139,30 +134,25 @@ def resolve_request(options: TrainOptions, stored: Mapping[str, Any]) -> TrainRe
 
     Raises UserError, also where a resumed run is asked to become another one: each field that differs is named.
     """
-    data, stated = stored.get("dataset", {}), dict[str, Any]()
+    data = stored.get("dataset", {})
     if isinstance(options.recipe, Recipe):
         name, base = "recipe", recipe_to_mapping(options.recipe)
-        # Else it is a recipe's own, which was not written with this dataset in mind.
-        if base["validation_size"] not in (0, read_recipe(DEFAULT_RECIPE)["validation_size"]):
-            stated = {"validation_size": base["validation_size"]}
     elif options.recipe is not None or not stored:
-        name = recipe_label(options.recipe or DEFAULT_RECIPE)
-        base, stated = read_recipe(options.recipe or DEFAULT_RECIPE), stated_fields(options.recipe or DEFAULT_RECIPE)
+        name, base = recipe_label(options.recipe or DEFAULT_RECIPE), read_recipe(options.recipe or DEFAULT_RECIPE)
     else:
         name, base = str(stored.get("recipe_name", "recipe")), dict(stored["recipe"])
-    typed_size = "validation_size" in options.assignments or "validation_size" in stated
-    if stored and not typed_size:  # the run's was cut to its dataset
-        base = {**base, "validation_size": stored["recipe"].get("validation_size", base["validation_size"])}
+    recipe = resolve_recipe(base, options.recipe_flags, options.assignments)
+    if stored and recipe.validation_size == "auto":  # the number is known by now
+        recipe = resolve_recipe(recipe_to_mapping(recipe), {"validation_size": stored["recipe"]["validation_size"]})
     data_dir = options.data_dir or Path(data.get("data_dir", DEFAULT_DATA_DIR))
     trackers = tuple(dict.fromkeys(options.trackers or stored.get("trackers") or ()))
     check_trackers(trackers)
     request = TrainRequest(
         trackers=trackers,
-        recipe=resolve_recipe(base, options.recipe_flags, options.assignments),
+        recipe=recipe,
         recipe_name=name,
         dataset=_absolute_folder(options.dataset or str(data.get("name", DEFAULT_DATASET))),
         data_dir=data_dir.absolute(),
-        validation_size_was_typed=typed_size or bool(stored),
     )
     if stored:
         refuse_other_recipe(request, stored)

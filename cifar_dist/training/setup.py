@@ -112,7 +112,7 @@ def _data_path(
     data = dataset.train.to(runtime.device)
     own = dataset.validation
     train, held_out = stratified_split(
-        dataset.train.labels, recipe.validation_size if own is None else 0, seed=recipe.seed
+        dataset.train.labels, plan.num_validation if own is None else 0, seed=recipe.seed
     )
     sampler = GlobalBatchSampler(
         len(train),

@@ -65,7 +65,7 @@ ELSEWHERE = {"model", "selection"}  # one value; tests/commands
 def outcome(*assignments: str) -> tuple:
     """Train briefly and return numbers that no two different trainings share."""
     dataset = make_dataset(num_train=40, num_test=10)
-    recipe = fit_to_dataset(make_recipe(*SMALL, *assignments), dataset.sizes, validation_size_was_typed=True)
+    recipe = fit_to_dataset(make_recipe(*SMALL, *assignments), dataset.sizes)
     plan = make_plan(recipe, world_size=1, sizes=dataset.sizes, device_type="cpu")
     config = AccelerateConfig(use_cpu=True)
     with connect(World(), config) as ranks:

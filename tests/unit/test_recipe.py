@@ -9,7 +9,7 @@ import yaml
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.loading import parse_assignments, read_recipe, recipe_label, recipe_names
 from cifar_dist.config.options import TrainOptions
-from cifar_dist.config.plan import DatasetSizes
+from cifar_dist.config.plan import DatasetSizes, num_held_out
 from cifar_dist.config.recipe import Recipe, recipe_to_mapping, resolve_recipe
 from cifar_dist.run.resolve import resolve_request
 from tests.conftest import make_recipe
@@ -56,7 +56,8 @@ def test_set_accepts_numbers_in_any_notation():
 
 BAD_VALUES = {
     "epochs": ["0", "1.5", "true"], "seed": ["-1", "4294967296"], "global_batch_size": ["1"], "image_size": ["0"],
-    "gradient_accumulation_steps": ["0"], "freeze_epochs": ["-1", "2"], "validation_size": ["-1"], "stem": ["big"],
+    "gradient_accumulation_steps": ["0"], "freeze_epochs": ["-1", "2"], "validation_size": ["-1", "half"],
+    "stem": ["big"],
     "lookahead_steps": ["-1", "5"], "dropout": ["1"], "label_smoothing": ["1"], "ema_decay": ["1"],
     "gradient_clipping": ["0"], "batch_norm_group_size": ["1"],
     "image_size_schedule": ["[]", "[[16, 0.5]]", "[[16, 0.5], [8, 0.5], [8, 1.0]]", "[[0, 1.0]]"],
@@ -125,12 +126,27 @@ def test_an_unknown_recipe_is_refused(name, message):
         read_recipe(name)
 
 
-def test_a_recipe_without_a_validation_split_takes_the_datasets_own():
-    """Whether it comes by its name or, from Python, whole."""
+def test_a_validation_set_of_the_dataset_is_used_whole():
+    """Whether the recipe comes by its name or, from Python, whole."""
     sizes = DatasetSizes(num_train=90, num_test=10, num_validation=8)
-    for recipe in ("original", Recipe.load("original")):
-        request = resolve_request(TrainOptions(recipe=recipe, dataset="shapes"), {})
-        assert request.fit(sizes).validation_size == 8
-    chosen = resolve_request(TrainOptions(recipe=Recipe.load("original", validation_size=7), dataset="shapes"), {})
+    for name in ("original", "quick"):  # 0 and auto
+        for recipe in (name, Recipe.load(name)):
+            request = resolve_request(TrainOptions(recipe=recipe, dataset="shapes"), {})
+            assert num_held_out(request.recipe, sizes) == 8
     with pytest.raises(UserError, match="the dataset brings its own 8"):
-        chosen.fit(sizes)
+        num_held_out(Recipe.load("original", validation_size=7), sizes)
+
+
+def test_a_resumed_run_keeps_the_number_that_auto_meant():
+    stored = {
+        "recipe": recipe_to_mapping(make_recipe("validation_size=300", base="quick")),
+        "dataset": {"name": "shapes"},
+    }
+    for options in (
+        TrainOptions(),
+        TrainOptions(recipe="quick"),
+        TrainOptions(assignments={"validation_size": "auto"}),
+    ):
+        assert resolve_request(options, stored).recipe.validation_size == 300
+    with pytest.raises(UserError, match="validation_size 300 -> 299"):
+        resolve_request(TrainOptions(assignments={"validation_size": 299}), stored)

@@ -39,14 +39,14 @@ def test_each_class_keeps_a_training_image(counts, size):
         stratified_split(labels, most + 1, seed=0)
 
 
-def test_an_untyped_validation_size_leaves_each_class_an_image_and_a_typed_one_is_refused():
+def test_auto_leaves_each_class_an_image_and_a_typed_one_is_refused():
     for num_classes in (38, 40):
         sizes = DatasetSizes(num_train=40, num_test=1, num_classes=num_classes)
-        untyped = fit_to_dataset(make_recipe(base="quick"), sizes, validation_size_was_typed=False)
-        assert untyped.validation_size == 40 - num_classes
+        recipe = fit_to_dataset(make_recipe(base="quick"), sizes)
+        assert recipe.validation_size == 40 - num_classes
     sizes = DatasetSizes(num_train=40, num_test=1, num_classes=38)
     with pytest.raises(UserError, match=r"leaves a class without an image .* of 38 classes, set it to at most 2"):
-        fit_to_dataset(make_recipe("validation_size=3"), sizes, validation_size_was_typed=True)
+        fit_to_dataset(make_recipe("validation_size=3"), sizes)
 
 
 def test_the_seed_of_a_training_does_not_choose_the_test_images_of_a_folder(tmp_path, monkeypatch):

@@ -271,21 +271,21 @@ def test_a_last_batch_of_one_image_is_left_out(num_train, steps, used):
     assert ("1 image left out of each" in plan.lines["steps"]) == (used != num_train)
 
 
-def test_an_untyped_validation_size_is_cut_to_a_tenth():
+def test_auto_holds_out_a_tenth_and_at_most_5000():
     recipe = make_recipe(base="standard")
     shapes, cifar = KNOWN_SIZES["shapes"], KNOWN_SIZES["cifar10"]
-    assert fit_to_dataset(recipe, shapes, validation_size_was_typed=False).validation_size == 500
-    assert fit_to_dataset(recipe, cifar, validation_size_was_typed=False).validation_size == 5_000
+    assert fit_to_dataset(recipe, shapes).validation_size == 500
+    assert fit_to_dataset(recipe, cifar).validation_size == 5_000
     typed = make_recipe("validation_size=2000", base="standard")
-    assert fit_to_dataset(typed, shapes, validation_size_was_typed=True).validation_size == 2_000
+    assert fit_to_dataset(typed, shapes).validation_size == 2_000
     with pytest.raises(UserError, match="set it to at most 4990"):
-        fit_to_dataset(make_recipe("validation_size=5000"), shapes, validation_size_was_typed=True)
+        fit_to_dataset(make_recipe("validation_size=5000"), shapes)
 
 
 def test_a_split_that_stopping_needs_and_that_has_no_image_is_refused():
-    recipe = make_recipe("validation_size=5", "early_stopping.monitor=val_loss")
+    recipe = make_recipe("validation_size=auto", "early_stopping.monitor=val_loss")
     with pytest.raises(UserError, match="of 8 training images none is held out"):
-        fit_to_dataset(recipe, DatasetSizes(num_train=8, num_test=4), validation_size_was_typed=False)
+        fit_to_dataset(recipe, DatasetSizes(num_train=8, num_test=4))
 
 
 def test_another_machine_asks_nothing_of_a_run_that_is_not_there(tmp_path):

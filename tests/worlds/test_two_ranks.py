@@ -188,7 +188,7 @@ def precisions(runtime):
 def make_trainer(runtime, *assignments, num_train=72, base="original", thin=True):
     """A trainer, of a network with a quarter of ResNet-18's channels if it is to be thin."""
     dataset = make_dataset(num_train=num_train, num_test=10)
-    recipe = fit_to_dataset(make_recipe(*assignments, base=base), dataset.sizes, validation_size_was_typed=True)
+    recipe = fit_to_dataset(make_recipe(*assignments, base=base), dataset.sizes)
     plan = make_plan(recipe, world_size=runtime.world.size, sizes=dataset.sizes, device_type="cpu")
     with thin_models() if thin else nullcontext():
         return build_trainer(recipe, plan, dataset, runtime, Observer())
