@@ -150,8 +150,6 @@ class Recipe:
     model: Literal["resnet18"]
     stem: Literal["cifar", "small", "imagenet"]
     """cifar: 3x3, stride 1, no max-pool; small: 3x3, stride 2, no max-pool; imagenet: torchvision's own."""
-    whitened_stem: bool
-    """Whether the first filters start as the principal components of the training set's patches."""
     pretrained: str | None
     """`imagenet`, or the path of a state dict."""
     freeze_epochs: int
@@ -175,8 +173,6 @@ class Recipe:
     """In [0, 1)."""
     ema_decay: float
     """Of the averaged weights, in [0, 1); 0: none."""
-    lookahead_steps: int
-    """Every so many steps the average takes in the weights, and they go on from it (arXiv 1907.08610); 0: never."""
     gradient_clipping: float | None
     """Largest norm of the whole gradient."""
     seed: int
@@ -201,12 +197,10 @@ class Recipe:
     def __post_init__(self) -> None:
         for field in ("epochs", "global_batch_size", "gradient_accumulation_steps", "image_size"):
             _require(getattr(self, field) >= 1, field, getattr(self, field), "1 or more")
-        for field in ("freeze_epochs", "lookahead_steps"):
-            _require(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
+        _require(self.freeze_epochs >= 0, "freeze_epochs", self.freeze_epochs, "0 or more")
         _require_fractions(self, "dropout", "label_smoothing", "ema_decay", below_one=True)
         _require(0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2^32)")
-        clipping, group, lookahead = self.gradient_clipping, self.batch_norm_group_size, self.lookahead_steps
-        _require(not lookahead or self.ema_decay > 0, "lookahead_steps", lookahead, "0 without ema_decay")
+        clipping, group = self.gradient_clipping, self.batch_norm_group_size
         _require(clipping is None or clipping > 0, "gradient_clipping", clipping, "above 0, or null")
         _require(
             not self.freeze_epochs or self.pretrained is not None,
@@ -216,7 +210,6 @@ class Recipe:
         )
         _require(group is None or group >= 2, "batch_norm_group_size", group, "2 or more, or null")
         _require(self.global_batch_size >= 2, "global_batch_size", self.global_batch_size, "2 or more (BatchNorm)")
-        _require(not (self.whitened_stem and self.pretrained), "whitened_stem", True, "false with pretrained")
         size = self.validation_size
         _require(size == "auto" or size >= 0, "validation_size", size, "0 or more, or auto")
         self._check_early_stopping()

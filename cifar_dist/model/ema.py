@@ -31,11 +31,6 @@ class ExponentialMovingAverage:
         with torch.no_grad():
             torch._foreach_lerp_(averages, values, weight)
 
-    @torch.no_grad()
-    def give_to(self, model: nn.Module) -> None:
-        """Set the model's weights to the average."""
-        torch._foreach_copy_(self._tensors(model), self._tensors(self.model))
-
     @staticmethod
     def _tensors(model: nn.Module) -> list[Tensor]:
         return [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]

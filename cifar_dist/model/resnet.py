@@ -31,26 +31,6 @@ def adapt_stem(model: nn.Module, stem: str) -> None:
     model.maxpool = nn.Identity()
 
 
-def whiten_stem(model: nn.Module, images: Tensor) -> None:
-    """Set the first filters to the principal components of the patches of `images` (n, 3, H, W), each with both signs.
-
-    After Page's fast ResNets (https://myrtle.ai/how-to-train-your-resnet-8-bag-of-tricks) and airbench94. They keep the
-    norm of the filters in whose place they are put, as the BatchNorm behind them is what brings them to one variance.
-    Raises UserError where the images are smaller than a filter.
-    """
-    conv = model.conv1
-    assert isinstance(conv, nn.Conv2d)
-    size, filters = conv.kernel_size[0], conv.weight.detach()
-    if min(images.shape[2:]) < size:
-        raise UserError(f"whitened_stem=true needs images of {size} pixels or more, and these have {images.shape[-1]}")
-    patches = images.double().unfold(2, size, 1).unfold(3, size, 1).transpose(1, 3).flatten(3).flatten(0, 2)
-    components = torch.linalg.eigh(patches.T.cov()).eigenvectors.T.flip(0)  # the largest first
-    count = min(len(filters) // 2, len(components))
-    chosen = torch.cat([components[:count], -components[:count]]).view(-1, *filters.shape[1:])
-    norms = filters[: 2 * count].flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    filters[: 2 * count] = chosen.to(filters.dtype) * norms
-
-
 def infer_architecture(weights: Mapping[str, Tensor]) -> tuple[str, int]:
     """Read the stem and the number of classes off a ResNet-18's tensors.
 

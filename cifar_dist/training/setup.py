@@ -15,7 +15,7 @@ from cifar_dist.model.convolution import use_dense_products
 from cifar_dist.model.ema import ExponentialMovingAverage
 from cifar_dist.model.optimizer import build_optimizer
 from cifar_dist.model.pretrained import parts_to_freeze, start_from
-from cifar_dist.model.resnet import build_resnet, whiten_stem
+from cifar_dist.model.resnet import build_resnet
 from cifar_dist.model.stochastic import HeadDropout
 from cifar_dist.run.results import Observer
 from cifar_dist.runtime.distributed import Runtime
@@ -48,8 +48,6 @@ def build_trainer(
     use_dense_products(model)
     if pretrained is not None:
         start_from(model, pretrained)
-    if recipe.whitened_stem:
-        _whiten(model, recipe, dataset.train.images)
     model = model.to(runtime.device, memory_format=runtime.memory_format)  # type: ignore[call-overload]
     # The average is only ever evaluated: it keeps torch's own BatchNorm.
     ema = ExponentialMovingAverage(model, recipe.ema_decay) if recipe.ema_decay else None
@@ -88,14 +86,6 @@ def _training_step(recipe: Recipe, plan: RunPlan, runtime: Runtime, state: Train
         dropout=HeadDropout(state.model, recipe.dropout) if recipe.dropout else None,
         replayed=replayed,
     )
-
-
-def _whiten(model: nn.Module, recipe: Recipe, images: Tensor) -> None:
-    """Show the stem images from all over the training set, 256 of 32 pixels: their patches tell its directions well."""
-    count = max(1, 2**18 // images[0, 0].numel())
-    some = images[:: max(1, len(images) // count)][:count]
-    normalize = Normalizer(recipe.normalization, torch.device("cpu"), torch.contiguous_format)
-    whiten_stem(model, normalize(some.float() / 255))
 
 
 def _with_statistics(model: nn.Module, recipe: Recipe, plan: RunPlan) -> tuple[nn.Module, Groups | None]:

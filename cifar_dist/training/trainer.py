@@ -135,13 +135,9 @@ class Trainer:
 
     def _end_step(self) -> None:
         """Count a step, and average its weights."""
-        state, every = self.state, self.recipe.lookahead_steps
-        state.step += 1
-        is_due = not every or state.step % every == 0 or state.step == self.plan.total_steps
-        if state.ema is not None and is_due:
-            state.ema.update(state.model, state.step)
-            if every:
-                state.ema.give_to(state.model)
+        self.state.step += 1
+        if self.state.ema is not None:
+            self.state.ema.update(self.state.model, self.state.step)
 
     def _agree(self) -> tuple[float, float, float]:
         """Hear from all ranks what happened, and give the epoch's loss, hits and images so far, summed over them.

@@ -23,10 +23,10 @@ SMALL = ("epochs=2", "global_batch_size=16", "early_stopping.enabled=false")
 
 # another value of each field
 CHANGES = {
-    "stem": "small", "whitened_stem": "true", "pretrained": "weights.pth", "freeze_epochs": "1", "dropout": "0.5",
+    "stem": "small", "pretrained": "weights.pth", "freeze_epochs": "1", "dropout": "0.5",
     "epochs": "1", "global_batch_size": "24", "gradient_accumulation_steps": "2", "image_size": "40",
     "image_size_schedule": "[[16, 0.5], [32, 1.0]]", "label_smoothing": "0.2", "ema_decay": "0.9",
-    "lookahead_steps": "2", "gradient_clipping": "0.1", "seed": "1", "validation_size": "8",
+    "gradient_clipping": "0.1", "seed": "1", "validation_size": "8",
     "batch_norm_group_size": "4", "normalization.mean": "[0.4, 0.4, 0.4]", "normalization.std": "[0.4, 0.4, 0.4]",
     "optimizer.name": "adamw", "optimizer.learning_rate": "0.02", "optimizer.momentum": "0.5",
     "optimizer.nesterov": "true", "optimizer.weight_decay": "0.1", "optimizer.decay_norm_and_bias": "false",
@@ -47,7 +47,6 @@ STOPPING = ("epochs=4", "early_stopping={enabled: true, patience: 1, min_delta: 
 NEEDED = {
     "freeze_epochs": ("pretrained=weights.pth",),
     "ema_decay": HELD_OUT,
-    "lookahead_steps": (*HELD_OUT, "ema_decay=0.5"),
     "optimizer.decay_norm_and_bias": ("optimizer.weight_decay=0.1",),
     "optimizer.sgd_learning_rate": ("optimizer.name=muon",),
     "optimizer.normalize_filters": ("optimizer.name=muon",),

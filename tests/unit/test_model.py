@@ -26,7 +26,7 @@ from cifar_dist.model.optimizer import (
     set_learning_rate,
 )
 from cifar_dist.model.pretrained import imagenet_weights, parts_to_freeze, start_from
-from cifar_dist.model.resnet import build_resnet, infer_architecture, load_weights, whiten_stem
+from cifar_dist.model.resnet import build_resnet, infer_architecture, load_weights
 from cifar_dist.model.schedule import learning_rate, learning_rate_line
 from cifar_dist.model.stochastic import HeadDropout, uniform_hash
 from tests.conftest import make_recipe
@@ -363,33 +363,7 @@ def test_a_first_step_that_the_fp16_scaler_skips_leaves_no_momentum(name):
     assert all(buffer.abs().max() == 0 for buffer in buffers)
 
 
-def test_a_whitened_stem_needs_images_as_large_as_its_filters():
-    model = narrow_resnet()
-    whiten_stem(model, torch.randn(64, 3, 7, 7))
-    with pytest.raises(UserError, match="whitened_stem=true needs images of 7 pixels or more, and these have 6"):
-        whiten_stem(model, torch.randn(64, 3, 6, 6))
-
-
-@pytest.mark.parametrize(("stem", "count"), [("cifar", 27), ("imagenet", 32)])
-def test_a_whitened_stem_sees_uncorrelated_directions_the_strongest_first(stem, count):
-    model = build_resnet(stem, 10, seed=0)
-    before = model.conv1.weight.detach().clone()
-    images = torch.nn.functional.avg_pool2d(torch.randn(32, 3, 32, 32), 3, 1)  # neighbours that are alike
-    whiten_stem(model, images)
-    filters = model.conv1.weight.detach()
-    assert torch.equal(filters[2 * count :], before[2 * count :])
-    torch.testing.assert_close(filters.flatten(1).norm(dim=1), before.flatten(1).norm(dim=1))
-    directions = torch.nn.functional.normalize(filters[: 2 * count].flatten(1))
-    torch.testing.assert_close(directions[:count], -directions[count:])
-    seen = torch.nn.functional.conv2d(images, directions[:count].view(count, *filters.shape[1:]))
-    covariance = seen.transpose(0, 1).flatten(1).cov()
-    variances = covariance.diagonal()
-    assert (covariance - variances.diag()).abs().max() < 1e-3 * variances.max()
-    assert torch.equal(variances.sort(descending=True).values, variances)
-    assert variances[0] > 5 * variances[-1]
-
-
-def test_the_average_follows_the_weights_and_is_given_back():
+def test_the_average_follows_the_weights():
     model = nn.BatchNorm1d(1)
     average = ExponentialMovingAverage(model, decay=0.9)
     expected = 1.0
@@ -407,8 +381,6 @@ def test_the_average_follows_the_weights_and_is_given_back():
     assert average.model.num_batches_tracked == 199
     assert not average.model.training
     assert not average.model.weight.requires_grad
-    average.give_to(model)
-    assert model.state_dict() == average.model.state_dict()
 
 
 def test_dropout_is_a_function_of_key_and_sample():

@@ -115,7 +115,7 @@ DECAY = "optimizer.weight_decay=0.03125"
 CASES = {  # recipe, what else is set, and how many kinds of steps there are
     "sgd": ("original", ("epochs=2",), 1),
     "muon": ("standard", ("epochs=1", "image_size_schedule=[[16, 0.5], [32, 1.0]]", DECAY), 2),
-    "averaged": ("original", ("epochs=2", "ema_decay=0.8", "lookahead_steps=2"), 1),
+    "averaged": ("original", ("epochs=2", "ema_decay=0.8"), 1),
     "adamw": (
         "original",
         ("epochs=2", "optimizer.name=adamw", "optimizer.momentum=0.9", "optimizer.nesterov=false", *COLOURS),

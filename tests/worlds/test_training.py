@@ -36,7 +36,7 @@ VARIANTS = {
     ),
     "muon": (
         "optimizer={name: muon, learning_rate: 0.02, sgd_learning_rate: 0.01, normalize_filters: true}",
-        "augmentation.flip=alternating", "whitened_stem=true", "lookahead_steps=2",
+        "augmentation.flip=alternating",
         "image_size=32", "image_size_schedule=[[0.75, 0.5], [1.0, 1.0]]", "epochs=2",
     ),
     "all channels": ("epochs=1",),  # of ResNet-18; the others have a quarter of them, for time
