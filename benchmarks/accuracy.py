@@ -40,9 +40,9 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from cifar_dist.config.errors import EXIT_INTERRUPTED
-from cifar_dist.config.loading import nested, read_recipe
 from cifar_dist.config.provenance import git_commit, package_versions
-from cifar_dist.config.recipe import Recipe, recipe_to_mapping, resolve_recipe
+from cifar_dist.config.recipe import Recipe, read_recipe, recipe_to_mapping, resolve_recipe
+from cifar_dist.config.schema import nested
 
 ROOT = Path(__file__).parent.parent
 SCRIPT_BATCH = 128

@@ -13,8 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-from cifar_dist.config.loading import read_recipe
-from cifar_dist.config.recipe import resolve_recipe
+from cifar_dist.config.recipe import read_recipe, resolve_recipe
 from cifar_dist.data.augmentation import Augmentation
 
 

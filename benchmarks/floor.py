@@ -45,8 +45,7 @@ def bare_step(stem: str, batch: int, precision: str) -> Callable[[], None]:
     """Give the step that `bench` calls the floor."""
     sys.path.insert(0, str(Path(__file__).parent.parent))
     from cifar_dist.baselines.bare import BareStep
-    from cifar_dist.config.loading import parse_assignments, read_recipe
-    from cifar_dist.config.recipe import resolve_recipe
+    from cifar_dist.config.recipe import parse_assignments, read_recipe, resolve_recipe
     from cifar_dist.model.convolution import use_dense_products
     from cifar_dist.model.optimizer import build_optimizer
     from cifar_dist.model.resnet import build_resnet

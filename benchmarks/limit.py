@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cifar_dist.baselines.bare import BareStep
-from cifar_dist.config.loading import read_recipe
-from cifar_dist.config.recipe import resolve_recipe
+from cifar_dist.config.recipe import read_recipe, resolve_recipe
 from cifar_dist.model.optimizer import build_optimizer
 from cifar_dist.model.resnet import build_resnet
 from cifar_dist.runtime.graphs import recorded

@@ -42,8 +42,7 @@ def main() -> int:
     parser.add_argument("--max-minutes", default="600")
     typed = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    from cifar_dist.config.loading import read_recipe
-    from cifar_dist.config.recipe import resolve_recipe
+    from cifar_dist.config.recipe import read_recipe, resolve_recipe
 
     recipe = resolve_recipe(read_recipe(typed.recipe))
     bare, _ = peak_mib(

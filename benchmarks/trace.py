@@ -22,9 +22,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from cifar_dist.commands.bench import random_dataset
 from cifar_dist.config.accelerate_config import load_accelerate_config
-from cifar_dist.config.loading import read_recipe
 from cifar_dist.config.plan import make_plan
-from cifar_dist.config.recipe import resolve_recipe
+from cifar_dist.config.recipe import read_recipe, resolve_recipe
 from cifar_dist.config.world import World
 from cifar_dist.run.checks import FOR_SPEED
 from cifar_dist.run.results import Observer

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from cifar_dist.config.accelerate_config import load_accelerate_config, processes_to_start, with_processes
-from cifar_dist.config.arguments import parse_arguments
 from cifar_dist.config.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -25,7 +24,7 @@ from cifar_dist.config.errors import (
     SharedError,
     UserError,
 )
-from cifar_dist.config.options import EvalOptions, Options, PredictOptions, TrainOptions
+from cifar_dist.config.options import EvalOptions, Options, PredictOptions, TrainOptions, parse_arguments
 from cifar_dist.config.plan import KNOWN_SIZES
 from cifar_dist.config.provenance import PROGRAM, program_name
 from cifar_dist.config.world import LAUNCHED, World

@@ -15,8 +15,7 @@ from PIL import Image
 
 from cifar_dist.config.accelerate_config import AccelerateConfig
 from cifar_dist.config.cpus import usable_cpus
-from cifar_dist.config.loading import parse_assignments, read_recipe
-from cifar_dist.config.recipe import Recipe, resolve_recipe
+from cifar_dist.config.recipe import Recipe, parse_assignments, read_recipe, resolve_recipe
 from cifar_dist.config.world import World
 from cifar_dist.data.dataset import Dataset, LabelledImages
 from cifar_dist.runtime.distributed import connect, start

@@ -14,10 +14,9 @@ from cifar_dist.baselines.bare import BareStep
 from cifar_dist.config.accelerate_config import AccelerateConfig
 from cifar_dist.config.errors import EXIT_DONE, UserError
 from cifar_dist.config.files import STANDARD_OUTPUT, write_json
-from cifar_dist.config.loading import recipe_label
 from cifar_dist.config.options import BenchOptions
 from cifar_dist.config.plan import make_plan
-from cifar_dist.config.recipe import Recipe
+from cifar_dist.config.recipe import Recipe, recipe_label
 from cifar_dist.config.world import World
 from cifar_dist.data.dataset import Dataset, LabelledImages
 from cifar_dist.display.console import make_console

@@ -8,11 +8,10 @@ from rich.console import Console
 
 from cifar_dist.config.accelerate_config import AccelerateConfig, started_line, world_to_come
 from cifar_dist.config.errors import EXIT_DONE, UserError
-from cifar_dist.config.loading import read_recipe, recipe_label
 from cifar_dist.config.options import DoctorOptions
 from cifar_dist.config.plan import KNOWN_SIZES, fit_to_dataset, make_plan
 from cifar_dist.config.provenance import git_commit, package_versions
-from cifar_dist.config.recipe import resolve_recipe
+from cifar_dist.config.recipe import read_recipe, recipe_label, resolve_recipe
 from cifar_dist.config.world import World
 from cifar_dist.data.archives import CIFAR10, CIFAR100
 from cifar_dist.data.datasets import load_dataset

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cifar_dist.config.errors import UserError
-from cifar_dist.config.loading import read_yaml
-from cifar_dist.config.parsing import convert, nearest
+from cifar_dist.config.schema import convert, nearest, read_yaml
 from cifar_dist.config.world import LAUNCHED, World
 
 # What `accelerate launch --config_file` reads; another key is a ValueError there, so it is refused here too.

@@ -1,79 +1,95 @@
-"""What can be typed: one frozen dataclass a command, whose fields are its flags in the order of --help.
+"""The command line: one frozen dataclass a command, whose fields are its flags in the order of --help.
 
-The docstring of a class is what --help says of its command; `config/arguments.py` makes the parsers.
+The docstring of a class is the description of its command. A flag's type and choices are those of its field.
 """
-# ruff: noqa: RUF009  (flag gives a dataclasses.field)
+# ruff: noqa: RUF009  (flag returns a dataclasses.field)
 
+import argparse
+import importlib.util
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NoReturn
 
+from cifar_dist import __version__
 from cifar_dist.config.errors import UserError
-from cifar_dist.config.loading import recipe_names
-from cifar_dist.config.recipe import Recipe
+from cifar_dist.config.plan import KNOWN_SIZES
+from cifar_dist.config.recipe import (
+    DEFAULT_RECIPE,
+    RECIPE_FIELDS,
+    Count,
+    Positive,
+    Recipe,
+    find_field,
+    parse_assignments,
+    recipe_names,
+)
+from cifar_dist.config.schema import convert, nearest
+
+TRACKERS = ("tensorboard", "wandb", "mlflow", "aim", "clearml", "comet_ml", "dvclive", "swanlab", "trackio")
+"""Accelerate's names, each also that of the package that it needs."""
 
 
-def flag(name: str | None, help: str, *, default: Any = None, **arguments: Any) -> Any:
-    """Give a field that is typed as `name`, or by its place where that is None; `arguments` are argparse's."""
-    metadata = {"names": [name] if name else [], "arguments": {"help": help, **arguments}}
-    if default is dict:  # one for each, since it can be changed
-        return field(default_factory=dict, metadata=metadata)
-    return field(default=default, metadata=metadata)
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise UserError for an unknown tracker, or one whose package is missing."""
+    for name in names:
+        if name not in TRACKERS:
+            raise UserError(f"unknown tracker '{name}'{nearest(name, TRACKERS)} (trackers: {', '.join(TRACKERS)})")
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # any folder of that name in the current one is found, without origin
+            raise UserError(f"--tracker {name} needs the package {name}: pip install {name}")
 
 
-def switch(name: str, help: str) -> Any:
-    """Give a field that is True where `name` is typed."""
-    return flag(name, help, default=False, action="store_true")
+def flag(name: str | None, help: str, metavar: str | None = None, *, default: Any = None, **arguments: Any) -> Any:
+    """Return a field for the flag `name`, or for a positional argument; `arguments` are argparse's."""
+    arguments |= {"help": help} | ({"metavar": metavar} if metavar else {})
+    metadata = {"names": [name] if name else [], "arguments": arguments}
+    return field(metadata=metadata, **({"default_factory": dict} if default is dict else {"default": default}))
 
 
-# What several flags take.
-_NUMBER: dict[str, Any] = {"type": int, "metavar": "N"}
-_MINUTES: dict[str, Any] = {"type": float, "metavar": "M"}
-_FILE: dict[str, Any] = {"type": Path, "metavar": "FILE"}
-_FOLDER: dict[str, Any] = {"type": Path, "metavar": "DIR"}
-_PATHS: dict[str, Any] = {"type": Path, "nargs": "+", "default": MISSING}
-# What several commands have.
-_CHECKPOINT: dict[str, Any] = {"type": Path, "metavar": "FILE|RUN_DIR", "default": MISSING, "required": True}
-_DATASET = {
-    "metavar": "NAME|DIR",
-    "help": "cifar10 (default), cifar100, shapes (needs no files), or a folder of images",
-}
-_DATA_DIR = {**_FOLDER, "help": "holds the CIFAR files (default: data)"}
-_RECIPE = {"metavar": "NAME|FILE", "help": f"{', '.join(recipe_names())} (default standard), or YAML"}
-_RECIPE_OF_WEIGHTS = {"metavar": "NAME|FILE", "help": "for bare weights: whose stem and normalisation they have"}
-_SET: dict[str, Any] = {
-    "metavar": "KEY=VALUE",
-    "help": "set fields of the recipe, e.g. optimizer.learning_rate=0.1; wins over flags and files",
-    "default": dict,
-    "nargs": "+",
-    "action": "extend",
-}
+# Flags that several commands share: help and metavar.
+_DATASET = ("cifar10 (default), cifar100, shapes (needs no files), or a folder of images", "NAME|DIR")
+_DATA_DIR = ("holds the CIFAR files (default: data)", "DIR")
+_RECIPE = (f"{', '.join(recipe_names())} (default {DEFAULT_RECIPE}), or YAML", "NAME|FILE")
+_RECIPE_OF_WEIGHTS = ("for bare weights: whose stem and normalisation they have", "NAME|FILE")
+_JSON = ("write the result there; - for the standard output", "FILE")
+_SET = ("set fields of the recipe, e.g. optimizer.learning_rate=0.1; wins over flags and files", "KEY=VALUE")
+_SEVERAL: dict[str, Any] = {"default": dict, "nargs": "+", "action": "extend"}
+_CHECKPOINT = "FILE|RUN_DIR"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """What every command has, typed or not. None stands for what was not typed."""
+    """What every command has. None stands for what was not typed."""
 
     config: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what is not among a flag's choices, from Python too. Raises UserError."""
+        """Raise UserError for a value that a field's type does not allow, from Python too."""
+        hints = typing.get_type_hints(type(self), include_extras=True)
         for each in fields(self):
-            choices, value = each.metadata.get("arguments", {}).get("choices"), getattr(self, each.name)
-            if choices and value is not None and value not in choices:
-                raise UserError(f"{each.name} must be one of {', '.join(choices)}, not {value!r}")
+            is_limited = any(
+                typing.get_origin(hint) in (Annotated, Literal) for hint in _alternatives(hints[each.name])
+            )
+            if is_limited:
+                convert(hints[each.name], getattr(self, each.name), f"--{each.name.replace('_', '-')}")
+
+
+def _alternatives(hint: Any) -> list[Any]:
+    """Return the types of which a field may be, without None."""
+    is_union = typing.get_origin(hint) not in (None, Annotated, Literal) and type(None) in typing.get_args(hint)
+    return [each for each in typing.get_args(hint) if each is not type(None)] if is_union else [hint]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceOptions(Options):
-    """What every command takes that computes."""
+    """What every command has that computes."""
 
-    config: str | None = flag("--config", "an Accelerate config: device, processes, mixed precision", metavar="YAML")
-    precision: str | None = flag(
-        "--precision",
-        "auto: what the device does best (the default); no: float32",
-        choices=("auto", "no", "fp16", "bf16"),
+    config: str | None = flag("--config", "an Accelerate config: device, processes, mixed precision", "YAML")
+    precision: Literal["auto", "no", "fp16", "bf16"] | None = flag(
+        "--precision", "auto: what the device does best (the default); no: float32"
     )
 
 
@@ -81,44 +97,36 @@ class DeviceOptions(Options):
 class TrainOptions(DeviceOptions):
     """Train a recipe, then evaluate it once on the test images."""
 
-    recipe: str | Recipe | None = flag("--recipe", **_RECIPE)
-    """A name or a file; a whole recipe where Python asks."""
-    dataset: str | None = flag("--dataset", **_DATASET)
-    data_dir: Path | None = flag("--data-dir", **_DATA_DIR)
-    run_dir: Path | None = flag("--run-dir", "default: runs/<recipe>-<dataset>-seed<seed>", **_FOLDER)
-    resume: bool = flag(
-        "--resume", "go on with the run in DIR (or --run-dir)", default=False, nargs="?", const="", metavar="DIR"
-    )
+    recipe: str | Recipe | None = flag("--recipe", *_RECIPE)
+    """A name or a file; the API may pass a whole recipe."""
+    dataset: str | None = flag("--dataset", *_DATASET)
+    data_dir: Path | None = flag("--data-dir", *_DATA_DIR)
+    run_dir: Path | None = flag("--run-dir", "default: runs/<recipe>-<dataset>-seed<seed>", "DIR")
+    resume: bool = flag("--resume", "go on with the run in DIR (or --run-dir)", "DIR", default=False, nargs="?")
     resume_dir: Path | None = None
     """The folder typed after `--resume`, which must exist."""
-    assignments: Mapping[str, Any] = flag("--set", **_SET)
+    assignments: Mapping[str, Any] = flag("--set", *_SET, **_SEVERAL)
     """As a nested mapping."""
-    num_processes: int | None = flag("--num-processes", "start N processes (default: as --config)", **_NUMBER)
-    epochs: int | None = flag("--epochs", "the recipe's, unless typed", **_NUMBER)
-    seed: int | None = flag("--seed", "the recipe's, unless typed", **_NUMBER)
-    dry_run: bool = switch("--dry-run", "print the plan; start nothing and write nothing")
-    checkpoint_every_steps: int | None = flag("--checkpoint-every-steps", "save also within an epoch", **_NUMBER)
-    checkpoint_every_minutes: float | None = flag(
-        "--checkpoint-every-minutes", "default: 1, at the ends of epochs", **_MINUTES
+    num_processes: Count | None = flag("--num-processes", "start N processes (default: as --config)", "N")
+    epochs: int | None = flag("--epochs", "the recipe's, unless typed", "N")
+    seed: int | None = flag("--seed", "the recipe's, unless typed", "N")
+    dry_run: bool = flag("--dry-run", "print the plan; start nothing and write nothing", default=False)
+    checkpoint_every_steps: Count | None = flag("--checkpoint-every-steps", "save also within an epoch", "N")
+    checkpoint_every_minutes: Positive | None = flag(
+        "--checkpoint-every-minutes", "default: 1, at the ends of epochs", "M"
     )
-    max_minutes: float | None = flag("--max-minutes", "stop and save after so long (exit code 75)", **_MINUTES)
+    max_minutes: Positive | None = flag("--max-minutes", "stop and save after so long (exit code 75)", "M")
     trackers: Sequence[str] = flag(
         "--tracker",
         "log to tensorboard, wandb, mlflow or another of Accelerate's trackers; may be repeated",
+        "NAME",
         default=(),
         action="append",
-        metavar="NAME",
     )
-    quiet: bool = switch("--quiet", "no progress, only the result")
+    quiet: bool = flag("--quiet", "no progress, only the result", default=False)
 
     def __post_init__(self) -> None:
         Options.__post_init__(self)
-        if self.num_processes is not None and self.num_processes < 1:
-            raise UserError(f"--num-processes must be 1 or more, not {self.num_processes}")
-        for name in ("checkpoint_every_steps", "checkpoint_every_minutes", "max_minutes"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < 1e6:
-                raise UserError(f"--{name.replace('_', '-')} must be above 0 and below a million, not {value}")
         if self.resume_dir and self.run_dir and self.resume_dir != self.run_dir:
             raise UserError(f"--resume {self.resume_dir} and --run-dir {self.run_dir} name two runs: type one of them")
 
@@ -133,71 +141,199 @@ class TrainOptions(DeviceOptions):
 class EvalOptions(DeviceOptions):
     """Evaluate a checkpoint or a bare state dict; each image is counted once."""
 
-    checkpoint: Path = flag("--ckpt", "what to evaluate", **_CHECKPOINT)
-    dataset: str | None = flag("--dataset", **_DATASET)
-    data_dir: Path | None = flag("--data-dir", **_DATA_DIR)
-    split: str = flag("--split", "default: test", default="test", choices=("test", "validation"))
-    recipe: str | None = flag("--recipe", **_RECIPE_OF_WEIGHTS)
-    tta: str = flag("--tta", "average over the mirror image too", default="none", choices=("none", "mirror"))
-    json: Path | None = flag("--json", "write the result there; - for the standard output", **_FILE)
-    figures: Path | None = flag(
-        "--figures", "draw the confusion matrix, accuracy by class, predictions there", **_FOLDER
-    )
+    checkpoint: Path = flag("--ckpt", "what to evaluate", _CHECKPOINT, default=MISSING)
+    dataset: str | None = flag("--dataset", *_DATASET)
+    data_dir: Path | None = flag("--data-dir", *_DATA_DIR)
+    split: Literal["test", "validation"] = flag("--split", "default: test", default="test")
+    recipe: str | None = flag("--recipe", *_RECIPE_OF_WEIGHTS)
+    tta: Literal["none", "mirror"] = flag("--tta", "average over the mirror image too", default="none")
+    json: Path | None = flag("--json", *_JSON)
+    figures: Path | None = flag("--figures", "draw confusion matrix, accuracy by class, predictions there", "DIR")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PredictOptions(DeviceOptions):
-    """Name the classes of images; each is predicted once."""
+    """Predict the classes of images of your own."""
 
-    checkpoint: Path = flag("--ckpt", "with which weights", **_CHECKPOINT)
-    images: Sequence[Path] = flag(None, "files, or folders of files", metavar="IMAGE|DIR", **_PATHS)
-    recipe: str | None = flag("--recipe", **_RECIPE_OF_WEIGHTS)
-    top: int = flag("--top", "so many classes an image (default: 5)", default=5, type=int, metavar="K")
-    json: Path | None = flag("--json", "write the result there; - for the standard output", **_FILE)
-
-    def __post_init__(self) -> None:
-        Options.__post_init__(self)
-        if self.top < 1:
-            raise UserError(f"--top must be 1 or more, not {self.top}")
+    checkpoint: Path = flag("--ckpt", "with which weights", _CHECKPOINT, default=MISSING)
+    images: Sequence[Path] = flag(None, "files, or folders of files", "IMAGE|DIR", default=MISSING)
+    recipe: str | None = flag("--recipe", *_RECIPE_OF_WEIGHTS)
+    top: Count = flag("--top", "so many classes an image (default: 5)", "K", default=5)
+    json: Path | None = flag("--json", *_JSON)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReportOptions(Options):
-    """Draw a run's figures and write its page; put several side by side, with mean and standard deviation."""
+    """Draw a run's figures and page; compare several runs."""
 
-    run_dirs: Sequence[Path] = flag(None, "folders that runs have left", metavar="RUN_DIR", **_PATHS)
-    out: Path | None = flag("--out", "where the files go (default: DIR/figures of one run)", **_FOLDER)
+    run_dirs: Sequence[Path] = flag(None, "folders that runs have left", "RUN_DIR", default=MISSING)
+    out: Path | None = flag("--out", "where the files go (default: DIR/figures of one run)", "DIR")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportOptions(Options):
     """Write weights for other programs, in the format that the suffix of --out names."""
 
-    checkpoint: Path = flag("--ckpt", "which weights", **_CHECKPOINT)
-    out: Path = flag("--out", "FILE.pth, FILE.safetensors or FILE.onnx", default=MISSING, required=True, **_FILE)
-    recipe: str | None = flag("--recipe", **_RECIPE_OF_WEIGHTS)
+    checkpoint: Path = flag("--ckpt", "which weights", _CHECKPOINT, default=MISSING)
+    out: Path = flag("--out", "FILE.pth, FILE.safetensors or FILE.onnx", "FILE", default=MISSING)
+    recipe: str | None = flag("--recipe", *_RECIPE_OF_WEIGHTS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchOptions(DeviceOptions):
     """Measure the training loop against the bare training step, in alternation."""
 
-    recipe: str = flag("--recipe", default="standard", **_RECIPE)
-    assignments: Mapping[str, Any] = flag("--set", **_SET)
-    seconds: float = flag("--seconds", "for each loop measured (default 10)", default=10.0, type=float, metavar="S")
-    sweep: bool = switch("--sweep", "measure precisions, layouts, compilers; which is fastest")
-    json: Path | None = flag("--json", "write the figures there; - for the standard output", **_FILE)
-
-    def __post_init__(self) -> None:
-        Options.__post_init__(self)
-        if not 0 < self.seconds < 86_400:
-            raise UserError(f"--seconds must be above 0 and below a day, not {self.seconds:g}")
+    recipe: str = flag("--recipe", *_RECIPE, default=DEFAULT_RECIPE)
+    assignments: Mapping[str, Any] = flag("--set", *_SET, **_SEVERAL)
+    seconds: Positive = flag("--seconds", "for each loop measured (default 10)", "S", default=10.0)
+    sweep: bool = flag("--sweep", "measure precisions, layouts, compilers; which is fastest", default=False)
+    json: Path | None = flag("--json", *_JSON)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DoctorOptions(DeviceOptions):
-    """Say what this machine offers, which data is here, and what would run."""
+    """Show what this machine has, which data is here, and what would run."""
 
-    recipe: str | None = flag("--recipe", **_RECIPE)
-    data_dir: Path | None = flag("--data-dir", **_DATA_DIR)
-    download: bool = switch("--download", "fetch CIFAR-10 and the ImageNet weights where missing")
+    recipe: str | None = flag("--recipe", *_RECIPE)
+    data_dir: Path | None = flag("--data-dir", *_DATA_DIR)
+    download: bool = flag("--download", "fetch CIFAR-10 and the ImageNet weights where missing", default=False)
+
+
+COMMANDS: dict[str, type[Options]] = {
+    "train": TrainOptions,
+    "eval": EvalOptions,
+    "predict": PredictOptions,
+    "report": ReportOptions,
+    "export": ExportOptions,
+    "bench": BenchOptions,
+    "doctor": DoctorOptions,
+}
+_ALIASES = {
+    "--ckpt": "checkpoint weights model",
+    "--precision": "amp fp16 mixed_precision",
+    "--num-processes": "gpus num_gpus nproc_per_node",
+    "--max-minutes": "time max_time",
+    "--run-dir": "output output_dir save_dir",
+    "--out": "output output_dir",
+    "--json": "output output_dir",
+    "--dataset": "data train_dir",
+    "--resume": "checkpoint resume_from",
+    "--config": "device cpu gpu cuda",
+}
+"""Names of flags in other programs; the first flag that a command has is meant."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError: one line, like every other."""
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def parse_arguments(argv: list[str]) -> tuple[str, Options]:
+    """Return the command (`train` if none is typed) and its options. Raises UserError."""
+    if any(word == "" or (word.startswith("--") and word.endswith("=")) for word in argv):
+        raise UserError("an argument is empty: is a variable of your script not set?")
+    if argv[:1] in (["-h"], ["--help"], ["--version"]):
+        _top_parser().parse_args(argv[:1])
+    if argv[:1] == ["--completion"]:
+        print(completion_script())
+        raise SystemExit(0)
+    named = bool(argv) and not argv[0].startswith("-")
+    command = argv[0] if named else "train"
+    if command not in COMMANDS:
+        raise UserError(f"unknown command '{command}'{nearest(command, COMMANDS)} (commands: {', '.join(COMMANDS)})")
+    parser = _Parser(prog=f"launch.py {command}", description=COMMANDS[command].__doc__, allow_abbrev=False)
+    _add_arguments(parser, command)
+    flags = [word.split("=")[0] for word in takewhile(lambda word: word != "--", argv) if word.startswith("--")]
+    if unknown := [each for each in flags if each not in parser._option_string_actions]:  # before one is missed
+        raise UserError(f"unknown argument '{unknown[0]}'{_suggest(unknown[0], parser)}")
+    typed = vars(parser.parse_args(argv[named:]))
+    if "assignments" in typed:
+        typed["assignments"] = parse_assignments(typed["assignments"])
+    if "resume" in typed:  # the folder after it, or nothing
+        typed |= {"resume": True, "resume_dir": Path(typed["resume"]) if typed["resume"] else None}
+    return command, COMMANDS[command](**typed)
+
+
+def _add_arguments(parser: argparse.ArgumentParser, command: str) -> list[argparse.Action]:
+    """Add a command's flags. They have no defaults here: those are the dataclass's."""
+    hints, actions = typing.get_type_hints(COMMANDS[command]), []
+    for each in fields(COMMANDS[command]):
+        if not each.metadata:
+            continue
+        (kind, *_), names = _alternatives(hints[each.name]), each.metadata["names"]
+        arguments: dict[str, Any] = {"default": argparse.SUPPRESS, **each.metadata["arguments"]}
+        if names:
+            arguments |= {"dest": each.name, "required": each.default is each.default_factory is MISSING}
+        if typing.get_origin(kind) is Literal:
+            arguments["choices"] = typing.get_args(kind)
+        elif kind is bool and "nargs" not in arguments:
+            arguments["action"] = "store_true"
+        elif kind in (int, float, Path):
+            arguments["type"] = kind
+        elif kind == Sequence[Path]:
+            arguments |= {"type": Path, "nargs": "+"}
+        actions.append(parser.add_argument(*(names or [each.name]), **arguments))
+    return actions
+
+
+def _suggest(unknown: str, parser: argparse.ArgumentParser) -> str:
+    """Return a hint that names the flag or the recipe field that an unknown flag means."""
+    name, actions = unknown[2:].replace("-", "_").lower(), parser._option_string_actions
+    if (exact := f"--{name.replace('_', '-')}") in actions:
+        return f", did you mean '{exact}'?"
+    if name.endswith("workers"):
+        return ": images are in memory, and no worker processes load them; leave it out"
+    for meant, names in _ALIASES.items():
+        if name in names.split() and meant in actions:
+            return f", did you mean '{meant}'? ({actions[meant].help})"
+    if name in TRACKERS and "--tracker" in actions:
+        return f", did you mean '--tracker {name}'?"
+    if "--set" in actions and (recipe_field := find_field(name)):
+        return f", did you mean '--set {recipe_field}=VALUE'?"
+    return nearest(unknown, actions) or f" (see {parser.prog} --help)"
+
+
+def _top_parser() -> argparse.ArgumentParser:
+    commands = "\n".join(f"  {name:<8} {options.__doc__}" for name, options in COMMANDS.items())
+    parser = _Parser(
+        prog="launch.py",
+        usage=f"launch.py [{'|'.join(COMMANDS)}] [options]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Train one ResNet-18 recipe for CIFAR on the device that is there.",
+        epilog=f"""commands (each has its own --help; without one, train runs):
+{commands}
+
+first steps:
+  launch.py --dataset shapes --recipe original --epochs 3    a first try: no files, no network
+  launch.py --recipe original --epochs 20                    CIFAR-10, downloaded when missing
+  launch.py eval --ckpt runs/original-cifar10-seed0          the test accuracy of that run
+""",
+    )
+    parser.add_argument("--version", action="version", version=f"cifar-dist {__version__}")
+    parser.add_argument("--completion", action="store_true", help="print a script that completes words in bash and zsh")
+    return parser
+
+
+def completion_script() -> str:
+    """Return a bash script that completes `cifar-dist`. Raises UserError without the package shtab."""
+    try:
+        import shtab
+    except ImportError:
+        raise UserError("--completion needs the package shtab: pip install shtab") from None
+    parser = _top_parser()
+    parser.prog = "cifar-dist"
+    words = {
+        "recipe": recipe_names(),
+        "dataset": list(KNOWN_SIZES),
+        "trackers": TRACKERS,
+        "assignments": [f"{name}=" for name in RECIPE_FIELDS],
+    }
+    commands = parser.add_subparsers()
+    parsers = [("train", parser), *((name, commands.add_parser(name, help=name)) for name in COMMANDS)]
+    for name, each in parsers:
+        for action in _add_arguments(each, name):
+            action.choices = words.get(action.dest, action.choices)
+            if action.type is Path:
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+    return shtab.complete(parser, "bash")

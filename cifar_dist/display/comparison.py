@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cifar_dist.config.parsing import flatten
 from cifar_dist.config.provenance import command_line
+from cifar_dist.config.schema import flatten
 from cifar_dist.run.results import EpochRecord, Summary
 from cifar_dist.run.run_files import RunFiles
 

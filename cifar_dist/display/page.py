@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifar_dist.config.files import write_atomically
-from cifar_dist.config.parsing import flatten
 from cifar_dist.config.provenance import command_line
 from cifar_dist.config.recipe import Recipe, recipe_to_mapping
+from cifar_dist.config.schema import flatten
 from cifar_dist.display.comparison import ReportedRun, comparison_notes, comparison_rows, short_names, untested
 from cifar_dist.display.curves import overlaid_panels, run_panels, style_of
 from cifar_dist.display.figures import (

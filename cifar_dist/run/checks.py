@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from cifar_dist.config.errors import UserError
-from cifar_dist.config.loading import read_recipe
 from cifar_dist.config.options import (
     BenchOptions,
     DoctorOptions,
@@ -16,7 +15,7 @@ from cifar_dist.config.options import (
     ReportOptions,
 )
 from cifar_dist.config.plan import KNOWN_SIZES, make_plan
-from cifar_dist.config.recipe import Recipe, resolve_recipe
+from cifar_dist.config.recipe import Recipe, read_recipe, resolve_recipe
 from cifar_dist.run.resolve import check_dataset_name
 from cifar_dist.run.run_files import RunFiles, check_json, check_output, find_checkpoint
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.files import writing
 from cifar_dist.config.options import TrainOptions
-from cifar_dist.config.parsing import flatten, to_mapping
 from cifar_dist.config.provenance import git_commit, package_versions
 from cifar_dist.config.recipe import Recipe, recipe_to_mapping
+from cifar_dist.config.schema import flatten, to_mapping
 from cifar_dist.config.world import SlurmJob, World
 from cifar_dist.run.checkpoint import load_checkpoint, refusing_foreign_content
 from cifar_dist.run.directory import RunDirectory

@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from cifar_dist.config.errors import UserError
-from cifar_dist.config.loading import read_recipe, recipe_label
-from cifar_dist.config.options import TrainOptions
-from cifar_dist.config.parsing import flatten, nearest
+from cifar_dist.config.options import TrainOptions, check_trackers
 from cifar_dist.config.plan import KNOWN_SIZES, DatasetSizes, fit_to_dataset, make_plan
-from cifar_dist.config.recipe import Recipe, recipe_to_mapping, resolve_recipe
-from cifar_dist.config.trackers import check_trackers
+from cifar_dist.config.recipe import Recipe, read_recipe, recipe_label, recipe_to_mapping, resolve_recipe
+from cifar_dist.config.schema import flatten, nearest
 from cifar_dist.config.world import SlurmJob
 from cifar_dist.run.run_files import RunFiles, find_run, find_run_of_job, verify
 

@@ -11,8 +11,7 @@ from typing import Any, BinaryIO, Literal, TypeVar
 
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.files import STANDARD_OUTPUT
-from cifar_dist.config.loading import read_yaml
-from cifar_dist.config.parsing import convert
+from cifar_dist.config.schema import convert, read_yaml
 
 T = TypeVar("T")
 

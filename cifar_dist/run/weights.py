@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cifar_dist.config.errors import UserError
-from cifar_dist.config.loading import read_recipe
-from cifar_dist.config.recipe import Recipe, resolve_recipe
+from cifar_dist.config.recipe import Recipe, read_recipe, resolve_recipe
 from cifar_dist.model.pretrained import find_state_dict, imagenet_weights
 from cifar_dist.model.resnet import build_resnet, infer_architecture, load_weights
 from cifar_dist.run.checkpoint import averaged_weights, is_bare_weights, load_checkpoint, refusing_foreign_content

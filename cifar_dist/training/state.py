@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cifar_dist.config.parsing import to_mapping
+from cifar_dist.config.schema import to_mapping
 from cifar_dist.model.batch_norm import Groups, running_statistics
 from cifar_dist.model.ema import ExponentialMovingAverage
 from cifar_dist.model.optimizer import load_optimizer_state

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cifar_dist.cli import main
-from cifar_dist.config.parsing import flatten
 from cifar_dist.config.recipe import recipe_to_mapping
+from cifar_dist.config.schema import flatten
 from cifar_dist.run.run_files import check_json
 from tests.conftest import make_dataset, make_recipe
 
@@ -149,9 +149,9 @@ CASES = {
     "--dataset cifar11": "unknown dataset 'cifar11', did you mean 'cifar10'?"
     " (datasets: cifar10, cifar100, shapes, or a folder of class folders)",
     "--set epochs": "--set takes FIELD=VALUE, not 'epochs'",
-    "--set stem=!!python/name:os.system": "--set stem: '!!python/name:os.system' is not a YAML value",
+    "--set stem=!!python/name:os.system": "--set stem: '!!python/name:os.system' is not valid YAML",
     "--set lr=0.1": "unknown recipe field 'lr'",
-    "--set optimizer.foo=0.1": "unknown recipe field 'optimizer.foo' (fields of optimizer: name, learning_rate, ",
+    "--set optimizer.foo=0.1": "unknown recipe field 'optimizer.foo' (known are name, learning_rate, ",
     "--set learning_rate=0.1": "unknown recipe field 'learning_rate', did you mean 'optimizer.learning_rate'?",
     "--set epochs=0": "epochs must be 1 or more, not 0",
     "--set validation_size=60000": "validation_size=60000 leaves a class without an image to train on:"
@@ -166,7 +166,7 @@ CASES = {
     "--resume a --run-dir b": "--resume a and --run-dir b name two runs: type one of them",
     "--resume nowhere": "there is no run in nowhere to resume",
     "eval --ckpt nowhere.pt": "there is no checkpoint nowhere.pt",
-    "bench --seconds 0": "--seconds must be above 0 and below a day, not 0",
+    "bench --seconds 0": "--seconds must be above 0, not 0.0",
     "--num-processes 0": "--num-processes must be 1 or more, not 0",
     "predict --ckpt x a.png --top 0": "--top must be 1 or more, not 0",
 }

@@ -9,8 +9,8 @@ import psutil
 import pytest
 
 from cifar_dist.cli import main
+from cifar_dist.run import lock
 from cifar_dist.run.directory import RunDirectory
-from cifar_dist.training import lock
 from tests.commands.test_train import EVERYTHING, assert_same_run, files_of, small_world, train, whole
 
 __all__ = ["small_world", "whole"]  # fixtures

@@ -9,9 +9,9 @@ from torchvision.models import resnet18
 from torchvision.models.resnet import BasicBlock
 
 from cifar_dist.config.accelerate_config import AccelerateConfig
-from cifar_dist.config.parsing import flatten
 from cifar_dist.config.plan import fit_to_dataset, make_plan
 from cifar_dist.config.recipe import recipe_to_mapping
+from cifar_dist.config.schema import flatten
 from cifar_dist.config.world import World
 from cifar_dist.run.results import Observer
 from cifar_dist.run.weights import pretrained_weights

@@ -20,8 +20,8 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from cifar_dist.cli import main
 from cifar_dist.commands.train import _leave_early
-from cifar_dist.config.loading import recipe_names
 from cifar_dist.config.plan import DatasetSizes, make_plan
+from cifar_dist.config.recipe import recipe_names
 from cifar_dist.run.checkpoint import load_checkpoint
 from cifar_dist.run.directory import RunDirectory
 from cifar_dist.run.session import Session

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from cifar_dist.config.arguments import parse_arguments
-from cifar_dist.config.loading import read_recipe
-from cifar_dist.config.parsing import flatten
+from cifar_dist.config.options import parse_arguments
+from cifar_dist.config.recipe import read_recipe
+from cifar_dist.config.schema import flatten
 from cifar_dist.run.results import EpochRecord, Evaluation, Summary
 from tests.conftest import ROOT
 

@@ -9,9 +9,8 @@ import yaml
 
 from cifar_dist.cli import main
 from cifar_dist.config.errors import UserError
-from cifar_dist.config.loading import recipe_names
 from cifar_dist.config.plan import KNOWN_SIZES, DatasetSizes, make_plan
-from cifar_dist.config.recipe import recipe_to_mapping
+from cifar_dist.config.recipe import recipe_names, recipe_to_mapping
 from tests.commands.test_train import small_world, train
 from tests.conftest import make_recipe
 

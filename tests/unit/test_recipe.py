@@ -7,10 +7,17 @@ import pytest
 import yaml
 
 from cifar_dist.config.errors import UserError
-from cifar_dist.config.loading import parse_assignments, read_recipe, recipe_label, recipe_names
 from cifar_dist.config.options import TrainOptions
 from cifar_dist.config.plan import DatasetSizes, num_held_out
-from cifar_dist.config.recipe import Recipe, recipe_to_mapping, resolve_recipe
+from cifar_dist.config.recipe import (
+    Recipe,
+    parse_assignments,
+    read_recipe,
+    recipe_label,
+    recipe_names,
+    recipe_to_mapping,
+    resolve_recipe,
+)
 from cifar_dist.run.resolve import resolve_request
 from tests.conftest import make_recipe
 

@@ -15,9 +15,8 @@ import yaml
 from matplotlib import image as matplotlib_image
 
 from cifar_dist.cli import main
-from cifar_dist.config.arguments import parse_arguments
-from cifar_dist.config.loading import read_recipe
-from cifar_dist.config.recipe import recipe_to_mapping
+from cifar_dist.config.options import parse_arguments
+from cifar_dist.config.recipe import read_recipe, recipe_to_mapping
 from cifar_dist.display.curves import overlaid_panels, run_panels, style_of
 from cifar_dist.display.figures import panel_svg
 from cifar_dist.display.html import html_page

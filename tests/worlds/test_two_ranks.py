@@ -410,7 +410,7 @@ def is_free(port: int) -> bool:
 
 def count_writers() -> None:
     """Write a line for each checkpoint that this process writes."""
-    from cifar_dist.training import checkpoint
+    from cifar_dist.run import checkpoint
 
     save = checkpoint.save_checkpoint
 
