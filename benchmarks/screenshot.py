@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from cifar_dist import cli
 from cifar_dist.commands import train
-from cifar_dist.display.live import LiveTraining
-from cifar_dist.display.tables import print_header
+from cifar_dist.display.progress import LiveTraining
+from cifar_dist.display.terminal import print_header
 
 WORDS = ["--dataset", "shapes", "--recipe", "original", "--epochs", "8"]
 EPOCH, STEP = 7, 21
@@ -52,8 +52,8 @@ def main() -> int:
     file = parser.parse_args().file
     # The run's folder is a temporary one; a person would have this.
     train.print_header = lambda _, values: print_header(paper, values | {"run": "runs/original-shapes-seed0"})
-    train.training_display = lambda _, plan, name, *, quiet, facts, memory: Photographed(
-        terminal(record=False), plan, name, facts, memory
+    train.training_display = lambda _, plan, *, quiet, facts, memory: Photographed(
+        terminal(record=False), plan, facts, memory
     )
     with tempfile.TemporaryDirectory() as folder:
         code = cli.main([*WORDS, "--run-dir", f"{folder}/run"])

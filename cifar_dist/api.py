@@ -20,7 +20,7 @@ from cifar_dist.config.errors import EXIT_DONE, UserError
 from cifar_dist.config.options import EvalOptions, PredictOptions, TrainOptions
 from cifar_dist.config.recipe import Recipe
 from cifar_dist.config.world import World
-from cifar_dist.display.console import make_console, print_error
+from cifar_dist.display.terminal import make_console, print_error
 from cifar_dist.run.results import Evaluation, Prediction, Summary
 from cifar_dist.run.weights import read_weights
 

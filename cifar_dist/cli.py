@@ -159,9 +159,9 @@ def _check(options: Options, world_size: int, machine_rank: int) -> TrainRequest
     if machine_rank > 0:  # the first machine alone reads and writes
         return None
     if isinstance(options, EvalOptions) and options.figures is not None:
-        from cifar_dist.display.console import check_drawing
+        from cifar_dist.display.terminal import import_matplotlib
 
-        check_drawing()
+        import_matplotlib()
     check_options(options, world_size=world_size)
     if isinstance(options, EvalOptions) and options.dataset is not None and options.dataset not in KNOWN_SIZES:
         from cifar_dist.data.folder import list_folder
@@ -178,8 +178,8 @@ def _provide_data(request: TrainRequest) -> None:
     """Download what is missing, before torch is imported, or processes are started that would wait for it."""
     from cifar_dist.data.archives import ARCHIVES
     from cifar_dist.data.official_files import provide
-    from cifar_dist.display.console import make_console
     from cifar_dist.display.progress import loading_progress
+    from cifar_dist.display.terminal import make_console
 
     if request.dataset in ARCHIVES:
         with loading_progress(make_console(), request.dataset) as progress:

@@ -145,7 +145,7 @@ from cifar_dist.display import progress
 from cifar_dist.runtime import interrupt, launch
 require_absent("torch", "torchvision", "accelerate", "matplotlib")
 from cifar_dist.commands import report
-from cifar_dist.display import page
+from cifar_dist.display import report
 require_absent("torch", "torchvision", "accelerate")
 """
 

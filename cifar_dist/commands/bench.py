@@ -19,10 +19,9 @@ from cifar_dist.config.plan import make_plan
 from cifar_dist.config.recipe import Recipe, recipe_label
 from cifar_dist.config.world import World
 from cifar_dist.data.dataset import Dataset, LabelledImages
-from cifar_dist.display.console import make_console
-from cifar_dist.display.live import training_display
-from cifar_dist.display.progress import PlainDisplay
-from cifar_dist.display.tables import format_bench, format_duration, format_sweep, print_lines, print_notes
+from cifar_dist.display.progress import Display, training_display
+from cifar_dist.display.tables import format_bench, format_duration, format_sweep
+from cifar_dist.display.terminal import make_console, print_lines, print_notes
 from cifar_dist.model.convolution import use_dense_products
 from cifar_dist.model.optimizer import build_optimizer
 from cifar_dist.model.resnet import build_resnet
@@ -58,7 +57,7 @@ def run(options: BenchOptions, world: World, config: AccelerateConfig) -> int:
         processes = f"{world.size} process{'es' if world.size > 1 else ''}"
         first = "each is tried first; what has to be compiled takes its time" if options.sweep else "each is warmed up"
         print_notes(console, (*runtime.compute.notes, f"{what}, {processes}, {runtime.compute.line}", first))
-        on_round = functools.partial(_say, PlainDisplay(console))
+        on_round = functools.partial(_say, Display(console))
         if options.sweep:
             build_step = functools.partial(_bare_step, recipe, runtime)
             result = sweep(build_step, recipe.global_batch_size, runtime, options.seconds, on_round)
@@ -71,12 +70,12 @@ def run(options: BenchOptions, world: World, config: AccelerateConfig) -> int:
     return EXIT_DONE
 
 
-def _say(display: PlainDisplay, done: int, rounds: int, seconds: float) -> None:
+def _say(display: Display, done: int, rounds: int, seconds: float) -> None:
     """Say how long it takes, and from time to time how far it is; a bar that moves would be measured too."""
     if done == 0:
         display.on_note(f"{rounds} rounds, in which each has its turn: about {format_duration(seconds)}")
     elif done < rounds:
-        display.sign_of_life(f"round {done} of {rounds}")
+        display.heartbeat(f"round {done} of {rounds}")
 
 
 def _measure(
@@ -89,7 +88,6 @@ def _measure(
     display = training_display(
         Console(file=io.StringIO(), force_terminal=True),
         plan,
-        "bench",
         quiet=False,
         facts=runtime.compute.line,
         memory=runtime.peak_memory_mib,

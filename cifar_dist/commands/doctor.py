@@ -16,9 +16,8 @@ from cifar_dist.config.world import World
 from cifar_dist.data.archives import CIFAR10, CIFAR100
 from cifar_dist.data.datasets import load_dataset
 from cifar_dist.data.official_files import where_found
-from cifar_dist.display.console import make_console
 from cifar_dist.display.progress import loading_progress
-from cifar_dist.display.tables import print_header, print_notes
+from cifar_dist.display.terminal import make_console, print_header, print_notes
 from cifar_dist.model.pretrained import imagenet_weights, imagenet_weights_place
 from cifar_dist.model.schedule import learning_rate_line
 from cifar_dist.run.resolve import DEFAULT_DATA_DIR, DEFAULT_DATASET, DEFAULT_RECIPE

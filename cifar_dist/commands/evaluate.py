@@ -18,9 +18,9 @@ from cifar_dist.config.world import World
 from cifar_dist.data.dataset import Dataset, LabelledImages
 from cifar_dist.data.datasets import load_dataset
 from cifar_dist.data.split import stratified_split
-from cifar_dist.display.console import check_drawing, make_console
 from cifar_dist.display.progress import evaluation_display, loading_progress
-from cifar_dist.display.tables import format_class_bars, format_evaluation_totals, print_lines, print_notes
+from cifar_dist.display.tables import format_evaluation
+from cifar_dist.display.terminal import import_matplotlib, make_console, print_lines, print_notes
 from cifar_dist.run.checks import check_evaluation
 from cifar_dist.run.resolve import DEFAULT_DATA_DIR, DEFAULT_DATASET, check_dataset_name, computed_with
 from cifar_dist.run.results import Evaluation
@@ -65,8 +65,7 @@ def evaluate(options: EvalOptions, world: World, config: AccelerateConfig, conso
             weights.check_finite(torch.tensor(evaluation.loss), runtime.precision)
         how = f"tta {options.tta}, {FULL_NAMES[runtime.precision]}"
         title = f"{weights.path}, {dataset.name} {options.split}, {how}"
-        lines = [format_evaluation_totals(evaluation), "", *format_class_bars(evaluation, width=console.width)]
-        print_lines(console, lines, title=title)
+        print_lines(console, format_evaluation(evaluation), title=title)
         if ranks.is_main:
             write_json(options.json, _in_json(evaluation, options, weights, dataset, runtime))
         if ranks.is_main and options.figures is not None:
@@ -77,7 +76,7 @@ def evaluate(options: EvalOptions, world: World, config: AccelerateConfig, conso
 def _read(options: EvalOptions) -> SavedWeights:
     check_evaluation(options)
     if options.figures is not None:
-        check_drawing()
+        import_matplotlib()
     weights = read_weights(options.checkpoint, options.recipe)
     if weights.class_names is None and options.split == "validation":
         raise UserError("bare weights do not know which images were held out: use --split test, or a checkpoint")

@@ -17,8 +17,7 @@ from cifar_dist.config.provenance import package_versions
 from cifar_dist.config.recipe import recipe_to_mapping
 from cifar_dist.config.world import World
 from cifar_dist.data.loader import Normalizer
-from cifar_dist.display.console import make_console
-from cifar_dist.display.tables import print_notes
+from cifar_dist.display.terminal import make_console, print_notes
 from cifar_dist.run.weights import SavedWeights, read_weights
 
 _TOLERANCE = 1e-4

@@ -16,9 +16,9 @@ from cifar_dist.config.world import World
 from cifar_dist.data.decoding import ImageFile
 from cifar_dist.data.image_files import UNREADABLE, decode_images, find_images
 from cifar_dist.data.loader import Normalizer
-from cifar_dist.display.console import make_console, print_error
 from cifar_dist.display.progress import evaluation_display
-from cifar_dist.display.tables import format_table, print_notes
+from cifar_dist.display.tables import format_table
+from cifar_dist.display.terminal import make_console, print_error, print_notes
 from cifar_dist.run.resolve import computed_with
 from cifar_dist.run.results import Observer, Prediction
 from cifar_dist.run.run_files import check_json

@@ -21,10 +21,15 @@ from cifar_dist.data.archives import ARCHIVES
 from cifar_dist.data.dataset import Dataset
 from cifar_dist.data.datasets import known_sizes, load_dataset
 from cifar_dist.data.official_files import where_found
-from cifar_dist.display.console import check_drawing, make_console, print_error
-from cifar_dist.display.live import training_display
-from cifar_dist.display.progress import Display, loading_progress
-from cifar_dist.display.tables import print_header, print_notes, print_result
+from cifar_dist.display.progress import Display, loading_progress, training_display
+from cifar_dist.display.terminal import (
+    import_matplotlib,
+    make_console,
+    print_error,
+    print_header,
+    print_notes,
+    print_result,
+)
 from cifar_dist.model.schedule import learning_rate_line
 from cifar_dist.run.directory import RunDirectory, UnwrittenRun
 from cifar_dist.run.lock import RunLock
@@ -84,7 +89,6 @@ def train(
         display = training_display(
             console,
             plan,
-            request.recipe_name,
             quiet=options.quiet or not ranks.is_main,
             facts=f"{runtime.compute.short} · {world.size} process{'es' if world.size > 1 else ''}",
             memory=runtime.peak_memory_mib,
@@ -187,7 +191,7 @@ def _train_and_test(
                 return _leave_early(session, end, how_to_go_on, on_failure), None
             if session.runtime.is_main:  # a signal finds nothing left to save, and waits for the end
                 session.directory.write_summary(summary)  # with it the run is done, whatever becomes of its figures
-                _draw_figures(session, summary, saved)
+                _draw_figures(session, saved)
                 session.trackers.log_test(summary, session.state.step, session.directory.figures)
     except OSError as error:  # a full or vanished disk, or a run that another process has
         text, code = session.directory.what_is_lost(error, how_to_go_on), EXIT_FAILED
@@ -226,19 +230,16 @@ def _leave_early(
     return code
 
 
-def _draw_figures(session: Session, summary: Summary, saved: Mapping[str, NDArray[Any]]) -> None:
+def _draw_figures(session: Session, saved: Mapping[str, NDArray[Any]]) -> None:
     """Draw the curves, the confusion matrix and the first predictions; a page that `report` has written is renewed."""
     directory = session.directory
     path, page = directory.path, directory.path / "report.html"
     try:
         # matplotlib takes its time to be imported, and a run that fails does not need it.
-        check_drawing()
-        from cifar_dist.display.comparison import ReportedRun
-        from cifar_dist.display.page import write_run
+        import_matplotlib()
+        from cifar_dist.display.report import read_run, write_run
 
-        run = ReportedRun(path=path, config=directory.read_config(), summary=summary, records=directory.read_records())
-        for _ in write_run(run, saved, directory.figures, page if page.exists() else None):
-            pass  # each file is written as it is asked for
+        write_run(read_run(path), saved, directory.figures, page if page.exists() else None)
     except Exception as error:  # somebody's backend, fonts or disk: a result is worth more than its figures
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         again = command_line("report", path)

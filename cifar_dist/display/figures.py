@@ -1,5 +1,7 @@
-"""Pictures of a run. They need no display, and are readable in print and by colour-blind people."""
+"""Figures of a run as PNG files. They need no display, and are readable in print and with any colour vision."""
 
+import io
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,41 +9,62 @@ from typing import Any
 
 import matplotlib.style
 import numpy as np
+from cycler import cycler
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LinearSegmentedColormap, Normalize, PowerNorm
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
-from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from cifar_dist.display.canvas import plain, save_figure, to_svg
-from cifar_dist.display.curves import BLUE, RED, Panel, draw_panel, overlaid_panels, run_panels
+from cifar_dist.config.files import write_atomically
 from cifar_dist.run.results import EpochRecord, Evaluation
 
-# From nothing to blue, so that what is under it shows: white paper or a dark page.
-_BLUES = LinearSegmentedColormap.from_list("blues", [f"{BLUE}00", BLUE])
-MANY_CLASSES = 20  # up to which there is room for a number in each cell
-SCALE_OF_MANY = "the colour grows with its square root, so that rare confusions can be seen"
-_BARS, _COLUMNS = 34, 3  # of classes: in a column, and columns
+# Okabe and Ito's palette for any colour vision (https://jfly.uni-koeln.de/color/), without its black and yellow.
+_COLORS = _BLUE, _RED, *_ = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+# For prints without colour. Five of them beside six colours: thirty lines look different.
+_DASHES = ("-", (0, (6, 2)), (0, (2, 2)), (0, (8, 2, 2, 2)), (0, (5, 1, 1, 1, 1, 1)))
+_STYLE = {
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.prop_cycle": cycler(color=_COLORS * len(_DASHES), linestyle=_DASHES * len(_COLORS)),
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.constrained_layout.use": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "lines.markersize": 4,
+    "text.parse_math": False,
+}
 # Fonts of Linux, Windows and macOS that have Chinese, Japanese or Korean characters.
 _CJK_FONTS = (
     "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "Source Han Sans CN",
     "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback", "Microsoft YaHei", "SimHei", "SimSun",
-    "PingFang SC", "Hiragino Sans GB", "Heiti TC", "STHeiti", "Arial Unicode MS", "Noto Sans JP", "Yu Gothic",
-    "Hiragino Sans", "Noto Sans KR", "NanumGothic", "Malgun Gothic", "AppleGothic",
+    "PingFang SC", "Hiragino Sans GB", "Heiti TC", "Arial Unicode MS", "Yu Gothic", "Malgun Gothic", "AppleGothic",
 )  # fmt: skip
+_MEASURES = {
+    "train_loss": "Training loss",
+    "val_loss": "Validation loss",
+    "lr": "Learning rate",
+    "train_acc": "Training accuracy",
+    "val_acc": "Validation accuracy",
+    "images_per_second": "Images per second",
+}
+_NUMBERED_CLASSES = 20
+"""Number of classes up to which a cell of the confusion matrix has room for a number."""
+_NUM_BARS, _NUM_IMAGES = 40, 24
 
 
 @contextmanager
 def _own_style() -> Iterator[None]:
-    """Draw in matplotlib's default style but in the user's fonts; installed CJK fonts have what these lack."""
-    names = ("font.family", "font.sans-serif", "font.serif", "font.monospace", "font.cursive", "font.fantasy")
-    fonts: dict[str, Any] = {name: matplotlib.rcParams[name] for name in names}  # type: ignore[index]
+    """Use our style with the user's fonts, and installed CJK fonts for the characters that those lack."""
+    fonts = {
+        name: value for name, value in matplotlib.rcParams.items() if name.startswith("font.") and name != "font.size"
+    }
     installed = {font.name for font in fontManager.ttflist}
-    cjk = [name for name in _CJK_FONTS if name in installed]
-    fonts["font.family"] = [*fonts["font.family"], *cjk, "DejaVu Sans"]
-    with matplotlib.style.context(["default", fonts]):
+    fallback = [*(name for name in _CJK_FONTS if name in installed), "DejaVu Sans"]
+    fonts["font.family"] = [*fonts["font.family"], *fallback]
+    with matplotlib.style.context(["default", _STYLE | fonts]):
         yield
 
 
@@ -49,95 +72,82 @@ def _own_style() -> Iterator[None]:
 def draw_curves(
     records: Sequence[EpochRecord], path: Path, *, title: str, best_epoch: int | None, stopped_early: bool = False
 ) -> None:
-    """Draw loss, accuracy and learning rate by epoch; the best epoch and an early stop are marked."""
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
-    figure.suptitle(plain(title))
-    panels = run_panels(records, best_epoch=best_epoch, stopped_early=stopped_early)
-    for axes, panel in zip(figure.subplots(1, 3), panels, strict=True):
-        draw_panel(axes, panel, legend=True)
-    save_figure(figure, path)
+    """Draw loss, accuracy and learning rate by epoch; mark the best epoch and an early stop."""
+    figure = _figure(12, 3.8, title)
+    panels = {
+        "Cross-entropy loss": {"training": "train_loss", "validation": "val_loss"},
+        "Accuracy": {"training": "train_acc", "validation": "val_acc"},
+        "Learning rate": {"last": "lr"},
+    }
+    for axes, (heading, fields) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        known = {label: field for label, field in fields.items() if getattr(records[-1], field) is not None}
+        _draw_panel(axes, heading, [(label, records, field) for label, field in known.items()])
+        if best_epoch is not None:
+            axes.axvline(best_epoch, color="0.45", linestyle=":", label=f"best epoch ({best_epoch})")
+        if stopped_early:
+            axes.axvline(records[-1].epoch, color="0.45", linestyle="-.", label=f"early stop ({records[-1].epoch})")
+        axes.legend()
+    _save(figure, path)
 
 
 @_own_style()
 def draw_overlay(runs: Mapping[str, Sequence[EpochRecord]], path: Path, *, title: str) -> None:
-    """Draw the curves of runs, by their names, over each other."""
-    panels = overlaid_panels({plain(name): records for name, records in runs.items()})
-    figure = Figure(figsize=(12, 7.2 + 0.2 * (len(runs) // 3)), layout="constrained")
-    figure.suptitle(plain(title))
-    for axes, panel in zip(figure.subplots(2, len(panels) // 2).flat, panels, strict=True):
-        draw_panel(axes, panel, legend=False)
-    # Handed over one by one: a name that begins with an underscore would be left out.
-    columns = max(1, min(3, 150 // max(map(len, runs))))
-    figure.legend(
-        figure.axes[0].get_lines(),
-        list(map(plain, runs)),
-        loc="outside lower center",
-        ncols=columns,
-        frameon=False,
-        handlelength=3.5,
-    )
-    save_figure(figure, path)
+    """Draw the curves of several runs, by name, over each other: a panel for each measure that one of them has."""
+    together = [record for records in runs.values() for record in records]
+    fields = [field for field in _MEASURES if any(getattr(record, field) is not None for record in together)]
+    names = list(map(_shorten, runs))
+    figure = _figure(12, 7.2 + 0.2 * (len(runs) // 3), title)
+    for axes, field in zip(figure.subplots(2, len(fields) // 2).flat, fields, strict=True):
+        lines = [(name, records, field) for name, records in zip(names, runs.values(), strict=True)]
+        _draw_panel(axes, _MEASURES[field], lines)
+    columns = max(1, min(3, 150 // max(map(len, names))))
+    # Explicit handles: labels with a leading underscore would be left out.
+    figure.legend(figure.axes[0].get_lines(), names, loc="outside lower center", ncols=columns, handlelength=3.5)
+    _save(figure, path)
 
 
 @_own_style()
 def draw_confusion(evaluation: Evaluation, path: Path, *, title: str) -> None:
     """Draw the confusion matrix, each row in percent of its true class."""
-    many = len(evaluation.confusion_matrix) > MANY_CLASSES
-    figure = Figure(figsize=(15, 13.6) if many else (7.5, 6.8), layout="constrained")
+    names = [_shorten(name, 18) for name in evaluation.per_class_accuracy]
+    counts = np.asarray(evaluation.confusion_matrix, dtype=np.float64)
+    percent = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    has_numbers = len(names) <= _NUMBERED_CLASSES
+    size, fontsize = 7.5 if has_numbers else 14, min(8, max(3, 600 / len(names)))
+    figure = _figure(size, 0.9 * size, title)
     axes = figure.subplots()
-    shown = _confusion(axes, evaluation, digits=1, size=7 if many else 8)
-    axes.set_title(plain(title))
-    label = "percent of the true class" + (f" ({SCALE_OF_MANY})" if many else "")
-    figure.colorbar(shown, ax=axes, label=label, shrink=0.85, ticks=[0, 1, 5, 10, 25, 50, 100] if many else None)
-    save_figure(figure, path)
-
-
-@_own_style()
-def confusion_svg(evaluation: Evaluation) -> str:
-    """Give the confusion matrix as a part of a page."""
-    many = len(evaluation.confusion_matrix) > MANY_CLASSES
-    figure = Figure(figsize=(12, 11.6) if many else (4.8, 4.6), layout="constrained")
-    _confusion(figure.subplots(), evaluation, digits=0, size=7 if many else 9)
-    return to_svg(figure)
-
-
-@_own_style()
-def panel_svg(panel: Panel, *, legend: bool) -> str:
-    """Give curves as a part of a page, wide enough for a phone."""
-    figure = Figure(figsize=(4.2, 3), layout="constrained")
-    draw_panel(figure.subplots(), panel, legend=legend)
-    return to_svg(figure)
+    axes.grid(visible=False)
+    image = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=fontsize)
+    axes.set_yticks(range(len(names)), names, fontsize=fontsize)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    if has_numbers:
+        for (row, column), value in np.ndenumerate(percent):
+            if (text := f"{value:.3g}") != "0":
+                color = "white" if value > 60 else "black"
+                axes.text(column, row, text, ha="center", va="center", fontsize=fontsize, color=color)
+    figure.colorbar(image, label="percent of the true class", shrink=0.85)
+    _save(figure, path)
 
 
 @_own_style()
 def draw_per_class(evaluation: Evaluation, path: Path, *, title: str) -> None:
-    """Draw each class's accuracy as a bar, the worst first; a line shows that of all images.
-
-    Of more classes than there is room for, the worst are shown.
-    """
-    known = {name: value for name, value in evaluation.per_class_accuracy.items() if value is not None}
-    names = sorted(known, key=known.__getitem__)[: _BARS * _COLUMNS]
-    columns = -(-len(names) // _BARS)
-    rows = -(-len(names) // columns)
-    size = (7.5 if columns == 1 else 4.4 * columns, max(2.8, 1.6 + (0.32 if columns == 1 else 0.24) * rows))
-    figure = Figure(figsize=size, layout="constrained")
+    """Draw the accuracy of each class as a bar, the worst first; a line marks that of all images."""
+    known = {name: 100 * value for name, value in evaluation.per_class_accuracy.items() if value is not None}
+    names = sorted(known, key=known.__getitem__)[:_NUM_BARS]
     if len(names) < len(known):
         title += f" (the {len(names)} worst of {len(known)} classes)"
-    figure.suptitle(plain(title), fontsize="medium")
-    for axes, start in zip(figure.subplots(1, columns, squeeze=False)[0], range(0, len(names), rows), strict=True):
-        part = names[start : start + rows]
-        bars = axes.barh(range(len(part)), [100 * known[name] for name in part], color=BLUE, height=0.7)
-        labels = axes.bar_label(bars, fmt=_short, padding=3, fontsize=8)
-        for label in labels:  # above the line
-            label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.8})
-        axes.set_yticks(range(len(part)), [plain(name, 24) for name in part])
-        axes.set_ylim(rows - 0.4, -0.6)
-        axes.axvline(100 * evaluation.top1, color=RED, linestyle="--")
-        axes.set_xlim(0, 112)
-        axes.set_xticks(range(0, 101, 20))
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel("percent of the class's images that are right; dashed: of all images", fontsize="medium")
-    save_figure(figure, path)
+    figure = _figure(7.5, max(2.8, 1.6 + 0.28 * len(names)), title)
+    axes = figure.subplots()
+    axes.barh(range(len(names)), [known[name] for name in names], color=_BLUE)
+    axes.set_yticks(range(len(names)), [f"{_shorten(name, 24)}  {known[name]:.3g}" for name in names])
+    axes.axvline(100 * evaluation.top1, color=_RED, linestyle="--", label="all images")
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("accuracy in percent")
+    figure.legend(loc="outside lower center")
+    _save(figure, path)
 
 
 @_own_style()
@@ -150,87 +160,79 @@ def draw_predictions(
     *,
     title: str,
 ) -> None:
-    """Draw up to 24 images (N, 3, H, W) in rows of 8 with their true class, and the predicted one where it differs.
+    """Draw up to 24 images (N, 3, H, W) with their true class; `labels` is (N,), `logits` (N, num_classes).
 
-    `labels` is (N,), `logits` (N, num_classes).
+    A mistake also has the predicted class and its probability.
     """
-    images = images[:24]
-    # One pair of axes for all images: a pair for each takes matplotlib seconds to lay out.
-    bottom = 1.36 * -(-len(images) // 8) - 0.33
-    height = 0.85 + 1.3364 * (bottom + 0.32)
-    figure = Figure(figsize=(12, height))
-    axes = figure.add_axes((0.01, 0.0, 0.98, 1 - 0.85 / height))
-    axes.set_axis_off()
-    figure.suptitle(plain(title), y=1 - 0.2 / height)
-    legend = "the true class; ✗ marks a mistake: the true class → the predicted one, with its probability"
-    figure.text(0.5, 1 - 0.6 / height, legend, ha="center", fontsize=9, color="0.35")
-    names = [plain(name, 13) for name in class_names]
-    for place, (image, label, guess) in enumerate(zip(images, labels, logits.argmax(1), strict=False)):
-        row, column = divmod(place, 8)
-        left, top = column * 1.1, row * 1.36
-        axes.imshow(image.transpose(1, 2, 0), extent=(left, left + 1, top + 1, top), interpolation="nearest")
-        right = label == guess
-        text = names[label] if right else f"✗ {names[label]}\n→ {names[guess]} {softmax_top(logits[place]):.0%}"
-        color = "black" if right else RED
-        axes.text(left + 0.5, top - 0.02, text, fontsize=9, ha="center", va="bottom", color=color)
-        if not right:
-            axes.add_patch(Rectangle((left, top), 1, 1, fill=False, edgecolor=RED, linewidth=2.5))
-    axes.set_xlim(-0.05, 8.75)
-    axes.set_ylim(bottom, -0.32)
-    axes.set_aspect("equal")
-    save_figure(figure, path)
+    images, names = images[:_NUM_IMAGES], [_shorten(name, 14) for name in class_names]
+    rows = -(-len(images) // 8)
+    figure = _figure(12, 1 + 1.75 * rows, f"{title}\ntrue class; ✗ marks a mistake: true class → predicted class")
+    grid = figure.subplots(rows, 8, squeeze=False).ravel()
+    for axes in grid:
+        axes.set_axis_off()
+    for axes, image, label, scores in zip(grid, images, labels, logits.astype(np.float64), strict=False):
+        axes.imshow(image.transpose(1, 2, 0), interpolation="nearest")
+        guess = scores.argmax()
+        probability = 1 / np.exp(scores - scores.max()).sum()
+        is_right = label == guess
+        text = names[label] if is_right else f"✗ {names[label]}\n→ {names[guess]} {probability:.0%}"
+        axes.set_title(text, fontsize=9, color="black" if is_right else _RED)
+    _save(figure, path)
 
 
 def draw_evaluation(
     folder: Path, evaluation: Evaluation, saved: Mapping[str, NDArray[Any]], *, title: str
 ) -> list[Path]:
-    """Draw what an evaluation gave into a folder, and give the files; `saved` is what test_predictions.npz holds."""
-    labels, logits, class_names = saved["labels"], saved["logits"], saved["class_names"].tolist()
+    """Draw all figures of an evaluation, and return their paths; `saved` is test_predictions.npz."""
+    labels, logits, names = saved["labels"], saved["logits"], saved["class_names"].tolist()
     heading = f"{title}: {evaluation.top1:.2%} of {evaluation.num_samples:,} images right"
     files = [folder / f"{name}.png" for name in ("confusion", "per_class", "predictions")]
     draw_confusion(evaluation, files[0], title=heading)
     draw_per_class(evaluation, files[1], title=heading)
-    draw_predictions(saved["images"], labels, logits, class_names, files[2], title=heading)
-    if len(places := saved.get("mistakes", ())):  # an older run has none
-        what = f"{title}: the most confident mistakes"
+    draw_predictions(saved["images"], labels, logits, names, files[2], title=heading)
+    if len(rows := saved["mistakes"]):
         files.append(folder / "mistakes.png")
-        draw_predictions(saved["mistaken_images"], labels[places], logits[places], class_names, files[3], title=what)
+        heading = f"{title}: the most confident mistakes"
+        draw_predictions(saved["mistaken_images"], labels[rows], logits[rows], names, files[3], title=heading)
     return files
 
 
-def _confusion(axes: Axes, evaluation: Evaluation, *, digits: int, size: float) -> ScalarMappable:
-    """Draw the matrix, with a number in each cell where there is room; else rare confusions are made visible."""
-    names = [plain(name, 18) for name in evaluation.per_class_accuracy]
-    counts = np.asarray(evaluation.confusion_matrix, dtype=np.float64)
-    percent = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    scale = Normalize(0, 100) if len(names) <= MANY_CLASSES else PowerNorm(0.5, 0, 100)
-    shown = axes.imshow(percent, cmap=_BLUES, norm=scale, interpolation="none")
-    if len(names) <= 150:
-        axes.set_xticks(
-            range(len(names)),
-            names,
-            rotation=45 if len(names) <= MANY_CLASSES else 90,
-            ha="right",
-            rotation_mode="anchor",
-        )
-        axes.set_yticks(range(len(names)), names)
-    axes.tick_params(labelsize=size)
-    axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class")
-    if len(names) <= MANY_CLASSES:
-        for (row, column), value in np.ndenumerate(percent):
-            if (text := _short(value, digits)) != "0":
-                color = "white" if value > 60 else "black"
-                axes.text(column, row, text, ha="center", va="center", fontsize=size, color=color)
-    return shown
+def _figure(width: float, height: float, title: str) -> Figure:
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    figure.suptitle(_shorten(title, 200), fontsize="large")
+    return figure
 
 
-def _short(value: float, digits: int = 1) -> str:
-    """Return a number with at most so many digits after the point, and no zero there."""
-    return f"{round(float(value), digits):g}"
+def _draw_panel(axes: Axes, title: str, lines: Sequence[tuple[str, Sequence[EpochRecord], str]]) -> None:
+    """Plot a field of records by epoch for each (label, records, field); the label shows the last value."""
+    for label, records, field in lines:
+        points = [(record.epoch, getattr(record, field)) for record in records if getattr(record, field) is not None]
+        if points:
+            last = points[-1][1]
+            label += f" ({last:.1%})" if field.endswith("acc") else f" ({last:.3g})"
+        marker = "o" if len(points) <= 15 else None
+        axes.plot([epoch for epoch, _ in points], [value for _, value in points], label=label, marker=marker)
+    axes.set_title(title)
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if lines[0][2].endswith("acc"):
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+    if lines[0][2] in ("lr", "images_per_second"):
+        axes.set_ylim(bottom=0)
 
 
-def softmax_top(logits: NDArray[Any]) -> float:
-    """Give the share that the predicted class has."""
-    powers = np.exp(logits.astype(np.float64) - logits.max())
-    return float(powers.max() / powers.sum())
+def _shorten(text: str, length: int = 200) -> str:
+    """Cut a long text; a path may have bytes that are no text."""
+    text = text.encode(errors="backslashreplace").decode()
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, atomically."""
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        # Characters that no font has become boxes; the page and the tables have them.
+        warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
+        figure.savefig(file, dpi=110, format="png")
+    write_atomically(path, lambda png: png.write(file.getvalue()))

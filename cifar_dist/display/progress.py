@@ -1,28 +1,48 @@
-"""What a person sees while a run is going: bars on a terminal, plain lines elsewhere."""
+"""Progress of downloads, trainings and evaluations: drawn in place on a terminal, plain lines elsewhere."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from typing import Self
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 from cifar_dist.config.errors import printable
 from cifar_dist.config.plan import KNOWN_SIZES, RunPlan
-from cifar_dist.display.console import can_draw
 from cifar_dist.display.tables import format_duration, format_epoch
+from cifar_dist.display.terminal import can_draw
 from cifar_dist.run.results import EpochRecord, Observer
 
-_SIGN_OF_LIFE_SECONDS = 30.0
-_HALF_AN_HOUR = 1800.0
+_HEARTBEAT_SECONDS = 30.0
+_WARMUP_STEPS, _ESTIMATE_STEPS = 5, 20
+_LIVE_EPOCHS = 6
+_WIDTH_OF_ALL = 60
+"""Columns of a terminal from which on all columns of the table fit."""
+
+# Columns of the live view, and their cells.
+_COLUMNS: dict[str, Callable[[EpochRecord], str]] = {
+    "epoch": lambda record: str(record.epoch),
+    "train\nloss": lambda record: f"{record.train_loss:.3f}",
+    "train\nacc": lambda record: f"{record.train_acc:.2%}",
+    "val\nloss": lambda record: "-" if record.val_loss is None else f"{record.val_loss:.3f}",
+    "val\nacc": lambda record: "-" if record.val_acc is None else f"{record.val_acc:.2%}",
+    "lr": lambda record: f"{record.lr:.4g}",
+    "images\n/s": lambda record: f"{record.images_per_second:,.0f}",
+    "time": lambda record: str(timedelta(seconds=round(record.epoch_seconds))),
+}
+_NARROW_COLUMNS = ("epoch", "train\nloss", "train\nacc", "val\nacc")
 
 
 class Display(Observer):
-    """Shows notes, and is the context in which a run is shown. By itself it shows no progress (`--quiet`)."""
+    """Print notes and no progress (`--quiet`); the base of all views, each a context manager."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self._last_line = time.monotonic()
 
     def __enter__(self) -> Self:
         return self
@@ -31,167 +51,214 @@ class Display(Observer):
         return None
 
     def on_note(self, text: str) -> None:
-        """Print a line: whole in a pipe or a file, and on a terminal that is too narrow broken between words."""
-        self.console.print(printable(text), markup=False, highlight=False, soft_wrap=not can_draw(self.console))
+        """Print a line; a terminal wraps it between words."""
+        self.console.print(Text(printable(text)), soft_wrap=not can_draw(self.console))
+        self._last_line = time.monotonic()
 
-
-class PlainDisplay(Display):
-    """Lines, and a sign of life where nothing was printed for a while."""
-
-    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
-        super().__init__(console)
-        self.clock = clock
-        self._last_line = clock()
-
-    def on_note(self, text: str) -> None:
-        """Print a line, and remember when."""
-        super().on_note(text)
-        self._last_line = self.clock()
-
-    def on_evaluation(self, done: int, total: int) -> None:
-        """Show that an evaluation goes on."""
-        if done < total:  # else the result comes
-            self.sign_of_life(f"evaluating {done:,}/{total:,} images")
-
-    def sign_of_life(self, text: str) -> None:
-        """Print a line if none came for long."""
-        if self.clock() - self._last_line >= _SIGN_OF_LIFE_SECONDS:
+    def heartbeat(self, text: str) -> None:
+        """Print a line if none was printed for 30 s."""
+        if time.monotonic() - self._last_line >= _HEARTBEAT_SECONDS:
             self.on_note(text)
 
 
-class ExpectedEnd:
-    """When training will end: known after twenty steps, of which the first five are slow and do not count."""
+class CountProgress(Display):
+    """Show a count of files, images or MiB: as a bar on a terminal, else as a line every 30 s."""
 
-    def __init__(self, plan: RunPlan, recipe_name: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self.plan = plan
-        self.recipe_name = recipe_name
-        self.clock = clock
-        self.text = ""
-        """The time of day, and the date if it is another day; empty until it is known."""
-        self._steps = self._steps_before = 0
-        self._warm_at = self._epoch_began = 0.0
-
-    def on_epoch_start(self) -> None:
-        """Remember when, and after how many steps, an epoch began."""
-        self._steps_before, self._epoch_began = self._steps, self.clock()
-
-    def after_step(self, done: int) -> tuple[str, str] | None:
-        """Return, at the one step where there is one, the line to show, and what would end sooner or an empty text.
-
-        The run has `done` steps.
-        """
-        self._steps += 1
-        if self._steps == 5:
-            self._warm_at = self.clock()
-        if self._steps != 20:
-            return None
-        step_seconds = (self.clock() - self._warm_at) / 15
-        seconds = (self.plan.total_steps - done) * step_seconds
-        self.text = format_end(seconds, datetime.now())
-        line = f"expected end {self.text}, in {format_duration(seconds)}, evaluation not counted"
-        return line, format_quicker(self.plan, self.recipe_name, seconds, step_seconds)
-
-    def on_epoch_end(self, done: int) -> str:
-        """Return when training will end, by the pace of the last epoch and its evaluation; empty after the last one."""
-        left, steps = self.plan.total_steps - done, self._steps - self._steps_before
-        seconds = (self.clock() - self._epoch_began) / max(steps, 1) * left
-        self.text = format_end(seconds, datetime.now()) if left and steps else ""
-        return self.text
-
-
-def format_end(seconds: float, now: datetime) -> str:
-    """Return the time of day in so many `seconds`, with the date if that is another day."""
-    end = now + timedelta(seconds=min(seconds, 1e11))  # 3,000 years: no calendar has all that can be typed
-    return f"{end:%H:%M}" if end.date() == now.date() else f"{end:%Y-%m-%d %H:%M}"
-
-
-def format_quicker(plan: RunPlan, recipe_name: str, seconds: float, step_seconds: float) -> str:
-    """Return what would end sooner, if the end is over half an hour away."""
-    epochs = int(_HALF_AN_HOUR / (step_seconds * plan.steps_per_epoch)) if step_seconds > 0 else 0
-    quicker = ["--recipe quick is made to be short"] if recipe_name != "quick" else []
-    if 0 < epochs < plan.epochs:
-        quicker.append(f"--epochs {epochs} would take half an hour")
-    return "; ".join(quicker) if seconds > _HALF_AN_HOUR else ""
-
-
-class PlainTraining(PlainDisplay):
-    """A line an epoch, and signs of life between them."""
-
-    def __init__(
-        self, console: Console, plan: RunPlan, recipe_name: str, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        super().__init__(console, clock)
-        self.plan = plan
-        self.end = ExpectedEnd(plan, recipe_name, clock)
-        self.epoch = 0
-        self._loss = ""
-
-    def on_epoch_start(self, epoch: int, lr: float) -> None:
-        """Remember the epoch."""
-        self.epoch = epoch
-        self.end.on_epoch_start()
-
-    def on_step(self, step_in_epoch: int, loss: float | None) -> None:
-        """Show that training goes on, and once when it will end."""
-        if loss is not None:
-            self._loss = f"  loss {loss:.3f}"
-        if found := self.end.after_step((self.epoch - 1) * self.plan.steps_per_epoch + step_in_epoch):
-            line, quicker = found
-            self.on_note(f"{line} ({quicker})" if quicker else line)
-        place = f"epoch {self.epoch}/{self.plan.epochs}  step {step_in_epoch}/{self.plan.steps_per_epoch}"
-        self.sign_of_life(place + self._loss)
-
-    def on_epoch_end(self, record: EpochRecord, is_best: bool) -> None:
-        """Print the epoch."""
-        end = self.end.on_epoch_end(record.step)
-        self.on_note(format_epoch(record, self.plan.epochs, is_best=is_best, end=end))
-
-
-class CountProgress(PlainDisplay):
-    """A bar, or plain lines, for what is counted outside of training: told of it as an observer, or by a call."""
-
-    def __init__(self, console: Console, what: str, *, unit: str, scale: int = 1) -> None:
-        """Show counts divided by `scale`, in `unit`."""
+    def __init__(self, console: Console, task: str, *, unit: str, scale: int = 1) -> None:
+        """Counts are divided by `scale` before they are shown."""
         super().__init__(console)
-        self.what, self.unit, self.scale = what, unit, scale
+        self.task, self.unit, self.scale = task, unit, scale
         columns = (
-            TextColumn("{task.description}", markup=False),  # a folder's name
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[shown]}"),
+            TextColumn(unit),
             TimeRemainingColumn(compact=True),
         )
-        self._bar = Progress(*columns, console=console, transient=True, expand=True) if can_draw(console) else None
-        self._task: TaskID | None = None
+        self._bar = Progress(*columns, console=console, transient=True, expand=True)
 
     def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.stop()
 
     def __call__(self, done: int, total: int | None) -> None:
-        """Show how far it is."""
+        """Show that `done` of `total` are done; `total` is None where it is unknown."""
         done, total = done // self.scale, None if total is None else total // self.scale
-        if self._bar is None:
-            of = "" if total is None else f" of {total:,}"
-            self.sign_of_life(f"{self.what}: {done:,}{of} {self.unit}")
+        if not can_draw(self.console):
+            self.heartbeat(f"{self.task}: {done:,}{'' if total is None else f' of {total:,}'} {self.unit}")
             return
-        if self._task is None:
+        if not self._bar.tasks:
             self._bar.start()
-            self._task = self._bar.add_task(self.what, total=total, shown=self.unit)
-        self._bar.update(self._task, completed=done, total=total)
+            self._bar.add_task(self.task)
+        self._bar.update(self._bar.task_ids[0], completed=done, total=total)
 
     def on_evaluation(self, done: int, total: int) -> None:
-        """Show that an evaluation goes on."""
+        """Show the images that are evaluated."""
         self(done, total)
 
 
 def loading_progress(console: Console, dataset: str) -> CountProgress:
-    """Give the view of what may take long before a dataset is there: a download, or the decoding of a folder."""
+    """Build the view of a dataset's download, or of the decoding of a folder."""
     if dataset in KNOWN_SIZES:
         return CountProgress(console, f"downloading {dataset}", unit="MiB", scale=2**20)
     return CountProgress(console, printable(f"decoding {dataset}"), unit="files")
 
 
 def evaluation_display(console: Console) -> CountProgress:
-    """Give the view of an evaluation."""
+    """Build the view of an evaluation."""
     return CountProgress(console, "evaluating", unit="images")
+
+
+class PlainTraining(Display):
+    """Print a line an epoch, and one every 30 s in between."""
+
+    def __init__(self, console: Console, plan: RunPlan) -> None:
+        super().__init__(console)
+        self.plan, self.epoch = plan, 0
+        self._loss = ""
+        self._steps = self._epoch_steps = 0  # of this process, and of them in this epoch
+        self._epoch_start = self._warm_at = 0.0
+
+    def on_epoch_start(self, epoch: int, lr: float) -> None:
+        """Store the epoch and its start."""
+        self.epoch, self._epoch_steps, self._epoch_start = epoch, 0, time.monotonic()
+
+    def on_step(self, step_in_epoch: int, loss: float | None) -> None:
+        """Print the expected end after 20 steps, and that the training goes on."""
+        self._steps += 1
+        self._epoch_steps += 1
+        if loss is not None:
+            self._loss = f"  loss {loss:.3f}"
+        if self._steps == _WARMUP_STEPS:
+            self._warm_at = time.monotonic()
+        if self._steps == _ESTIMATE_STEPS:
+            left = self.plan.total_steps - (self.epoch - 1) * self.plan.steps_per_epoch - step_in_epoch
+            seconds = left * (time.monotonic() - self._warm_at) / (_ESTIMATE_STEPS - _WARMUP_STEPS)
+            end = format_end(seconds, datetime.now())
+            self.on_note(f"expected end {end}, in {format_duration(seconds)}, evaluation not counted")
+        place = f"epoch {self.epoch}/{self.plan.epochs}  step {step_in_epoch}/{self.plan.steps_per_epoch}"
+        self.heartbeat(f"{place}{self._loss}")
+
+    def on_evaluation(self, done: int, total: int) -> None:
+        """Print that the evaluation goes on."""
+        if done < total:
+            self.heartbeat(f"evaluating {done:,}/{total:,} images")
+
+    def on_epoch_end(self, record: EpochRecord, is_best: bool) -> None:
+        """Print the epoch, and the expected end by its pace."""
+        left = self.plan.total_steps - record.step
+        seconds = left * (time.monotonic() - self._epoch_start) / max(self._epoch_steps, 1)
+        end = format_end(seconds, datetime.now()) if left else ""
+        self.on_note(format_epoch(record, self.plan.epochs, is_best=is_best, end=end))
+
+
+class LiveTraining(Display):
+    """Draw the last epochs and the progress in place, once a second; lines that are printed go above."""
+
+    def __init__(self, console: Console, plan: RunPlan, facts: str, memory: Callable[[], int | None]) -> None:
+        """`facts` describes the hardware; `memory` returns the peak in MiB, or None where it is unknown."""
+        super().__init__(console)
+        self.plan, self.facts, self.memory, self._mib = plan, facts, memory, memory()
+        self.epochs: list[EpochRecord] = []
+        self.best: EpochRecord | None = None
+        self.epoch, self._lr, self._loss = 0, 0.0, "waiting for the first step"
+        self._has_started, self._evaluated = False, 0
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn())
+        self.progress = Progress(*columns, TimeRemainingColumn(compact=True), console=console, expand=True)
+        self.run = self.progress.add_task("run", total=plan.total_steps)
+        self.steps = self.progress.add_task("epoch", total=None)
+        self.evaluation = self.progress.add_task("evaluation", total=1, visible=False)
+        self.live = Live(self, console=console, refresh_per_second=1, transient=True)
+
+    def __enter__(self) -> Self:
+        self.live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.live.stop()
+        if self.epochs:
+            self.console.print(self._table(len(self.epochs)))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Draw the facts, the epochs that fit, and the bars."""
+        speed = self.progress.tasks[self.steps].speed
+        rate = "" if speed is None else f"{speed * self.plan.global_batch_size:,.0f} images/s"
+        memory = "" if self._mib is None else f"{self._mib:,} MiB"
+        facts = " · ".join(filter(None, (self._loss, rate, memory, self.facts)))
+        yield Text()
+        yield Text(facts, style="dim", overflow="ellipsis", no_wrap=True)
+        if self.epochs:
+            yield self._table(max(1, min(_LIVE_EPOCHS, (options.height or console.height) - 9)))
+            yield Text()
+        yield self.progress
+
+    def _table(self, rows: int) -> Table:
+        """Build the table of the last epochs; the best one stays in it."""
+        shown = self.epochs[-rows:]
+        if self.best is not None and self.best not in shown:
+            shown = [self.best, *shown[1:]]
+        names = [*_COLUMNS] if self.console.width >= _WIDTH_OF_ALL else _NARROW_COLUMNS
+        names = [name for name in names if self.plan.num_validation or not name.startswith("val")]
+        table = Table(box=None, pad_edge=False, header_style="bold", collapse_padding=self.console.width < 80)
+        for name in (*names, ""):
+            table.add_column(name, justify="right", no_wrap=True)
+        for record in shown:
+            cells = [_COLUMNS[name](record) for name in names]
+            is_best = record is self.best
+            table.add_row(*cells, "best" if is_best else "", style="bold green" if is_best else None)
+        return table
+
+    def on_earlier_epochs(self, records: Sequence[EpochRecord], best_epoch: int | None) -> None:
+        """Start the table with the epochs of a resumed run."""
+        self.epochs = list(records)
+        self.best = next((record for record in records if record.epoch == best_epoch), None)
+
+    def on_epoch_start(self, epoch: int, lr: float) -> None:
+        """Start a new bar; before the first step of the process it only pulses."""
+        self.epoch, self._lr = epoch, lr
+        total = self.plan.steps_per_epoch if self._has_started else None
+        self.progress.reset(self.steps, total=total, description=f"epoch {epoch}/{self.plan.epochs}")
+
+    def on_step(self, step_in_epoch: int, loss: float | None) -> None:
+        """Move the bars, and update the numbers if there is a loss."""
+        step = (self.epoch - 1) * self.plan.steps_per_epoch + step_in_epoch
+        if not self._has_started:  # the steps before a resume say nothing about the speed
+            self._has_started = True
+            self.progress.reset(self.run, completed=step)
+            self.progress.reset(self.steps, total=self.plan.steps_per_epoch, completed=step_in_epoch)
+        self.progress.update(self.run, completed=step)
+        self.progress.update(self.steps, completed=step_in_epoch)
+        if loss is not None:
+            self._loss, self._mib = f"loss {loss:.3f}  lr {self._lr:.4g}", self.memory()
+
+    def on_evaluation(self, done: int, total: int) -> None:
+        """Show a bar while an evaluation runs."""
+        if done <= self._evaluated:  # a new one
+            self.progress.reset(self.evaluation, total=total)
+        self._evaluated = done
+        self.progress.update(self.evaluation, completed=done, total=total, visible=done < total)
+
+    def on_epoch_end(self, record: EpochRecord, is_best: bool) -> None:
+        """Add a row."""
+        self.epochs.append(record)
+        if is_best:
+            self.best = record
+
+
+def format_end(seconds: float, now: datetime) -> str:
+    """Return the time of day `seconds` from now, with the date if it is another day."""
+    end = now + timedelta(seconds=min(seconds, 1e11))  # year 9999 ends the calendar
+    return f"{end:%H:%M}" if end.date() == now.date() else f"{end:%Y-%m-%d %H:%M}"
+
+
+def training_display(
+    console: Console,
+    plan: RunPlan,
+    *,
+    quiet: bool,
+    facts: str = "",
+    memory: Callable[[], int | None] = lambda: None,
+) -> Display:
+    """Build the view of a training for this console; `facts` and `memory` are shown on a terminal."""
+    if quiet:
+        return Display(console)
+    return LiveTraining(console, plan, facts, memory) if can_draw(console) else PlainTraining(console, plan)

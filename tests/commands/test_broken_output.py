@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cifar_dist.cli import main
-from cifar_dist.display.console import make_console
+from cifar_dist.display.terminal import make_console
 from cifar_dist.run.directory import RunDirectory
 from cifar_dist.runtime.output import make_output_steady
 from tests.commands.test_train import finished, small_world, train

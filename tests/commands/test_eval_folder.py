@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("CIFAR_DIST_CACHE", str(folder / "cache"))
-        patch.setattr("cifar_dist.display.figures.save_figure", lambda figure, path: path.touch())
+        patch.setattr("cifar_dist.display.figures._save", lambda figure, path: path.touch())
         patch.setattr("cifar_dist.model.resnet.resnet18", NarrowResNet)
         put(folder / "own", 20)
         put(folder / "foreign", 5, first=50)

@@ -26,7 +26,7 @@ def small_world(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CIFAR_DIST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("cifar_dist.model.resnet.resnet18", NarrowResNet)
-    monkeypatch.setattr("cifar_dist.display.figures.save_figure", lambda figure, path: path.touch())
+    monkeypatch.setattr("cifar_dist.display.figures._save", lambda figure, path: path.touch())
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

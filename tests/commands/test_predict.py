@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
         patch.chdir(folder)
         patch.setenv("CIFAR_DIST_CACHE", str(folder / "cache"))
         patch.setattr("cifar_dist.model.resnet.resnet18", NarrowResNet)
-        patch.setattr("cifar_dist.display.figures.save_figure", lambda figure, path: path.touch())
+        patch.setattr("cifar_dist.display.figures._save", lambda figure, path: path.touch())
         make_images(folder / "images")
         assert main(["--recipe", "plain", "--dataset", "images", "--run-dir", "run", *SETTINGS]) == 0
         make_others(folder / "others")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cifar_dist.cli import main
-from cifar_dist.display import page
+from cifar_dist.display import figures
 from cifar_dist.run.checkpoint import load_checkpoint
 from cifar_dist.run.directory import RunDirectory
 from cifar_dist.run.resolve import seconds_allowed
@@ -195,7 +195,7 @@ def test_figures_that_cannot_be_written_are_a_note(capsys, monkeypatch):
     def fail(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device", "x/figures/curves.png")
 
-    monkeypatch.setattr(page, "draw_curves", fail)
+    monkeypatch.setattr(figures, "draw_curves", fail)
     train("--epochs", "1", "--run-dir", "x")
     shown = capsys.readouterr()
     reason = "OSError: [Errno 28] No space left on device: 'x/figures/curves.png'"
@@ -205,13 +205,13 @@ def test_figures_that_cannot_be_written_are_a_note(capsys, monkeypatch):
 
 
 def test_a_signal_while_figures_are_drawn_does_not_end_a_trained_run(capsys, monkeypatch):
-    drawn = page.draw_curves
+    drawn = figures.draw_curves
 
     def signalled(*arguments, **named):
         os.kill(os.getpid(), signal.SIGTERM)
         return drawn(*arguments, **named)
 
-    monkeypatch.setattr(page, "draw_curves", signalled)
+    monkeypatch.setattr(figures, "draw_curves", signalled)
     train("--epochs", "1", "--run-dir", "x")
     assert not capsys.readouterr().err
     summary = RunDirectory(Path("x")).read_summary()
@@ -223,7 +223,7 @@ def test_a_run_that_is_killed_while_figures_are_drawn_is_done(monkeypatch):
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(page, "draw_evaluation", killed)
+        patch.setattr(figures, "draw_evaluation", killed)
         with pytest.raises(Killed):
             train("--epochs", "1", "--run-dir", "x")
     assert RunDirectory(Path("x")).read_summary().status == "completed"

@@ -57,7 +57,7 @@ def save_empty_figure(*arguments, **_) -> None:
 def small_world_in(folder: Path) -> Iterator[None]:
     """Make commands in `folder` fast: 96 images for `shapes`, a narrow network, no fsync, empty figures.
 
-    tests/unit covers what is left out: test_display.py the figures, test_faults.py the calls of fsync. With nothing
+    tests/unit covers what is left out: test_figures.py the figures, test_faults.py the calls of fsync. With nothing
     left out: test_end_to_end.py.
     """
     threads = torch.get_num_threads()
@@ -68,9 +68,8 @@ def small_world_in(folder: Path) -> Iterator[None]:
             patch.setattr(f"cifar_dist.commands.{command}.load_dataset", lambda *_, **__: make_dataset())
         patch.setattr("cifar_dist.model.resnet.resnet18", NarrowResNet)
         patch.setattr("cifar_dist.run.opening.git_commit", lambda: "abc")  # it starts git twice
-        for kind in ("confusion", "per_class", "predictions"):
+        for kind in ("curves", "confusion", "per_class", "predictions"):
             patch.setattr(f"cifar_dist.display.figures.draw_{kind}", save_empty_figure)
-        patch.setattr("cifar_dist.display.page.draw_curves", save_empty_figure)
         yield
     torch.set_num_threads(threads)
 
@@ -324,9 +323,8 @@ def test_weights_that_are_not_finite_are_not_saved(monkeypatch, often):
 def test_figures_that_cannot_be_drawn_cost_no_result(capsys, monkeypatch):
     def no_latex(*_):
         raise RuntimeError("latex was not able to\nprocess this")
-        yield
 
-    monkeypatch.setattr("cifar_dist.display.page.write_run", no_latex)
+    monkeypatch.setattr("cifar_dist.display.report.write_run", no_latex)
     train("--epochs", "1", "--run-dir", "x")
     assert "the figures could not be drawn: RuntimeError: latex was not able to process this" in capsys.readouterr().out
     assert RunDirectory(Path("x")).read_summary().test is not None

@@ -17,7 +17,7 @@ from cifar_dist.data.decoding import decode, image_suffixes
 from cifar_dist.data.folder import folder_sizes, load_folder
 from cifar_dist.data.image_files import find_images
 from cifar_dist.data.official_files import provide, where_found
-from cifar_dist.display.tables import print_header, print_lines, print_notes
+from cifar_dist.display.terminal import print_header, print_lines, print_notes
 from cifar_dist.run.resolve import check_dataset_name
 
 

@@ -12,7 +12,7 @@ import pytest
 from cifar_dist.cli import main
 from cifar_dist.config import provenance
 from cifar_dist.config.provenance import command_line, program_name
-from cifar_dist.display.console import can_draw, make_console
+from cifar_dist.display.terminal import can_draw, make_console
 from tests.conftest import ROOT
 
 
@@ -34,7 +34,7 @@ def run_with_closed(stream: str, *words: str) -> subprocess.CompletedProcess:
 def test_a_program_continues_when_its_output_is_closed(stream, other):
     code = f"""
 import sys
-from cifar_dist.display.console import make_console
+from cifar_dist.display.terminal import make_console
 console = make_console(stderr={stream == "stderr"})
 for _ in range(100):
     console.print("a line of a training")

@@ -1,65 +1,66 @@
-"""Text and progress on the console. Figures are tested in test_drawings.py and test_report.py."""
+"""Text and progress on the console, in a pipe and on a terminal. Figures are tested in test_figures.py."""
 
 import dataclasses
 import io
+import re
+import sys
 from datetime import datetime
 
 import pytest
 from rich.console import Console
 
 from cifar_dist.config.plan import KNOWN_SIZES, make_plan
-from cifar_dist.display.live import LiveTraining, training_display
 from cifar_dist.display.progress import (
     Display,
+    LiveTraining,
     PlainTraining,
     evaluation_display,
     format_end,
-    format_quicker,
     loading_progress,
+    training_display,
 )
 from cifar_dist.display.tables import (
-    format_class_bars,
     format_confusions,
     format_duration,
     format_epoch,
-    format_evaluation_totals,
+    format_evaluation,
     format_outcome,
-    print_header,
-    print_lines,
-    print_result,
 )
+from cifar_dist.display.terminal import print_header, print_result, print_table
 from cifar_dist.run.results import Evaluation, Summary
 from tests.conftest import make_recipe
 from tests.unit.test_metrics import record
 
-PLAN = make_plan(make_recipe("epochs=20"), world_size=1, sizes=KNOWN_SIZES["cifar10"], device_type="cpu")
+PLAIN = make_plan(make_recipe("epochs=20"), world_size=1, sizes=KNOWN_SIZES["cifar10"], device_type="cpu")
+PLAN = dataclasses.replace(PLAIN, num_validation=5000)
 TEST = Evaluation(
-    num_samples=20,
-    loss=0.5,
-    top1=0.75,
-    top5=0.95,
-    per_class_accuracy={"cat": 0.604, "dog": None, "[red]ship": 1.0},
+    num_samples=20, loss=0.5, top1=0.75, top5=0.95, per_class_accuracy={"cat": 0.604, "dog": None, "[red]ship": 1.0},
     confusion_matrix=[[12, 3, 5], [0, 0, 0], [0, 0, 9]],
-)
+)  # fmt: skip
 SUMMARY = Summary(
     status="early_stopped", epochs=8, best_epoch=5, train_seconds=4794.6, world_size=1, device="cpu", precision="no",
     num_threads=2, peak_memory_mib=800, test=TEST,
 )  # fmt: skip
 
 
-def console(terminal: bool, width: int = 100) -> Console:
-    return Console(file=io.StringIO(), force_terminal=terminal, width=width, color_system=None)
+def console(terminal: bool, width: int = 100, height: int = 30) -> Console:
+    return Console(
+        file=io.StringIO(), force_terminal=terminal, width=width, height=height, color_system=None, _environ={}
+    )
 
 
 def text_of(shown: Console) -> str:
     return shown.file.getvalue()
 
 
-class Clock:
-    now = 0.0
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    now = [0.0]
+    monkeypatch.setattr("cifar_dist.display.progress.time.monotonic", lambda: now[0])
+    return now
 
-    def __call__(self) -> float:
-        return self.now
+
+# Lines
 
 
 @pytest.mark.parametrize(
@@ -81,32 +82,28 @@ def test_an_epoch_is_one_line():
 
 
 def test_the_result_in_words():
-    assert format_evaluation_totals(TEST) == "accuracy 75.00%, loss 0.5000 on 20 images"
-    eleven = dataclasses.replace(TEST, per_class_accuracy=dict.fromkeys("abcdefghijk", 0.5))
-    assert format_evaluation_totals(eleven) == "accuracy 75.00%, top-5 95.00%, loss 0.5000 on 20 images"
-    cat, dog, ship = format_class_bars(TEST, width=35)
-    assert cat.split() == ["cat", "60.40%", "███████"]
+    totals, _, cat, dog, ship, *_, first, second = format_evaluation(TEST, split="test ")
+    assert totals == "test accuracy 75.00%, loss 0.5000 on 20 images"
+    assert cat.split() == ["cat", "60.40%", "█" * 12]
     assert dog.split() == ["dog", "-"]
-    assert ship.endswith("100.00%  ███████████")
+    assert ship.endswith("100.00%  " + "█" * 20)
+    assert first == " 25.0% of cat taken for [red]ship (5 of 20)"
+    assert second == " 15.0% of cat taken for dog (3 of 20)"
+    perfect = dataclasses.replace(TEST, confusion_matrix=[[20, 0, 0], [0, 0, 0], [0, 0, 9]])
+    assert format_confusions(perfect, count=3) == []
     outcome = "Early stopping triggered: training ended after 8 of 20 epochs in 1 h 20 min, best epoch 5"
     assert format_outcome(SUMMARY, total_epochs=20) == outcome
     one = dataclasses.replace(SUMMARY, status="completed", epochs=1, best_epoch=None)
     assert format_outcome(one, total_epochs=1) == "Training completed after 1 of 1 epoch in 1 h 20 min"
 
 
-def test_what_is_mistaken_most_comes_first():
-    cat, ship = format_confusions(TEST, count=2)
-    assert cat == " 25.0% of cat taken for [red]ship (5 of 20)"
-    assert ship == " 15.0% of cat taken for dog (3 of 20)"
-    perfect = dataclasses.replace(TEST, confusion_matrix=[[20, 0, 0], [0, 0, 0], [0, 0, 9]])
-    assert format_confusions(perfect) == []
-
-
 def test_of_many_classes_the_worst_are_shown():
-    many = dataclasses.replace(TEST, per_class_accuracy={f"class{i}": (i * 7 % 100) / 100 for i in range(100)})
-    heading, first, *others = format_class_bars(many)
-    assert heading == "the ten worst of 100 classes:"
-    assert first.split()[:2] == ["class0", "0.00%"] and len(others) == 9
+    accuracies = {f"class{i}": (i * 7 % 100) / 100 for i in range(100)}
+    many = dataclasses.replace(TEST, per_class_accuracy=accuracies, confusion_matrix=[[0] * 100] * 100)
+    totals, _, heading, first, *others = format_evaluation(many)
+    assert totals == "accuracy 75.00%, top-5 95.00%, loss 0.5000 on 20 images"
+    assert heading == "the 10 worst of 100 classes:"
+    assert first.split() == ["class0", "0.00%"] and len(others) == 9
     assert others[-1].split()[1] == "9.00%"
 
 
@@ -117,64 +114,54 @@ def test_the_result_is_a_panel_on_a_terminal_and_plain_lines_elsewhere(terminal,
     print_result(shown, SUMMARY, 20, tmp_path)
     text = text_of(shown)
     assert ("╭" in text) == terminal
-    assert "in 1 h 20 min" in text
-    assert "25.0% of cat taken for [red]ship" in text
-    assert [line.split()[2] for line in text.splitlines()[-3:]] == ["report", "predict", "export"], "what comes next"
+    assert "25.0% of cat taken for [red]ship" in text, "a class name is no markup"
+    assert [line.split()[2] for line in text.splitlines()[-3:]] == ["report", "predict", "export"]
     assert f"\n  python launch.py report {tmp_path}\n" in text
-    assert "[red]ship" in text, "a class name was taken for markup"
     assert "\x1b" not in text
 
 
-def test_the_header_is_aligned_and_breaks_between_words():
+def test_headers_and_tables_are_aligned_and_a_narrow_terminal_wraps_their_cells():
     shown, narrow = console(False), console(True, width=30)
     print_header(shown, {"run": "runs/x", "learning rate": "0.1"})
-    assert text_of(shown) == "run            runs/x\nlearning rate  0.1\n"
+    print_table(shown, [["run", "loss"], ["猫", "0.5"]])
+    assert text_of(shown) == "run            runs/x\nlearning rate  0.1\nrun  loss\n猫    0.5\n"
     print_header(narrow, {"device": "cpu, float32 (no fast bf16 here), 2 threads"})
+    print_table(narrow, [["run", "mean ± standard deviation"], ["a b c", "1.0"]])
     lines = [line.rstrip() for line in text_of(narrow).splitlines()]
-    assert lines == ["device  cpu, float32 (no fast", "        bf16 here), 2 threads"]
+    assert lines[:2] == ["device  cpu, float32 (no fast", "        bf16 here), 2 threads"]
+    assert lines[-1].split() == ["a", "b", "c", "1.0"] and len(lines) == 5
+
+
+# Plain lines
 
 
 def test_the_view_fits_the_console(monkeypatch):
-    assert isinstance(training_display(console(True), PLAN, "original", quiet=False), LiveTraining)
-    assert isinstance(training_display(console(False), PLAN, "original", quiet=False), PlainTraining)
-    assert type(training_display(console(True), PLAN, "original", quiet=True)) is Display
-    monkeypatch.setenv("TERM", "dumb")
-    assert isinstance(training_display(console(True), PLAN, "original", quiet=False), PlainTraining)
+    assert isinstance(training_display(console(True), PLAN, quiet=False), LiveTraining)
+    assert isinstance(training_display(console(False), PLAN, quiet=False), PlainTraining)
+    assert type(training_display(console(True), PLAN, quiet=True)) is Display
+    dumb = Console(file=io.StringIO(), force_terminal=True, _environ={"TERM": "dumb"})
+    assert isinstance(training_display(dumb, PLAN, quiet=False), PlainTraining)
 
 
-def test_plain_training_prints_an_epoch_a_line_and_signs_of_life():
-    shown, clock = console(False), Clock()
-    view = PlainTraining(shown, PLAN, "original", clock)
-    with view:
+def test_plain_training_prints_an_epoch_a_line_and_signs_of_life(clock):
+    shown = console(False)
+    with training_display(shown, PLAN, quiet=False) as view:
         view.on_epoch_start(1, 0.1)
         for step in range(1, 20):
-            clock.now += 5.0 if step <= 5 else 0.1  # the first steps are slow, and do not count
+            clock[0] += 5.0 if step <= 5 else 0.1  # the first steps are slow, and do not count
             view.on_step(step, 2.0 if step == 3 else None)
         assert text_of(shown) == ""
-        clock.now += 0.1
+        clock[0] += 0.1
         view.on_step(20, None)
-        view.on_epoch_end(record(1), True)
-        clock.now = 56.0
-        view.on_evaluation(10, 20)
-        clock.now = 57.0
-        view.on_evaluation(15, 20)
-        clock.now = 99.0
-        view.on_evaluation(20, 20)
+        view.on_epoch_end(record(1, step=391), True)
+        for clock[0], done in ((56.0, 10), (57.0, 15), (99.0, 20)):
+            view.on_evaluation(done, 20)
+        clock[0] = 100.0
+        view.on_step(21, None)
     lines = text_of(shown).splitlines()
     assert lines[0].startswith("expected end ") and "in 13 min 0 s" in lines[0]
-    assert lines[1].startswith("epoch  1/20  loss 1.000")
-    assert lines[2] == "evaluating 15/20 images"
-    clock.now = 100.0
-    view.on_step(21, None)
-    assert text_of(shown).splitlines()[3:] == ["epoch 1/20  step 21/391  loss 2.000"]
-
-
-def test_a_long_run_is_told_what_would_be_shorter():
-    shorter = "--recipe quick is made to be short; --epochs 4 would take half an hour"
-    assert format_quicker(PLAN, "standard", PLAN.total_steps, 1.0) == shorter
-    assert format_quicker(PLAN, "standard", 0.1 * PLAN.total_steps, 0.1) == ""
-    assert "--epochs" not in format_quicker(PLAN, "standard", 10 * PLAN.total_steps, 10.0)
-    assert format_quicker(PLAN, "quick", PLAN.total_steps, 1.0) == "--epochs 4 would take half an hour"
+    assert lines[1].startswith("epoch  1/20  loss 1.000") and re.search(r"  end [\d: -]+  best$", lines[1])
+    assert lines[2:] == ["evaluating 15/20 images", "epoch 1/20  step 21/391  loss 2.000"]
 
 
 def test_the_expected_end_has_a_date_on_another_day():
@@ -186,11 +173,8 @@ def test_the_expected_end_has_a_date_on_another_day():
 
 def test_quiet_shows_notes_only():
     shown = console(True)
-    with training_display(shown, PLAN, "original", quiet=True) as view:
-        view.on_epoch_start(1, 0.1)
-        for step in range(1, 30):
-            view.on_step(step, 1.0)
-        view.on_epoch_end(record(1), False)
+    with training_display(shown, PLAN, quiet=True) as view:
+        train(view, 1)
         view.on_note("something happened")
     assert text_of(shown) == "something happened\n"
 
@@ -207,18 +191,131 @@ def test_quiet_shows_notes_only():
 )
 def test_a_count_is_shown_as_a_bar_or_as_lines(terminal, make_view, calls, expected, monkeypatch):
     shown = console(terminal)
-    monkeypatch.setattr("cifar_dist.display.progress._SIGN_OF_LIFE_SECONDS", 0)
+    monkeypatch.setattr("cifar_dist.display.progress._HEARTBEAT_SECONDS", 0)
     with make_view(shown) as view:
         for done, total in calls:
             view.on_evaluation(done, total)
     assert all(text in text_of(shown) for text in expected)
 
 
-@pytest.mark.parametrize("width", [40, 100])
-def test_no_bar_is_broken_by_the_panel(width):
-    sure = dataclasses.replace(TEST, per_class_accuracy=dict.fromkeys(TEST.per_class_accuracy, 1.0))
-    shown = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None, _environ={})
-    print_lines(shown, format_class_bars(sure, width=width), title="result")
-    lines = text_of(shown).splitlines()
-    assert len(lines) == 2 + len(TEST.per_class_accuracy)
-    assert all("█" in line and "100.00%" in line for line in lines[1:-1])
+# The live view
+
+
+def view_on(console: Console, memory=lambda: 1210) -> LiveTraining:
+    return training_display(console, PLAN, quiet=False, facts="cpu, bf16 · 2 processes", memory=memory)
+
+
+def drawn(view, width: int = 100, height: int = 30) -> list[str]:
+    """What is drawn in place at this moment, a line each."""
+    paper = console(True, width, height)
+    view.console.width = width
+    paper.print(view)
+    return text_of(paper).splitlines()
+
+
+def epochs_in(lines: list[str]) -> dict[str, str]:
+    """The epochs of the table, and the last cell of each."""
+    rows = [line.split() for line in lines if re.match(r" *\d+ +\d", line)]
+    return {row[0]: row[-1] for row in rows}
+
+
+def train(view, epochs: int, best: int = 2) -> None:
+    for epoch in range(1, epochs + 1):
+        view.on_epoch_start(epoch, 0.1)
+        for step in range(1, 41):
+            view.on_step(step, 1.5 if step == 40 else None)
+        for done in (1000, 5000):
+            view.on_evaluation(done, 5000)
+        view.on_epoch_end(record(epoch, val_loss=0.5, val_acc=epoch / 100), epoch <= best)
+
+
+def test_it_shows_progress_rates_and_the_device(clock):
+    view = view_on(console(True))
+    view.progress.get_time = lambda: clock[0]
+    view.on_epoch_start(1, 0.1)
+    assert "waiting for the first step" in "".join(drawn(view))
+    train(view, 2)
+    view.on_epoch_start(3, 0.05)
+    for step in range(1, 11):
+        clock[0] += 0.5
+        view.on_step(step, 1.25)
+    _, facts, *heading, first, second, _, run, steps = drawn(view)
+    assert facts.rstrip() == "loss 1.250  lr 0.05 · 256 images/s · 1,210 MiB · cpu, bf16 · 2 processes"
+    assert " ".join(heading).split() == "train train val val images epoch loss acc loss acc lr /s time".split()
+    assert first.split() == ["1", "1.000", "50.00%", "0.500", "1.00%", "0.1", "100", "0:00:02"]
+    assert second.split()[-1] == "best"
+    assert run.split()[0] == "run" and "792/7820" in run
+    assert steps.startswith("epoch 3/20") and "10/391" in steps
+
+
+def test_a_resumed_run_shows_its_earlier_epochs_and_the_speed_of_its_own_steps(clock):
+    view = view_on(console(True))
+    view.progress.get_time = lambda: clock[0]
+    view.on_earlier_epochs([record(epoch, val_loss=0.5, val_acc=0.5) for epoch in (1, 2, 3)], 2)
+    view.on_epoch_start(4, 0.1)
+    assert epochs_in(drawn(view)) == {"1": "0:00:02", "2": "best", "3": "0:00:02"}
+    for step in range(301, 311):
+        clock[0] += 1.0
+        view.on_step(step, 1.0 if step == 310 else None)
+    run, steps = view.progress.tasks[:2]
+    assert run.speed == steps.speed == pytest.approx(1.0)
+    assert run.completed == 3 * 391 + 310 and steps.completed == 310
+
+
+def test_each_evaluation_has_a_bar_until_it_ends():
+    view = view_on(console(True))
+    for _ in range(2):
+        for done in (1000, 2000, 3000, 5000):
+            view.on_evaluation(done, 5000)
+            assert (f"{done}/5000" in "".join(drawn(view))) == (done < 5000)
+
+
+def test_without_a_validation_split_its_columns_are_left_out():
+    view = training_display(console(True), PLAIN, quiet=False)
+    view.on_epoch_start(1, 0.1)
+    view.on_epoch_end(record(1), False)
+    assert "train" in "".join(drawn(view)) and "val" not in "".join(drawn(view))
+
+
+def test_the_best_epoch_stays_in_sight_and_a_low_terminal_shows_less():
+    view = view_on(console(True))
+    train(view, 12)
+    assert list(epochs_in(drawn(view))) == ["2", "8", "9", "10", "11", "12"]
+    assert epochs_in(drawn(view))["2"] == "best"
+    assert len(drawn(view, height=14)) == 12 and len(drawn(view, height=9)) == 8
+
+
+@pytest.mark.parametrize("width", [30, 40, 60, 80])
+def test_nothing_is_wider_than_the_terminal_and_from_60_columns_nothing_is_left_out(width):
+    view = view_on(console(True, width))
+    train(view, 3)
+    view.epochs[0] = record(1, lr=0.01234, images_per_second=12345, epoch_seconds=123)
+    lines = drawn(view, width)
+    assert max(map(len, lines)) <= width
+    assert len(lines) == 10, "a line was broken"
+    assert epochs_in(lines)["2"] == "best"
+    assert ({"0.01234", "12,345", "0:02:03"} <= set(lines[4].split())) == (width >= 60)
+
+
+def test_notes_and_prints_go_above_and_the_table_stays_at_the_end(capsys):
+    shown = console(True, 60)
+    with view_on(shown) as view:
+        train(view, 1)
+        view.on_note("a line that is longer than the terminal is wide, and that has [brackets] in it")
+        print("printed by a library")
+        print("told by a library", file=sys.stderr)
+        train(view, 4)
+    text = text_of(shown)
+    for expected in ("has [brackets] in it", "printed by a library", "told by a library"):
+        assert expected in text, expected
+    assert [line.split()[0] for line in text.splitlines()[-4:]] == ["1", "2", "3", "4"]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_an_exception_ends_the_view_and_shows_the_cursor():
+    shown = console(True)
+    with pytest.raises(KeyboardInterrupt), view_on(shown) as view:
+        train(view, 1)
+        raise KeyboardInterrupt
+    assert not view.live.is_started
+    assert text_of(shown).rindex("\x1b[?25h") > text_of(shown).rindex("\x1b[?25l"), "no cursor"

@@ -1,0 +1,291 @@
+"""Reports of runs: the table that compares them, its CSV and Markdown, and the page of one run or of several."""
+
+import base64
+import csv
+import io
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from numpy.typing import NDArray
+
+from cifar_dist.config.errors import UserError
+from cifar_dist.config.files import write_output
+from cifar_dist.config.provenance import command_line
+from cifar_dist.config.recipe import Recipe, recipe_to_mapping
+from cifar_dist.config.schema import flatten
+from cifar_dist.display.tables import format_confusions, format_outcome
+from cifar_dist.run.directory import RunDirectory
+from cifar_dist.run.results import EpochRecord, Summary
+
+_LEADING = ("run", "status", "seed", "epochs")
+# Columns of the table: heading, digits after the point, factor, and the field of the CSV.
+_MEASURES = (
+    ("accuracy %", 2, 100, "top1"),
+    ("loss", 4, 1, "loss"),
+    ("training s", 1, 1, "train_seconds"),
+    ("images/s", 0, 1, "images_per_second"),
+)
+_CSV_FIELDS = (
+    *_LEADING, *(field for *_, field in _MEASURES), "top5", "recipe", "dataset", "best_epoch", "device", "precision",
+    "world_size", "num_threads", "git_commit",
+)  # fmt: skip
+_HEADINGS = {
+    "curves": "Training",
+    "confusion": "Confusion matrix",
+    "per_class": "Accuracy of each class",
+    "predictions": "The first test images",
+    "mistakes": "The most confident mistakes",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ReportedRun:
+    """The results of a run, and its config.yaml."""
+
+    name: str
+    """The name of its folder, or enough of its path to be unique among the reported runs."""
+    path: Path
+    config: Mapping[str, Any]
+    summary: Summary
+    records: Sequence[EpochRecord]
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """The resolved recipe."""
+        recipe: Mapping[str, Any] = self.config["recipe"]
+        return recipe
+
+    @property
+    def title(self) -> str:
+        """Recipe, dataset and seed."""
+        dataset = Path(self.config["dataset"]["name"]).name
+        return f"{self.config.get('recipe_name', 'recipe')} on {dataset}, seed {self.recipe['seed']}"
+
+    @property
+    def experiment(self) -> dict[str, Any]:
+        """The fields that the runs of one experiment share; they differ in the seed."""
+        data, fields = self.config["dataset"], flatten(self.recipe)
+        fields |= {"device": self.summary.device, "precision": self.summary.precision, "dataset": data["name"]}
+        fields["content of the dataset"] = str(data.get("fingerprint"))[:8]
+        return {name: value for name, value in fields.items() if name != "seed"}
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """The fields of the CSV."""
+        test, summary = self.summary.test, self.summary
+        seconds = sum(record.epoch_seconds for record in self.records)
+        images = sum(record.images_per_second * record.epoch_seconds for record in self.records)
+        fields = {name: getattr(summary, name, None) for name in _CSV_FIELDS}
+        fields |= {name: getattr(test, name, None) for name in ("top1", "top5", "loss")}
+        return fields | {
+            "run": str(self.path),
+            "seed": self.recipe["seed"],
+            "images_per_second": images / seconds if seconds else None,
+            "recipe": self.config.get("recipe_name"),
+            "dataset": Path(self.config["dataset"]["name"]).name,
+            "git_commit": self.config.get("git_commit"),
+        }
+
+
+def read_run(path: Path, name: str = "") -> ReportedRun:
+    """Read the results of a run. Raise UserError if there are none."""
+    directory = RunDirectory(path)
+    try:
+        summary, records, config = directory.read_summary(), directory.read_records(), directory.read_config()
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
+    if summary is None:
+        raise UserError(f"the run in {path} has no summary.json: it has not begun to train")
+    for section, field in ((config["recipe"], "seed"), (config["recipe"], "epochs"), (config["dataset"], "name")):
+        if field not in section:
+            raise UserError(f"run configuration {directory.config} is damaged: it lacks '{field}'")
+    if summary.status == "running" and records:  # summary.json is from the start of the run
+        seconds = max(summary.train_seconds, sum(record.epoch_seconds for record in records))
+        summary = replace(summary, epochs=records[-1].epoch, train_seconds=seconds)
+    return ReportedRun(name=name or path.name, path=path, config=config, summary=summary, records=records)
+
+
+def comparison_rows(runs: Sequence[ReportedRun]) -> list[list[str]]:
+    """Return headings, a row for each run, and the mean and standard deviation over the seeds of each experiment."""
+    rows = [[*_LEADING, *(heading for heading, *_ in _MEASURES)]]
+    for run in runs:
+        row = run.row
+        numbers = [_format_mean([row[field]], digits, factor) for _, digits, factor, field in _MEASURES]
+        epochs = f"{run.summary.epochs}/{run.recipe['epochs']}"
+        rows.append([run.name, run.summary.status, str(row["seed"]), epochs, *numbers])
+    for label, count, values in _seed_groups(runs):
+        numbers = [_format_mean(values[field], digits, factor) for _, digits, factor, field in _MEASURES]
+        rows.append([f"mean ± sd of {count} runs{label}", "", "", "", *numbers])
+    return rows
+
+
+def comparison_notes(runs: Sequence[ReportedRun]) -> list[str]:
+    """Return what a reader of the table must know: which runs are in no mean, and why."""
+    notes = []
+    if _seed_groups(runs):
+        notes.append("sd: the standard deviation over runs of the same recipe that differ in their seed")
+    for group in _same_experiment(runs):
+        seeds = [run.recipe["seed"] for run in group]
+        repeated = [
+            f"{run.name} (seed {seed})" for run, seed in zip(group, seeds, strict=True) if seeds.count(seed) > 1
+        ]
+        if repeated:
+            names = ", ".join(repeated)
+            notes.append(f"no mean over these runs, which have the same recipe and the same seed: {names}")
+    notes += [f"{run.name}, in no mean, is {untested_note(run)}" for run in runs if run.summary.test is None]
+    if differing := _differing_fields(runs):
+        notes.append(f"the runs differ in {', '.join(differing)}")
+    return notes
+
+
+def untested_note(run: ReportedRun) -> str:
+    """Return that a run is not tested yet, with the command that tests its last checkpoint."""
+    command = command_line("eval", "--ckpt", run.path)
+    return f"not tested yet: {command}" if RunDirectory(run.path).last.exists() else "not tested yet"
+
+
+def format_csv(runs: Sequence[ReportedRun]) -> str:
+    """Return the table for programs: full precision, accuracies as fractions of 1."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, _CSV_FIELDS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(run.row for run in runs)
+    for label, count, values in _seed_groups(runs):
+        for name, reduce in (("mean", statistics.mean), ("standard deviation", statistics.stdev)):
+            numbers = {field: reduce(column) for field, column in values.items() if len(column) > 1}
+            writer.writerow({"run": f"{name} of {count} runs{label}", **numbers})
+    return file.getvalue()
+
+
+def format_markdown(runs: Sequence[ReportedRun]) -> str:
+    """Return the table and its notes in Markdown."""
+    head, *rows = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in comparison_rows(runs)]
+    lines = [head, [":--", *["--:"] * (len(head) - 1)], *rows]
+    return (
+        "\n".join([*(f"| {' | '.join(line)} |" for line in lines), *(f"\n{n}" for n in comparison_notes(runs))]) + "\n"
+    )
+
+
+def write_run(run: ReportedRun, saved: Mapping[str, NDArray[Any]] | None, figures: Path, page: Path | None) -> None:
+    """Draw the figures of a run, and write its page if one is asked for; `saved` is its test_predictions.npz."""
+    from cifar_dist.display.figures import draw_curves, draw_evaluation
+
+    summary, test, files = run.summary, run.summary.test, []
+    if run.records:
+        files.append(figures / "curves.png")
+        stopped = summary.status == "early_stopped"
+        draw_curves(run.records, files[0], title=run.title, best_epoch=summary.best_epoch, stopped_early=stopped)
+    if test is not None and saved is not None:
+        files += draw_evaluation(figures, test, saved, title=run.title)
+    if page is None:
+        return
+    confusions = {} if test is None else {"Most frequent confusions": "\n".join(format_confusions(test, count=10))}
+    recipe, standard = (
+        {name: value if isinstance(value, str) else json.dumps(value) for name, value in flatten(fields).items()}
+        for fields in (run.recipe, recipe_to_mapping(Recipe.load()))
+    )
+    changed = {
+        name: f"{value} (standard: {standard.get(name)})"
+        for name, value in recipe.items()
+        if value != standard.get(name)
+    }
+    _write_page(
+        page,
+        files,
+        title=run.title,
+        outcome=format_outcome(summary, total_epochs=run.recipe["epochs"]),
+        table=comparison_rows([run]),
+        notes=[untested_note(run)] if test is None else [],
+        texts=confusions | {"To run it again": _command_to_repeat(run)},
+        lists={
+            "Recipe, where it differs from standard": changed,
+            "Recipe, as in standard": {name: value for name, value in recipe.items() if name not in changed},
+            "Origin": _provenance(run),
+        },
+    )
+
+
+def write_comparison(runs: Sequence[ReportedRun], folder: Path) -> list[str]:
+    """Write the curves of several runs, their table as CSV and Markdown, and a page; return the names of the files."""
+    from cifar_dist.display.figures import draw_overlay
+
+    title, figures = f"{len(runs)} runs", []
+    if any(run.records for run in runs):
+        figures.append(folder / "curves.png")
+        draw_overlay({run.name: run.records for run in runs}, figures[0], title=title)
+    texts = {"report.csv": format_csv(runs), "report.md": format_markdown(runs)}
+    for name, text in texts.items():
+        write_output(folder / name, text.encode(errors="backslashreplace"))
+    table, notes, page = comparison_rows(runs), comparison_notes(runs), folder / "report.html"
+    lists = {run.name: _provenance(run) for run in runs}
+    _write_page(page, figures, title=title, outcome="", table=table, notes=notes, texts={}, lists=lists)
+    return [*(path.name for path in figures), *texts, page.name]
+
+
+def _write_page(path: Path, figures: Sequence[Path], **content: Any) -> None:
+    """Render report.html with embedded figures."""
+    images = {_HEADINGS[file.stem]: base64.b64encode(file.read_bytes()).decode() for file in figures}
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("cifar_dist", "display"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    page = environment.get_template("report.html").render(figures=images, **content)
+    write_output(path, page.encode(errors="backslashreplace"))
+
+
+def _command_to_repeat(run: ReportedRun) -> str:
+    data, summary = run.config["dataset"], run.summary
+    words = ["--recipe", run.path / "config.yaml", "--dataset", data["name"]]
+    words += ["--data-dir", data["data_dir"]] if "data_dir" in data else []
+    words += ["--num-processes", summary.world_size] if summary.world_size > 1 else []
+    return command_line(*words, "--precision", summary.precision)
+
+
+def _provenance(run: ReportedRun) -> dict[str, Any]:
+    """Return the data, the hardware and the versions of a run."""
+    names = ("device", "precision", "world_size", "num_threads", "peak_memory_mib")
+    config = {name: value for name, value in run.config.items() if name not in ("recipe", "class_names")}
+    fields = {"run": run.path, **{name: getattr(run.summary, name) for name in names}, **flatten(config)}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _same_experiment(runs: Sequence[ReportedRun]) -> list[list[ReportedRun]]:
+    """Group the tested runs that differ in their seed at most."""
+    groups: dict[str, list[ReportedRun]] = {}
+    for run in runs:
+        if run.summary.test is not None:
+            groups.setdefault(str(sorted(run.experiment.items())), []).append(run)
+    return list(groups.values())
+
+
+def _seed_groups(runs: Sequence[ReportedRun]) -> list[tuple[str, int, dict[str, list[float]]]]:
+    """Return a label, the number of runs and the values by field for each experiment with several seeds."""
+    groups = [group for group in _same_experiment(runs) if len({run.recipe["seed"] for run in group}) == len(group) > 1]
+    differing, found = _differing_fields([group[0] for group in groups])[:3], []
+    for group in groups:
+        label = ", ".join(f"{name}={group[0].experiment.get(name)}" for name in differing)
+        rows = [run.row for run in group]
+        values = {field: [row[field] for row in rows if row[field] is not None] for *_, field in _MEASURES}
+        if len({(row["world_size"], row["num_threads"]) for row in rows}) > 1:  # times that are not comparable
+            values |= {"train_seconds": [], "images_per_second": []}
+        found.append((f" ({label})" if label else "", len(group), values))
+    return found
+
+
+def _differing_fields(runs: Sequence[ReportedRun]) -> list[str]:
+    """Return the names of the fields, seed apart, that have more than one value."""
+    experiments = [run.experiment for run in runs]
+    names = sorted({name for fields in experiments for name in fields})
+    return [name for name in names if len({str(fields.get(name)) for fields in experiments}) > 1]
+
+
+def _format_mean(values: Sequence[float | None], digits: int, factor: float) -> str:
+    known = [factor * value for value in values if value is not None]
+    if not known:
+        return "-"
+    mean = f"{statistics.mean(known):,.{digits}f}"
+    return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):,.{digits}f}"

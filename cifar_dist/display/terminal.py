@@ -1,0 +1,139 @@
+"""The console, and what commands print on it: plain lines in a pipe or a file, panels and tables on a terminal."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from cifar_dist.config.errors import UserError, printable
+from cifar_dist.config.provenance import command_line
+from cifar_dist.display.tables import format_evaluation, format_outcome, format_table
+from cifar_dist.run.results import Summary
+
+
+class SteadyConsole(Console):
+    """A Rich console that ignores write errors: a training outlives a closed terminal and a full log disk."""
+
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError:
+            self.on_broken_pipe()
+
+    def on_broken_pipe(self) -> None:
+        """Print nothing more. Rich would exit."""
+        self.quiet = True
+        with contextlib.suppress(OSError, ValueError):  # a stream without a file descriptor, or a closed one
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
+def make_console(*, quiet: bool = False, stderr: bool = False) -> Console:
+    """Build the console for stdout or stderr. `FORCE_COLOR` colours a pipe, and animates nothing there."""
+    console = SteadyConsole(quiet=quiet, stderr=stderr, emoji=False, highlight=False)
+    with contextlib.suppress(ValueError, AttributeError):  # a closed stream, or none
+        console.is_interactive = console.is_interactive and (console.is_jupyter or console.file.isatty())
+    return console
+
+
+def can_draw(console: Console) -> bool:
+    """Return whether this is a terminal with a movable cursor."""
+    return console.is_interactive and console.is_terminal and not console.is_dumb_terminal
+
+
+def import_matplotlib() -> None:
+    """Import matplotlib. Raise UserError if it cannot be imported.
+
+    A notebook's `MPLBACKEND` may name a backend that this environment lacks. Figures are drawn by Agg alone.
+    """
+    if "matplotlib" in sys.modules:
+        return
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"matplotlib cannot be used: {reason}") from None
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    if backend:  # for the figures of a notebook that imports this package
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend
+
+
+def print_error(text: str) -> None:
+    """Print a line on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_notes(console: Console, notes: Iterable[str | None]) -> None:
+    """Print each note as one line, without wrapping; None prints nothing."""
+    _print_plain(console, filter(None, notes))
+
+
+def print_lines(console: Console, lines: Sequence[str], *, title: str) -> None:
+    """Print lines; on a terminal in a panel with a title."""
+    if can_draw(console):
+        text = Group(*(Text(printable(line)) for line in lines))
+        console.print(Panel(text, title=Text(printable(title)), border_style="green", expand=False))
+    else:
+        _print_plain(console, lines)
+
+
+def print_table(console: Console, rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of cells below a row of headings; a narrow terminal wraps cells, not rows."""
+    if not can_draw(console):
+        _print_plain(console, format_table(rows))
+        return
+    table = Table(*rows[0], box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows[1:]:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    console.print(table)
+
+
+def print_header(console: Console, values: Mapping[str, str]) -> None:
+    """Print aligned names and values; a terminal wraps a long value and indents it."""
+    if not can_draw(console):
+        width = max(map(len, values)) + 2
+        _print_plain(console, [f"{name:<{width}}{value}" for name, value in values.items()])
+        return
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in values.items():
+        grid.add_row(name, Text(printable(value)))
+    console.print(grid)
+
+
+def print_result(console: Console, summary: Summary, total_epochs: int, directory: Path) -> None:
+    """Print the outcome and the test of a run, and the commands that may follow."""
+    assert summary.test is not None
+    lines = [
+        format_outcome(summary, total_epochs=total_epochs),
+        *format_evaluation(summary.test, split="test "),
+        "",
+        f"in {directory}: config.yaml, metrics.jsonl, summary.json, checkpoints, figures",
+    ]
+    print_lines(console, lines, title="result")
+    print_notes(  # outside of the panel, to be copied
+        console,
+        [
+            "next:",
+            f"  {command_line('report', directory)}",
+            f"  {command_line('predict', '--ckpt', directory, 'IMAGE')}",
+            f"  {command_line('export', '--ckpt', directory, '--out', 'model.pth')}",
+        ],
+    )
+
+
+def _print_plain(console: Console, lines: Iterable[str]) -> None:
+    for line in lines:
+        console.print(Text(printable(line)), soft_wrap=True)
