@@ -4,13 +4,12 @@
 
 - Start-up: from the command `launch.py --dataset shapes` to the end of its first step, against a process that imports
   torch, torchvision and accelerate and does nothing else, in turns.
-- Decoding: a class folder of PNG files of 32 x 32 pixels (drawn here), for the first time and from the cache.
+- Decoding: a class folder of PNG files of 32 x 32 pixels (drawn here).
 - Boundary: from the last step of an epoch of 50,000 images to the first forward pass of the next, without validation,
   in a run whose steps do everything but the model's work. The first batch's augmentation is in it.
 """
 
 import argparse
-import os
 import statistics
 import subprocess
 import sys
@@ -26,7 +25,7 @@ import torch
 from PIL import Image
 
 from cifar_dist.cli import main as cifar_dist
-from cifar_dist.data import datasets
+from cifar_dist.data import dataset
 from cifar_dist.data.dataset import Dataset, LabelledImages
 from cifar_dist.data.loader import Batch
 from cifar_dist.training.step import TrainingStep
@@ -85,7 +84,7 @@ def start_up(rounds: int, recipe: str) -> None:
 
 
 def decoding(count: int) -> None:
-    """Print how long a folder takes, once and again."""
+    """Print how long a folder takes."""
     generator = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -96,9 +95,8 @@ def decoding(count: int) -> None:
             small = generator.integers(256, size=(8, 8, 3), dtype=np.uint8)
             Image.fromarray(small).resize((32, 32), Image.Resampling.BICUBIC).save(part / f"{number}.png")
         command = [sys.executable, "-c", LOAD, str(folder / "images")]
-        environ = {**os.environ, "CIFAR_DIST_CACHE": str(folder / "cache")}
-        taken = [float(subprocess.check_output(command, cwd=ROOT, env=environ)) for _ in range(6)]
-    print(f"{count:,} PNG files: {taken[0]:.2f} s once, then {spread(taken[1:])} s from the cache", flush=True)
+        taken = [float(subprocess.check_output(command, cwd=ROOT)) for _ in range(5)]
+    print(f"{count:,} PNG files: {spread(taken)} s", flush=True)
 
 
 def boundary(recipe: str, epochs: int = 6) -> None:
@@ -122,7 +120,7 @@ def boundary(recipe: str, epochs: int = 6) -> None:
         few = LabelledImages(images=images[:100], labels=part.labels[:100])
         return Dataset(name="random", class_names=tuple("0123456789"), train=part, test=few)
 
-    TrainingStep.train_on, Trainer._end_step, datasets.load_archive = train_on, timed_step, random_images
+    TrainingStep.train_on, Trainer._end_step, dataset.load_archive = train_on, timed_step, random_images
     with tempfile.TemporaryDirectory() as folder:
         typed = ["--recipe", recipe, "--epochs", str(epochs), "--run-dir", f"{folder}/run"]
         cifar_dist([*typed, "--set", "validation_size=0", "early_stopping.enabled=false"])

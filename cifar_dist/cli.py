@@ -168,7 +168,7 @@ def _check(options: Options, world_size: int, machine_rank: int) -> TrainRequest
 
         list_folder(Path(options.dataset), for_training=False)
     if isinstance(options, PredictOptions):
-        from cifar_dist.data.image_files import find_images
+        from cifar_dist.data.folder import find_images
 
         find_images(options.images)
     return None
@@ -176,8 +176,7 @@ def _check(options: Options, world_size: int, machine_rank: int) -> TrainRequest
 
 def _provide_data(request: TrainRequest) -> None:
     """Download what is missing, before torch is imported, or processes are started that would wait for it."""
-    from cifar_dist.data.archives import ARCHIVES
-    from cifar_dist.data.official_files import provide
+    from cifar_dist.data.cifar import ARCHIVES, provide
     from cifar_dist.display.progress import loading_progress
     from cifar_dist.display.terminal import make_console
 

@@ -140,7 +140,7 @@ for command in ([], ["train"], ["eval"], ["predict"], ["report"], ["export"], ["
         main([*command, "--help"])
     except SystemExit:
         require_absent("torch", "torchvision", "accelerate", "numpy", "matplotlib", "rich")
-from cifar_dist.data import official_files
+from cifar_dist.data import cifar
 from cifar_dist.display import progress
 from cifar_dist.runtime import interrupt, launch
 require_absent("torch", "torchvision", "accelerate", "matplotlib")

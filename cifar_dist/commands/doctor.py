@@ -13,9 +13,8 @@ from cifar_dist.config.plan import KNOWN_SIZES, fit_to_dataset, make_plan
 from cifar_dist.config.provenance import git_commit, package_versions
 from cifar_dist.config.recipe import read_recipe, recipe_label, resolve_recipe
 from cifar_dist.config.world import World
-from cifar_dist.data.archives import CIFAR10, CIFAR100
-from cifar_dist.data.datasets import load_dataset
-from cifar_dist.data.official_files import where_found
+from cifar_dist.data.cifar import CIFAR10, CIFAR100, where_found
+from cifar_dist.data.dataset import load_dataset
 from cifar_dist.display.progress import loading_progress
 from cifar_dist.display.terminal import make_console, print_header, print_notes
 from cifar_dist.model.pretrained import imagenet_weights, imagenet_weights_place

@@ -15,9 +15,7 @@ from cifar_dist.config.files import STANDARD_OUTPUT, write_json, writing
 from cifar_dist.config.options import EvalOptions
 from cifar_dist.config.plan import num_held_out
 from cifar_dist.config.world import World
-from cifar_dist.data.dataset import Dataset, LabelledImages
-from cifar_dist.data.datasets import load_dataset
-from cifar_dist.data.split import stratified_split
+from cifar_dist.data.dataset import Dataset, LabelledImages, load_dataset, stratified_split
 from cifar_dist.display.progress import evaluation_display, loading_progress
 from cifar_dist.display.tables import format_evaluation
 from cifar_dist.display.terminal import import_matplotlib, make_console, print_lines, print_notes

@@ -13,8 +13,7 @@ from cifar_dist.config.errors import EXIT_DONE, EXIT_USER_ERROR
 from cifar_dist.config.files import STANDARD_OUTPUT, write_json
 from cifar_dist.config.options import PredictOptions
 from cifar_dist.config.world import World
-from cifar_dist.data.decoding import ImageFile
-from cifar_dist.data.image_files import UNREADABLE, decode_images, find_images
+from cifar_dist.data.folder import UNREADABLE, ImageFile, decode_images, find_images
 from cifar_dist.data.loader import Normalizer
 from cifar_dist.display.progress import evaluation_display
 from cifar_dist.display.tables import format_table

@@ -17,10 +17,8 @@ from cifar_dist.config.plan import RunPlan, fit_to_dataset, make_plan
 from cifar_dist.config.provenance import command_line, version_note
 from cifar_dist.config.recipe import Recipe
 from cifar_dist.config.world import SlurmJob, World
-from cifar_dist.data.archives import ARCHIVES
-from cifar_dist.data.dataset import Dataset
-from cifar_dist.data.datasets import known_sizes, load_dataset
-from cifar_dist.data.official_files import where_found
+from cifar_dist.data.cifar import ARCHIVES, where_found
+from cifar_dist.data.dataset import Dataset, known_sizes, load_dataset
 from cifar_dist.display.progress import Display, loading_progress, training_display
 from cifar_dist.display.terminal import (
     import_matplotlib,

@@ -1,12 +1,11 @@
 """Augmentation, batched on the device and driven by a table of random parameters.
 
-The parameters of a whole epoch are drawn at once on the CPU from (seed, epoch): one row a sample, one column a
-parameter. A row says all that will happen to its sample, so what a sample looks like depends neither on the batch it
-is in nor on the world size. Each parameter has a stream of its own: switching one operation on does not change the
-draws of another.
+The parameters of an epoch are drawn at once on the CPU from (seed, epoch): one row a sample, one column a parameter. So
+a sample depends neither on its batch nor on the world size. Each parameter has its own stream: enabling an operation
+does not change the draws of another.
 
-The order is that of the original script (crop, flip, rotation, colour jitter), with the rest where papers put it:
-affine after rotation, cutout after the colours, mixup and CutMix of two finished images.
+The order is that of the original script (crop, flip, rotation, colour jitter), then affine after rotation, cutout after
+the colours, mixup and CutMix of two finished images, as in their papers.
 """
 
 import itertools
@@ -17,11 +16,8 @@ from torch import Tensor
 
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.recipe import AugmentationConfig
-from cifar_dist.data.color import jitter
-from cifar_dist.data.dataset import to_device
-from cifar_dist.data.geometry import AffineMove, move_pixels
-from cifar_dist.data.mixing import cutout, mix
 from cifar_dist.data.sampler import derive_seed
+from cifar_dist.data.transforms import AffineMove, jitter, move_pixels, to_device
 
 COLUMNS = (
     "crop_y", "crop_x", "flip", "angle", "affine_angle", "affine_y", "affine_x", "affine_scale",
@@ -36,24 +32,21 @@ JITTER_ORDERS = torch.tensor(list(itertools.permutations(range(4))))
 
 
 class Augmentation:
-    """What a recipe does to training images, for one seed."""
+    """A recipe's augmentation of training images, for one seed."""
 
     def __init__(
         self, config: AugmentationConfig, *, seed: int, image_size: int = 32, fill: tuple[float, ...] = (0.5, 0.5, 0.5)
     ) -> None:
-        """Take the side of the images as they lie in memory, and the colour (in [0, 1]) of what cutout blanks.
+        """Store the side of the images in memory, and the colour (in [0, 1]) of what cutout blanks.
 
-        Raises UserError where the images are too small to be reflected so far.
+        Raises UserError if the images are too small for the reflection.
         """
         if config.crop_mode == "reflect" and config.crop_padding >= image_size:
             raise UserError(
                 f"augmentation.crop_padding={config.crop_padding} reflects more than images of {image_size} pixels"
                 f" have: set it to at most {image_size - 1}"
             )
-        self.config = config
-        self.seed = seed
-        self.image_size = image_size
-        self.fill = torch.tensor(fill)
+        self.config, self.seed, self.image_size, self.fill = config, seed, image_size, torch.tensor(fill)
         self.moves_affinely = max(config.affine_degrees, config.affine_translate, config.affine_scale) > 0
         rotates = config.rotation_degrees > 0 or self.moves_affinely
         self.moves_pixels = config.crop_padding > 0 or config.flip != "none" or rotates
@@ -63,12 +56,11 @@ class Augmentation:
     def draw_table(self, epoch: int, num_samples: int, *, num_partners: int = 1) -> Tensor:
         """Draw an epoch's parameters: (num_samples, len(COLUMNS)) float32 on the CPU, indexed by sample.
 
-        `num_partners` is the size of the training set, in which a mix finds its partner.
+        `num_partners` is the size of the training set, which a mix draws its partner from.
         """
         draw, config, size = _Draw(self.seed, epoch, num_samples), self.config, self.image_size
         angle, affine_angle = math.radians(config.rotation_degrees), math.radians(config.affine_degrees)
-        # torchvision's RandomAffine moves by whole pixels.
-        farthest = config.affine_translate * size
+        farthest = config.affine_translate * size  # rounded below: torchvision's RandomAffine moves by whole pixels
         share, is_box = self._draw_mix(draw)
         columns = {
             "crop_y": draw.integers("crop_y", 2 * config.crop_padding + 1),
@@ -95,10 +87,7 @@ class Augmentation:
         return torch.stack([columns[name] for name in COLUMNS], dim=1)
 
     def _draw_flip(self, draw: "_Draw", epoch: int) -> Tensor:
-        """Flip at random, or, alternating, at random in the first epoch and every other time from then on.
-
-        Alternating shows each image in both ways in every two epochs (arXiv 2404.00498).
-        """
+        """Draw flips; alternating ones at random in epoch 1 and inverted in each later epoch (arXiv 2404.00498)."""
         if self.config.flip == "none":
             return torch.zeros(draw.num_samples)
         if self.config.flip == "random":
@@ -109,9 +98,7 @@ class Augmentation:
         """Draw each image's own share, from Beta(alpha, alpha), and whether it is mixed by a box."""
         mixup, cutmix = self.config.mixup, self.config.cutmix
         is_box = draw.integers("is_box", 2) if mixup and cutmix else torch.full((draw.num_samples,), float(cutmix > 0))
-        shares = torch.ones(draw.num_samples)
-        if mixup:
-            shares = draw.beta("mixup", mixup)
+        shares = draw.beta("mixup", mixup) if mixup else torch.ones(draw.num_samples)
         if cutmix:
             shares = torch.where(is_box.bool(), draw.beta("cutmix", cutmix), shares)
         return shares, is_box
@@ -120,10 +107,14 @@ class Augmentation:
         """Augment a batch, each image by itself.
 
         `images` is (B, 3, H, W) uint8 on any device, `rows` their rows of the table, (B, len(COLUMNS)) on the CPU.
-        Gives (B, 3, H, W) float32 in [0, 1], contiguous, on the images' device.
+        Returns (B, 3, H, W) float32 in [0, 1], contiguous, on the images' device.
         """
-        config, column = self.config, self._columns(rows, images.device)
+        config, column = self.config, _columns(rows, images.device)
         if self.moves_pixels:
+            moves = [AffineMove(angle=column["angle"])] if config.rotation_degrees else []
+            if self.moves_affinely:
+                shift = {"shift_y": column["affine_y"], "shift_x": column["affine_x"]}
+                moves.append(AffineMove(angle=column["affine_angle"], scale=column["affine_scale"], **shift))
             images = move_pixels(
                 images,
                 padding=config.crop_padding,
@@ -131,11 +122,11 @@ class Augmentation:
                 crop_x=column["crop_x"],
                 reflect=config.crop_mode == "reflect",
                 flip=column["flip"],
-                moves=self._affine_moves(column),
+                moves=moves,
             )
         pixels = images.to(torch.float32).div_(255)
         if self.changes_colors:
-            # The order stays on the CPU: it decides which images go together, and asking a device would make it wait.
+            # The orders stay on the CPU: they decide which images go together, and reading a device synchronizes.
             orders = JITTER_ORDERS[rows[:, COLUMNS.index("jitter_order")].long()]
             factors = torch.stack([column["brightness"], column["contrast"], column["saturation"]], dim=1)
             pixels = jitter(pixels, factors, column["hue"] if config.hue else None, orders)
@@ -144,27 +135,18 @@ class Augmentation:
         return pixels
 
     def mix(self, pixels: Tensor, partners: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Mix augmented images (B, 3, H, W) with their augmented partners; give them and their own shares (B,)."""
-        column = self._columns(rows, pixels.device)
+        """Mix augmented images (B, 3, H, W) with their augmented partners; return them and their own shares (B,)."""
+        column = _columns(rows, pixels.device)
         is_box, y, x = column["is_box"].bool(), column["box_y"], column["box_x"]
         return mix(pixels, partners, weight=column["share"], is_box=is_box, center_y=y, center_x=x)
 
-    def _affine_moves(self, column: dict[str, Tensor]) -> list[AffineMove]:
-        moves = []
-        if self.config.rotation_degrees:
-            moves.append(AffineMove(angle=column["angle"]))
-        if self.moves_affinely:
-            shift = {"shift_y": column["affine_y"], "shift_x": column["affine_x"]}
-            moves.append(AffineMove(angle=column["affine_angle"], scale=column["affine_scale"], **shift))
-        return moves
 
-    @staticmethod
-    def _columns(rows: Tensor, device: torch.device) -> dict[str, Tensor]:
-        return dict(zip(COLUMNS, to_device(rows, device).unbind(1), strict=True))
+def _columns(rows: Tensor, device: torch.device) -> dict[str, Tensor]:
+    return dict(zip(COLUMNS, to_device(rows, device).unbind(1), strict=True))
 
 
 class _Draw:
-    """Draws of one epoch, each from a generator of its own."""
+    """Draws of one epoch; each name has its own generator."""
 
     def __init__(self, seed: int, epoch: int, num_samples: int) -> None:
         self.seed, self.epoch, self.num_samples = seed, epoch, num_samples
@@ -173,23 +155,62 @@ class _Draw:
         return torch.Generator().manual_seed(derive_seed("augmentation", self.seed, self.epoch, name))
 
     def uniform(self, name: str, low: float, high: float) -> Tensor:
-        """Floats of [low, high)."""
+        """Draw floats from [low, high)."""
         if low == high:
             return torch.full((self.num_samples,), low)
         return low + (high - low) * torch.rand(self.num_samples, generator=self._generator(name))
 
     def integers(self, name: str, count: int) -> Tensor:
-        """Whole numbers from 0 to count - 1, as floats."""
+        """Draw whole numbers from 0 to count - 1, as floats."""
         if count == 1:
             return torch.zeros(self.num_samples)
         return torch.randint(count, (self.num_samples,), generator=self._generator(name)).float()
 
     def factor(self, name: str, spread: float) -> Tensor:
-        """Factors about 1, none below 0."""
+        """Draw factors about 1, none below 0."""
         return self.uniform(name, max(0.0, 1 - spread), 1 + spread)
 
     def beta(self, name: str, alpha: float) -> Tensor:
-        """Beta(alpha, alpha) as the ratio of Gamma draws, made in float64: small alphas give tiny numbers."""
+        """Draw from Beta(alpha, alpha), as a ratio of Gamma draws in float64: small alphas give tiny numbers."""
         shape = torch.full((2, self.num_samples), alpha, dtype=torch.float64)
         first, second = torch._standard_gamma(shape, generator=self._generator(name))
         return (first / (first + second)).nan_to_num_(0.5).float()
+
+
+def cutout(pixels: Tensor, center_y: Tensor, center_x: Tensor, side: int, fill: Tensor) -> None:
+    """Blank a square of `side` pixels about each image's own centre, in place (arXiv 1708.04552).
+
+    `pixels` (N, 3, H, W), centres (N,) whole pixels; the square is cut off at the border. `fill` (3,) is the colour
+    that normalization turns into 0, as in the paper.
+    """
+    height, width = pixels.shape[2:]
+    blank = _span(center_y - side // 2, center_y - side // 2 + side, height).unsqueeze(2)
+    blank = blank & _span(center_x - side // 2, center_x - side // 2 + side, width).unsqueeze(1)
+    torch.where(blank.unsqueeze(1), fill.view(1, 3, 1, 1), pixels, out=pixels)
+
+
+def mix(
+    pixels: Tensor, partners: Tensor, *, weight: Tensor, is_box: Tensor, center_y: Tensor, center_x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Blend each image with its partner (mixup, arXiv 1710.09412) or paste a box of it (CutMix, arXiv 1905.04899).
+
+    `pixels` and `partners` (N, 3, H, W); `weight` (N,) is the image's own share; `is_box` (N,) chooses the way. The box
+    has the area 1 - weight, its centre at (center_y, center_x), whole pixels, and is cut off at the border; the share
+    is then what is left, as in torchvision's CutMix. Returns the mixed images and the shares (N,).
+    """
+    height, width = pixels.shape[2:]
+    half = 0.5 * (1 - weight).sqrt()
+    half_y, half_x = (half * height).floor(), (half * width).floor()
+    rows = _span(center_y - half_y, center_y + half_y, height)
+    columns = _span(center_x - half_x, center_x + half_x, width)
+    box = (rows.unsqueeze(2) & columns.unsqueeze(1)).unsqueeze(1)
+    area = rows.sum(1) * columns.sum(1) / (height * width)
+    share = torch.where(is_box, 1 - area, weight)
+    per_pixel = torch.where(is_box.view(-1, 1, 1, 1), 1 - box.to(pixels.dtype), weight.view(-1, 1, 1, 1))
+    return torch.lerp(partners, pixels, per_pixel), share
+
+
+def _span(start: Tensor, end: Tensor, size: int) -> Tensor:
+    """Return which of `size` positions lie in [start, end): (N, size) bool."""
+    position = torch.arange(size, device=start.device)
+    return (position >= start.unsqueeze(1)) & (position < end.unsqueeze(1))

@@ -1,80 +1,220 @@
-"""The official CIFAR files for Python, read.
+"""The official CIFAR-10 and CIFAR-100 files: downloaded, checked and read without running pickled code.
 
-The files are pickles, which can run code when they are read. They are read only after their md5 was found right, and
-even then by an unpickler that knows nothing but the three names a NumPy array is made of.
+torch is imported by `load_archive` alone, so that missing files are downloaded before it.
 """
 
 import hashlib
 import io
+import os
 import pickle
+import re
+import tarfile
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
+from filelock import FileLock
 
 from cifar_dist.config.errors import UserError
-from cifar_dist.data.archives import Archive, ArchiveFile
-from cifar_dist.data.dataset import Dataset, LabelledImages
-from cifar_dist.data.download import Progress, reason_of
-from cifar_dist.data.official_files import provide, refuse_wrong, wrong
+from cifar_dist.data.download import DownloadError, Progress, download, md5_of, reason_of, writing_data
+
+if TYPE_CHECKING:
+    from cifar_dist.data.dataset import Dataset, LabelledImages
 
 
-def load_archive(archive: Archive, data_dir: Path, *, progress: Progress | None = None) -> Dataset:
-    """Load the files of `archive` below `data_dir`, the folder that torchvision calls `root`.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Archive:
+    """One of the official tarballs."""
 
-    What is missing is unpacked or downloaded first, as `provide` says. A file that is there is never changed. Raises
-    UserError that names the wrong ones, even of those without images, or says why the missing cannot be had.
-    """
+    name: str
+    class_names: tuple[str, ...]
+    folder: str  # in the tarball, and below the data folder
+    train: dict[str, str]  # md5 by file name, in the official order
+    test: dict[str, str]
+    label_key: bytes
+    tarball: str
+    tarball_md5: str
+    urls: tuple[str, ...]
+    urls_variable: str  # environment variable that replaces `urls`
+
+
+def _urls(tarball: str) -> tuple[str, ...]:
+    # PaddlePaddle's mirror has the same bytes; the official server sends 66 to 85 kB/s (pytorch/vision#9536).
+    return (f"https://dataset.bj.bcebos.com/cifar/{tarball}", f"https://www.cs.toronto.edu/~kriz/{tarball}")
+
+
+# The md5 of the tarballs are those on https://www.cs.toronto.edu/~kriz/cifar.html, those of the files torchvision's.
+CIFAR10 = Archive(
+    name="cifar10",
+    class_names=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    folder="cifar-10-batches-py",
+    train={
+        "data_batch_1": "c99cafc152244af753f735de768cd75f",
+        "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+        "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+        "data_batch_4": "634d18415352ddfa80567beed471001a",
+        "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    },
+    test={"test_batch": "40351d587109b95175f43aff81a1287e"},
+    label_key=b"labels",
+    tarball="cifar-10-python.tar.gz",
+    tarball_md5="c58f30108f718f92721af3b95e74349a",
+    urls=_urls("cifar-10-python.tar.gz"),
+    urls_variable="CIFAR_DIST_CIFAR10_URLS",
+)
+
+CIFAR100 = Archive(
+    name="cifar100",
+    class_names=tuple(
+        """
+        apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel
+        can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur
+        dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion
+        lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree
+        pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea
+        seal shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table
+        tank telephone television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman
+        worm
+        """.split()
+    ),
+    folder="cifar-100-python",
+    train={"train": "16019d7e3df5f24257cddd939b257f8d"},
+    test={"test": "f0ef6b0ae62326f3e7ffdfab6717acfc"},
+    label_key=b"fine_labels",
+    tarball="cifar-100-python.tar.gz",
+    tarball_md5="eb9058c3a382ffc7106e4002c42a8d85",
+    urls=_urls("cifar-100-python.tar.gz"),
+    urls_variable="CIFAR_DIST_CIFAR100_URLS",
+)
+
+ARCHIVES = {archive.name: archive for archive in (CIFAR10, CIFAR100)}
+
+
+def load_archive(archive: Archive, data_dir: Path, *, progress: Progress | None = None) -> "Dataset":
+    """Load the files of `archive`, provided as `provide` does. Raises UserError that names a wrong file."""
+    from cifar_dist.data.dataset import Dataset
+
     folder = provide(archive, data_dir, progress=progress)
-    refuse_wrong({folder / file.name: file.md5 for file in archive.others})  # the rest is checked as it is read
     return Dataset(
         name=archive.name,
         class_names=archive.class_names,
-        train=_read_files(archive, folder, archive.train),
-        test=_read_files(archive, folder, archive.test),
+        train=_read_files(folder, archive.train, archive.label_key),
+        test=_read_files(folder, archive.test, archive.label_key),
     )
 
 
-def _read_files(archive: Archive, folder: Path, files: tuple[ArchiveFile, ...]) -> LabelledImages:
-    # Each file is copied into its place and dropped, so that the pixels are not in memory twice.
-    counts = [file.images for file in files]
-    images = torch.empty((sum(counts), 3, 32, 32), dtype=torch.uint8)
-    labels = torch.empty(sum(counts), dtype=torch.int64)
-    places = zip(files, torch.split(images, counts), torch.split(labels, counts), strict=True)
-    for file, its_images, its_labels in places:
-        _read_file(archive, folder / file.name, file.md5, its_images, its_labels)
-    return LabelledImages(images=images, labels=labels)
+def provide(archive: Archive, data_dir: Path, *, progress: Progress | None = None) -> Path:
+    """Return the folder of the files; missing ones are unpacked from the tarball, downloaded if need be.
+
+    `data_dir` is the folder that torchvision calls `root`, or the files' own folder. Existing files are never changed.
+    `progress` is called with the downloaded and the total bytes. Raises UserError.
+    """
+    data_dir = _root(archive, data_dir)
+    folder, tarball = data_dir / archive.folder, data_dir / archive.tarball
+    if not _missing(archive, folder):
+        return folder
+    with writing_data(data_dir):
+        data_dir.mkdir(parents=True, exist_ok=True)
+    with writing_data(data_dir), FileLock(data_dir / f".{archive.tarball}.lock"):
+        if missing := _missing(archive, folder):  # no other process has provided them meanwhile
+            _provide_tarball(archive, tarball, progress, missing)
+            _unpack(archive, tarball, folder)
+    return folder
 
 
-def _read_file(archive: Archive, path: Path, md5: str, images: Tensor, labels: Tensor) -> None:
+def where_found(archive: Archive, data_dir: Path) -> str:
+    """Describe where the files are, or what `provide` would do for them, without checking their md5."""
+    data_dir = _root(archive, data_dir)
+    folder, tarball = data_dir / archive.folder, data_dir / archive.tarball
+    if not (missing := _missing(archive, folder)):
+        return f"found: {folder}"
+    if tarball.exists():
+        return f"found: {tarball}, to be unpacked"
+    if not data_dir.exists():
+        return f"the folder {data_dir} does not exist: it would be made, and the files downloaded"
+    names = f"{', '.join(missing)} " if folder.exists() else ""
+    return f"{names}missing in {folder}: would be downloaded"
+
+
+def _root(archive: Archive, data_dir: Path) -> Path:
+    return data_dir.parent if data_dir.name in (archive.folder, archive.tarball) else data_dir
+
+
+def _missing(archive: Archive, folder: Path) -> list[str]:
+    return [name for name in archive.train | archive.test if not os.path.lexists(folder / name)]
+
+
+def _wrong_md5(path: Path) -> UserError:
+    return UserError(
+        f"wrong md5, so damaged or not official: {path.absolute()} (left alone; move it away to have it downloaded)"
+    )
+
+
+def _provide_tarball(archive: Archive, tarball: Path, progress: Progress | None, missing: list[str]) -> None:
+    if tarball.exists():
+        if md5_of(tarball) != archive.tarball_md5:
+            raise _wrong_md5(tarball)
+        return
+    urls = os.environ.get(archive.urls_variable)
+    try:
+        download(
+            archive.urls if urls is None else re.findall(r"[^\s,]+", urls),
+            tarball,
+            archive.tarball_md5,
+            progress=progress,
+        )
+    except DownloadError as error:
+        data_dir = tarball.absolute().parent
+        raise UserError(
+            f"missing in {data_dir / archive.folder}: {', '.join(missing)}; the download failed ({error}); put"
+            f" {archive.tarball} or the folder {archive.folder} into {data_dir}, name another place with --data-dir"
+            f" DIR, set {archive.urls_variable} to addresses of the tarball, or use --dataset shapes, which needs no"
+            " files"
+        ) from error
+
+
+def _unpack(archive: Archive, tarball: Path, folder: Path) -> None:
+    """Unpack what `folder` lacks; each file is moved into place when it is whole."""
+    folder.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary, tarfile.open(tarball, "r:gz") as tar:
+        tar.extractall(temporary, filter="data")
+        for file in Path(temporary, archive.folder).iterdir():
+            if not os.path.lexists(folder / file.name):
+                file.replace(folder / file.name)
+
+
+def _read_files(folder: Path, md5s: dict[str, str], label_key: bytes) -> "LabelledImages":
+    import torch
+
+    from cifar_dist.data.dataset import LabelledImages
+
+    batches = [_read_file(folder / name, md5) for name, md5 in md5s.items()]
+    return LabelledImages(
+        images=torch.from_numpy(np.concatenate([batch[b"data"] for batch in batches]).reshape(-1, 3, 32, 32)),
+        labels=torch.tensor([label for batch in batches for label in batch[label_key]]),
+    )
+
+
+def _read_file(path: Path, md5: str) -> dict[bytes, Any]:
     try:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path.absolute()}: {reason_of(error)}") from error
     # The bytes that are hashed are those that are unpickled, whatever happens to the file in between.
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
-        raise wrong(path)
-    batch = _ArrayUnpickler(io.BytesIO(content), path).load()
-    np.copyto(images.numpy(), batch[b"data"].reshape(images.shape), casting="no")
-    labels.copy_(torch.tensor(batch[archive.label_key]).reshape(labels.shape))
+        raise _wrong_md5(path)
+    return _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Reads the pickles of Python 2 that hold arrays, and refuses every other object."""
-
-    def __init__(self, file: io.BytesIO, path: Path) -> None:
-        # "bytes" and not "latin1", because b"data" and its like are the keys in the file.
-        super().__init__(file, encoding="bytes")
-        self._path = path
+    """Unpickles NumPy arrays of Python 2 and refuses every other object."""
 
     def find_class(self, module: str, name: str, /) -> Any:
-        """Give one of the three names an array is made of. Raises UserError for any other."""
+        """Return one of the three names an array is made of. Raises UserError for any other."""
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            # NumPy 2 moved the function and deprecates the old place; every array says where it is.
-            return np.empty(0).__reduce__()[0]
+            return np.empty(0).__reduce__()[0]  # NumPy 2 moved it, and warns of the old place
         if module == "numpy" and name in ("ndarray", "dtype"):
             return getattr(np, name)
-        path, wanted = self._path.absolute(), f"{module}.{name}"
-        raise UserError(f"{path} would run code ({wanted}) when it is read, and was refused: do not use this file")
+        raise UserError(f"a dataset file would run code ({module}.{name}) and was refused: do not use it")

@@ -1,28 +1,25 @@
-"""What a dataset is to the rest of the package: uint8 images, labels and the names of the classes."""
+"""Datasets in memory: uint8 images, labels and class names; loaded by name, and split."""
 
 import hashlib
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cifar_dist.config.plan import DatasetSizes
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Move a small tensor from the CPU to a device, on CUDA without waiting for what it is doing.
-
-    That takes pinned memory. MPS has none, and its non-blocking copies can corrupt (pytorch#139550).
-    """
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+from cifar_dist.config.plan import KNOWN_SIZES, DatasetSizes
+from cifar_dist.config.recipe import Recipe
+from cifar_dist.data.cifar import ARCHIVES, load_archive
+from cifar_dist.data.download import Progress
+from cifar_dist.data.folder import folder_sizes, load_folder
+from cifar_dist.data.sampler import derive_seed
+from cifar_dist.data.shapes import load_shapes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class LabelledImages:
-    """Images that live in memory as one tensor, so that a batch is an index and not a worker process."""
+    """Images in memory as one tensor, so that a batch is an index and not a worker process."""
 
     images: Tensor
     """(N, 3, H, W) uint8, contiguous."""
@@ -41,7 +38,7 @@ class LabelledImages:
         return len(self.labels)
 
     def to(self, device: torch.device) -> "LabelledImages":
-        """Move both tensors to `device` (no copy when they are there already)."""
+        """Move both tensors to `device` (no copy if they are there)."""
         return LabelledImages(images=self.images.to(device), labels=self.labels.to(device))
 
 
@@ -54,47 +51,44 @@ class Dataset:
     train: LabelledImages
     test: LabelledImages
     validation: LabelledImages | None = None
-    """Where the dataset brings its own; otherwise a recipe may hold out part of `train`."""
+    """The dataset's own; without it a recipe may hold out part of `train`."""
     whole: LabelledImages | None = None
-    """The images of `train` and `test` together, of a folder that does not separate them itself."""
+    """All images of a folder whose test set was drawn from them."""
     origin: str | None = None
-    """What a person is told of the files behind the images, where that is news."""
+    """Description of a folder's image files."""
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are, with or without images of each."""
+        """The number of classes, with or without images."""
         return len(self.class_names)
 
     @property
     def sizes(self) -> DatasetSizes:
-        """How many images there are."""
+        """The numbers of images and classes."""
         own = 0 if self.validation is None else len(self.validation)
         return DatasetSizes(
             num_train=len(self.train), num_test=len(self.test), num_validation=own, num_classes=self.num_classes
         )
 
     def with_classes(self, class_names: tuple[str, ...]) -> "Dataset":
-        """Give the same images with labels that count in `class_names`, which has all of this dataset's classes.
+        """Return the same images with labels that are indices in `class_names`.
 
-        Raises ValueError that names a class it has not.
+        Raises ValueError if one of this dataset's classes is not among them.
         """
         if class_names == self.class_names:
             return self
-        missing = [name for name in self.class_names if name not in class_names]
-        if missing:
+        if missing := [name for name in self.class_names if name not in class_names]:
             raise ValueError(f"there is no class '{missing[0]}'")
         places = torch.tensor([class_names.index(name) for name in self.class_names])
-
-        parts = {name: getattr(self, name) for name in ("train", "test", "validation", "whole")}
-        relabelled: dict[str, Any] = {
+        parts: dict[str, Any] = {
             name: LabelledImages(images=part.images, labels=places[part.labels])
-            for name, part in parts.items()
-            if part is not None
+            for name in ("train", "test", "validation", "whole")
+            if (part := getattr(self, name)) is not None
         }
-        return replace(self, class_names=class_names, **relabelled)
+        return replace(self, class_names=class_names, **parts)
 
     def fingerprint(self) -> str:
-        """Hash names, images and labels, so that a run can tell whether it goes on with the data it began with."""
+        """Hash names, images and labels, so that a run recognizes the data it was trained on."""
         digest = hashlib.blake2b(digest_size=16)
         digest.update("\n".join(self.class_names).encode())
         for part in (self.train, self.test, *(() if self.validation is None else (self.validation,))):
@@ -102,3 +96,47 @@ class Dataset:
                 digest.update(str(tuple(tensor.shape)).encode())
                 digest.update(tensor.cpu().numpy().data)
         return digest.hexdigest()
+
+
+def load_dataset(
+    name: str, data_dir: Path, recipe: Recipe, *, for_training: bool = True, progress: Progress | None = None
+) -> Dataset:
+    """Load a dataset by name, downloaded if need be, or a folder of images at the recipe's `image_size`.
+
+    `for_training=False` allows a folder without training images. Raises UserError.
+    """
+    if name == "shapes":
+        return load_shapes()
+    if name in ARCHIVES:
+        return load_archive(ARCHIVES[name], data_dir, progress=progress)
+    return load_folder(Path(name), image_size=recipe.image_size, for_training=for_training, progress=progress)
+
+
+def known_sizes(name: str) -> DatasetSizes:
+    """Return a dataset's sizes without loading it; a folder is listed. Raises UserError."""
+    return KNOWN_SIZES[name] if name in KNOWN_SIZES else folder_sizes(Path(name))
+
+
+def stratified_split(labels: Tensor, validation_size: int, *, seed: int) -> tuple[Tensor, Tensor]:
+    """Split sample indices into training and validation parts, in proportion to the classes.
+
+    `labels` is (N,) int64. Returns two ascending (n,) int64 tensors, the second of exactly `validation_size`. Shares
+    are rounded by largest remainder, and each class keeps a training sample. Raises ValueError where that cannot be.
+    """
+    num_samples, counts = len(labels), torch.bincount(labels)
+    most = num_samples - int((counts > 0).sum())
+    if not 0 <= validation_size <= most:
+        raise ValueError(f"validation_size must be in [0, {most}], not {validation_size}")
+    exact = counts * validation_size  # in units of 1/num_samples
+    shares = exact // num_samples
+    by_remainder = torch.argsort(exact - shares * num_samples, descending=True, stable=True)
+    while missing := validation_size - int(shares.sum()):  # once, unless a small class has nothing more to give
+        can_give = by_remainder[(shares + 1 < counts)[by_remainder]]
+        shares[can_give[:missing]] += 1
+
+    generator = torch.Generator().manual_seed(derive_seed("validation split", seed))
+    held_out = torch.zeros(num_samples, dtype=torch.bool)
+    for label, share in enumerate(shares.tolist()):
+        members = torch.nonzero(labels == label).squeeze(1)
+        held_out[members[torch.randperm(len(members), generator=generator)[:share]]] = True
+    return torch.nonzero(~held_out).squeeze(1), torch.nonzero(held_out).squeeze(1)

@@ -1,248 +1,319 @@
-"""Images in class folders, listed, split and read into memory.
+"""Images in class folders: listed without torch, split, and decoded in threads.
 
-Two layouts are understood, as README.md shows them: parts that hold class folders, and class folders alone. As
-for torchvision's ImageFolder, what lies deeper in a class folder counts, too, if some images lie in it directly.
+The layouts are those of torchvision's ImageFolder: `DIR/CLASS/*`, or `DIR/train/CLASS/*` beside `test/` or `val/`.
 """
 
 import math
 import os
-import stat
-import unicodedata
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache
 from hashlib import blake2b
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import psutil
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
 
+from cifar_dist.config.cpus import usable_cpus
 from cifar_dist.config.errors import UserError, printable
 from cifar_dist.config.plan import DatasetSizes
-from cifar_dist.data.decoding import ImageFile, Progress, image_suffixes, name_some
-from cifar_dist.data.download import reason_of
-from cifar_dist.data.image_cache import read_images
+from cifar_dist.data.download import Progress, reason_of
 
 if TYPE_CHECKING:
     from cifar_dist.data.dataset import Dataset
 
-# torch is imported by `load_folder` alone: a folder that is no dataset is refused without it.
-_PARTS = ("train", "test", "val")
-_PART_LIKE = frozenset((*_PARTS, "training", "testing", "valid", "validation"))
-_TEST_SHARE = 5  # one in so many
+UNREADABLE = "cannot be read: empty, damaged, too large, or no image for this Pillow"
+
+_VALIDATION = ("val", "valid", "validation")
+_PARTS = ("train", "test", *_VALIDATION)
+_TEST_SHARE = 5  # one in so many images of a folder without parts
+_MAX_WORKERS = 8
+_CHUNK = 64  # images that a thread decodes before progress is reported
+# Identified by content. Pillow's other formats are rare, and EPS starts Ghostscript. TGA has no signature: it is last.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", "AVIF", "JPEG2000", "QOI", "TGA")
+
+Pixels = NDArray[np.uint8]
+
+
+class ImageFile(NamedTuple):
+    """A file, and its name relative to the dataset's folder, with '/'."""
+
+    path: str
+    name: str
+
 
 Classes = dict[str, list[ImageFile]]
-"""The files of each class, both in the order of their names."""
+"""The files of each class, both sorted by name."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Listing:
-    """The files of a folder."""
+class Listing(NamedTuple):
+    """The image files of a folder: of "train", "test", and "val" if there is one besides."""
 
     parts: dict[str, Classes]
-    """"train", "test" and, if it is there besides, "val"."""
     is_flat: bool
-    """Whether the test images were chosen here."""
+    """Whether the folder has no parts, so that the test images were drawn from all."""
     skipped: str
-    """Which files of class folders are not read, in words; empty for none."""
+    """Description of the files that are no images; empty for none."""
 
 
 def load_folder(
     path: Path, *, image_size: int, for_training: bool = True, progress: Progress | None = None
 ) -> "Dataset":
-    """Load the images below `path` as (N, 3, image_size, image_size) uint8, in the order of (class, relative path).
+    """Load the images below `path`, in the order of (class, relative path), resized to `image_size`.
 
-    Where the folder has no test set, each image's name decides whether it is a test image, whatever the seed of a run.
-    `for_training=False` allows a folder without training images. `progress` is told the files decoded so far and in
-    all. Raises UserError where the folder is no dataset.
+    `for_training=False` allows a folder without training images. `progress` is called with the number of decoded files
+    and of all. Raises UserError if the folder is no dataset.
     """
     import torch
 
     from cifar_dist.data.dataset import Dataset, LabelledImages
 
-    listing = list_folder(path, for_training=for_training)
-    parts = listing.parts
+    parts, is_flat, skipped = list_folder(path, for_training=for_training)
+    names = sorted({name for classes in parts.values() for name in classes})
     files = [file for classes in parts.values() for members in classes.values() for file in members]
     check_memory(len(files), image_size)
-    # One array for all parts: they are views of it, and no pixel is in memory twice.
-    images = torch.empty((len(files), 3, image_size, image_size), dtype=torch.uint8)
-    (smallest, largest), from_cache = read_images(files, images.numpy(), folder=path, progress=progress)
-
-    names = tuple(sorted({name for classes in parts.values() for name in classes}))
-    loaded, start = {}, 0
+    pixels, was_read = decode_images(files, image_size, progress)
+    if unreadable := [file.name for file, ok in zip(files, was_read, strict=True) if not ok]:
+        raise UserError(
+            f"{len(unreadable):,} of {len(files):,} image files cannot be read (empty, damaged, too large, or no image"
+            f" for this Pillow): {name_some(unreadable)}; replace or remove them"
+        )
+    images, loaded, start = torch.from_numpy(pixels), {}, 0
     for part, classes in parts.items():
-        counts = torch.tensor([len(classes.get(name, ())) for name in names])
-        labels = torch.repeat_interleave(torch.arange(len(names)), counts)
+        labels = torch.tensor([names.index(name) for name in classes for _ in classes[name]], dtype=torch.int64)
         loaded[part] = LabelledImages(images=images[start : start + len(labels)], labels=labels)
         start += len(labels)
-    sizes = " to ".join(f"{width}x{height}" for width, height in dict.fromkeys((smallest, largest)))
-    together = torch.cat([part.labels for part in loaded.values()])
-    skipped = f"; {listing.skipped}" if listing.skipped else ""
+    every_label = torch.cat([part.labels for part in loaded.values()])
+    facts = (f"{len(files):,} image files, resized and cropped to {image_size}x{image_size} pixels", skipped)
     return Dataset(
-        name=printable(path.name if path.name not in ("", "..") else path.resolve().name),
-        class_names=names,
+        name=_shown(path.name if path.name not in ("", "..") else path.resolve().name),
+        class_names=tuple(names),
         train=loaded["train"],
         test=loaded["test"],
         validation=loaded.get("val"),
-        whole=LabelledImages(images=images, labels=together) if listing.is_flat else None,
-        origin=f"{len(files):,} files of {sizes} pixels, resized and cropped to {image_size}x{image_size},"
-        f" {images.nbytes / 2**20:,.1f} MiB in memory{' (read from the cache)' if from_cache else ''}{skipped}",
+        whole=LabelledImages(images=images, labels=every_label) if is_flat else None,
+        origin="; ".join(filter(None, facts)),
     )
 
 
 def folder_sizes(path: Path) -> DatasetSizes:
     """Count a folder's images without reading one. Raises UserError as `load_folder` does."""
     parts = list_folder(path, for_training=True).parts
-    train, test, own = (sum(map(len, parts.get(part, {}).values())) for part in _PARTS)
+    train, test, own = (sum(map(len, parts.get(part, {}).values())) for part in ("train", "test", "val"))
     return DatasetSizes(num_train=train, num_test=test, num_validation=own, num_classes=len(parts["train"]))
 
 
-def list_folder(path: Path, *, for_training: bool) -> _Listing:
-    """List a folder's files. Raises UserError where they are no dataset."""
-    # A class may well be called train, but then it holds images and no folders.
-    folders, skipped = _subfolders(path).items(), Counter[str]()
-    names = {name for name, entry in folders if name.lower() in _PART_LIKE and _subfolders(entry.path)}
-    parts: dict[str, Classes]
-    if names == {"train"} or not names <= set(_PARTS) or (for_training and names and "train" not in names):
-        raise UserError(
-            f"{path.absolute()} holds {', '.join(sorted(names))} with folders in them: expected are train/CLASS and"
-            " test/CLASS or val/CLASS (or both), by these names, or else CLASS folders alone"
-        )
-    if names:
-        parts = {part: _list_classes(path / part, f"{part}/", skipped) for part in _PARTS if part in names}
-        if "test" not in parts:
-            parts["test"] = parts.pop("val")
-        parts = {"train": {}} | parts
-    else:
-        parts = _split(_list_classes(path, "", skipped))
+def list_folder(path: Path, *, for_training: bool) -> Listing:
+    """List a folder's images. Raises UserError if it is no dataset."""
+    path, skipped = path.absolute(), Counter[str]()
+    try:
+        folders = _subfolders(path)
+        # A class may be called train, but then it holds images and no folders.
+        named = [name for name in _PARTS if name in folders and _subfolders(folders[name])]
+        is_flat = not named or (for_training and "train" not in named)
+        if is_flat:
+            parts = _split(_list_classes(path, "", skipped))
+        else:
+            listed = {name: _list_classes(folders[name], f"{name}/", skipped) for name in named}
+            # With both, test/ is the test set and val/ the validation set; else either is the test set.
+            held_out = [listed[name] for name in ("test", *_VALIDATION) if name in listed]
+            parts = {"train": listed.get("train", {}), **dict(zip(("test", "val"), held_out, strict=False))}
+    except OSError as error:
+        raise UserError(f"cannot read the folder {_shown(error.filename)}: {reason_of(error)}") from error
     if for_training:
-        _check_training(path, parts)
-    for part, classes in parts.items():
-        if part != "train" and not any(classes.values()):
-            raise UserError(f"{path.absolute()} has no images for {part}")
-    return _Listing(parts=parts, is_flat=not names, skipped=describe_skipped(skipped))
+        _check_training(path, parts, depth=1 if is_flat else 2)
+    for part in ("test", *parts):
+        if part != "train" and not any(parts.get(part, {}).values()):
+            raise UserError(f"{path} has no images for {part}")
+    return Listing(parts, is_flat, _describe(skipped))
 
 
-def describe_skipped(skipped: Mapping[str, int]) -> str:
-    """Return the numbers of skipped files by suffix in words; an empty text where there are none."""
+def _split(classes: Classes) -> dict[str, Classes]:
+    """Choose a fifth of each class as test images, by a hash of their names: new images move few others."""
+    parts: dict[str, Classes] = {"train": {}, "test": {}}
+    for name, files in classes.items():
+        count = max(round(len(files) / _TEST_SHARE), min(1, len(files) - 1), 0)
+        by_hash = sorted(files, key=lambda file: blake2b(f"folder split/{file.name}".encode(), digest_size=8).digest())
+        parts["train"][name], parts["test"][name] = _sorted(by_hash[count:]), _sorted(by_hash[:count])
+    return parts
+
+
+def _check_training(path: Path, parts: Mapping[str, Classes], depth: int) -> None:
+    train = parts["train"]
+    files = [file for members in train.values() for file in members]
+    if files and all(file.name.count("/") > depth for file in files):
+        raise UserError(
+            f"no class folder of {path} holds an image itself, only folders do: name the folder whose folders are the"
+            " classes, or move the images up"
+        )
+    if len(train) < 2:
+        raise UserError(f"{path} holds {len(train)} class folders for training: a dataset needs two or more")
+    if empty := [name for name, members in train.items() if not members]:
+        raise UserError(f"there are no training images in {path} of {name_some(empty)}: add some, or remove the class")
+    if unknown := sorted({name for classes in parts.values() for name in classes if name not in train}):
+        raise UserError(f"{path} has classes that train/ lacks: {name_some(unknown)}")
+
+
+def check_memory(num_images: int, image_size: int) -> None:
+    """Raise UserError if the decoded images do not fit into memory."""
+    needed, available = num_images * 3 * image_size**2, psutil.virtual_memory().available
+    if needed > available:
+        raise UserError(
+            f"{num_images:,} images of {image_size} x {image_size} take {needed / 2**20:,.0f} MiB, and"
+            f" {available / 2**20:,.0f} MiB of memory are available: choose a smaller image_size"
+            f" (at most {math.isqrt(available // (3 * num_images))}), or use fewer images"
+        )
+
+
+def find_images(paths: Sequence[Path]) -> tuple[list[ImageFile], dict[str, str], str]:
+    """Find image files that belong to no dataset: as named, and below named folders, each path once.
+
+    Returns them, the reason for each that cannot be read, and a description of what was skipped in folders. Raises
+    UserError if no file is left.
+    """
+    found: dict[str, ImageFile] = {}
+    refused, skipped = dict[str, str](), Counter[str]()
+
+    def refuse(error: OSError) -> None:
+        missing = isinstance(error, FileNotFoundError)
+        refused[_shown(error.filename)] = "does not exist" if missing else f"cannot be read: {reason_of(error)}"
+
+    for path in paths:
+        name = _shown(path)
+        is_file = os.path.isfile(path)  # noqa: PTH113 - a Path raises for a name that is too long
+        files = [ImageFile(str(path), name)] if is_file else _files_below(path, f"{name}/", skipped, refuse)
+        if not files:
+            refused.setdefault(name, "holds no images")
+        for file in files:
+            found.setdefault(file.path, file)
+    if not found:
+        raise UserError(f"no image is left: {name_some([f'{name} {reason}' for name, reason in refused.items()])}")
+    return list(found.values()), refused, _describe(skipped)
+
+
+def name_some(names: Sequence[str]) -> str:
+    """Join the first ten names and the number of the others."""
+    return ", ".join(names[:10]) + (f" and {len(names) - 10:,} more" if len(names) > 10 else "")
+
+
+def _describe(skipped: Mapping[str, int]) -> str:
     by_suffix = [f"{count:,} {suffix or 'without a suffix'}" for suffix, count in sorted(skipped.items())]
     return f"{sum(skipped.values()):,} other files skipped ({name_some(by_suffix)})" if skipped else ""
 
 
-def _split(classes: Classes) -> dict[str, Classes]:
-    """Choose a fifth of each class as test images, each by its name: new images move few others."""
-    parts: dict[str, Classes] = {"train": {}, "test": {}}
-    for name, members in classes.items():
-        count = max(round(len(members) / _TEST_SHARE), min(1, len(members) - 1), 0)
-        by_lot = sorted(members, key=lambda file: blake2b(f"folder split/{file.name}".encode(), digest_size=8).digest())
-        chosen = {file.path for file in by_lot[:count]}
-        parts["train"][name] = [file for file in members if file.path not in chosen]
-        parts["test"][name] = [file for file in members if file.path in chosen]
-    return parts
+def _shown(name: str | Path) -> str:
+    """Return a name, which may be any bytes, as printable Unicode."""
+    return printable(os.fsencode(name).decode(errors="backslashreplace"))
 
 
-def _check_training(path: Path, parts: Mapping[str, Classes]) -> None:
-    where, train = path.absolute(), parts["train"]
-    files = [PurePosixPath(file.name) for members in train.values() for file in members]
-    class_folders = {*train, *(f"train/{name}" for name in train)}
-    if files and not any(str(file.parent) in class_folders for file in files):
-        likely = Counter(file.parent.parent for file in files).most_common(1)[0][0]
-        likely = likely.parent if likely.name.lower() in _PART_LIKE else likely
-        raise UserError(
-            f"no class folder of {where} holds an image itself, only folders do: name the folder whose folders are the"
-            f" classes ({where / likely}, by the looks of it), or move the images up"
-        )
-    if len(train) < 2:
-        raise UserError(f"{where} holds {len(train)} class folders for training: a dataset needs two or more")
-    if empty := [name for name, members in train.items() if not members]:
-        raise UserError(f"there are no training images in {where} of {name_some(empty)}: add some, or remove the class")
-    for part, classes in parts.items():
-        if unknown := [name for name in classes if name not in train]:
-            raise UserError(f"{where} has classes for {part} that train/ lacks: {name_some(unknown)}")
-
-
-def check_memory(num_files: int, image_size: int) -> None:
-    """Raise UserError if there is no room for the images."""
-    needed, available = num_files * 3 * image_size**2, psutil.virtual_memory().available
-    if needed > available:
-        raise UserError(
-            f"{num_files:,} images of {image_size} x {image_size} take {needed / 2**20:,.0f} MiB, and"
-            f" {available / 2**20:,.0f} MiB of memory are available: choose a smaller image_size"
-            f" (at most {math.isqrt(available // (3 * num_files))}), or use fewer images"
-        )
-
-
-def _list_classes(folder: Path, prefix: str, skipped: Counter[str]) -> Classes:
+def _subfolders(folder: Path) -> dict[str, Path]:
     return {
-        name: sorted(files_below(entry.path, f"{prefix}{name}/", skipped), key=lambda file: file.name)
-        for name, entry in sorted(_subfolders(folder).items())
+        _shown(entry.name): entry
+        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name)
+        if not entry.name.startswith(".") and entry.is_dir()
     }
 
 
-def _subfolders(folder: Path | str) -> dict[str, os.DirEntry[str]]:
-    found: dict[str, os.DirEntry[str]] = {}
-    for entry in filter(_is_folder, _entries(folder)):
-        other = found.setdefault(_portable(entry.name), entry)
-        if other is not entry:
-            raise UserError(f"{Path(folder).absolute()} has two folders that are both called {_portable(entry.name)}")
-    return found
+def _list_classes(folder: Path, prefix: str, skipped: Counter[str]) -> Classes:
+    def fail(error: OSError) -> None:
+        raise error
+
+    return {name: _files_below(entry, f"{prefix}{name}/", skipped, fail) for name, entry in _subfolders(folder).items()}
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself, or to where nobody may look
-        return False
+def _files_below(
+    folder: Path, prefix: str, skipped: Counter[str], on_error: Callable[[OSError], None]
+) -> list[ImageFile]:
+    """Return the images at any depth, sorted by name; other files are counted in `skipped`, by suffix."""
+    files, visited = list[ImageFile](), set[str]()
+    for root, subfolders, names in os.walk(folder, onerror=on_error, followlinks=True):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        if (real := os.path.realpath(root)) in visited:  # a link back
+            subfolders.clear()
+            continue
+        visited.add(real)
+        below = prefix + "".join(f"{part}/" for part in Path(root).relative_to(folder).parts)
+        for name in names:
+            suffix = PurePath(name).suffix.lower()
+            if suffix in _formats_and_suffixes()[1] and not name.startswith("."):
+                files.append(ImageFile(f"{root}/{name}", _shown(f"{below}{name}")))
+            elif not name.startswith("."):
+                skipped[suffix] += 1
+    return _sorted(files)
 
 
-def files_below(
-    folder: str,
-    prefix: str,
-    skipped: Counter[str],
-    unreadable: dict[str, str] | None = None,
-    above: tuple[Path, ...] = (),
-) -> Iterator[ImageFile]:
-    """Yield all image files at any depth; `prefix` is what their names begin with, `above` the folders come through.
+def _sorted(files: Iterable[ImageFile]) -> list[ImageFile]:
+    return sorted(files, key=lambda file: file.name)
 
-    Other files are counted in `skipped`, by suffix. Folders that cannot be listed are put into `unreadable`, with the
-    reason; without it they are a UserError.
+
+@cache
+def _formats_and_suffixes() -> tuple[tuple[str, ...], frozenset[str]]:
+    """Return the formats of `_FORMATS` that this build of Pillow knows, and their suffixes in lower case."""
+    Image.init()
+    formats = tuple(name for name in _FORMATS if name in Image.OPEN)
+    known = Image.registered_extensions().items()
+    return formats, frozenset(suffix for suffix, name in known if name in ("MPO", *formats))
+
+
+def decode_images(files: Sequence[ImageFile], size: int, progress: Progress | None = None) -> tuple[Pixels, list[bool]]:
+    """Decode files as (N, 3, size, size) uint8, in threads; return also which could be read."""
+    images: Pixels = np.zeros((len(files), 3, size, size), dtype=np.uint8)
+    was_read = [False] * len(files)
+
+    def decode_chunk(start: int) -> None:
+        for index in range(start, min(start + _CHUNK, len(files))):
+            with suppress(Exception):  # Pillow raises nearly anything for a damaged file
+                images[index] = decode(files[index].path, size).transpose(2, 0, 1)
+                was_read[index] = True
+
+    pool = ThreadPoolExecutor(min(_MAX_WORKERS, usable_cpus()))
+    with warnings.catch_warnings():  # mostly about metadata; filters are global, so they are set here for all threads
+        warnings.simplefilter("ignore")
+        try:
+            for number, _ in enumerate(pool.map(decode_chunk, range(0, len(files), _CHUNK)), start=1):
+                if progress:
+                    progress(min(number * _CHUNK, len(files)), len(files))
+        finally:
+            pool.shutdown(cancel_futures=True)  # so that Ctrl-C does not wait for the rest
+    return images, was_read
+
+
+def decode(path: str, size: int) -> Pixels:
+    """Read the first frame of an image as (size, size, 3) RGB, turned as its EXIF block says.
+
+    Another size is resized and cropped as by torchvision's Resize (bilinear, antialiased) and CenterCrop. Raises nearly
+    anything if the file is no such image.
     """
-    here = Path(folder).resolve()
-    if here in above:  # a link to where we come from
-        return
-    try:
-        entries = _entries(folder)
-    except UserError as error:
-        if unreadable is None:
-            raise
-        unreadable[prefix.rstrip("/")] = f"is left out: {error}"
-        return
-    for entry in entries:
-        name = prefix + _portable(entry.name)
-        if _is_folder(entry):
-            yield from files_below(entry.path, f"{name}/", skipped, unreadable, (*above, here))
-        elif (suffix := PurePosixPath(name).suffix.lower()) not in image_suffixes():
-            skipped[suffix] += 1
-        else:
-            try:
-                status = entry.stat()
-            except OSError:  # a broken link, to be named with the other files that cannot be read
-                yield ImageFile(entry.path, name, -1, -1, -1)
-            else:
-                if stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-                    yield ImageFile(entry.path, name, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    with Image.open(path, formats=_formats_and_suffixes()[0]) as image:
+        image.load()
+        with suppress(Exception):  # a broken EXIF block leaves the pixels good
+            ImageOps.exif_transpose(image, in_place=True)
+        rgb = _to_rgb(image)
+    if rgb.size != (size, size):
+        # Only what the crop keeps is resized: the whole of a strip of 1 x 10,000 would become 32 x 320,000.
+        (width, height), shorter, longer = rgb.size, min(rgb.size), max(rgb.size)
+        resized = size * longer // shorter
+        offset = round((resized - size) / 2)
+        start, end = (edge * longer / resized for edge in (offset, offset + size))
+        box = (0, start, width, end) if height > width else (start, 0, end, height)
+        rgb = rgb.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    return np.asarray(rgb)
 
 
-def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return [entry for entry in entries if not entry.name.startswith(".")]
-    except OSError as error:
-        raise UserError(f"cannot read the folder {Path(folder).absolute()}: {reason_of(error)}") from error
-
-
-def _portable(name: str) -> str:
-    """Return a name as valid, composed Unicode of one line: macOS may decompose it, and Linux allows any bytes."""
-    if name.isascii() and name.isprintable():  # nearly always, and a folder may have very many
-        return name
-    return printable(unicodedata.normalize("NFC", os.fsencode(name).decode(errors="backslashreplace")))
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert to RGB; transparent parts become mid-grey, and 16 bits keep their upper eight."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no fixed range")
+    if image.mode.startswith("I"):  # Pillow would clip at 255
+        return Image.fromarray((np.asarray(image).clip(0, 65_535) >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        ground = Image.new("RGBA", image.size, (128, 128, 128, 255))
+        ground.alpha_composite(image.convert("RGBA"))
+        return ground.convert("RGB")
+    return image.convert("RGB")

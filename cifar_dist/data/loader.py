@@ -9,26 +9,27 @@ from torch.nn import functional
 
 from cifar_dist.config.recipe import NormalizationConfig
 from cifar_dist.data.augmentation import COLUMNS, Augmentation
-from cifar_dist.data.dataset import LabelledImages, to_device
+from cifar_dist.data.dataset import LabelledImages
 from cifar_dist.data.sampler import GlobalBatchSampler, MicroBatch, Shard
+from cifar_dist.data.transforms import to_device
 
-# Augmented in one go, because most of a small batch's time are the calls and not the pixels: as much as a processor's
-# caches hold, about 512 images of 32 pixels. On an accelerator it is launches that cost: 4096 of them, in 50 MiB.
+# Small batches are augmented together: most of their time is calls, not pixels. On a CPU as much as its caches hold,
+# about 512 images of 32 pixels; on an accelerator, where launches cost, 4096 of them, in 50 MiB.
 _PIXELS_TOGETHER = {"cpu": 1 << 19, "mps": 1 << 22, "cuda": 1 << 22}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Batch:
-    """What is forwarded at once, on the device."""
+    """A micro-batch on the device."""
 
     images: Tensor
-    """(B, 3, S, S) float32, normalised."""
+    """(B, 3, S, S) float32, normalized."""
     labels: Tensor
     """(B,) int64."""
     samples: Tensor
-    """(B,) int64: their places in the dataset."""
+    """(B,) int64: indices in the dataset."""
     partner_labels: Tensor | None
-    """(B,) int64: the classes that were mixed in; None where nothing is mixed."""
+    """(B,) int64: classes of the mixing partners; None without mixing."""
     shares: Tensor | None
     """(B,): how much of each image is its own."""
     images_together: int
@@ -37,7 +38,7 @@ class Batch:
 
 
 class Normalizer:
-    """(pixel - mean) / std per channel, in the memory layout that the model wants."""
+    """(pixel - mean) / std per channel, in the model's memory format."""
 
     def __init__(self, config: NormalizationConfig, device: torch.device, memory_format: torch.memory_format) -> None:
         mean, std = torch.tensor(config.mean, dtype=torch.float64), torch.tensor(config.std, dtype=torch.float64)
@@ -46,12 +47,12 @@ class Normalizer:
         self.memory_format = memory_format
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Normalise (N, 3, H, W) float32 in [0, 1]."""
+        """Normalize (N, 3, H, W) float32 in [0, 1]."""
         return (pixels * self.scale).add_(self.shift).contiguous(memory_format=self.memory_format)
 
 
 def resized(pixels: Tensor, size: int) -> Tensor:
-    """Give images (N, 3, H, W) with sides of `size` pixels: bilinear, antialiased where they shrink."""
+    """Return images (N, 3, H, W) with sides of `size` pixels: bilinear, antialiased where they shrink."""
     if pixels.shape[2:] == (size, size):
         return pixels
     return functional.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
@@ -59,27 +60,27 @@ def resized(pixels: Tensor, size: int) -> Tensor:
 
 @dataclass(eq=False)
 class TrainingBatches:
-    """The training images of one shard, epoch by epoch: order -> indices -> rows of the table -> augmented batch."""
+    """The training batches of one shard: order -> indices -> rows of the table -> augmented batch."""
 
     data: LabelledImages
     indices: Tensor
-    """(n,) int64 on the CPU: the samples of `data` that are the training set; the sampler orders positions in it."""
+    """(n,) int64 on the CPU: the samples of `data` in the training set; the sampler returns positions in it."""
     sampler: GlobalBatchSampler
     augmentation: Augmentation
     normalize: Normalizer
     image_size: Callable[[int, int], int]
-    """Gives the side of the images in an (epoch, step of the epoch), both counted from 1."""
+    """Returns the side of the images at (epoch, step of the epoch), both counted from 1."""
     _drawn: tuple[int, Tensor] = field(default=(0, torch.empty(0)), init=False)
 
     def _table(self, epoch: int) -> Tensor:
-        """Give the random parameters of an epoch; only the last one asked for is kept."""
+        """Draw the random parameters of an epoch; the last table is cached."""
         if self._drawn[0] != epoch:
             table = self.augmentation.draw_table(epoch, len(self.data), num_partners=len(self.indices))
             self._drawn = (epoch, table)
         return self._drawn[1]
 
     def epoch(self, epoch: int, *, steps_done: int = 0) -> Iterator[Batch]:
-        """Go through an epoch's batches, but for those of its first steps that are done already."""
+        """Iterate over an epoch's batches after its first `steps_done` steps."""
         self.sampler.set_epoch(epoch)
         table = self._table(epoch)
         enough = max(1, _PIXELS_TOGETHER[self.data.images.device.type] // self.data.images[0, 0].numel())
@@ -97,7 +98,7 @@ class TrainingBatches:
         self._table(epoch + 1)  # while an accelerator is still busy with the last steps
 
     def _batches(self, window: list[tuple[MicroBatch, int]], table: Tensor) -> Iterator[Batch]:
-        """Augment the images of several micro-batches at once, then give these, each with its size of images."""
+        """Augment the images of several micro-batches at once, then yield each at its image size."""
         samples = self.indices[torch.cat([micro_batch.positions for micro_batch, _ in window])]
         on_device, rows = to_device(samples, self.data.images.device), table[samples]
         pixels, labels = self._augmented(on_device, rows), self.data.labels[on_device]
@@ -130,7 +131,7 @@ class TrainingBatches:
 def evaluation_batches(
     data: LabelledImages, indices: Tensor, *, batch_size: int, shard: Shard, normalize: Normalizer, image_size: int
 ) -> Iterator[Tensor]:
-    """Go once through a shard's samples of `indices` (n,) int64, unpadded: images (B, 3, S, S) float32, normalised."""
+    """Iterate once over a shard's samples of `indices` (n,) int64, unpadded: (B, 3, S, S) float32, normalized."""
     for samples in torch.split(indices[shard.index :: shard.count], batch_size):
         images = data.images.index_select(0, to_device(samples, data.images.device))
         pixels = images.to(torch.float32).div_(255)

@@ -1,4 +1,4 @@
-"""Which samples make which batch: a pure function of (seed, epoch), the same for every world."""
+"""Which samples make which batch: a pure function of (seed, epoch), the same at every world size."""
 
 import hashlib
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from torch.utils.data import DistributedSampler
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
-    """One part of `count` equal strides through a batch: positions index, index + count, and so on."""
+    """One of `count` strided parts of a batch: positions index, index + count, and so on."""
 
     index: int = 0
     count: int = 1
@@ -34,21 +34,18 @@ class MicroBatch:
     positions: Tensor
     """(n,) int64: which samples of the training set; n may be 0."""
     images_together: int
-    """Images of the whole micro-batch, over all shards: what BatchNorm sees."""
+    """Images of the micro-batch over all shards: what BatchNorm sees."""
     images_in_step: int
-    """Images of the whole step, over all shards and micro-batches: what the loss is divided by."""
+    """Images of the step over all shards and micro-batches: what the loss is divided by."""
     ends_step: bool
-    """Whether the optimiser steps after this one."""
+    """Whether the optimizer steps after this one."""
 
 
 class GlobalBatchSampler(DistributedSampler[int]):
-    """A DistributedSampler that neither pads nor drops.
+    """A DistributedSampler that neither pads nor drops, whose k-th global batch is the same at every world size.
 
-    It keeps `set_epoch` and the seed, but hashes the two for its permutation (torch adds them, so that neighbouring
-    seeds would share orders). It cuts the *whole* order of an epoch into global batches, each of these into
-    micro-batches, and hands a shard every count-th position of each. So the k-th global batch holds
-    the same samples at every world size and for every number of samples. The last batch may be short, and a shard's
-    part of it empty.
+    It cuts the order of an epoch into global batches, these into micro-batches, and returns every count-th position of
+    each. Seed and epoch are hashed: torch adds them, so that neighbouring seeds would share orders.
     """
 
     def __init__(
@@ -74,10 +71,10 @@ class GlobalBatchSampler(DistributedSampler[int]):
         return torch.randperm(len(self.dataset), generator=generator)[: self.num_used]  # type: ignore[arg-type]
 
     def micro_batches(self) -> Iterator[MicroBatch]:
-        """Go through this shard's parts of the epoch.
+        """Iterate over this shard's parts of the epoch.
 
-        Micro-batch a of A holds positions [aB/A, (a+1)B/A) of a global batch of B. A short last batch is cut into fewer
-        where a micro-batch would have less than the two samples that BatchNorm needs.
+        Micro-batch a of A holds positions [aB/A, (a+1)B/A) of a global batch of B. A short last batch has fewer, so
+        that each has the two samples that BatchNorm needs. A shard's part may be empty.
         """
         for batch in torch.split(self.global_order(), self.global_batch_size):
             parts = max(1, min(self.accumulation_steps, len(batch) // 2))
@@ -92,7 +89,6 @@ class GlobalBatchSampler(DistributedSampler[int]):
                 )
 
     def __iter__(self) -> Iterator[int]:
-        """Go through this shard's samples one by one."""
         for micro_batch in self.micro_batches():
             yield from micro_batch.positions.tolist()
 

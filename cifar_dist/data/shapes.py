@@ -1,38 +1,37 @@
 """Shapes: ten classes of coloured figures on cluttered backgrounds, drawn at every start and read from no file.
 
-Each figure is a signed distance function (negative inside, positive outside) sampled at the pixel centres, after Inigo
-Quilez, "2D distance functions", https://iquilezles.org/articles/distfunctions2d/. Position, size, tilt, stretch and
-colours vary, and a figure may be lighter or darker than its background, so the mean image of every class is nearly the
-same grey: a linear model of the pixels learns little, a convolutional network a lot.
+Each figure is a signed distance function (negative inside) sampled at the pixel centres, after Inigo Quilez, "2D
+distance functions", https://iquilezles.org/articles/distfunctions2d/. Position, size, tilt, stretch and colours vary,
+and figures may be lighter or darker than their background: a linear model of the pixels learns little.
 
-The bytes are the same on every machine. The random bits are PCG64's raw output, which NumPy promises to keep; the
-pixels use only operations that IEEE 754 rounds exactly (+ - * / sqrt, min, max, floor, compare), one at a time. There
-is no sin or cos, no matrix product and no floating-point sum over an axis, as their last bit depends on the library.
+The bytes are the same on every machine. The random bits are PCG64's raw output, which NumPy promises to keep. The
+pixels use only operations that IEEE 754 rounds exactly (+ - * / sqrt, min, max, floor, compare), one at a time: no sin
+or cos, no matrix product and no sum over an axis, whose last bit depends on the library.
 """
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.random import PCG64
 from numpy.typing import NDArray
 
-from cifar_dist.data.dataset import Dataset, LabelledImages
+if TYPE_CHECKING:
+    from cifar_dist.data.dataset import Dataset
 
 Floats = NDArray[np.float32]
 
+CLASS_NAMES = (
+    *("circle", "ring", "square", "triangle", "star"),
+    *("cross", "crescent", "heart", "arrow", "hourglass"),
+)
 _SIZE = 32
-_TRAIN_PER_CLASS, _TRAIN_SEED = 500, 1
-_TEST_PER_CLASS, _TEST_SEED = 100, 2
 _BLOBS, _STROKES = 2, 3
 _CONTRAST = 0.4  # least difference in lightness, of 1, between a figure and its background, if a candidate has it
 _BLOCK = 50  # images drawn at once: few enough that the arrays stay in the processor's cache
-
 _COS30, _COS36, _COS45 = math.sqrt(3) / 2, (math.sqrt(5) + 1) / 4, math.sqrt(0.5)  # sqrt is rounded exactly, cos is not
 _SIN36 = math.sqrt(1 - _COS36 * _COS36)
-
-# The distance to two figures taken together, and to what they share.
 _union: Callable[[Floats, Floats], Floats] = np.minimum
 _intersection: Callable[[Floats, Floats], Floats] = np.maximum
 
@@ -41,61 +40,42 @@ def _length(x: Floats, y: Floats) -> Floats:
     return np.sqrt(x * x + y * y)
 
 
-# The figures about fill the unit disc; y grows downwards, as in the image.
-
-
-def _triangle(x: Floats, y: Floats) -> Floats:
-    y = y - 0.2
-    return _intersection(abs(x) * _COS30 - y * 0.5, y) - 0.55
-
-
-def _star(x: Floats, y: Floats) -> Floats:
-    # Reflections fold the ten half-arms onto one, where the outline is a single straight edge.
-    x, y = abs(x), -y
-    for normal_x, normal_y in ((_COS36, -_SIN36), (-_COS36, -_SIN36)):
-        beyond: Floats = np.maximum(x * normal_x + y * normal_y, 0)
-        x, y = x - beyond * (2 * normal_x), y - beyond * (2 * normal_y)
-    return abs(x) * 0.894 + (y - 1.1) * 0.447
-
-
-def _cross(x: Floats, y: Floats) -> Floats:
-    x, y = abs(x), abs(y)
-    return _union(_intersection(x - 1, y - 0.3), _intersection(x - 0.3, y - 1))
-
-
-def _heart(x: Floats, y: Floats) -> Floats:
-    # A square that stands on a corner, and on each of its two upper sides a disc with that side as its diameter.
-    side = 0.55
-    u, v = (x - y) * _COS45 + 0.2, (-x - y) * _COS45 + 0.2
-    discs = _union(_length(u - side, v), _length(u, v - side))
-    return _union(_intersection(abs(u), abs(v)), discs) - side
-
-
-def _arrow(x: Floats, y: Floats) -> Floats:
-    y = abs(y)
-    head = _intersection((x + y - 1) * _COS45, -x + 0.1)
-    shaft = _intersection(abs(x + 0.4) - 0.6, y - 0.25)
-    return _union(head, shaft)
-
-
-def _hourglass(x: Floats, y: Floats) -> Floats:
-    x, y = abs(x), abs(y)
-    return _intersection(x * 0.78 - (y * 0.62 + 0.1), y - 0.95)
-
-
-_FIGURES: dict[str, Callable[[Floats, Floats], Floats]] = {
-    "circle": lambda x, y: _length(x, y) - 0.9,
-    "ring": lambda x, y: abs(_length(x, y) - 0.76) - 0.22,
-    "square": lambda x, y: _intersection(abs(x), abs(y)) - 0.8,
-    "triangle": _triangle,
-    "star": _star,
-    "cross": _cross,
-    "crescent": lambda x, y: _intersection(_length(x, y) - 1, 0.8 - _length(x - 0.5, y)),
-    "heart": _heart,
-    "arrow": _arrow,
-    "hourglass": _hourglass,
-}
-CLASS_NAMES: tuple[str, ...] = tuple(_FIGURES)
+def _distance(figure: str, x: Floats, y: Floats) -> Floats:
+    """Return the signed distance to a figure that about fills the unit disc; y grows downwards, as in the image."""
+    match figure:
+        case "circle":
+            return _length(x, y) - 0.9
+        case "ring":
+            return abs(_length(x, y) - 0.76) - 0.22
+        case "square":
+            return _intersection(abs(x), abs(y)) - 0.8
+        case "triangle":
+            y = y - 0.2
+            return _intersection(abs(x) * _COS30 - y * 0.5, y) - 0.55
+        case "star":  # reflections fold the ten half-arms onto one, where the outline is a single straight edge
+            x, y = abs(x), -y
+            for normal_x, normal_y in ((_COS36, -_SIN36), (-_COS36, -_SIN36)):
+                beyond: Floats = np.maximum(x * normal_x + y * normal_y, 0)
+                x, y = x - beyond * (2 * normal_x), y - beyond * (2 * normal_y)
+            return abs(x) * 0.894 + (y - 1.1) * 0.447
+        case "cross":
+            x, y = abs(x), abs(y)
+            return _union(_intersection(x - 1, y - 0.3), _intersection(x - 0.3, y - 1))
+        case "crescent":
+            return _intersection(_length(x, y) - 1, 0.8 - _length(x - 0.5, y))
+        case "heart":  # a square on its corner, and on each of its two upper sides a disc with that side as diameter
+            side = 0.55
+            u, v = (x - y) * _COS45 + 0.2, (-x - y) * _COS45 + 0.2
+            discs = _union(_length(u - side, v), _length(u, v - side))
+            return _union(_intersection(abs(u), abs(v)), discs) - side
+        case "arrow":
+            y = abs(y)
+            head = _intersection((x + y - 1) * _COS45, -x + 0.1)
+            return _union(head, _intersection(abs(x + 0.4) - 0.6, y - 0.25))
+        case "hourglass":
+            x, y = abs(x), abs(y)
+            return _intersection(x * 0.78 - (y * 0.62 + 0.1), y - 0.95)
+    raise ValueError(figure)
 
 
 def _uniform(bits: PCG64, low: float, high: float, *shape: int) -> Floats:
@@ -105,7 +85,7 @@ def _uniform(bits: PCG64, low: float, high: float, *shape: int) -> Floats:
 
 
 def _local_frame(bits: PCG64, count: int, reach: float, stretch: float, tilt: Floats) -> tuple[Floats, Floats]:
-    """Pixel coordinates (count, 32, 32) each, seen from a random origin along axes turned by atan2(tilt[1], tilt[0]).
+    """Return pixel coordinates (count, 32, 32) from a random origin along axes turned by atan2(tilt[1], tilt[0]).
 
     The origin is at most `reach` pixels from the centre, horizontally and vertically. One axis is longer by a factor of
     at most `stretch`, the other shorter by the same factor; `tilt` is (2, count, 1, 1).
@@ -119,7 +99,7 @@ def _local_frame(bits: PCG64, count: int, reach: float, stretch: float, tilt: Fl
 
 
 def _colour_field(bits: PCG64, count: int, spread: float) -> Floats:
-    """Smooth colour variation (count, 3, 32, 32) in [-spread, spread]: a random lattice, interpolated bilinearly."""
+    """Draw smooth colour variation (count, 3, 32, 32) in [-spread, spread]: a random lattice, interpolated."""
     cells = 3
     values = _uniform(bits, -spread, spread, count, 3, cells + 1, cells + 1)
     position = (np.arange(_SIZE, dtype=np.float32) + 0.5) * (cells / _SIZE)
@@ -132,19 +112,19 @@ def _colour_field(bits: PCG64, count: int, spread: float) -> Floats:
 
 
 def _lightness(colour: Floats) -> Floats:
-    """Perceived lightness (..., 1) of colours (..., 3), by rounded Rec. 601 weights."""
+    """Return perceived lightness (..., 1) of colours (..., 3), by rounded Rec. 601 weights."""
     return colour[..., 0:1] * 0.3 + colour[..., 1:2] * 0.6 + colour[..., 2:3] * 0.1
 
 
 def _muted_colour(bits: PCG64, count: int) -> Floats:
-    """Greyish colours (count, 3), for all that is not a figure."""
+    """Draw greyish colours (count, 3), for all that is not a figure."""
     vivid = _uniform(bits, 0, 1, count, 3)
     grey = _lightness(vivid)
     return grey + (vivid - grey) * 0.3
 
 
 def _contrasting_colour(bits: PCG64, ground: Floats) -> Floats:
-    """Colours (count, 3): of some candidates the first that is light or dark enough beside `ground`, else the best."""
+    """Draw colours (count, 3): the first candidate that differs enough from `ground` in lightness, else the best."""
     candidates = _uniform(bits, 0, 1, len(ground), 16, 3)
     contrast = abs(_lightness(candidates) - _lightness(ground)[:, None])[..., 0]
     return candidates[np.arange(len(ground)), np.argmax(np.minimum(contrast, _CONTRAST), axis=1)]
@@ -155,10 +135,11 @@ def _paint(canvas: Floats, coverage: Floats, colour: Floats) -> None:
     canvas += (colour - canvas) * np.clip(coverage, 0, 1)[:, None]
 
 
-def _paint_clutter(bits: PCG64, canvas: Floats) -> None:
-    """Paint soft blobs and thin strokes, which are no figure's outline, in every direction and across every border."""
-    count = len(canvas)
-    for index in range(_BLOBS + _STROKES):
+def _draw_block(bits: PCG64, figure: str, count: int) -> NDArray[np.uint8]:
+    """Draw `count` images (count, 3, 32, 32) of one figure."""
+    ground = _muted_colour(bits, count)
+    canvas = _colour_field(bits, count, 0.12) + ground[..., None, None]
+    for index in range(_BLOBS + _STROKES):  # clutter in every direction and across every border
         x, y = _local_frame(bits, count, _SIZE / 2, 1.4, _uniform(bits, -1, 1, 2, count, 1, 1))
         size = _uniform(bits, 3, 9, count, 1, 1)
         if index < _BLOBS:
@@ -167,13 +148,6 @@ def _paint_clutter(bits: PCG64, canvas: Floats) -> None:
             coverage = 1.2 - _length(np.maximum(abs(x) - size, 0), y)
         _paint(canvas, coverage, _muted_colour(bits, count)[..., None, None])
 
-
-def _draw_block(bits: PCG64, figure: Callable[[Floats, Floats], Floats], count: int) -> NDArray[np.uint8]:
-    """Draw `count` images (count, 3, 32, 32) of one figure."""
-    ground = _muted_colour(bits, count)
-    canvas = _colour_field(bits, count, 0.12) + ground[..., None, None]
-    _paint_clutter(bits, canvas)
-
     tilt = _uniform(bits, -0.5, 0.5, 2, count, 1, 1)
     tilt[0] = 1  # at most 27 degrees to either side
     x, y = _local_frame(bits, count, 4, 1.15, tilt)
@@ -181,7 +155,7 @@ def _draw_block(bits: PCG64, figure: Callable[[Floats, Floats], Floats], count: 
     radius = _uniform(bits, 8.5, 12, count, 1, 1)
     x, y = x / radius, y / radius
     shade = _uniform(bits, -0.15, 0.15, count, 3, 1, 1) * x[:, None]
-    _paint(canvas, 0.5 - figure(x, y) * radius, _contrasting_colour(bits, ground)[..., None, None] + shade)
+    _paint(canvas, 0.5 - _distance(figure, x, y) * radius, _contrasting_colour(bits, ground)[..., None, None] + shade)
 
     words = np.asarray(bits.random_raw(2 * canvas.size // 8)).astype("<u8")
     grain = words.view(np.uint8).reshape(2, *canvas.shape).astype(np.float32)
@@ -189,29 +163,26 @@ def _draw_block(bits: PCG64, figure: Callable[[Floats, Floats], Floats], count: 
     return (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def _draw_images(seed: int, per_class: int) -> LabelledImages:
-    """Draw `per_class` images of every figure from one stream of random bits, and mix their order."""
-    bits = PCG64(seed)
-    blocks = [
-        _draw_block(bits, figure, min(_BLOCK, per_class - start))
-        for figure in _FIGURES.values()
-        for start in range(0, per_class, _BLOCK)
-    ]
+def _draw_images(seed: int, per_class: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Draw `per_class` images of every figure from one stream of random bits, in a random order, and their labels."""
+    bits, counts = PCG64(seed), [min(_BLOCK, per_class - start) for start in range(0, per_class, _BLOCK)]
+    blocks = [_draw_block(bits, figure, count) for figure in CLASS_NAMES for count in counts]
     labels = np.repeat(np.arange(len(CLASS_NAMES)), per_class)
     order = np.argsort(np.asarray(bits.random_raw(len(labels))), kind="stable")
-    images = np.concatenate(blocks)[order]
-    return LabelledImages(images=torch.from_numpy(images), labels=torch.from_numpy(labels[order]).to(torch.int64))
+    return np.concatenate(blocks)[order], labels[order]
 
 
-def load_shapes() -> Dataset:
-    """Draw the dataset: 5,000 training and 1,000 test images, (N, 3, 32, 32) uint8, every class equally often.
+def load_shapes() -> "Dataset":
+    """Draw 5,000 training and 1,000 test images, (N, 3, 32, 32) uint8, from two streams, each class equally often.
 
-    Every call, on every machine, returns the same bytes. The two sets come from two streams and share no draw; no
-    global random state is read or changed. It takes about half a second on one core.
+    It takes about half a second on one core. No global random state is read or changed.
     """
-    return Dataset(
-        name="shapes",
-        class_names=CLASS_NAMES,
-        train=_draw_images(_TRAIN_SEED, _TRAIN_PER_CLASS),
-        test=_draw_images(_TEST_SEED, _TEST_PER_CLASS),
+    import torch
+
+    from cifar_dist.data.dataset import Dataset, LabelledImages
+
+    train, test = (
+        LabelledImages(images=torch.from_numpy(images), labels=torch.from_numpy(labels).to(torch.int64))
+        for images, labels in (_draw_images(seed=1, per_class=500), _draw_images(seed=2, per_class=100))
     )
+    return Dataset(name="shapes", class_names=CLASS_NAMES, train=train, test=test)

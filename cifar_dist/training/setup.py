@@ -6,10 +6,9 @@ from torch import Tensor, nn
 from cifar_dist.config.plan import RunPlan
 from cifar_dist.config.recipe import Recipe
 from cifar_dist.data.augmentation import Augmentation
-from cifar_dist.data.dataset import Dataset
+from cifar_dist.data.dataset import Dataset, stratified_split
 from cifar_dist.data.loader import Normalizer, TrainingBatches
 from cifar_dist.data.sampler import GlobalBatchSampler, Shard
-from cifar_dist.data.split import stratified_split
 from cifar_dist.model.batch_norm import Groups, share_statistics, use_groups
 from cifar_dist.model.convolution import use_dense_products
 from cifar_dist.model.ema import ExponentialMovingAverage

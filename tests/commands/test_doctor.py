@@ -5,7 +5,7 @@ import torch
 import torch._dynamo  # looks, when it is imported, at what is patched below
 
 from cifar_dist.cli import main
-from cifar_dist.data.archives import CIFAR10
+from cifar_dist.data.cifar import CIFAR10
 from tests.conftest import ROOT
 
 CONFIGS = ROOT / "accelerate_configs"
@@ -56,7 +56,7 @@ def test_doctor_finds_data_and_weights(capsys, tmp_path):
     folder.mkdir()
     hub.mkdir(parents=True)
     for file in CIFAR10.train:
-        (folder / file.name).touch()
+        (folder / file).touch()
     (hub / "resnet18-f37072fd.pth").touch()
     lines = lines_of(capsys, "doctor", "--data-dir", ".")
     assert lines["cifar10"] == f"test_batch missing in {folder}: would be downloaded"

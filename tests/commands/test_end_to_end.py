@@ -23,7 +23,6 @@ TRAIN += ["--set", "global_batch_size=13", "optimizer.learning_rate=0.005"]
 def folder(tmp_path, monkeypatch):
     make_images(tmp_path / "images")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CIFAR_DIST_CACHE", str(tmp_path / "cache"))
     threads = torch.get_num_threads()
     yield tmp_path
     torch.set_num_threads(threads)

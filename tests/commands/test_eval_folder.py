@@ -27,7 +27,6 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("eval")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setenv("CIFAR_DIST_CACHE", str(folder / "cache"))
         patch.setattr("cifar_dist.display.figures._save", lambda figure, path: path.touch())
         patch.setattr("cifar_dist.model.resnet.resnet18", NarrowResNet)
         put(folder / "own", 20)
@@ -56,7 +55,7 @@ def test_a_foreign_folder_is_evaluated_whole(folder, capsys, dataset, count, wei
     assert evaluate(*weights, "--dataset", dataset) == count
     shown = capsys.readouterr().out
     assert (WHOLE in shown) == (dataset in ("foreign", "tested/test"))
-    assert f"{count} files of 16x16 pixels" in shown
+    assert f"{count} image files, resized and cropped to 16x16 pixels" in shown
 
 
 def test_of_the_runs_own_folder_only_the_test_images_are_evaluated_also_from_elsewhere(folder, capsys):

@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 
 from cifar_dist.cli import main
-from cifar_dist.data.archives import CIFAR10
-from cifar_dist.data.cifar import load_archive
+from cifar_dist.data.cifar import CIFAR10, load_archive
 from cifar_dist.data.dataset import Dataset
 from cifar_dist.run.directory import RunDirectory
 from tests.commands.test_train import NarrowResNet
@@ -22,9 +21,8 @@ QUICK = ["--recipe", "original", "--precision", "no", "--epochs", "1"]
 
 @pytest.fixture(autouse=True)
 def small_world(tmp_path, monkeypatch):
-    """A folder and a cache of this test, a narrow network and no figures."""
+    """A folder of this test, a narrow network and no figures."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CIFAR_DIST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("cifar_dist.model.resnet.resnet18", NarrowResNet)
     monkeypatch.setattr("cifar_dist.display.figures._save", lambda figure, path: path.touch())
     threads = torch.get_num_threads()
@@ -71,8 +69,7 @@ def test_classes_of_any_size_and_number_of_images(capsys):
         write_images(f"zoo/{name}", count, size=(32, 32) if name != "bee" else (40, 36))
     train("--dataset", "zoo", "--run-dir", "run")
     output = capsys.readouterr().out
-    assert "43 files of 32x32 to 40x36 pixels, resized and cropped to 32x32, 0.1 MiB in memory" in output
-    assert "read from the cache" not in output
+    assert "43 image files, resized and cropped to 32x32 pixels" in output
     test = RunDirectory(Path("run")).read_summary().test
     assert list(test.per_class_accuracy) == sorted(counts)
     assert [sum(row) for row in test.confusion_matrix] == [1, 4, 4]
@@ -81,7 +78,6 @@ def test_classes_of_any_size_and_number_of_images(capsys):
     os.chdir("elsewhere")  # the run records where its images are
     assert evaluate("--ckpt", "../run")["loss"] == test.loss
     assert main(["--resume", "../run", "--epochs", "2"]) == 0
-    assert "read from the cache" in capsys.readouterr().out
 
 
 def test_validation_folder_is_the_validation_set(capsys):
@@ -124,7 +120,7 @@ def save_as_folders(dataset: Dataset) -> None:
 def test_folders_give_the_results_of_the_dataset_they_were_made_from(monkeypatch, capsys):
     dataset = make_dataset()
     object.__setattr__(dataset, "class_names", tuple("jihgfedcba"))  # not in the order of folders
-    monkeypatch.setattr("cifar_dist.data.datasets.load_shapes", lambda: dataset)
+    monkeypatch.setattr("cifar_dist.data.dataset.load_shapes", lambda: dataset)
     save_as_folders(dataset)
     train("--dataset", "shapes", "--run-dir", "run", "--set", "global_batch_size=32")
     first, second = evaluate("--ckpt", "run"), evaluate("--ckpt", "run", "--dataset", "png")
@@ -150,7 +146,7 @@ def test_official_files_and_png_folders_give_the_same_results(official_data, mon
     object.__setattr__(dataset, "test", few)
     object.__setattr__(dataset, "train", few)
     save_as_folders(dataset)
-    monkeypatch.setattr("cifar_dist.data.datasets.load_archive", lambda *_, **__: dataset)
+    monkeypatch.setattr("cifar_dist.data.dataset.load_archive", lambda *_, **__: dataset)
     train("--run-dir", "run", "--data-dir", str(official_data))
     first, second = evaluate("--ckpt", "run"), evaluate("--ckpt", "run", "--dataset", "png")
     assert second["confusion_matrix"] == first["confusion_matrix"]

@@ -9,10 +9,8 @@ from torch import Tensor
 from torchvision import transforms
 
 from cifar_dist.config.errors import UserError
-from cifar_dist.data.augmentation import COLUMNS, JITTER_ORDERS, Augmentation
-from cifar_dist.data.color import jitter, shift_hue_
-from cifar_dist.data.geometry import AffineMove, move_pixels
-from cifar_dist.data.mixing import cutout, mix
+from cifar_dist.data.augmentation import COLUMNS, JITTER_ORDERS, Augmentation, cutout, mix
+from cifar_dist.data.transforms import AffineMove, jitter, move_pixels, shift_hue_
 from tests.conftest import make_recipe
 
 TOLERANCE = 5e-6  # float32 arithmetic in another order; one step of an 8-bit pixel is 4e-3

@@ -1,13 +1,14 @@
 """The CPUs that a process may use: affinity, and the quotas of its control groups."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from cifar_dist.config import cpus
 from cifar_dist.config.accelerate_config import AccelerateConfig
 from cifar_dist.config.world import World
-from cifar_dist.data import decoding
+from cifar_dist.data import folder
 from cifar_dist.runtime import device, threads
 from tests.conftest import ROOT
 
@@ -59,8 +60,10 @@ def test_threads_and_workers_keep_to_it(groups, monkeypatch, quota, count):
     monkeypatch.setattr(device.torch, "get_num_threads", lambda: 4)
     compute = device.choose_compute(AccelerateConfig(use_cpu=True), os.environ, World())
     assert (threads.usable_cores(), compute.num_threads) == (count, count)
-    with decoding.pool_for(1) as pool:
-        assert pool._max_workers == count
+    pools: list[int] = []
+    monkeypatch.setattr(folder, "ThreadPoolExecutor", lambda workers: pools.append(workers) or ThreadPoolExecutor(1))
+    folder.decode_images([], 8)
+    assert pools == [count]
 
 
 @pytest.mark.parametrize("script", ["train.sh", "array.sh", "eval.sh"])
