@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cifar_dist.config.accelerate_config import AccelerateConfig, started_line, world_to_come
+from cifar_dist.config.accelerate_config import AccelerateConfig, planned_processes, planned_world
 from cifar_dist.config.errors import EXIT_DONE, UserError
 from cifar_dist.config.options import DoctorOptions
 from cifar_dist.config.plan import KNOWN_SIZES, fit_to_dataset, make_plan
@@ -62,7 +62,7 @@ def _data(data_dir: Path) -> dict[str, str]:
 
 def _training(options: DoctorOptions, world: World, config: AccelerateConfig) -> dict[str, str]:
     """Say what `launch.py` with this config and recipe would do."""
-    future = world_to_come(world, config)
+    future = planned_world(world, config)
     name = options.recipe or DEFAULT_RECIPE
     wanted = resolve_recipe(read_recipe(name))
     micro_batches = wanted.gradient_accumulation_steps
@@ -77,7 +77,7 @@ def _training(options: DoctorOptions, world: World, config: AccelerateConfig) ->
     except UserError as error:
         lines["plan"] = f"none: {error}"
     notes = {"note": "; ".join(compute.notes)} if compute.notes else {}
-    return lines | notes | {"would start": started_line(world, config)}
+    return lines | notes | {"would start": planned_processes(world, config)}
 
 
 def _download(console: Console, data_dir: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from numpy.typing import NDArray
 from rich.console import Console
 
-from cifar_dist.config.accelerate_config import AccelerateConfig, started_line, world_to_come
+from cifar_dist.config.accelerate_config import AccelerateConfig, planned_processes, planned_world
 from cifar_dist.config.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_KEYBOARD_INTERRUPT, UserError
 from cifar_dist.config.options import TrainOptions
 from cifar_dist.config.plan import RunPlan, fit_to_dataset, make_plan
@@ -115,7 +115,7 @@ def _show_plan(console: Console, options: TrainOptions, world: World, config: Ac
     """Print what would be done, and by whom; nothing is started, read or written, and no data is needed."""
     run = resolve_run(options)
     request, stored = run.request, run.stored
-    future = world_to_come(world, config)
+    future = planned_world(world, config)
     how = computed_with(stored, options.precision, future.size)
     micro_batches = request.recipe.gradient_accumulation_steps
     compute = choose_compute(config, os.environ, future, **how, micro_batches=micro_batches)
@@ -128,7 +128,7 @@ def _show_plan(console: Console, options: TrainOptions, world: World, config: Ac
     lines = _header(f"{directory}", request, compute, plan, recipe, notes)
     if request.dataset in ARCHIVES:
         lines["data"] = where_found(ARCHIVES[request.dataset], request.data_dir)
-    print_header(console, lines | {"would start": started_line(world, config)})
+    print_header(console, lines | {"would start": planned_processes(world, config)})
     return EXIT_DONE
 
 

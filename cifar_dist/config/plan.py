@@ -1,12 +1,12 @@
-"""Where the experiment and the world meet: the arithmetic of a run, once, in one pure function."""
+"""The plan: recipe and world meet in the arithmetic of a run, done once in one pure function."""
 
 from dataclasses import dataclass, replace
 
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.recipe import Recipe
 
-# Steps between two looks at the device, at signals, and at each other: about a second's worth of images, so that the
-# device is not made to wait. Orders of magnitude for a ResNet-18, not measurements of one machine.
+# The ranks agree, and read the loss from the device, about once a second, so that the device does not wait for them.
+# Orders of magnitude for a ResNet-18, not measurements.
 _IMAGES_A_SECOND = {"cpu": 500, "mps": 2_000, "cuda": 30_000}
 _FEW_STEPS = 10  # in an epoch
 _MOST_HELD_OUT = 5_000
@@ -14,14 +14,13 @@ _MOST_HELD_OUT = 5_000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DatasetSizes:
-    """How many images a dataset has, before anything is held out."""
+    """The numbers of images in a dataset, before anything is held out."""
 
     num_train: int
     num_test: int
     num_validation: int = 0
     """Images of a validation set that the dataset brings itself."""
     num_classes: int = 2
-    """Each class keeps a training image, so that so many cannot be held out."""
 
 
 KNOWN_SIZES = {
@@ -40,7 +39,7 @@ class RunPlan:
     world_size: int
     gradient_accumulation_steps: int
     num_train: int
-    """Images trained on, the validation split taken out."""
+    """Training images without those held out."""
     num_validation: int
     num_test: int
     epochs: int
@@ -48,7 +47,7 @@ class RunPlan:
     images_per_epoch: int
     """`num_train`, or one fewer where the last batch would be a single image."""
     batch_norm_groups: int
-    """Parts of a micro-batch with BatchNorm statistics of their own; 1: the statistics are over all of it."""
+    """Parts of a micro-batch with BatchNorm statistics of their own."""
     image_sizes: tuple[tuple[int, int], ...]
     """(side of the training images in pixels, last step that has it), in their order."""
     report_every_steps: int
@@ -56,16 +55,15 @@ class RunPlan:
 
     @property
     def total_steps(self) -> int:
-        """Optimiser steps of the whole run, unless it is stopped early."""
+        """Optimizer steps of the whole run, without early stopping."""
         return self.epochs * self.steps_per_epoch
 
     @property
     def equation(self) -> str:
         """The global batch as the product of its factors."""
         processes = f"{self.world_size} process{'es' if self.world_size > 1 else ''}"
-        micro_batch = self.global_batch_size // self.gradient_accumulation_steps
-        seen = micro_batch // self.batch_norm_groups
-        statistics = f"; BatchNorm sees {seen} at a time" if seen < self.global_batch_size else ""
+        group = self.global_batch_size // self.gradient_accumulation_steps // self.batch_norm_groups
+        statistics = f"; BatchNorm sees {group} at a time" if group < self.global_batch_size else ""
         return (
             f"global_batch_size {self.global_batch_size} = {self.per_device_batch_size} per device"
             f" x {processes} x {self.gradient_accumulation_steps} accumulation{statistics}"
@@ -76,21 +74,20 @@ class RunPlan:
         """The plan in words: names and values."""
         epochs = f"{self.epochs:,} epoch{'s' if self.epochs > 1 else ''}"
         left_out = self.num_train - self.images_per_epoch
-        growing = [f"{side} x {side} to step {end:,}" for side, end in self.image_sizes[:-1]]
-        last = self.image_sizes[-1][0]
         note = f" ({left_out} image left out of each: BatchNorm needs two)" if left_out else ""
+        sizes = [f"{side} x {side} to step {end:,}" for side, end in self.image_sizes[:-1]]
+        side = self.image_sizes[-1][0]
         return {
             "batch": self.equation,
             "images": f"{self.num_train:,} training, {self.num_validation:,} validation, {self.num_test:,} test",
-            "image size": ", ".join([*growing, f"{last} x {last}"]),
+            "image size": ", ".join([*sizes, f"{side} x {side}"]),
             "steps": f"{self.steps_per_epoch:,} an epoch{note} x {epochs} = {self.total_steps:,}",
         }
 
     @property
     def few_steps_note(self) -> str | None:
-        """What to change where an epoch has so few steps that BatchNorm's averages and the schedule suffer."""
-        factor = self.world_size * self.gradient_accumulation_steps
-        fitting = max(factor, 2)
+        """A smaller batch to try if an epoch has so few steps that BatchNorm's averages and the schedule suffer."""
+        fitting = max(self.world_size * self.gradient_accumulation_steps, 2)
         while 2 * fitting * _FEW_STEPS <= self.num_train:
             fitting *= 2
         if self.steps_per_epoch >= _FEW_STEPS or fitting >= self.global_batch_size:
@@ -99,12 +96,12 @@ class RunPlan:
         return f"{steps} may be too few to learn: --set global_batch_size={fitting} makes {self.num_train // fitting}"
 
     def place_of(self, step: int) -> str:
-        """Return the epoch, and the step in it, that the run's `step` (from 1) is."""
+        """Return epoch and step in it of the run's `step`, all counted from 1."""
         epoch = max(1, -(-step // self.steps_per_epoch))
         return f"epoch {epoch}, step {step - (epoch - 1) * self.steps_per_epoch}"
 
     def image_size_at(self, step: int) -> int:
-        """Return the side of the training images, in pixels, in a step of the run (counted from 0)."""
+        """Return the side of the training images in pixels in a step of the run, counted from 0."""
         return next((side for side, end in self.image_sizes if step < end), self.image_sizes[-1][0])
 
 
@@ -139,60 +136,48 @@ def fit_to_dataset(recipe: Recipe, sizes: DatasetSizes) -> Recipe:
 
 
 def make_plan(recipe: Recipe, *, world_size: int, sizes: DatasetSizes, device_type: str) -> RunPlan:
-    """Derive the numbers of a run. Any number of images goes with any world; the global batch must divide.
+    """Derive the numbers of a run. Raises UserError with the nearest batch sizes if the global batch does not divide.
 
-    Raises UserError with the nearest batch sizes that do.
+    Any number of images goes with any world.
     """
-    factor = world_size * recipe.gradient_accumulation_steps
-    batch = recipe.global_batch_size
-    if batch % factor:
-        below, above = batch // factor * factor, (batch // factor + 1) * factor
-        nearest = f"{below} or {above}" if below else f"{above}"
+    batch, accumulation = recipe.global_batch_size, recipe.gradient_accumulation_steps
+    if below := batch % (factor := world_size * accumulation):
+        nearest = f"{batch - below} or " if batch > factor else ""
         raise UserError(
-            f"global_batch_size={batch} does not divide by {world_size} processes"
-            f" x {recipe.gradient_accumulation_steps} accumulation: set it to {nearest}"
+            f"global_batch_size={batch} does not divide by {world_size} processes x {accumulation} accumulation:"
+            f" set it to {nearest}{batch - below + factor}"
         )
     num_validation = num_held_out(recipe, sizes)
-    groups = _batch_norm_groups(recipe, world_size)
-    # Processes on CPUs may share the cores of one machine.
-    images_a_second = _IMAGES_A_SECOND[device_type] * (world_size if device_type == "cuda" else 1)
     num_train = sizes.num_train - (0 if sizes.num_validation else num_validation)
     images_per_epoch = num_train - (1 if num_train % batch == 1 else 0)
     steps_per_epoch = -(-images_per_epoch // batch)
+    total_steps = recipe.epochs * steps_per_epoch
+    ends: dict[int, int] = {}  # last step -> side in pixels
+    for side, end in recipe.image_size_schedule or ((1, 1),):
+        ends.setdefault(round(end * total_steps), round(side * recipe.image_size))
+    # Processes on CPUs may share the cores of one machine.
+    images_a_second = _IMAGES_A_SECOND[device_type] * (world_size if device_type == "cuda" else 1)
     return RunPlan(
         global_batch_size=batch,
         per_device_batch_size=batch // factor,
         world_size=world_size,
-        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+        gradient_accumulation_steps=accumulation,
         num_train=num_train,
         num_validation=num_validation,
         num_test=sizes.num_test,
         epochs=recipe.epochs,
         steps_per_epoch=steps_per_epoch,
         images_per_epoch=images_per_epoch,
-        batch_norm_groups=groups,
-        image_sizes=_image_sizes(recipe, recipe.epochs * steps_per_epoch),
+        batch_norm_groups=_batch_norm_groups(recipe.batch_norm_group_size, batch // accumulation, world_size),
+        image_sizes=tuple((side, last) for last, side in ends.items() if last > 0),
         report_every_steps=max(1, images_a_second // batch),
     )
 
 
-def _image_sizes(recipe: Recipe, total_steps: int) -> tuple[tuple[int, int], ...]:
-    """Return (side in pixels, last step) pairs; a side that no step has is left out."""
-    sizes: dict[int, int] = {}  # last step -> side
-    for side, end in recipe.image_size_schedule or ((1, 1),):
-        sizes.setdefault(round(end * total_steps), round(side * recipe.image_size))
-    return tuple((side, last) for last, side in sizes.items() if last > 0)
-
-
-def _batch_norm_groups(recipe: Recipe, world_size: int) -> int:
-    """Cut a micro-batch into groups of `batch_norm_group_size`, of which every rank must hold equally many, whole.
-
-    Raises UserError.
-    """
-    size, micro_batch = recipe.batch_norm_group_size, recipe.global_batch_size // recipe.gradient_accumulation_steps
+def _batch_norm_groups(size: int | None, micro_batch: int, world_size: int) -> int:
+    """Return the number of groups in a micro-batch. Raises UserError unless each rank holds equally many, whole."""
     if size is None:
         return 1
-    groups = micro_batch // size
     fitting = [n for n in range(2, micro_batch + 1) if micro_batch % n == 0 and micro_batch // n % world_size == 0]
     if size not in fitting:
         choices = ", ".join(map(str, fitting)) or "none"
@@ -200,4 +185,4 @@ def _batch_norm_groups(recipe: Recipe, world_size: int) -> int:
             f"batch_norm_group_size={size} must cut the {micro_batch} images that are forwarded together into groups"
             f" that divide by {world_size} processes: set it to null or one of: {choices}"
         )
-    return groups
+    return micro_batch // size

@@ -1,4 +1,4 @@
-"""The world: who runs beside us, read once from the environment."""
+"""The world: the processes of a run and this one's place among them, read once from the environment."""
 
 import re
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ LISTENING_SOCKET = "CIFAR_DIST_LISTENING_SOCKET"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class World:
-    """The processes of this run, this one's place among them, and who started them."""
+    """Rank and size, and who started the processes."""
 
     rank: int = 0
     size: int = 1
@@ -27,7 +27,7 @@ class World:
     launcher: Literal["none", "torchrun", "slurm"] = "none"
     """`torchrun` is whatever sets `WORLD_SIZE`: torchrun, `accelerate launch`, or our own launcher."""
     main_address: str | None = None
-    """Where rank 0 listens, for a Slurm task that was not told; None: `MASTER_ADDR` and `MASTER_PORT` say it."""
+    """Where rank 0 of Slurm tasks listens; None: see `MASTER_ADDR` and `MASTER_PORT`."""
     main_port: int | None = None
 
     @classmethod
@@ -35,29 +35,27 @@ class World:
         """Read `WORLD_SIZE` and its companions, or a Slurm task's variables; anything else is a world of one.
 
         A `salloc` shell has `SLURM_*` too but is no task: without `SLURM_STEP_ID` it is a world of one.
-        Raises UserError where a variable is not a number, the rank is outside the world, or mpirun started us.
+        Raises UserError for variables that contradict each other.
         """
         if "WORLD_SIZE" in environ:
-            size, rank = _whole(environ, "WORLD_SIZE", 1), _whole(environ, "RANK", 0)
-            local_rank = _whole(environ, "LOCAL_RANK", 0)
-            for name, meaning in (
-                ("RANK", "number of this process"),
-                ("LOCAL_WORLD_SIZE", "processes of this machine"),
-            ):
-                if size > 1 and name not in environ:
-                    raise UserError(f"WORLD_SIZE is set without {name}: set that to the {meaning}")
-            local_size = _whole(environ, "LOCAL_WORLD_SIZE", 1)
-            world = cls(rank=rank, size=size, local_rank=local_rank, local_size=local_size, launcher="torchrun")
+            size = read_number(environ, "WORLD_SIZE", 1)
+            if size > 1 and (missing := [name for name in ("RANK", "LOCAL_WORLD_SIZE") if name not in environ]):
+                raise UserError(f"WORLD_SIZE={size} is set without {missing[0]}: set RANK and LOCAL_WORLD_SIZE as well")
+            world = cls(
+                rank=read_number(environ, "RANK", 0),
+                size=size,
+                local_rank=read_number(environ, "LOCAL_RANK", 0),
+                local_size=read_number(environ, "LOCAL_WORLD_SIZE", 1),
+                launcher="torchrun",
+            )
         else:
             _refuse_mpi(environ)
             if "SLURM_PROCID" not in environ or "SLURM_STEP_ID" not in environ or _slurm_tasks(environ) == 1:
                 return cls()
             world = cls._slurm_task(environ)
-        if not world.rank < world.size:
-            raise UserError(f"this process has rank {world.rank} in a world of {world.size}: mend RANK and WORLD_SIZE")
-        if not world.local_rank < world.local_size:
-            numbers = f"LOCAL_RANK={world.local_rank} of {world.local_size} processes on this machine"
-            raise UserError(f"this process has {numbers}: mend LOCAL_RANK and LOCAL_WORLD_SIZE")
+        if world.rank >= world.size or world.local_rank >= world.local_size:
+            place = f"rank {world.rank} of {world.size}, local rank {world.local_rank} of {world.local_size}"
+            raise UserError(f"this process has {place}: correct RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE")
         return world
 
     def rendezvous_address(self, environ: Mapping[str, str]) -> tuple[str, int]:
@@ -65,7 +63,7 @@ class World:
         host = self.main_address or environ.get("MASTER_ADDR", "").strip()
         if not host:
             raise UserError(f"WORLD_SIZE={self.size} is set without MASTER_ADDR: set it to the address of rank 0")
-        port = self.main_port or _whole(environ, "MASTER_PORT", DEFAULT_PORT)
+        port = self.main_port or read_number(environ, "MASTER_PORT", DEFAULT_PORT)
         if not 0 < port < 2**16:
             raise UserError(f"MASTER_PORT must be from 1 to 65535, not {port}")
         return host, port
@@ -73,25 +71,26 @@ class World:
     @classmethod
     def _slurm_task(cls, environ: Mapping[str, str]) -> "World":
         nodes = environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_JOB_NODELIST", "127.0.0.1"))
-        job, step = _whole(environ, "SLURM_JOB_ID", 0), _whole(environ, "SLURM_STEP_ID", 0)
+        job, step = read_number(environ, "SLURM_JOB_ID", 0), read_number(environ, "SLURM_STEP_ID", 0)
         # "2(x3),1": tasks on each node of the step, in order of the nodes
-        counts = environ.get("SLURM_STEP_TASKS_PER_NODE", environ.get("SLURM_TASKS_PER_NODE", "1"))
+        tasks = environ.get("SLURM_STEP_TASKS_PER_NODE", environ.get("SLURM_TASKS_PER_NODE", "1"))
+        counts = [n for n, _, times in re.findall(r"(\d+)(\(x(\d+)\))?", tasks) for _ in range(int(times or 1))] or [1]
         return cls(
-            rank=_whole(environ, "SLURM_PROCID", 0),
+            rank=read_number(environ, "SLURM_PROCID", 0),
             size=_slurm_tasks(environ),
-            local_rank=_whole(environ, "SLURM_LOCALID", 0),
-            local_size=_entry(counts, _whole(environ, "SLURM_NODEID", 0)),
+            local_rank=read_number(environ, "SLURM_LOCALID", 0),
+            local_size=int(counts[min(read_number(environ, "SLURM_NODEID", 0), len(counts) - 1)]),
             launcher="slurm",
             main_address=None if "MASTER_ADDR" in environ else first_host(nodes),
-            # The steps of a job and the jobs of a node want different ports, and every task must find the same one; not
-            # one above 32,767, which the system gives to connections that go out.
+            # The steps of a job and the jobs of a node need different ports, and every task must compute the same one.
+            # From 32,768 on the system assigns them to outgoing connections.
             main_port=None if "MASTER_PORT" in environ else 12_000 + (job * 31 + step) % 20_000,
         )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SlurmJob:
-    """The Slurm job that a process belongs to, as one of its tasks or from a shell in it."""
+    """The Slurm job of a process, as one of its tasks or from a shell in it."""
 
     id: str
     restarts: int
@@ -101,25 +100,25 @@ class SlurmJob:
 
     @property
     def name(self) -> str:
-        """What a run is marked with, so that the restarted job finds its own."""
+        """The name by which the restarted job finds its run."""
         return f"{self.id}.{self.step or 'batch'}"
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> "SlurmJob | None":
-        """Read Slurm's variables; None where there is no job. Raises UserError where a variable is not a number."""
+        """Read Slurm's variables; None outside a job. Raises UserError."""
         job = environ.get("SLURM_JOB_ID")
         if not job:
             return None
-        return cls(id=job, restarts=_whole(environ, "SLURM_RESTART_COUNT", 0), step=environ.get("SLURM_STEP_ID"))
+        return cls(id=job, restarts=read_number(environ, "SLURM_RESTART_COUNT", 0), step=environ.get("SLURM_STEP_ID"))
 
 
 def _slurm_tasks(environ: Mapping[str, str]) -> int:
-    """Give the tasks of the step: an interactive shell is a step of one in an allocation of several."""
-    return _whole(environ, "SLURM_STEP_NUM_TASKS", _whole(environ, "SLURM_NTASKS", 1))
+    """Return the tasks of the step: an interactive shell is a step of one in an allocation of several."""
+    return read_number(environ, "SLURM_STEP_NUM_TASKS", read_number(environ, "SLURM_NTASKS", 1))
 
 
 def _refuse_mpi(environ: Mapping[str, str]) -> None:
-    """Raise UserError if mpirun started this process with others: each would train alone.
+    """Raise UserError if mpirun started this process with others: each would train as a world of one.
 
     `srun --mpi=pmi2` sets PMI_SIZE as well, to the number of tasks of its step.
     """
@@ -137,15 +136,8 @@ def first_host(nodelist: str) -> str:
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0])
 
 
-def _entry(counts: str, index: int) -> int:
-    """Give the index-th number of a list like `2(x3),1`, which stands for 2, 2, 2, 1."""
-    numbers: list[int] = []
-    for number, _, times in re.findall(r"(\d+)(\(x(\d+)\))?", counts):
-        numbers += [int(number)] * int(times or 1)
-    return numbers[min(index, len(numbers) - 1)] if numbers else 1
-
-
-def _whole(environ: Mapping[str, str], name: str, default: int) -> int:
+def read_number(environ: Mapping[str, str], name: str, default: int) -> int:
+    """Read a variable that must be a whole number. Raises UserError."""
     text = environ.get(name, str(default))
     if not text.isdecimal():
         raise UserError(f"the environment variable {name} must be a number, not '{text}'")

@@ -12,10 +12,10 @@ import torch
 
 from cifar_dist.config.accelerate_config import (
     AccelerateConfig,
-    other_count_note,
-    wants_cpu,
-    wished_compiler,
-    wished_precision,
+    cpu_requested,
+    process_count_note,
+    requested_compiler,
+    requested_precision,
 )
 from cifar_dist.config.cpus import usable_cpus
 from cifar_dist.config.errors import UserError
@@ -80,12 +80,12 @@ def choose_compute(
 
     `num_threads` is that of a run which goes on, `doing` a word for notes; a step has so many `micro_batches`.
     """
-    asked_cpu = wants_cpu(config, environ)
-    facts, other_count = probe(use_cpu=asked_cpu), other_count_note(world, config)
+    asked_cpu = cpu_requested(config, environ)
+    facts, other_count = probe(use_cpu=asked_cpu), process_count_note(world, config)
     notes = [*config.notes, *([] if other_count is None else [other_count])]
     if facts.type == "cpu" and not asked_cpu:
         notes.append("no MPS or CUDA device here: the CPU computes")
-    wish = wished_precision(typed_precision, config, environ)
+    wish = requested_precision(typed_precision, config, environ)
     precision, reason = resolve_precision(wish, facts)
     if wish not in ("auto", precision):
         notes.append(f"{reason}: using {FULL_NAMES[precision]}")
@@ -94,7 +94,7 @@ def choose_compute(
             f"accelerate launch has mixed_precision no, its default: using {FULL_NAMES[precision]};"
             " --precision no for float32"
         )
-    wished = wished_compiler(config, environ)
+    wished = requested_compiler(config, environ)
     compiler = None if wished == "CUDAGRAPHS" else wished
     if compiler and (obstacle := _cannot_compile(facts.type, compiler)):
         compiler = None

@@ -14,7 +14,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import DistributedDataParallelKwargs, TorchDynamoPlugin
 from torch import Tensor, distributed, nn
 
-from cifar_dist.config.accelerate_config import AccelerateConfig, wants_cpu
+from cifar_dist.config.accelerate_config import AccelerateConfig, cpu_requested
 from cifar_dist.config.cpus import usable_cpus
 from cifar_dist.config.errors import SharedError, UserError
 from cifar_dist.config.world import World
@@ -132,7 +132,7 @@ def connect(world: World, config: AccelerateConfig) -> Iterator[Ranks]:
     Accelerate is told by environment variables who runs; they are put back at the end. Raises UserError where these
     processes cannot be a world.
     """
-    facts = device_module.probe(use_cpu=wants_cpu(config, os.environ))
+    facts = device_module.probe(use_cpu=cpu_requested(config, os.environ))
     device_module.check_world(world, facts.type, os.environ)
     before, threads = _own_variables(), torch.get_num_threads()
     others, others_group = _set_accelerate_aside(), distributed.is_available() and distributed.is_initialized()

@@ -15,10 +15,10 @@ from typing import Any, Self
 
 from cifar_dist.config.accelerate_config import (
     AccelerateConfig,
+    cpu_requested,
     has_outer_launcher,
-    wants_cpu,
-    wished_compiler,
-    wished_precision,
+    requested_compiler,
+    requested_precision,
 )
 from cifar_dist.config.errors import EXIT_FAILED, EXIT_KEYBOARD_INTERRUPT
 from cifar_dist.config.world import DEFAULT_PORT, LAUNCHED, LISTENING_SOCKET
@@ -70,12 +70,12 @@ def child_environment(environ: Mapping[str, str], config: AccelerateConfig, num_
     foreign = ("ACCELERATE_", "TORCHELASTIC_", "PET_")
     child = {name: value for name, value in environ.items() if not name.startswith(foreign)}
     wishes = {
-        "ACCELERATE_MIXED_PRECISION": wished_precision(None, config, environ),
-        "ACCELERATE_DYNAMO_BACKEND": wished_compiler(config, environ),
+        "ACCELERATE_MIXED_PRECISION": requested_precision(None, config, environ),
+        "ACCELERATE_DYNAMO_BACKEND": requested_compiler(config, environ),
         "ACCELERATE_DYNAMO_MODE": config.dynamo_mode,
     }
     child |= {name: wish for name, wish in wishes.items() if wish not in (None, "no", "auto")}
-    if wants_cpu(config, environ):
+    if cpu_requested(config, environ):
         child["ACCELERATE_USE_CPU"] = "true"
     if has_outer_launcher(environ) and child.get("OMP_NUM_THREADS") == "1":
         del child["OMP_NUM_THREADS"]

@@ -8,14 +8,14 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from cifar_dist.config.accelerate_config import (
     AccelerateConfig,
+    cpu_requested,
     load_accelerate_config,
-    other_count_note,
+    planned_world,
+    process_count_note,
     processes_to_start,
-    wants_cpu,
-    wished_compiler,
-    wished_precision,
+    requested_compiler,
+    requested_precision,
     with_processes,
-    world_to_come,
 )
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.options import TrainOptions
@@ -117,20 +117,20 @@ def test_who_starts_processes():
 def test_one_line_says_which_number_of_processes_counts():
     four = AccelerateConfig(path="four.yaml", num_processes=4)
     says = "WORLD_SIZE says that there are 2 processes: that counts, and not "
-    assert other_count_note(OUTER, four) == says + "four.yaml (4 processes)"
-    assert other_count_note(OUTER, with_processes(four, 3, OUTER)) == says + "--num-processes 3"
-    assert other_count_note(OUTER, with_processes(AccelerateConfig(), 1, OUTER)) == says + "--num-processes 1"
+    assert process_count_note(OUTER, four) == says + "four.yaml (4 processes)"
+    assert process_count_note(OUTER, with_processes(four, 3, OUTER)) == says + "--num-processes 3"
+    assert process_count_note(OUTER, with_processes(AccelerateConfig(), 1, OUTER)) == says + "--num-processes 1"
     agreed = [(OUTER, with_processes(four, 2, OUTER)), (OUTER, AccelerateConfig()), (ALONE, four)]
-    assert [other_count_note(*each) for each in agreed] == [None] * 3
-    assert other_count_note(World(size=2, launcher="slurm"), four).startswith("Slurm says")
-    assert "says that there is one process:" in other_count_note(World(launcher="torchrun"), four)
+    assert [process_count_note(*each) for each in agreed] == [None] * 3
+    assert process_count_note(World(size=2, launcher="slurm"), four).startswith("Slurm says")
+    assert "says that there is one process:" in process_count_note(World(launcher="torchrun"), four)
 
 
 def test_the_world_to_come():
     nodes = AccelerateConfig(path="n.yaml", num_processes=8, num_machines=2)
-    assert world_to_come(ALONE, nodes) == World(size=8, local_size=4, launcher="torchrun")
-    assert world_to_come(ALONE, AccelerateConfig()) == ALONE
-    assert world_to_come(OUTER, nodes) == OUTER
+    assert planned_world(ALONE, nodes) == World(size=8, local_size=4, launcher="torchrun")
+    assert planned_world(ALONE, AccelerateConfig()) == ALONE
+    assert planned_world(OUTER, nodes) == OUTER
 
 
 @pytest.mark.parametrize(
@@ -145,8 +145,8 @@ def test_the_world_to_come():
     ],
 )
 def test_who_asks_for_the_cpu(environ, path, wanted):
-    assert wants_cpu(AccelerateConfig(path=path), environ) is wanted
-    assert wants_cpu(AccelerateConfig(path=path, use_cpu=True), environ)
+    assert cpu_requested(AccelerateConfig(path=path), environ) is wanted
+    assert cpu_requested(AccelerateConfig(path=path, use_cpu=True), environ)
 
 
 def test_the_folder_holds_the_configs():
@@ -168,21 +168,19 @@ def test_each_config_is_a_genuine_accelerate_config(path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("epochs: 3", "unknown key 'epochs'; hyperparameters belong in a recipe"),
+        ("epochs: 3", "unknown key 'epochs'"),
         ("use_cpuu: true", "unknown key 'use_cpuu', did you mean 'use_cpu'?"),
-        ("distributed_type: MPS", "write distributed_type: 'NO' for a Mac"),
         ("distributed_type: NO", "quote it"),
         ("distributed_type: FSDP", "must be one of NO, MULTI_GPU, MULTI_CPU, not 'FSDP'"),
-        ("dynamo_config: {dynamo_backend: FX2TRT}", "dynamo_config.dynamo_backend must be one of NO, EAGER,"),
-        ("dynamo_config: {dynamo_use_fullgraph: true}", "dynamo_config.dynamo_use_fullgraph is not served"),
+        ("dynamo_config: {dynamo_backend: FX2TRT}", "dynamo_backend must be one of NO, EAGER,"),
+        ("dynamo_config: {dynamo_use_fullgraph: true}", "dynamo_use_fullgraph is not served"),
         ("dynamo_config: {dynamo_backend: false}", "quote it"),
-        ("dynamo_config: {1: 2}", "dynamo_config.1 is not served"),
         ("dynamo_config: INDUCTOR", "dynamo_config must be a mapping, not 'INDUCTOR'"),
-        ("gpu_ids: [0, 1]", "gpu_ids must be like 0,1 or all, not [0, 1]"),
+        ("gpu_ids: [0, 1]", "gpu_ids must be text, not [0, 1]"),
         ("mixed_precision: fp8", "must be one of no, fp16, bf16"),
         ("num_processes: -1", "num_processes must be 1 or more, not -1"),
         ("num_processes: two", "num_processes must be a whole number, not 'two'"),
-        ("num_processes: 3\nnum_machines: 2", "num_processes=3 (of all machines together) does not divide by"),
+        ("num_processes: 3\nnum_machines: 2", "num_processes=3 of all machines does not divide by"),
         ("num_processes: 4\nnum_machines: 2", "several machines need main_process_ip"),
         ("num_processes: 4\nnum_machines: 2\nmachine_rank: 2", "machine_rank=2 must be below num_machines=2"),
     ],
@@ -209,22 +207,22 @@ def test_a_missing_config_is_named():
 )  # fmt: skip
 def test_the_flag_wins_over_the_config_over_the_environment(typed, config, outer, precision):
     environ = {} if outer is None else {"ACCELERATE_MIXED_PRECISION": outer}
-    assert wished_precision(typed, AccelerateConfig(mixed_precision=config), environ) == precision
+    assert requested_precision(typed, AccelerateConfig(mixed_precision=config), environ) == precision
 
 
 def test_the_config_says_what_compiles_else_the_environment(tmp_path):
     file, outer = tmp_path / "config.yaml", {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}
     file.write_text("dynamo_config: {dynamo_backend: inductor, dynamo_mode: max-autotune}")
     config = load_accelerate_config(str(file))
-    assert (wished_compiler(config, {}), config.dynamo_mode) == ("INDUCTOR", "max-autotune")
+    assert (requested_compiler(config, {}), config.dynamo_mode) == ("INDUCTOR", "max-autotune")
     switched_off = ", ".join(f"dynamo_use_{what}: false" for what in ("dynamic", "fullgraph", "regional_compilation"))
     file.write_text(f"dynamo_config: {{dynamo_backend: INDUCTOR, {switched_off}}}")  # as `accelerate config` writes it
     assert load_accelerate_config(str(file)).dynamo_backend == "INDUCTOR"
     file.write_text("use_cpu: true")
-    assert wished_compiler(load_accelerate_config(str(file)), outer) is None
-    assert wished_compiler(AccelerateConfig(), outer) == "INDUCTOR"
-    assert wished_compiler(AccelerateConfig(), {"ACCELERATE_DYNAMO_BACKEND": "no"}) is None
-    assert wished_compiler(AccelerateConfig(), {}) is None
+    assert requested_compiler(load_accelerate_config(str(file)), outer) is None
+    assert requested_compiler(AccelerateConfig(), outer) == "INDUCTOR"
+    assert requested_compiler(AccelerateConfig(), {"ACCELERATE_DYNAMO_BACKEND": "no"}) is None
+    assert requested_compiler(AccelerateConfig(), {}) is None
 
 
 def test_the_plan_of_the_original():
