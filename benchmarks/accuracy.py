@@ -222,15 +222,14 @@ def outcome(row: Row, seed: int, folder: Path, typed: argparse.Namespace) -> dic
 
 def measure(rows: list[Row], results: Path, typed: argparse.Namespace) -> int:
     """Time each row's loop at each of its image sizes against the script's epoch, in turns."""
-    from cifar_dist.baselines import script
-    from cifar_dist.commands.bench import Loop, random_dataset
+    from benchmarks.baselines import ScriptLoop, fair_seconds_of
+    from cifar_dist.commands.bench import Loop, alternate, random_dataset
     from cifar_dist.config.accelerate_config import AccelerateConfig
     from cifar_dist.config.plan import make_plan
     from cifar_dist.config.world import World
     from cifar_dist.model.resnet import build_resnet
     from cifar_dist.run.results import Observer
     from cifar_dist.runtime.distributed import connect, start
-    from cifar_dist.runtime.timing import Contender, alternate
     from cifar_dist.training.setup import build_trainer
 
     config = AccelerateConfig()
@@ -241,9 +240,7 @@ def measure(rows: list[Row], results: Path, typed: argparse.Namespace) -> int:
             dataset = random_dataset(32, recipe.global_batch_size)
             images = dataset.train
             model = build_resnet("imagenet", 10, seed=0)
-            other = script.ScriptLoop(
-                model, images.images, images.labels, batch_size=SCRIPT_BATCH, device=runtime.device
-            )
+            other = ScriptLoop(model, images.images, images.labels, batch_size=SCRIPT_BATCH, device=runtime.device)
             total, parts, begun = 0.0, [], 0.0
             for share, end in recipe.image_size_schedule or ((1.0, 1.0),):
                 side = round(share * recipe.image_size)
@@ -251,8 +248,7 @@ def measure(rows: list[Row], results: Path, typed: argparse.Namespace) -> int:
                 one = resolve_recipe(recipe_to_mapping(recipe), endless)
                 plan = make_plan(one, world_size=1, sizes=dataset.sizes, device_type=runtime.device.type)
                 loop = Loop(build_trainer(one, plan, dataset, runtime, Observer()))
-                contenders = [Contender("loop", loop), Contender("script", other, script.PREFETCHED)]
-                rounds = alternate(contenders, 1, typed.seconds, runtime)
+                rounds = alternate([loop, other], 1, typed.seconds, runtime, timer=fair_seconds_of)
                 # Seconds an image of ours over those of the script, in each round.
                 ratios = [theirs * SCRIPT_BATCH / (ours * recipe.global_batch_size) for ours, theirs in rounds]
                 rate = recipe.global_batch_size * statistics.median(ours for ours, _ in rounds)

@@ -94,7 +94,7 @@ for precision in no bf16 fp16; do
   done
 done
 for recipe in standard original; do
-  step "sweep-$recipe" python launch.py bench --recipe $recipe --sweep --seconds 3 --json "$out/sweep-$recipe.json"
+  step "sweep-$recipe" python benchmarks/sweep.py --recipe $recipe --seconds 3 --json "$out/sweep-$recipe.json"
 done
 
 # shellcheck disable=SC2329  # called by step

@@ -25,12 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cifar_dist.baselines.bare import BareStep
+from cifar_dist.commands.bench import BareStep, captured, flops_per_image
 from cifar_dist.config.recipe import read_recipe, resolve_recipe
 from cifar_dist.model.optimizer import build_optimizer
 from cifar_dist.model.resnet import build_resnet
-from cifar_dist.runtime.graphs import recorded
-from cifar_dist.training.step_profile import flops_per_image
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -107,18 +105,18 @@ def main() -> None:
 
     def bare(network: nn.Module) -> BareStep:
         """Give the training step of a network."""
-        return BareStep(network, optimizer, images, labels, None if typed.precision == "no" else dtype)
+        return BareStep(network, optimizer, images, labels, typed.precision)
 
     step = bare(model)
     step()
     with Traffic() as traffic:
         step()
-    arithmetic = flops_per_image(recipe, 10) * batch / matrix_rate
+    arithmetic = flops_per_image(recipe) * batch / matrix_rate
     every, matrices = (count / bandwidth for count in (traffic.all_bytes, traffic.matrix_bytes))
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}: {typed.recipe}, stem {recipe.stem}, batch {batch}, {typed.precision}")
     print(f"matrix product {matrix_rate / 1e12:,.2f} TFLOP/s, copy {bandwidth / 1e9:,.1f} GB/s")
-    print(f"arithmetic {1e3 * arithmetic:,.2f} ms a step ({flops_per_image(recipe, 10) / 1e9:.2f} GFLOP an image)")
+    print(f"arithmetic {1e3 * arithmetic:,.2f} ms a step ({flops_per_image(recipe) / 1e9:.2f} GFLOP an image)")
     print(f"memory {1e3 * every:,.2f} ms for all {traffic.count} operations, {1e3 * matrices:,.2f} ms for the products")
     limit = max(arithmetic, matrices)
     print(
@@ -131,7 +129,7 @@ def main() -> None:
             name = f"{kind}, kernels tried out" if tried else kind
             taken = {name: seconds(each, device, typed.rounds)}
             if device.type == "cuda":
-                taken[f"{name}, as a graph"] = seconds(recorded(each), device, typed.rounds)
+                taken[f"{name}, as a graph"] = seconds(captured(each), device, typed.rounds)
             for name, one in taken.items():
                 share = f"{limit / one:.0%} of the limit"
                 print(f"{name}: bare step {1e3 * one:,.2f} ms, {batch / one:,.0f} images/s, {share}", flush=True)

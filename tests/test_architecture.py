@@ -19,8 +19,7 @@ MAY_IMPORT = {
     "runtime": {"runtime", "config"},
     "training": {"training", "data", "model", "runtime", "config"},
     "run": {"run", "training", "data", "model", "runtime", "config"},
-    "baselines": {"baselines"},
-    "commands": {"data", "model", "runtime", "training", "run", "display", "config", "baselines"},
+    "commands": {"data", "model", "runtime", "training", "run", "display", "config"},
     "cli": {"config", "run", "__init__"},
     "api": {"commands", "run", "display", "config"},
     "__init__": {"api", "config"},
@@ -42,7 +41,7 @@ NO_TORCH_FILES = {
     "data/download.py",
 }
 # (room or file, what it may not import), besides the rooms
-KNOWS_ACCELERATE = {"runtime/distributed.py", "baselines/peer.py"}
+KNOWS_ACCELERATE = {"runtime/distributed.py"}
 
 
 def imports(tree: ast.AST, name: str) -> list[str]:
@@ -76,8 +75,6 @@ def violations(path: str, source: str) -> list[str]:
             allowed = target in MAY_IMPORT[room] or (room == "config" and target == "__init__") or name in lazily
             if known and not allowed:
                 wrong.append(f"{path}: imports {name}")
-            if target == "baselines" and room != "baselines" and path != "commands/bench.py":
-                wrong.append(f"{path}: only bench may import baselines")
         if top in HEAVY and (room in NO_TORCH or path in NO_TORCH_FILES):
             wrong.append(f"{path}: imports {top}")
         if top == "accelerate" and path not in KNOWS_ACCELERATE:
@@ -110,11 +107,9 @@ def test_every_folder_and_module_is_a_known_room():
         ("runtime/device.py", "from accelerate import Accelerator"),
         ("training/trainer.py", "from rich.console import Console"),
         ("commands/train.py", "from cifar_dist.commands.evaluate import run"),
-        ("commands/train.py", "from cifar_dist.baselines import script"),
         ("commands/train.py", "def f():\n    from accelerate import Accelerator"),
         ("cli.py", "from cifar_dist.commands.train import run"),
         ("cli.py", "def f():\n    import torch"),
-        ("cli.py", "def f():\n    from cifar_dist.baselines import script"),
     ],
 )
 def test_a_forbidden_import_is_caught(path, source):

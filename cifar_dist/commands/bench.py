@@ -1,26 +1,28 @@
-"""`bench`: the training loop against the bare training step and against what others do, in turns, in one run."""
+"""`bench`: measure the training loop against the bare training step, in turns, and the parts of a step."""
 
-import functools
 import io
+import re
 import statistics
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
-from cifar_dist.baselines import peer, script
-from cifar_dist.baselines.bare import BareStep
 from cifar_dist.config.accelerate_config import AccelerateConfig
-from cifar_dist.config.errors import EXIT_DONE, UserError
+from cifar_dist.config.errors import EXIT_DONE
 from cifar_dist.config.files import STANDARD_OUTPUT, write_json
 from cifar_dist.config.options import BenchOptions
 from cifar_dist.config.plan import make_plan
 from cifar_dist.config.recipe import Recipe, recipe_label
 from cifar_dist.config.world import World
 from cifar_dist.data.dataset import Dataset, LabelledImages
-from cifar_dist.display.progress import Display, training_display
-from cifar_dist.display.tables import format_bench, format_duration, format_sweep
+from cifar_dist.display.progress import training_display
+from cifar_dist.display.tables import format_bench, format_duration
 from cifar_dist.display.terminal import make_console, print_lines, print_notes
 from cifar_dist.model.convolution import use_dense_products
 from cifar_dist.model.optimizer import build_optimizer
@@ -28,102 +30,87 @@ from cifar_dist.model.resnet import build_resnet
 from cifar_dist.run.checks import recipe_for_speed
 from cifar_dist.run.run_files import check_json
 from cifar_dist.runtime.distributed import Runtime, connect, start
-from cifar_dist.runtime.graphs import EAGER_STEPS, recorded
-from cifar_dist.runtime.timing import Contender, alternate
+from cifar_dist.training.cuda_graphs import WARMUP_STEPS, capture
+from cifar_dist.training.metrics import RunningSums, batch_loss
 from cifar_dist.training.setup import build_trainer
-from cifar_dist.training.step_profile import flops_per_image, memory_by_part, peak_flops, seconds_by_part
-from cifar_dist.training.sweep import sweep
 from cifar_dist.training.trainer import Trainer
 
-_NUM_CLASSES = 10
+NUM_CLASSES = 10
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}
+_MAX_ROUNDS = 16
+_STEPS_PER_ROUND = 2
+
+# Dense peak of the matrix units in TFLOP/s, for 16 bits and for float32 (TF32 where available, as torch's convolutions
+# use it). Source: NVIDIA's data sheets.
+_PEAK_TERAFLOPS = {
+    "GH200": (989.4, 494.7),
+    "H200": (989.4, 494.7),
+    "H100 PCIe": (756.0, 378.0),
+    "H100": (989.4, 494.7),
+    "A100": (312.0, 156.0),
+    "L40S": (362.0, 183.0),
+    "L4": (121.0, 60.0),
+    "RTX 4090": (165.2, 82.6),
+    "V100": (125.0, 15.7),
+    "T4": (65.0, 8.1),
+}
 
 
 def run(options: BenchOptions, world: World, config: AccelerateConfig) -> int:
-    """Measure as asked; give the exit code."""
+    """Measure, print and write the result; return the exit code."""
     console = make_console(quiet=world.rank > 0, stderr=options.json == STANDARD_OUTPUT)
     check_json(options.json, options.recipe, options.config)
-    if options.sweep and world.size > 1:
-        raise UserError(f"--sweep compares what one process can do, and there are {world.size}: start one")
     recipe = recipe_for_speed(options)
     with connect(world, config) as ranks:
+        micro_batches = recipe.gradient_accumulation_steps
         runtime = start(
-            ranks,
-            config,
-            typed_precision=options.precision,
-            doing="measuring",
-            micro_batches=recipe.gradient_accumulation_steps,
+            ranks, config, typed_precision=options.precision, doing="measuring", micro_batches=micro_batches
         )
         what = f"{recipe_label(options.recipe)}, stem {recipe.stem}, batch {recipe.global_batch_size}"
         processes = f"{world.size} process{'es' if world.size > 1 else ''}"
-        first = "each is tried first; what has to be compiled takes its time" if options.sweep else "each is warmed up"
-        print_notes(console, (*runtime.compute.notes, f"{what}, {processes}, {runtime.compute.line}", first))
-        on_round = functools.partial(_say, Display(console))
-        if options.sweep:
-            build_step = functools.partial(_bare_step, recipe, runtime)
-            result = sweep(build_step, recipe.global_batch_size, runtime, options.seconds, on_round)
-            result |= _about(recipe, runtime)
-        else:
-            result = _measure(recipe, runtime, options.seconds, on_round)
-    print_lines(console, (format_sweep if options.sweep else format_bench)(result), title="bench")
+        print_notes(console, (*runtime.compute.notes, f"{what}, {processes}, {runtime.compute.line}"))
+
+        def announce(rounds: int, seconds: float) -> None:
+            print_notes(console, [f"{rounds} rounds, in turns: about {format_duration(seconds)}"])
+
+        result = _measure(recipe, runtime, options.seconds, announce)
+    print_lines(console, format_bench(result), title="bench")
     if world.rank == 0:
         write_json(options.json, result)
     return EXIT_DONE
 
 
-def _say(display: Display, done: int, rounds: int, seconds: float) -> None:
-    """Say how long it takes, and from time to time how far it is; a bar that moves would be measured too."""
-    if done == 0:
-        display.on_note(f"{rounds} rounds, in which each has its turn: about {format_duration(seconds)}")
-    elif done < rounds:
-        display.heartbeat(f"round {done} of {rounds}")
-
-
 def _measure(
-    recipe: Recipe, runtime: Runtime, seconds: float, on_round: Callable[[int, int, float], None]
+    recipe: Recipe, runtime: Runtime, seconds: float, announce: Callable[[int, float], None]
 ) -> dict[str, Any]:
-    """Measure each loop for `seconds`, in turns, and give what `--json` writes."""
+    """Measure each loop for `seconds`; return the content of `bench --json`."""
     dataset = random_dataset(recipe.image_size, recipe.global_batch_size)
     plan = make_plan(recipe, world_size=runtime.world.size, sizes=dataset.sizes, device_type=runtime.device.type)
-    # Drawn as for a user, on a terminal that nobody sees: the bars cost what they cost.
-    display = training_display(
-        Console(file=io.StringIO(), force_terminal=True),
-        plan,
-        quiet=False,
-        facts=runtime.compute.line,
-        memory=runtime.peak_memory_mib,
-    )
+    # The live view is part of the loop: drawn on a terminal that nobody sees.
+    console = Console(file=io.StringIO(), force_terminal=True)
+    facts, memory = runtime.compute.line, runtime.peak_memory_mib
+    display = training_display(console, plan, quiet=False, facts=facts, memory=memory)
     with display:
         loop = Loop(build_trainer(recipe, plan, dataset, runtime, display))
-        for _ in range(EAGER_STEPS + 1 if loop.trainer.step.replayed else 0):
-            loop()  # until its step is recorded
-        bare = _bare_step(
-            recipe,
-            runtime,
-            precision=runtime.precision,
-            layout=runtime.memory_format,
-            compiler=runtime.compute.backend,
+        for _ in range(WARMUP_STEPS + 1 if runtime.compute.replays else 0):
+            loop()
+        rounds = alternate(
+            [build_bare_step(recipe, runtime), loop], recipe.global_batch_size, seconds, runtime, announce
         )
-        contenders = [Contender("bare_step", bare), Contender("loop", loop)]
-        if runtime.world.size == 1:  # neither of the others has a share for a process
-            contenders += _others(recipe, runtime, dataset)
-        rounds = alternate(contenders, recipe.global_batch_size, seconds, runtime, on_round)
-        parts, memory = seconds_by_part(loop.trainer), memory_by_part(loop.trainer)
-    compared, flops = _compared(contenders, rounds), flops_per_image(recipe, _NUM_CLASSES)
-    peak = peak_flops(runtime)
-    utilisation = None if peak is None else compared["loop_images_per_second"] * flops / (peak * runtime.world.size)
+        parts = seconds_by_part(loop.trainer)
+    bare_rate, loop_rate = (statistics.median(rates) for rates in zip(*rounds, strict=True))
+    ratios = [ours / bare for bare, ours in rounds]
+    flops, peak = flops_per_image(recipe), peak_flops(runtime)
     return {
-        **compared,
+        "bare_step_images_per_second": bare_rate,
+        "loop_images_per_second": loop_rate,
+        "loop_over_bare": statistics.median(ratios),
+        "loop_over_bare_min": min(ratios),
+        "loop_over_bare_max": max(ratios),
         "seconds_by_part": parts,
-        "memory_mib_by_part": memory,
         "flops_per_image": flops,
-        "model_flop_utilisation": utilisation,
+        "model_flop_utilisation": None if peak is None else loop_rate * flops / (peak * runtime.world.size),
         "rounds": len(rounds),
-        **_about(recipe, runtime),
-    }
-
-
-def _about(recipe: Recipe, runtime: Runtime) -> dict[str, Any]:
-    return {
         "device": runtime.device.type,
         "precision": runtime.precision,
         "compiler": runtime.compute.backend,
@@ -134,55 +121,53 @@ def _about(recipe: Recipe, runtime: Runtime) -> dict[str, Any]:
     }
 
 
-def _others(recipe: Recipe, runtime: Runtime, dataset: Dataset) -> list[Contender]:
-    """Give what others do, with the same model, batch and images."""
-    train, batch = dataset.train, recipe.global_batch_size
-    models = [build_resnet(recipe.stem, _NUM_CLASSES, seed=recipe.seed) for _ in range(2)]
-    first = script.ScriptLoop(models[0], train.images, train.labels, batch_size=batch, device=runtime.device)
-    second = peer.PeerLoop(models[1], train.images, train.labels, batch_size=batch)
-    return [Contender("script", first, script.PREFETCHED), Contender("peer", second, script.PREFETCHED)]
+class BareStep:
+    """Forward, backward and optimizer on one fixed batch on the device: the floor for any training loop."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, precision: str
+    ) -> None:
+        self.model, self.optimizer = model.train(), optimizer
+        self.images, self.labels, self.dtype = images, labels, _DTYPES[precision]
+
+    def __call__(self) -> None:
+        """Run one step."""
+        with torch.autocast(self.images.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+            logits = self.model(self.images)
+        functional.cross_entropy(logits.float(), self.labels).backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
 
-def _compared(contenders: list[Contender], rounds: list[tuple[float, ...]]) -> dict[str, Any]:
-    """Give each loop's median rate, and ours over each of the others with its spread."""
-    rates = {each.name: [one[i] for one in rounds] for i, each in enumerate(contenders)}
-    result: dict[str, float | None] = {}
-    for name in ("bare_step", "loop", "script", "peer"):
-        result[f"{name}_images_per_second"] = statistics.median(rates[name]) if name in rates else None
-    for name in ("bare_step", "script", "peer"):
-        key = f"loop_over_{name.removesuffix('_step')}"
-        ratios = [ours / theirs for ours, theirs in zip(rates["loop"], rates.get(name, []), strict=False)]
-        result[key] = statistics.median(ratios) if ratios else None
-        result[f"{key}_min"], result[f"{key}_max"] = (min(ratios), max(ratios)) if ratios else (None, None)
-    return result
-
-
-def _bare_step(
-    recipe: Recipe,
-    runtime: Runtime,
-    *,
-    precision: str,
-    layout: torch.memory_format,
-    fused: bool | None = None,
-    compiler: str | None = None,
-) -> Callable[[], object]:
-    """Build the floor; with several processes each does its share by itself and hears nothing of the others."""
-    batch, device, side = recipe.global_batch_size // runtime.world.size, runtime.device, recipe.image_size
-    model = build_resnet(recipe.stem, _NUM_CLASSES, seed=recipe.seed)
+def build_bare_step(recipe: Recipe, runtime: Runtime) -> Callable[[], object]:
+    """Build the bare step of this process's share of the batch, computed as the training loop computes."""
+    batch, device, layout = recipe.global_batch_size // runtime.world.size, runtime.device, runtime.memory_format
+    model = build_resnet(recipe.stem, NUM_CLASSES, seed=recipe.seed)
     use_dense_products(model)
     model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
-    optimizer = build_optimizer(model, recipe.optimizer, fused=fused)
-    if compiler not in (None, "CUDAGRAPHS"):
-        model = runtime.compile(model, compiler)
-    images = torch.rand(batch, 3, side, side).to(device, memory_format=layout)
-    labels = (torch.arange(batch) % _NUM_CLASSES).to(device)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}[precision]
-    step = BareStep(model, optimizer, images, labels, dtype)
-    return recorded(step) if compiler == "CUDAGRAPHS" else step
+    optimizer = build_optimizer(model, recipe.optimizer)
+    if runtime.compute.compiler is not None:
+        model = runtime.compile(model, runtime.compute.compiler)
+    images = torch.rand(batch, 3, recipe.image_size, recipe.image_size).to(device, memory_format=layout)
+    labels = (torch.arange(batch) % NUM_CLASSES).to(device)
+    step = BareStep(model, optimizer, images, labels, runtime.precision)
+    return captured(step) if runtime.compute.replays else step
+
+
+def captured(step: Callable[[], object]) -> Callable[[], object]:
+    """Return a function that replays `step` as a CUDA graph."""
+    for _ in range(WARMUP_STEPS):
+        step()
+    replay = capture(step)
+
+    def replay_step(kept: object = step) -> None:  # the graph itself does not keep the model's memory
+        replay()
+
+    return replay_step
 
 
 class Loop:
-    """Our own loop, a step at a time, epoch after epoch."""
+    """The training loop, one step per call, epoch after epoch."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
@@ -190,7 +175,7 @@ class Loop:
         self._steps: Iterator[int] = iter(())
 
     def __call__(self) -> None:
-        """Do one step."""
+        """Run one step."""
         if next(self._steps, None) is None:
             self.epoch += 1
             trainer = self.trainer
@@ -202,12 +187,101 @@ class Loop:
 
 
 def random_dataset(size: int, batch: int) -> Dataset:
-    """Make images that nobody will learn from: how long a step takes does not depend on what they show.
-
-    About 20,000, at least four batches of them and no part of one: each step does as much as any other.
-    """
+    """Build about 20,000 random images: at least four batches, and whole batches only, so that all steps are alike."""
     generator, count = torch.Generator().manual_seed(0), batch * max(4, 20_000 // batch)
     images = torch.randint(256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
-    labels = torch.randint(_NUM_CLASSES, (count,), generator=generator)
+    labels = torch.randint(NUM_CLASSES, (count,), generator=generator)
     part = LabelledImages(images=images, labels=labels)
     return Dataset(name="random", class_names=tuple("0123456789"), train=part, test=part)
+
+
+def seconds_of(action: Callable[[], object], count: int, runtime: Runtime) -> float:
+    """Return the seconds of `count` calls, the device's work included."""
+    runtime.synchronize()
+    started = time.perf_counter()
+    for _ in range(count):
+        action()
+    runtime.synchronize()
+    return time.perf_counter() - started
+
+
+def alternate(
+    steps: Sequence[Callable[[], object]],
+    batch_size: int,
+    seconds: float,
+    runtime: Runtime,
+    announce: Callable[[int, float], None] = lambda rounds, seconds: None,
+    *,
+    timer: Callable[[Callable[[], object], int, Runtime], float] = seconds_of,
+) -> list[tuple[float, ...]]:
+    """Run the steps in turns, each for about `seconds`; return each round's images per second, in the order of `steps`.
+
+    In turns, so that a noisy machine slows all of them alike. `announce` is called once, with the number of rounds and
+    their expected seconds.
+    """
+    for step in steps:
+        timer(step, 1, runtime)
+    # All processes must do the same number of steps: rank 0's clock decides.
+    times = runtime.ranks.all_gather([timer(step, 2, runtime) / 2 for step in steps])[0]
+    rounds = max(3, min(_MAX_ROUNDS, int(seconds / (_STEPS_PER_ROUND * max(times)))))
+    counts = [max(1, round(seconds / rounds / each)) for each in times]
+    announce(rounds, rounds * sum(count * each for count, each in zip(counts, times, strict=True)))
+    result, places = [], range(len(steps))
+    for number in range(rounds):
+        rates = {}
+        for place in reversed(places) if number % 2 else places:
+            rates[place] = counts[place] * batch_size / timer(steps[place], counts[place], runtime)
+        result.append(tuple(rates[place] for place in places))
+    return result
+
+
+def seconds_by_part(trainer: Trainer, *, count: int = 5) -> dict[str, float]:
+    """Return the seconds a step of each of its parts, run one by one, with the device synchronized after each."""
+    batches, runtime, state, step = trainer.batches, trainer.runtime, trainer.state, trainer.step
+    batch = next(iter(batches.epoch(1)))
+    table, samples = batches.augmentation.draw_table(1, len(batches.data)), batch.samples.cpu()
+    images = batches.data.images[: len(samples)]
+    pixels = batches.augmentation.apply(images, table[samples])
+    sums, made = RunningSums(runtime.device), dict[str, Tensor]()
+
+    def forward() -> None:
+        made["logits"] = step.model(batch.images)
+        made["loss"] = batch_loss(made["logits"], batch, trainer.recipe.label_smoothing)
+
+    parts: dict[str, Callable[[], object]] = {
+        "data": lambda: (table[samples], batches.data.images.index_select(0, batch.samples)),
+        "augmentation": lambda: batches.augmentation.apply(images, table[samples]),
+        "normalization": lambda: batches.normalize(pixels),
+        "forward": forward,
+        "backward": lambda: runtime.backward(made["loss"]),
+        "optimizer": step.optimizer.step,
+        "metrics": lambda: sums.add(made["loss"].detach(), made["logits"], batch.labels),
+        "progress": lambda: trainer.observer.on_step(1, None),
+    }
+    if (ema := state.ema) is not None:
+        parts["average"] = lambda: ema.update(state.model, 1)
+    step.model.train()
+    seconds = dict.fromkeys(parts, 0.0)
+    for _ in range(count):
+        for name, action in parts.items():
+            seconds[name] += seconds_of(action, 1, runtime) / count
+        step.optimizer.zero_grad()
+    return seconds
+
+
+def flops_per_image(recipe: Recipe) -> float:
+    """Return the operations (a multiply-add is two) of one image's forward and backward pass."""
+    model = build_resnet(recipe.stem, NUM_CLASSES, seed=0)
+    images = torch.zeros(2, 3, recipe.image_size, recipe.image_size)
+    with FlopCounterMode(display=False) as counter:
+        model(images).sum().backward()
+    return float(counter.get_total_flops()) / len(images)
+
+
+def peak_flops(runtime: Runtime) -> float | None:
+    """Return the device's peak in the run's precision, in operations per second; None if unknown."""
+    if runtime.device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(runtime.device)
+    known = next((peaks for model, peaks in _PEAK_TERAFLOPS.items() if re.search(rf"\b{model}\b", name)), None)
+    return None if known is None else 1e12 * known[runtime.precision == "no"]

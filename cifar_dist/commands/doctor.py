@@ -1,12 +1,11 @@
-"""`doctor`: what this machine offers, and what a training would be here."""
+"""`doctor`: print this machine's devices and data, and the plan of a training."""
 
 import os
 import platform
 from pathlib import Path
 
-from rich.console import Console
-
 from cifar_dist.config.accelerate_config import AccelerateConfig, planned_processes, planned_world
+from cifar_dist.config.cpus import usable_cores
 from cifar_dist.config.errors import EXIT_DONE, UserError
 from cifar_dist.config.options import DoctorOptions
 from cifar_dist.config.plan import KNOWN_SIZES, fit_to_dataset, make_plan
@@ -17,29 +16,27 @@ from cifar_dist.data.cifar import CIFAR10, CIFAR100, where_found
 from cifar_dist.data.dataset import load_dataset
 from cifar_dist.display.progress import loading_progress
 from cifar_dist.display.terminal import make_console, print_header, print_notes
-from cifar_dist.model.pretrained import imagenet_weights, imagenet_weights_place
+from cifar_dist.model.pretrained import imagenet_weights, imagenet_weights_path
 from cifar_dist.model.schedule import learning_rate_line
 from cifar_dist.run.resolve import DEFAULT_DATA_DIR, DEFAULT_DATASET, DEFAULT_RECIPE
 from cifar_dist.runtime.device import check_world, choose_compute, describe_devices
-from cifar_dist.runtime.threads import usable_cores
 
 
 def run(options: DoctorOptions, world: World, config: AccelerateConfig) -> int:
-    """Look, tell, and download where that is asked for; give the exit code."""
+    """Print, and download what is missing if requested; return the exit code."""
     console = make_console(quiet=world.rank > 0)
     data_dir = (options.data_dir or DEFAULT_DATA_DIR).absolute()
     if options.download and world.rank == 0:
-        _download(console, data_dir)
+        with loading_progress(console, DEFAULT_DATASET) as progress:
+            load_dataset(DEFAULT_DATASET, data_dir, resolve_recipe(read_recipe(DEFAULT_RECIPE)), progress=progress)
+        imagenet_weights(lambda text: print_notes(console, [text]))
     print_header(console, _machine() | _data(data_dir) | _training(options, world, config))
     return EXIT_DONE
 
 
 def _machine() -> dict[str, str]:
-    """Say what is installed, and on what."""
-    versions = package_versions()
-    commit = git_commit()
+    versions, commit, cores = package_versions(), git_commit(), usable_cores()
     threads = os.environ.get("OMP_NUM_THREADS")
-    cores = usable_cores()
     return {
         "system": f"{platform.platform()}, Python {versions.pop('python')}",
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items())
@@ -51,37 +48,28 @@ def _machine() -> dict[str, str]:
 
 
 def _data(data_dir: Path) -> dict[str, str]:
-    """Say which data and weights are here."""
-    place = imagenet_weights_place()
+    path = imagenet_weights_path()
     return {
         "cifar10": where_found(CIFAR10, data_dir),
         "cifar100": where_found(CIFAR100, data_dir),
-        "ImageNet weights": f"found: {place}" if place.exists() else "missing (only --recipe finetune needs them)",
+        "ImageNet weights": f"found: {path}" if path.exists() else "missing (only --recipe finetune needs them)",
     }
 
 
 def _training(options: DoctorOptions, world: World, config: AccelerateConfig) -> dict[str, str]:
-    """Say what `launch.py` with this config and recipe would do."""
-    future = planned_world(world, config)
-    name = options.recipe or DEFAULT_RECIPE
-    wanted = resolve_recipe(read_recipe(name))
-    micro_batches = wanted.gradient_accumulation_steps
+    """Describe what `launch.py` with this config and recipe would do."""
+    future, name = planned_world(world, config), options.recipe or DEFAULT_RECIPE
+    recipe, sizes = resolve_recipe(read_recipe(name)), KNOWN_SIZES[DEFAULT_DATASET]
+    micro_batches = recipe.gradient_accumulation_steps
     compute = choose_compute(config, os.environ, future, typed_precision=options.precision, micro_batches=micro_batches)
     lines = {"recipe": f"{recipe_label(name)} on {DEFAULT_DATASET}", "device": compute.line}
     try:
         check_world(future, compute.device_type, os.environ)
-        sizes = KNOWN_SIZES[DEFAULT_DATASET]
-        recipe = fit_to_dataset(wanted, sizes)
+        recipe = fit_to_dataset(recipe, sizes)
         plan = make_plan(recipe, world_size=future.size, sizes=sizes, device_type=compute.device_type)
         lines |= {**plan.lines, "learning rate": learning_rate_line(recipe, plan)}
     except UserError as error:
         lines["plan"] = f"none: {error}"
-    notes = {"note": "; ".join(compute.notes)} if compute.notes else {}
-    return lines | notes | {"would start": planned_processes(world, config)}
-
-
-def _download(console: Console, data_dir: Path) -> None:
-    """Fetch CIFAR-10 and the ImageNet weights, where they are missing. Raises UserError."""
-    with loading_progress(console, DEFAULT_DATASET) as progress:
-        load_dataset(DEFAULT_DATASET, data_dir, resolve_recipe(read_recipe(DEFAULT_RECIPE)), progress=progress)
-    imagenet_weights(lambda text: print_notes(console, [text]))
+    if compute.notes:
+        lines["note"] = "; ".join(compute.notes)
+    return lines | {"would start": planned_processes(world, config)}

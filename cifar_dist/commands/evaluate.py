@@ -23,8 +23,8 @@ from cifar_dist.run.checks import check_evaluation
 from cifar_dist.run.resolve import DEFAULT_DATA_DIR, DEFAULT_DATASET, check_dataset_name, computed_with
 from cifar_dist.run.results import Evaluation
 from cifar_dist.run.weights import SavedWeights, read_weights
+from cifar_dist.runtime.device import FULL_NAMES
 from cifar_dist.runtime.distributed import Runtime, connect, start
-from cifar_dist.runtime.precision import FULL_NAMES
 from cifar_dist.training.evaluation import EvaluationSet, what_figures_need
 from cifar_dist.training.metrics import summarize
 

@@ -1,4 +1,4 @@
-"""`export`: weights for other programs, in the format that the suffix names."""
+"""`export`: write weights for other programs, in the format of the file name's suffix."""
 
 import io
 import json
@@ -25,7 +25,7 @@ _TOLERANCE = 1e-4
 
 
 def run(options: ExportOptions, world: World, config: AccelerateConfig) -> int:
-    """Export as asked; give the exit code."""
+    """Export; return the exit code."""
     if world.size > 1:
         raise UserError(f"export is the work of one process, and there are {world.size}: start one")
     out, kind = options.out, options.out.suffix
@@ -40,22 +40,16 @@ def run(options: ExportOptions, world: World, config: AccelerateConfig) -> int:
     return EXIT_DONE
 
 
-def _plain(weights: SavedWeights) -> dict[str, Tensor]:
-    """Give the state dict as torchvision's own network has it: in the order and layout of its tensors."""
+def _state_dict(weights: SavedWeights) -> dict[str, Tensor]:
+    """Return the state dict in the order and layout of torchvision's own network."""
     model = weights.build(torch.device("cpu"), torch.contiguous_format)
     return {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
 
 
-def _pth(weights: SavedWeights) -> bytes:
-    file = io.BytesIO()
-    torch.save(_plain(weights), file)
-    return file.getvalue()
-
-
-def _about(weights: SavedWeights) -> dict[str, str]:
-    """Say what somebody needs who has nothing but the file."""
+def _metadata(weights: SavedWeights) -> dict[str, str]:
+    """Return what is needed to use the weights without the run."""
     recipe = weights.recipe
-    about = {
+    metadata = {
         "model": recipe.model,
         "stem": recipe.stem,
         "classes": list(weights.class_names or map(str, range(weights.num_classes))),
@@ -65,17 +59,23 @@ def _about(weights: SavedWeights) -> dict[str, str]:
         "versions": package_versions(),
     }
     if weights.class_names is not None:  # with this, the file is read as a checkpoint
-        about["recipe"] = recipe_to_mapping(replace(recipe, pretrained=None, freeze_epochs=0))
-    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in about.items()}
+        metadata["recipe"] = recipe_to_mapping(replace(recipe, pretrained=None, freeze_epochs=0))
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
+
+
+def _pth(weights: SavedWeights) -> bytes:
+    file = io.BytesIO()
+    torch.save(_state_dict(weights), file)
+    return file.getvalue()
 
 
 def _safetensors(weights: SavedWeights) -> bytes:
-    content: bytes = save_safetensors(_plain(weights), metadata=_about(weights))
+    content: bytes = save_safetensors(_state_dict(weights), metadata=_metadata(weights))
     return content
 
 
 class _Normalized(nn.Module):
-    """The network behind its normalisation: it takes pixels in [0, 1]."""
+    """The network behind its normalization: logits (N, classes) for images (N, 3, S, S) in [0, 1]."""
 
     scale: Tensor
     shift: Tensor
@@ -88,13 +88,11 @@ class _Normalized(nn.Module):
         self.register_buffer("shift", normalize.shift)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Give logits (N, classes) for images (N, 3, S, S) in [0, 1]."""
-        logits: Tensor = self.model(images * self.scale + self.shift)
-        return logits
+        return self.model(images * self.scale + self.shift)
 
 
 def _onnx(weights: SavedWeights) -> bytes:
-    """Build the graph, and compare its logits under onnxruntime with torch's. Raises UserError where they differ."""
+    """Build the graph. Raises UserError if onnxruntime's logits differ from torch's."""
     import onnx
     import onnxruntime
 
@@ -103,7 +101,7 @@ def _onnx(weights: SavedWeights) -> bytes:
     with torch.no_grad():
         expected = model(images)
     weights.check_finite(expected, "no")
-    with warnings.catch_warnings():  # of the exporter's own inner life
+    with warnings.catch_warnings():  # of the exporter's own code
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             model,
@@ -116,7 +114,7 @@ def _onnx(weights: SavedWeights) -> bytes:
         )
     assert program is not None
     proto = program.model_proto
-    for name, value in _about(weights).items():
+    for name, value in _metadata(weights).items():
         proto.metadata_props.append(onnx.StringStringEntryProto(key=name, value=value))
     content: bytes = proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -133,4 +131,4 @@ def _onnx(weights: SavedWeights) -> bytes:
 
 
 _WRITERS = {".pth": _pth, ".safetensors": _safetensors, ".onnx": _onnx}
-"""What writes each of the formats in `run.checks.EXPORT_PACKAGES`."""
+"""The writer of each format in `run.checks.EXPORT_PACKAGES`."""

@@ -186,7 +186,6 @@ class BenchOptions(DeviceOptions):
     recipe: str = flag("--recipe", *_RECIPE, default=DEFAULT_RECIPE)
     assignments: Mapping[str, Any] = flag("--set", *_SET, **_SEVERAL)
     seconds: Positive = flag("--seconds", "for each loop measured (default 10)", "S", default=10.0)
-    sweep: bool = flag("--sweep", "measure precisions, layouts, compilers; which is fastest", default=False)
     json: Path | None = flag("--json", *_JSON)
 
 

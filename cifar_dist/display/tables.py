@@ -98,19 +98,20 @@ def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def format_bench(result: Mapping[str, Any]) -> list[str]:
-    """Give what `bench` measured: rates, our loop over each of the others with its spread, and the parts of a step."""
-    names = {"bare_step": "bare step", "loop": "our loop", "script": "original script", "peer": "common peer"}
-    rows = [["", "images/s", "our loop is", "in rounds"]]
-    for key, name in names.items():
-        rate, ratio = result[f"{key}_images_per_second"], f"loop_over_{key.removesuffix('_step')}"
-        if rate is not None and key == "loop":
-            rows.append([name, f"{rate:,.0f}", "", ""])
-        elif rate is not None:
-            spread = f"{result[f'{ratio}_min']:.3f} to {result[f'{ratio}_max']:.3f}"
-            rows.append([name, f"{rate:,.0f}", f"{result[ratio]:.3f} x as fast", spread])
+    """Return what `bench` measured: rates, our loop over the bare step with its spread, and the parts of a step."""
+    spread = f"{result['loop_over_bare_min']:.3f} to {result['loop_over_bare_max']:.3f}"
+    rows = [
+        ["", "images/s", "our loop is", "in rounds"],
+        [
+            "bare step",
+            f"{result['bare_step_images_per_second']:,.0f}",
+            f"{result['loop_over_bare']:.3f} x as fast",
+            spread,
+        ],
+        ["our loop", f"{result['loop_images_per_second']:,.0f}", "", ""],
+    ]
     parts: Mapping[str, float] = result["seconds_by_part"]
     total = sum(parts.values())
-    memory: Mapping[str, float] = result["memory_mib_by_part"]
     work = f"{result['flops_per_image'] * result['loop_images_per_second'] / 1e12:.3g} TFLOP/s of the model"
     if result["model_flop_utilisation"] is not None:
         work += f", {result['model_flop_utilisation']:.1%} of the device's peak"
@@ -123,20 +124,5 @@ def format_bench(result: Mapping[str, Any]) -> list[str]:
         f"milliseconds a step, by part, {how} waited for:",
         *(f"{name:<14}{1000 * each:>9.2f}  {each / total:>6.1%}" for name, each in parts.items()),
         "",
-        "MiB by part: " + ", ".join(f"{name} {each:,.0f}" for name, each in memory.items() if each),
         *([f"peak memory: {result['peak_memory_mib']:,} MiB"] if result["peak_memory_mib"] is not None else []),
     ]
-
-
-def format_sweep(result: Mapping[str, Any]) -> list[str]:
-    """Give what `bench --sweep` measured, the fastest first; what was too slow or failed has no spread."""
-    rows = [["precision", "layout", "compiler", "optimizer", "images/s", "in rounds", ""]]
-    for row in result["sweep"]:
-        rate = "-" if row["images_per_second"] is None else f"{row['images_per_second']:,.0f}"
-        spread = f"{row['min']:,.0f} to {row['max']:,.0f}" if "min" in row else "first look"
-        compiler = (row["compiler"] or "none").lower()
-        kernel = "fused" if row["fused"] else "unfused"
-        note = row.get("failed", "chosen" if row["is_chosen"] else "")
-        rows.append([row["precision"], row["memory_format"], compiler, kernel, rate, spread, note])
-    share = f"what the loop has is {result['chosen_over_fastest']:.2f} of the fastest"
-    return [*format_table(rows), "", f"medians of {result['rounds']} rounds; {share}"]

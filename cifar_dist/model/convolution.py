@@ -6,22 +6,22 @@ from torch.nn import functional
 
 
 def use_dense_products(model: nn.Module) -> None:
-    """Make the convolutions that are like a ResNet's SmallImageConv2d, in place; weights, keys and hooks stay."""
+    """Turn a ResNet's convolutions into SmallImageConv2d, in place; weights, keys and hooks stay."""
     for module in model.modules():
         if type(module) is nn.Conv2d and module.bias is None and module.groups == 1 and module.dilation == (1, 1):
             module.__class__ = SmallImageConv2d
 
 
 class SmallImageConv2d(nn.Conv2d):
-    """A Conv2d, undilated, of one group and without bias: one matrix product where each output sees every pixel.
+    """A Conv2d that is one matrix product in training on a CPU if each output sees every pixel.
 
-    That is so in the last layers of a ResNet-18 on CIFAR's images: a 3x3 kernel over one pixel or over 2x2. There the
-    product leaves out the taps that lie on the padding, and oneDNN's own backward pass is slow: a third to a half of a
-    training step of the stock network in float32 (docs/benchmarks.md). Only rounding differs.
+    So are the last layers of a ResNet-18 on CIFAR's images: a 3x3 kernel over one pixel or over 2x2. The product
+    leaves out the taps on the padding, and avoids oneDNN's slow backward pass there, a third to a half of the stock
+    network's step in float32 (docs/benchmarks.md). Only rounding differs.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Give (N, C_out, H', W') for `input` (N, C, H, W)."""
+        """Return (N, C_out, H', W') for `input` (N, C, H, W)."""
         if self.training and input.device.type == "cpu":
             sizes = (self.kernel_size, self.stride, self.padding)
             rows, columns = (_windows(input.shape[2 + axis], *(int(size[axis]) for size in sizes)) for axis in (0, 1))
@@ -40,9 +40,9 @@ class SmallImageConv2d(nn.Conv2d):
 
 
 def _windows(size: int, kernel: int, stride: int, padding: int) -> tuple[int, list[int]] | None:
-    """Give how many pixels along an axis the outputs see, and each output's first tap on them.
+    """Return the pixels along an axis that the outputs see, and each output's first tap on them.
 
-    None where the outputs see different pixels.
+    None if the outputs see different pixels.
     """
     count = (size + 2 * padding - kernel) // stride + 1
     seen = size if count > 1 else min(size, kernel - padding)

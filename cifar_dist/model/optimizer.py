@@ -1,4 +1,4 @@
-"""The optimiser of a recipe, with its weight decay where the recipe wants it."""
+"""The optimizer of a recipe: SGD, AdamW or Muon."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from cifar_dist.config.recipe import OptimizerConfig
 
@@ -13,18 +14,15 @@ from cifar_dist.config.recipe import OptimizerConfig
 def build_optimizer(model: nn.Module, config: OptimizerConfig, *, fused: bool | None = None) -> torch.optim.Optimizer:
     """Build SGD, AdamW (`momentum` is its first beta) or Muon over the model's parameters.
 
-    `fused` is one kernel over all parameters instead of several passes; None: where the device has it.
-
-    Without `decay_norm_and_bias` only matrices and filters decay: BatchNorm's scales and the biases have one
-    dimension and go in a group of their own.
+    `fused` is one kernel over all parameters; None: if the device has it. Without `decay_norm_and_bias` only matrices
+    and filters decay: BatchNorm's scales and the biases have one dimension and a group of their own.
     """
-    filters = [each for each in model.parameters() if each.ndim == 4] if config.name == "muon" else []
-    taken = {id(each) for each in filters}
+    is_muon = config.name == "muon"
     members: dict[bool, list[nn.Parameter]] = {}
     for each in model.parameters():
-        if id(each) not in taken:
+        if not (is_muon and each.ndim == 4):
             members.setdefault(config.decay_norm_and_bias or each.ndim > 1, []).append(each)
-    other = config.sgd_learning_rate if config.name == "muon" else None
+    other = config.sgd_learning_rate if is_muon else None
     scale = 1.0 if other is None else other / config.learning_rate
     groups: list[dict[str, Any]] = [
         {"params": each, "weight_decay": config.weight_decay if decays else 0.0, "lr_scale": scale}
@@ -34,20 +32,21 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, fused: bool | 
     if fused is None and kind in ("cpu", "cuda"):  # MPS keeps torch's own choice
         fused = True
     if config.name == "adamw":
-        how: dict[str, Any] = {"fused": fused, "capturable": kind == "cuda"}  # its steps may be recorded
+        how: dict[str, Any] = {"fused": fused, "capturable": kind == "cuda"}  # for CUDA graphs
         return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.momentum, 0.999), **how)
     options: dict[str, Any] = {"lr": config.learning_rate, "momentum": config.momentum, "nesterov": config.nesterov}
-    if config.name == "muon":
+    if is_muon:
+        filters = [each for each in model.parameters() if each.ndim == 4]
         options |= {"weight_decay": config.weight_decay, "normalized": config.normalize_filters}
         return MuonWithSGD(filters, groups, fused=fused, **options)
     return _with_momentum(torch.optim.SGD(groups, fused=fused, **options))
 
 
 def _with_momentum(optimizer: torch.optim.SGD) -> torch.optim.SGD:
-    """Start SGD's momentum at 0, which changes nothing but two accidents of torch's fused kernel.
+    """Start SGD's momentum at 0, which works around two bugs of the fused kernel.
 
-    It makes the buffer in its first step without filling it, and where the fp16 scaler skips that step, what was in the
-    memory stays; and it fails on a group in which some have a buffer already and others, frozen so far, have none.
+    It does not fill the buffer of a first step that the fp16 scaler skips. It fails on a group in which only some
+    parameters have a buffer, as after freezing.
     """
     for group in optimizer.param_groups:
         if group["momentum"]:
@@ -57,13 +56,12 @@ def _with_momentum(optimizer: torch.optim.SGD) -> torch.optim.SGD:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-    """Take a state that was saved on any device: this one keeps its own kernel, and its buffers their memory layout."""
+    """Load a state that was saved on any device; this device's kernel and memory layout stay."""
     if isinstance(optimizer, MuonWithSGD):
         optimizer.load_state_dict(dict(saved))
         return
-    groups = zip(saved["param_groups"], optimizer.param_groups, strict=True)
-    own = ("fused", "capturable")
-    own_kernel = [group | {name: mine[name] for name in own if name in mine} for group, mine in groups]
+    own = [{name: mine[name] for name in ("fused", "capturable") if name in mine} for mine in optimizer.param_groups]
+    own_kernel = [group | kernel for group, kernel in zip(saved["param_groups"], own, strict=True)]
     optimizer.load_state_dict({**saved, "param_groups": own_kernel})
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
@@ -72,7 +70,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, A
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every group of parameters this learning rate, times what the group has as its `lr_scale`."""
+    """Set every parameter group's learning rate to `rate` times the group's `lr_scale`."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)
 
@@ -80,9 +78,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 class MuonWithSGD(torch.optim.Optimizer):
     """Muon (https://kellerjordan.github.io/posts/muon/) for the filters, SGD for everything else.
 
-    A filter bank (out, in, h, w) is a matrix (out, in * h * w): its step is the momentum's nearest orthogonal matrix,
-    times the learning rate and sqrt(max(1, rows / columns)). Each process does the same work, on gradients that are
-    equal already. (torch.optim.Muon takes matrices alone, and orthogonalises in bfloat16, which many CPUs emulate.)
+    A filter bank (out, in, h, w) is a matrix (out, in * h * w). Its step is the momentum's nearest orthogonal matrix,
+    times the learning rate and sqrt(max(1, rows / columns)). (torch.optim.Muon accepts matrices only, and
+    orthogonalizes in bfloat16, which many CPUs emulate.)
     """
 
     def __init__(
@@ -103,7 +101,7 @@ class MuonWithSGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Step both, at the learning rates that this optimiser's groups have."""
+        """Step both optimizers at the learning rates of this one's groups."""
         assert closure is None
         self.sgd.step()
         if filters := [each for each in self.param_groups[0]["params"] if each.grad is not None]:
@@ -130,51 +128,46 @@ class MuonWithSGD(torch.optim.Optimizer):
         torch._foreach_add_(weights, directions)
 
     def state_dict(self) -> dict[str, Any]:
-        """Give both states."""
+        """Return both states."""
         momenta = [self.state[each]["momentum_buffer"] for each in self.param_groups[0]["params"]]
         return {"muon": momenta, "sgd": self.sgd.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take both states back."""
+        """Load both states."""
         for each, momentum in zip(self.param_groups[0]["params"], state_dict["muon"], strict=True):
             self.state[each]["momentum_buffer"].copy_(momentum)
         load_optimizer_state(self.sgd, state_dict["sgd"])
-        self.param_groups[1:] = self.sgd.param_groups  # loaded, they are others; a learning rate is set for both
+        self.param_groups[1:] = self.sgd.param_groups  # loading replaces them; both must see one learning rate
 
 
 def orthogonalized(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """Give, about, the nearest orthogonal matrix of each of (rows, columns): U V' where it is U S V'.
+    """Return, approximately, the nearest orthogonal matrix of each of (rows, columns): U V' for U S V'.
 
     Five of Muon's Newton-Schulz steps X <- (a + b G + c G G) X with G = X X', which bring the singular values near 1.
-    On CUDA the products are as exact as the convolutions that gave the gradients: in TF32, unless that is switched off.
+    On CUDA in TF32 if the convolutions are, and then in two stages: TF32's 11 bits lose the squares of small singular
+    values, and that error grows with each step, up to twelve times. A restart from X after three steps stops it.
     """
     products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
     if not (matrices[0].is_cuda and convolutions.fp32_precision == "tf32"):
         return _newton_schulz(matrices, 5)
     before, products.fp32_precision = products.fp32_precision, "tf32"
     try:
-        return _newton_schulz_coarsely(matrices)
+        return _newton_schulz_in_stages(matrices)
     finally:
         products.fp32_precision = before
 
 
-def _newton_schulz_coarsely(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """Do the five steps in two stages, as TF32 needs it.
-
-    The squares of small singular values are lost in its 11 bits, and what is there instead grows with each step, by up
-    to twelve times: begun again from X after three, it has no time to.
-    """
+def _newton_schulz_in_stages(matrices: Sequence[Tensor]) -> list[Tensor]:
     return _newton_schulz(_newton_schulz(matrices, 3, least_side=128), 2, scales=False, least_side=128)
 
 
 def _newton_schulz(matrices: Sequence[Tensor], steps: int, *, scales: bool = True, least_side: int = 0) -> list[Tensor]:
-    """Do so many steps, the first ones with `scales`, which brings the singular values below 1.
+    """Run the steps; `scales` first brings the singular values below 1.
 
-    Every factor is a polynomial of the first G, so they are multiplied up in its shape, all that have one size
-    together, and the matrix itself is met twice instead of twice a step: a third of the work for a ResNet-18's largest
-    filters. That squares the singular values, for which bfloat16 would be too coarse. A matrix with more rows than
-    columns is met from the right, with G = X'X. What is smaller than `least_side` is given zeros up to it: on a GPU it
-    is the number of products that costs.
+    Every factor is a polynomial of the first G. The factors are multiplied in G's shape, all of one size together, and
+    then once by the matrix: a third of the work for a ResNet-18's largest filters. That squares the singular values,
+    for which bfloat16 would be too coarse. A tall matrix uses G = X'X from the right. Smaller matrices than
+    `least_side` are padded with zeros to it: on a GPU the number of products is what costs.
     """
     grams = [each.mT @ each if len(each) > each.shape[1] else each @ each.mT for each in matrices]
     alike: dict[int, list[int]] = {}
@@ -182,7 +175,7 @@ def _newton_schulz(matrices: Sequence[Tensor], steps: int, *, scales: bool = Tru
         alike.setdefault(max(len(gram), least_side), []).append(place)
     factors = list(grams)
     for side, places in alike.items():
-        stack = _stacked([grams[place] for place in places], side)
+        stack = torch.stack([_padded(grams[place], side) for place in places])
         for place, factor in zip(places, _product_of_factors(stack, steps, scales=scales), strict=True):
             factors[place] = factor[: len(grams[place]), : len(grams[place])]
     return [
@@ -191,18 +184,13 @@ def _newton_schulz(matrices: Sequence[Tensor], steps: int, *, scales: bool = Tru
     ]
 
 
-def _stacked(squares: Sequence[Tensor], side: int) -> Tensor:
-    """Stack square matrices as (k, side, side); smaller ones in the corner of zeros."""
-    if all(len(square) == side for square in squares):
-        return torch.stack(list(squares))
-    stack = squares[0].new_zeros(len(squares), side, side)
-    for place, square in zip(stack, squares, strict=True):
-        place[: len(square), : len(square)] = square
-    return stack
+def _padded(square: Tensor, side: int) -> Tensor:
+    missing = side - len(square)
+    return functional.pad(square, (0, missing, 0, missing)) if missing else square
 
 
 def _product_of_factors(gram: Tensor, steps: int, *, scales: bool) -> Tensor:
-    """Give what does the steps on each X, of the X X' (k, side, side): the product of their factors."""
+    """Return the product of the steps' factors for G (k, side, side)."""
     length = gram.diagonal(dim1=1, dim2=2).sum(1).sqrt_().add_(1e-7)[:, None, None]  # of X: G's trace is its square
     if scales:
         gram = gram / length.square()
@@ -222,7 +210,7 @@ def _newton_schulz_factor(gram: Tensor) -> Tensor:
 
 
 def _matrix(filters: Tensor) -> Tensor:
-    """Show (out, in, h, w) as (out, in * h * w) in the order in which it lies in memory, without a copy."""
+    """View (out, in, h, w) as (out, in * h * w) in memory order, without a copy."""
     if not filters.is_contiguous() and filters.is_contiguous(memory_format=torch.channels_last):
         filters = filters.permute(0, 2, 3, 1)
     return filters.reshape(len(filters), -1)

@@ -1,4 +1,4 @@
-"""Weights that were trained elsewhere."""
+"""Weights that were trained elsewhere: torchvision's, and state dicts of other programs."""
 
 import contextlib
 import io
@@ -15,40 +15,41 @@ from torchvision.models import ResNet18_Weights
 from cifar_dist.config.errors import UserError
 from cifar_dist.model.resnet import load_weights
 
+_IMAGENET = ResNet18_Weights.IMAGENET1K_V1
+
+
+def imagenet_weights_path() -> Path:
+    """Return the file in torch's cache that holds torchvision's ImageNet weights."""
+    url: str = _IMAGENET.url
+    return Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+
 
 def imagenet_weights(note: Callable[[str], None] = lambda text: None) -> dict[str, Tensor]:
-    """Give torchvision's ImageNet weights from its cache, downloaded when they are missing, which `note` is told.
+    """Load torchvision's ImageNet weights from its cache; download them if missing, after a line to `note`.
 
-    Raises UserError that names the file's place where they are neither there nor to be had.
+    Raises UserError that names the file if that fails.
     """
-    weights, place = ResNet18_Weights.IMAGENET1K_V1, imagenet_weights_place()
-    if not place.exists():
-        note(f"downloading the ImageNet weights to {place} (45 MB)")
+    path = imagenet_weights_path()
+    if not path.exists():
+        note(f"downloading the ImageNet weights to {path} (45 MB)")
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # torch.hub's own line; a refusal is one line, and ours
-            state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        with contextlib.redirect_stderr(io.StringIO()):  # torch.hub prints a line of its own
+            state: dict[str, Tensor] = _IMAGENET.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
-        if place.exists() and not isinstance(error, OSError):  # torch does not look at a file that lies there already
-            raise UserError(f"the ImageNet weights in {place} are damaged: remove the file") from None
+        if path.exists() and not isinstance(error, OSError):  # torch checks no file that is there already
+            raise UserError(f"the ImageNet weights in {path} are damaged: remove the file") from None
         reason = str(getattr(error, "reason", error)) or type(error).__name__
         raise UserError(
-            f"the ImageNet weights are not in {place} and could not be downloaded ({reason}):"
+            f"the ImageNet weights are not in {path} and could not be downloaded ({reason}):"
             " put the file there, or name a state dict with --set pretrained=FILE"
         ) from None
     return state
 
 
-def imagenet_weights_place() -> Path:
-    """Give the file in torch's cache where torchvision keeps its ImageNet weights."""
-    url: str = ResNet18_Weights.IMAGENET1K_V1.url
-    return Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
-
-
 def find_state_dict(path: Path, content: Mapping[str, Any]) -> tuple[dict[str, Tensor], str | None]:
-    """Return a ResNet-18's state dict with torchvision's names from what another program saved at `path`.
+    """Return a state dict with torchvision's names from another program's file, and a note of what was renamed.
 
-    The second value is a note of what was renamed, None if nothing was. Raises UserError unless `content` is a state
-    dict, or holds exactly one.
+    Raises UserError unless `content` is a state dict, or holds exactly one.
     """
     weights, changes = dict(content), []
     if not _is_state_dict(content):
@@ -67,7 +68,7 @@ def find_state_dict(path: Path, content: Mapping[str, Any]) -> tuple[dict[str, T
         (r"^fc\.\w+\.(?=weight$|bias$)", "fc.", "the one layer in fc as fc"),  # a Sequential with dropout
     ):
         renamed = {re.sub(pattern, new, key): value for key, value in weights.items()}
-        if renamed.keys() != weights.keys() and len(renamed) == len(weights):  # no two of one name
+        if renamed.keys() != weights.keys() and len(renamed) == len(weights):  # all names stay different
             weights = renamed
             changes.append(change)
     return weights, f"{path} is read {', '.join(changes)}" if changes else None
@@ -78,21 +79,20 @@ def _is_state_dict(value: Any) -> bool:
 
 
 def start_from(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Load a ResNet-18's weights into the model; a stem or head of another shape stays as it was drawn.
+    """Load a ResNet-18's weights; a stem or head of another shape keeps its initial weights.
 
-    Raises UserError where another tensor differs.
+    Raises UserError if another tensor differs.
     """
-    own: dict[str, Any] = model.state_dict()
-    merged = {
+    own: dict[str, Tensor] = model.state_dict()
+    replaced = {
         name: own[name]
-        if name in own and name.startswith(("conv1.", "fc.")) and own[name].shape != value.shape
-        else value
         for name, value in weights.items()
+        if name.startswith(("conv1.", "fc.")) and name in own and own[name].shape != value.shape
     }
-    load_weights(model, merged)
+    load_weights(model, weights | replaced)
 
 
 def parts_to_freeze(model: nn.Module, stem: str) -> tuple[nn.Parameter, ...]:
-    """Give the parameters that stay as they are while the new parts are trained: all but the head and a 3x3 stem."""
+    """Return the parameters that are frozen at first: all but the head and a new 3x3 stem."""
     new = ("fc.",) if stem == "imagenet" else ("fc.", "conv1.", "bn1.")
     return tuple(parameter for name, parameter in model.named_parameters() if not name.startswith(new))

@@ -10,31 +10,27 @@ from cifar_dist.config.errors import UserError
 
 
 def build_resnet(stem: str, num_classes: int, *, seed: int) -> nn.Module:
-    """Build an untrained ResNet-18 for images (N, 3, H, W); its output is logits (N, num_classes).
+    """Build an untrained ResNet-18 for images (N, 3, H, W), which returns logits (N, num_classes).
 
     `stem` is `imagenet` (torchvision's own: 7x7, stride 2, max-pool), `cifar` (3x3, stride 1, no max-pool; the
     32x32 form of arXiv 1512.03385) or `small` (3x3, stride 2, no max-pool). The weights are drawn on the CPU from
-    `seed`, so that they are equal on every device; the caller's random state is left as it was.
+    `seed`, so that they are equal on every device; the caller's random state stays.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: nn.Module = resnet18(weights=None, num_classes=num_classes)
         if stem != "imagenet":
-            adapt_stem(model, stem)
+            stride = {"cifar": 1, "small": 2}[stem]
+            conv = nn.Conv2d(3, 64, kernel_size=3, stride=stride, padding=1, bias=False)
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+            model.conv1, model.maxpool = conv, nn.Identity()
     return model
 
 
-def adapt_stem(model: nn.Module, stem: str) -> None:
-    """Replace torchvision's first convolution and max-pool by those of a `cifar` or `small` stem, in place."""
-    model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride={"cifar": 1, "small": 2}[stem], padding=1, bias=False)
-    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-    model.maxpool = nn.Identity()
-
-
 def infer_architecture(weights: Mapping[str, Tensor]) -> tuple[str, int]:
-    """Read the stem and the number of classes off a ResNet-18's tensors.
+    """Return the stem and the number of classes of a ResNet-18's tensors.
 
-    A 3x3 stem is taken as `cifar`: its stride leaves no trace in the weights. Raises UserError for another network.
+    A 3x3 stem counts as `cifar`: its stride leaves no trace in the weights. Raises UserError for another network.
     """
     conv, head = weights.get("conv1.weight"), weights.get("fc.weight")
     if conv is None or head is None or head.ndim != 2:
@@ -49,21 +45,18 @@ def infer_architecture(weights: Mapping[str, Tensor]) -> tuple[str, int]:
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load a state dict, every key of it and no other. Raises UserError that names the first tensor that differs.
+    """Load a whole state dict. Raises UserError that names the first tensor that differs.
 
-    As in torch, BatchNorm's counters may be missing: files of before 2018 have none.
+    As in torch, BatchNorm's counters may be missing: files from before 2018 have none.
     """
     own = model.state_dict()
     weights = {key: value for key, value in own.items() if key.endswith("num_batches_tracked")} | dict(weights)
+    shapes, own_shapes = ({key: list(value.shape) for key, value in each.items()} for each in (weights, own))
     for key in sorted(own.keys() | weights.keys()):
+        if shapes.get(key) == own_shapes.get(key):
+            continue
+        reason = f"{key} has the shape {shapes.get(key)}, not {own_shapes.get(key)}"
         if key not in weights or key not in own:
-            where = "missing from" if key not in weights else "unknown in"
-            raise UserError(
-                f"these weights are not this ResNet-18's: {key} is {where} the {'file' if key in own else 'model'}"
-            )
-        if own[key].shape != weights[key].shape:
-            raise UserError(
-                f"these weights are not this ResNet-18's: {key} has the shape {list(weights[key].shape)},"
-                f" not {list(own[key].shape)}"
-            )
+            reason = f"{key} is missing from the file" if key in own else f"{key} is unknown in the model"
+        raise UserError(f"these weights are not this ResNet-18's: {reason}")
     model.load_state_dict(weights)

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step, so that a resumed run needs no scheduler's memory."""
+"""The learning rate as a pure function of the step, so that a resumed run needs no scheduler state."""
 
 import math
 
@@ -7,11 +7,11 @@ from cifar_dist.config.recipe import Recipe
 
 
 def learning_rate(recipe: Recipe, plan: RunPlan, step: int) -> float:
-    """Give the learning rate of a step, counted from 0: the peak, times warm-up, times the schedule's factor.
+    """Return the learning rate of a step, counted from 0: peak x warm-up x the schedule's factor.
 
-    Warm-up rises linearly and reaches 1 at the last of its steps. After it, with p the part of the remaining steps that
-    is done: `constant` stays at 1, `cosine` is (1 + cos(pi p)) / 2 (arXiv 1608.03983, without restarts), `triangular`
-    is 1 - p, and `step` is gamma to the number of whole `step_epochs` since the start of the run.
+    Warm-up rises linearly to 1 at the last of its steps. Then, with p the fraction of the remaining steps that is done:
+    `constant` is 1, `cosine` (1 + cos(pi p)) / 2 (arXiv 1608.03983, without restarts), `triangular` 1 - p, and `step`
+    gamma to the number of whole `step_epochs` since the start of the run.
     """
     schedule = recipe.schedule
     warmup_steps = round(schedule.warmup_fraction * plan.total_steps)
@@ -30,7 +30,7 @@ def learning_rate(recipe: Recipe, plan: RunPlan, step: int) -> float:
 
 
 def learning_rate_line(recipe: Recipe, plan: RunPlan) -> str:
-    """Say in words how the learning rate goes."""
+    """Describe the learning rate at the start, at its peak and at the end."""
     last = plan.total_steps - 1
     peak = round(recipe.schedule.warmup_fraction * plan.total_steps) - 1
     parts = [f"{learning_rate(recipe, plan, 0):.4g} at the start"]

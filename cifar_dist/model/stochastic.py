@@ -1,32 +1,31 @@
-"""Dropout before the head whose masks are functions of (seed, epoch, sample), equal on every device and world size."""
+"""Dropout before the head, with masks that are functions of (seed, epoch, sample), equal on every device."""
 
 import torch
 from torch import Tensor, nn
 
 
 class HeadDropout:
-    """Drops features of the last layer's input while the model trains; the model's state dict stays as it was.
+    """Drops inputs of the last layer in training; the model's state dict stays as it was.
 
-    A feature's fate is a hash of (key, sample, feature), not a draw of the device: whether it falls does not depend on
-    who computes it, or with whom.
+    The mask is a hash of (key, sample, feature), not a draw of the device, so it does not depend on the batch.
     """
 
     def __init__(self, model: nn.Module, probability: float) -> None:
         self.probability = probability
         self._samples: Tensor | None = None
         head: nn.Module = model.fc  # type: ignore[assignment]
-        # On the device, so that it may change while the operations stay the same (`ReplayedSteps`).
+        # On the device, so that it may change between replays of a CUDA graph.
         self._key = torch.zeros(2, dtype=torch.int64, device=next(head.parameters()).device)
         head.register_forward_pre_hook(self._drop)
 
     def set_key(self, key: int) -> None:
-        """Say by which number of 63 bits the next batches are drawn: it stands for seed and epoch."""
+        """Set the key of the next batches, 63 bits that stand for seed and epoch."""
         low, high = self._key
         low.fill_(key & 0xFFFFFFFF)
         high.fill_(key >> 32)
 
     def set_samples(self, samples: Tensor) -> None:
-        """Say which samples (B,) int64 the next batch holds."""
+        """Set the samples (B,) int64 of the next batch."""
         self._samples = samples
 
     def _drop(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -38,11 +37,10 @@ class HeadDropout:
 
 
 def uniform_hash(samples: Tensor, count: int, key: Tensor) -> Tensor:
-    """Give `count` numbers in [0, 1) for each sample (B,) int64: (B, count) float32.
+    """Return `count` numbers in [0, 1) for each sample (B,) int64, as (B, count) float32.
 
-    `key` (2,) int64 holds the lower 32 bits and the others.
-
-    32-bit integer mixing in int64, which every device does exactly: MurmurHash3's finaliser, twice.
+    `key` (2,) int64 holds the low and high 32 bits. MurmurHash3's finalizer, twice, in int64, which is exact on every
+    device.
     """
     feature = torch.arange(count, device=samples.device)
     mixed = _mix(samples + key[0]).unsqueeze(1) + feature * 0x9E3779B1

@@ -1,4 +1,4 @@
-"""Which device, how precise, how many threads: decided by pure functions from facts that are probed once."""
+"""Device, precision and threads: pure functions of what was requested and of facts that are probed once."""
 
 import os
 import platform
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -17,14 +18,28 @@ from cifar_dist.config.accelerate_config import (
     requested_compiler,
     requested_precision,
 )
-from cifar_dist.config.cpus import usable_cpus
+from cifar_dist.config.cpus import choose_num_threads
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.world import World
-from cifar_dist.runtime.precision import FULL_NAMES, DeviceFacts, DeviceType, Precision, resolve_precision
-from cifar_dist.runtime.threads import choose_num_threads, usable_cores
+
+DeviceType = Literal["cpu", "mps", "cuda"]
+Precision = Literal["no", "fp16", "bf16"]
+FULL_NAMES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 SHARE_GPU = "CIFAR_DIST_SHARE_GPU"
-"""Set to 1, this environment variable lets several ranks share a GPU, over gloo: how DDP is tested with one GPU."""
+"""Set to 1, this environment variable lets several ranks share a GPU, over gloo, to test DDP with one GPU."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceFacts:
+    """What decides how precisely a device can compute."""
+
+    type: DeviceType
+    cpu_has_fast_bf16: bool = False
+    """Whether the processor is faster in bfloat16 than in float32."""
+    cuda_capability: tuple[int, int] = (0, 0)
+    macos_version: int = 0
+    """Major version; 0 elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,13 +53,13 @@ class ComputeSettings:
     compiler: str | None
     """torch.compile's backend; None: the model is not compiled."""
     replays: bool
-    """Whether whole training steps are recorded as CUDA graphs and replayed; never with a compiler."""
+    """Whether whole training steps are replayed as CUDA graphs; never with a compiler."""
     notes: tuple[str, ...]
-    """Lines that a person should read: what was asked for and cannot be had."""
+    """Lines for the user: what was requested and is not available."""
 
     @property
     def line(self) -> str:
-        """Device, precision and threads in words."""
+        """Device, precision with its reason, and threads."""
         how = f", compiled by {self.compiler.lower()}" if self.compiler else ""
         how = ", steps replayed as CUDA graphs" if self.replays else how
         reason = f" ({self.precision_reason})" if self.precision_reason else ""
@@ -58,7 +73,7 @@ class ComputeSettings:
 
     @property
     def backend(self) -> str | None:
-        """The compiler, or CUDAGRAPHS where steps are replayed: what `bench` calls the compiler."""
+        """The compiler, or CUDAGRAPHS if steps are replayed."""
         return "CUDAGRAPHS" if self.replays else self.compiler
 
     @property
@@ -76,54 +91,76 @@ def choose_compute(
     doing: str = "training",
     micro_batches: int = 1,
 ) -> ComputeSettings:
-    """Choose device, precision and threads; the notes say of the number of processes, too, which one counts.
+    """Choose device, precision, threads and compiler, with notes on what was requested and is not available.
 
-    `num_threads` is that of a run which goes on, `doing` a word for notes; a step has so many `micro_batches`.
+    `num_threads` is a resumed run's, `doing` a word for the notes, `micro_batches` their number in a step.
     """
-    asked_cpu = cpu_requested(config, environ)
-    facts, other_count = probe(use_cpu=asked_cpu), process_count_note(world, config)
+    use_cpu = cpu_requested(config, environ)
+    facts, other_count = probe(use_cpu=use_cpu), process_count_note(world, config)
     notes = [*config.notes, *([] if other_count is None else [other_count])]
-    if facts.type == "cpu" and not asked_cpu:
+    if facts.type == "cpu" and not use_cpu:
         notes.append("no MPS or CUDA device here: the CPU computes")
-    wish = requested_precision(typed_precision, config, environ)
-    precision, reason = resolve_precision(wish, facts)
-    if wish not in ("auto", precision):
+    requested = requested_precision(typed_precision, config, environ)
+    precision, reason = resolve_precision(requested, facts)
+    if requested not in ("auto", precision):
         notes.append(f"{reason}: using {FULL_NAMES[precision]}")
-    if wish == "auto" and precision != "no" and environ.get("ACCELERATE_MIXED_PRECISION") == "no":
+    if requested == "auto" and precision != "no" and environ.get("ACCELERATE_MIXED_PRECISION") == "no":
         notes.append(
             f"accelerate launch has mixed_precision no, its default: using {FULL_NAMES[precision]};"
             " --precision no for float32"
         )
-    wished = requested_compiler(config, environ)
-    compiler = None if wished == "CUDAGRAPHS" else wished
-    if compiler and (obstacle := _cannot_compile(facts.type, compiler)):
+    backend = requested_compiler(config, environ)
+    compiler = None if backend == "CUDAGRAPHS" else backend
+    if compiler and (obstacle := _compile_obstacle(facts.type, compiler)):
         compiler = None
         notes.append(f"{obstacle}: not compiled")
     elif compiler and doing == "training":
         notes.append("the first step compiles the model, which takes half a minute or more")
     has_steps = doing in ("training", "measuring")
-    obstacle = _cannot_replay(facts.type, precision, world, micro_batches)
-    if wished == "CUDAGRAPHS" and obstacle and has_steps:
+    obstacle = _replay_obstacle(facts.type, precision, world, micro_batches)
+    if backend == "CUDAGRAPHS" and obstacle and has_steps:
         notes.append(f"{obstacle}: steps are not replayed")
+    if num_threads is None:
+        num_threads = choose_num_threads(
+            environ, local_processes=world.local_size, torch_threads=torch.get_num_threads()
+        )
     return ComputeSettings(
         device_type=facts.type,
         precision=precision,
         precision_reason=reason,
-        num_threads=num_threads
-        or choose_num_threads(
-            environ,
-            cores=usable_cores(),
-            local_processes=world.local_size,
-            default=min(torch.get_num_threads(), usable_cpus()),
-        ),
+        num_threads=num_threads,
         compiler=compiler,
-        replays=has_steps and obstacle is None and wished in (None, "CUDAGRAPHS") and config.dynamo_backend != "NO",
+        replays=has_steps and obstacle is None and backend in (None, "CUDAGRAPHS") and config.dynamo_backend != "NO",
         notes=tuple(notes),
     )
 
 
-def _cannot_compile(device_type: str, compiler: str) -> str | None:
-    """Say why a model cannot be compiled here."""
+def resolve_precision(requested: str, facts: DeviceFacts) -> tuple[Precision, str]:
+    """Return the precision for `auto`, `no`, `fp16` or `bf16`, and the reason if it is not the requested one."""
+    best, reason, supported = _supported_precisions(facts)
+    if requested in supported:
+        return requested, ""  # type: ignore[return-value]
+    return best, reason if requested == "auto" else f"{requested} is not served by this {facts.type}: {reason}"
+
+
+def _supported_precisions(facts: DeviceFacts) -> tuple[Precision, str, tuple[str, ...]]:
+    """Return the best precision, why it is the best, and all that the device supports."""
+    if facts.type == "cpu":  # has no gradient scaler for fp16
+        if facts.cpu_has_fast_bf16:
+            return "bf16", "this processor has fast bf16", ("no", "bf16")
+        return "no", "no fast bf16 here", ("no", "bf16")
+    if facts.type == "mps":  # bf16 was half as fast as float32 on an M1 Pro
+        supported = ("no", "fp16", "bf16") if facts.macos_version >= 14 else ("no", "fp16")
+        return "no", "the fastest that is safe on MPS", supported
+    capability = "compute capability {}.{}".format(*facts.cuda_capability)
+    if facts.cuda_capability >= (8, 0):  # `is_bf16_supported()` also counts emulation
+        return "bf16", capability, ("no", "fp16", "bf16")
+    if facts.cuda_capability >= (7, 0):
+        return "fp16", f"{capability} has fp16 tensor cores and no bf16", ("no", "fp16")
+    return "no", f"{capability} has no tensor cores", ("no", "fp16")
+
+
+def _compile_obstacle(device_type: str, compiler: str) -> str | None:
     if device_type == "mps":
         return "compiled training is slower on MPS (pytorch#192551)"
     names = [os.environ.get("CXX", "g++"), "g++", "clang++", "cl"]
@@ -132,8 +169,7 @@ def _cannot_compile(device_type: str, compiler: str) -> str | None:
     return None
 
 
-def _cannot_replay(device_type: str, precision: str, world: World, micro_batches: int) -> str | None:
-    """Say why steps cannot be replayed as CUDA graphs here."""
+def _replay_obstacle(device_type: str, precision: str, world: World, micro_batches: int) -> str | None:
     if device_type != "cuda":
         return "CUDAGRAPHS needs a CUDA device"
     if world.size > 1:
@@ -144,21 +180,20 @@ def _cannot_replay(device_type: str, precision: str, world: World, micro_batches
 
 
 def probe(*, use_cpu: bool) -> DeviceFacts:
-    """Look at this machine: the best accelerator there is, or the CPU where that is asked for."""
+    """Return the facts of the best accelerator, or of the CPU if requested."""
     if not use_cpu and torch.cuda.is_available():
         return DeviceFacts(type="cuda", cuda_capability=torch.cuda.get_device_capability())
     if not use_cpu and torch.backends.mps.is_available():
-        macos = int(platform.mac_ver()[0].split(".")[0] or 0)
-        return DeviceFacts(type="mps", macos_version=macos)
+        return DeviceFacts(type="mps", macos_version=int(platform.mac_ver()[0].split(".")[0] or 0))
     return DeviceFacts(type="cpu", cpu_has_fast_bf16=_cpu_has_fast_bf16())
 
 
 def _cpu_has_fast_bf16() -> bool:
-    """Ask torch (`get_capabilities` from 2.12 on) for AMX, ARM's BF16, or AVX512-BF16 on a processor not of Intel's.
+    """Return True for AMX, ARM's BF16, and AVX512-BF16 except on Intel.
 
-    On an Intel Xeon with AVX512-BF16 and without AMX bf16 has 0.67 to 0.8 of float32's speed (docs/benchmarks.md).
+    An Intel Xeon with AVX512-BF16 and without AMX has 0.67 to 0.8 of float32's speed (docs/benchmarks.md).
     """
-    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.12 on
     if capabilities:
         matrix, vector = capabilities.get("amx_bf16") or capabilities.get("bf16"), capabilities.get("avx512_bf16")
     else:
@@ -172,14 +207,12 @@ def _is_intel() -> bool:
 
 
 def check_world(world: World, device_type: str, environ: Mapping[str, str]) -> None:
-    """Raise UserError where these processes cannot work together on these devices."""
-    if world.size == 1:
-        return
-    if device_type == "mps":
+    """Raise UserError if these processes cannot work together on their devices."""
+    if world.size > 1 and device_type == "mps":
         raise UserError(f"{world.size} processes cannot share a Mac's MPS device: start one, or set use_cpu: true")
-    if device_type == "cuda" and not environ.get(SHARE_GPU):
+    if world.size > 1 and device_type == "cuda" and not environ.get(SHARE_GPU):
         visible = torch.cuda.device_count()
-        own_by_slurm = world.launcher == "slurm" and visible == 1  # --gpus-per-task=1: each sees its own
+        own_by_slurm = world.launcher == "slurm" and visible == 1  # --gpus-per-task=1: each task sees its own
         if visible < world.local_size and not own_by_slurm:
             raise UserError(
                 f"{world.local_size} processes on a machine with {visible} GPU: start as many as there are GPUs,"
@@ -188,13 +221,12 @@ def check_world(world: World, device_type: str, environ: Mapping[str, str]) -> N
 
 
 def describe_devices() -> dict[str, str]:
-    """Say in words what there is to compute on: names and values."""
+    """Return names and descriptions of the devices, for `doctor`."""
     lines = {"CPU": "has fast bf16 arithmetic" if _cpu_has_fast_bf16() else "has no fast bf16 arithmetic"}
     gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
-    lines |= {
-        f"GPU {number}": f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
-        for number, gpu in enumerate(gpus)
-    }
+    for number, gpu in enumerate(gpus):
+        capability, memory = f"compute capability {gpu.major}.{gpu.minor}", f"{gpu.total_memory / 2**30:.0f} GiB"
+        lines[f"GPU {number}"] = f"{gpu.name}, {capability}, {memory}"
     if not gpus:
         lines["CUDA"] = "no GPU is visible" + ("" if torch.version.cuda else "; this torch is built without CUDA")
     if torch.backends.mps.is_available():
@@ -205,7 +237,7 @@ def describe_devices() -> dict[str, str]:
 
 
 def memory_format(device_type: str) -> torch.memory_format:
-    """Give channels_last for CPU and CUDA, where it is faster, and contiguous for MPS.
+    """Return channels_last for CPU and CUDA, which is faster there.
 
     On MPS the backward of BatchNorm in channels_last is wrong or crashes (pytorch#175189).
     """
@@ -213,7 +245,7 @@ def memory_format(device_type: str) -> torch.memory_format:
 
 
 def peak_process_memory_mib() -> int | None:
-    """Give the largest memory this process has had; None on Windows, where Python does not say."""
+    """Return the peak resident memory of this process; None on Windows, where Python cannot tell."""
     try:
         import resource
     except ImportError:

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -15,15 +15,13 @@ from accelerate.utils import DistributedDataParallelKwargs, TorchDynamoPlugin
 from torch import Tensor, distributed, nn
 
 from cifar_dist.config.accelerate_config import AccelerateConfig, cpu_requested
-from cifar_dist.config.cpus import usable_cpus
+from cifar_dist.config.cpus import choose_num_threads
 from cifar_dist.config.errors import SharedError, UserError
 from cifar_dist.config.world import World
 from cifar_dist.runtime import device as device_module
-from cifar_dist.runtime import graphs
 from cifar_dist.runtime.device import SHARE_GPU, ComputeSettings
 from cifar_dist.runtime.ranks import Ranks
 from cifar_dist.runtime.rendezvous import rendezvous
-from cifar_dist.runtime.threads import choose_num_threads, usable_cores
 
 _ACCELERATE_KNOWS: list[dict[str, Any]] = [
     kind._shared_state for kind in (PartialState, AcceleratorState, GradientState)
@@ -43,10 +41,6 @@ class Runtime:
         self.precision, self.num_threads = compute.precision, compute.num_threads
         self.device: torch.device = accelerator.device
         self.memory_format = device_module.memory_format(self.device.type)
-        self.new_recorder: Callable[[], Callable[[Callable[[], object]], Callable[[], object]]] | None = None
-        """Gives what records work of the device, to be repeated; None: the host gives the device each step anew."""
-        if compute.replays:
-            self.new_recorder = graphs.new_recorder
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Wrap a model (already on the device) and its optimiser for this world and precision."""
@@ -254,12 +248,7 @@ def _tell_accelerate(world: World, *, cpu: bool) -> None:
             os.environ.pop(name, None)
         return
     visible = torch.cuda.device_count() if torch.cuda.is_available() else world.local_size
-    threads = choose_num_threads(
-        os.environ,
-        cores=usable_cores(),
-        local_processes=world.local_size,
-        default=min(torch.get_num_threads(), usable_cpus()),
-    )
+    threads = choose_num_threads(os.environ, local_processes=world.local_size, torch_threads=torch.get_num_threads())
     os.environ |= {
         "RANK": str(world.rank),
         "WORLD_SIZE": str(world.size),

@@ -42,7 +42,7 @@ class RunningSums:
     def add(self, loss_sum: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Take in a batch: its summed loss (), logits (B, num_classes) and labels (B,).
 
-        Everything is done in place and with tensors, so that it can be replayed (`ReplayedSteps`).
+        Everything is done in place and with tensors, so that it can be replayed (`CudaGraphStep`).
         """
         hits = (logits.argmax(1) == labels).sum()
         self._sums += torch.stack([loss_sum.float(), hits.float(), self._count * len(labels)])

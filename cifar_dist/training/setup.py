@@ -19,10 +19,10 @@ from cifar_dist.model.stochastic import HeadDropout
 from cifar_dist.run.results import Observer
 from cifar_dist.runtime.distributed import Runtime
 from cifar_dist.runtime.interrupt import Interrupt
+from cifar_dist.training.cuda_graphs import CudaGraphStep
 from cifar_dist.training.early_stopping import EarlyStopping
 from cifar_dist.training.evaluation import EvaluationSet
 from cifar_dist.training.metrics import RunningSums
-from cifar_dist.training.replay import ReplayedSteps
 from cifar_dist.training.state import TrainState
 from cifar_dist.training.step import TrainingStep
 from cifar_dist.training.trainer import Trainer
@@ -73,9 +73,7 @@ def build_trainer(
 
 
 def _training_step(recipe: Recipe, plan: RunPlan, runtime: Runtime, state: TrainState) -> TrainingStep:
-    replayed = None
-    if runtime.new_recorder is not None and plan.gradient_accumulation_steps == 1:
-        replayed = ReplayedSteps(runtime.new_recorder(), state.optimizer)
+    replays = runtime.compute.replays and plan.gradient_accumulation_steps == 1
     return TrainingStep(
         recipe=recipe,
         plan=plan,
@@ -83,7 +81,7 @@ def _training_step(recipe: Recipe, plan: RunPlan, runtime: Runtime, state: Train
         state=state,
         frozen=parts_to_freeze(state.model, recipe.stem) if recipe.freeze_epochs else (),
         dropout=HeadDropout(state.model, recipe.dropout) if recipe.dropout else None,
-        replayed=replayed,
+        cuda_graph=CudaGraphStep(state.optimizer) if replays else None,
     )
 
 

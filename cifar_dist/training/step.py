@@ -13,8 +13,8 @@ from cifar_dist.model.optimizer import set_learning_rate
 from cifar_dist.model.schedule import learning_rate
 from cifar_dist.model.stochastic import HeadDropout
 from cifar_dist.runtime.distributed import Runtime
+from cifar_dist.training.cuda_graphs import CudaGraphStep
 from cifar_dist.training.metrics import batch_loss
-from cifar_dist.training.replay import ReplayedSteps
 from cifar_dist.training.state import TrainState
 
 
@@ -23,7 +23,7 @@ class TrainingStep:
     """Changes a state's weights by a batch; it counts nothing and decides nothing.
 
     What changes from one step to the next (learning rate, number of the step, dropout's key) is set before `_work`,
-    which may be replayed (`ReplayedSteps`) and then has all of Python's values as they were.
+    which may be replayed (`CudaGraphStep`) and then has all of Python's values as they were.
     """
 
     recipe: Recipe
@@ -33,8 +33,8 @@ class TrainingStep:
     frozen: tuple[nn.Parameter, ...] = ()
     """The parameters that stay as they are in the first `freeze_epochs`."""
     dropout: HeadDropout | None = None
-    replayed: ReplayedSteps | None = None
-    """None: each step is given to the device anew."""
+    cuda_graph: CudaGraphStep | None = None
+    """None: each step is launched operation by operation."""
 
     def __post_init__(self) -> None:
         self.model, self.optimizer = self.runtime.prepare(self.state.model, self.state.optimizer)
@@ -51,10 +51,10 @@ class TrainingStep:
         set_learning_rate(self.optimizer, learning_rate(self.recipe, self.plan, step))
         self.state.sums.at_step(step + 1)
         work = functools.partial(self._work, is_frozen=is_frozen)
-        if self.replayed is None or batch.images_in_step < self.plan.global_batch_size:
+        if self.cuda_graph is None or batch.images_in_step < self.plan.global_batch_size:
             work(batch)
         else:
-            self.replayed.do(work, batch, kind=is_frozen)
+            self.cuda_graph.run(work, batch, kind=is_frozen)
 
     def _work(self, batch: Batch, *, is_frozen: bool) -> None:
         if self.dropout is not None:

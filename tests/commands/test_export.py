@@ -87,7 +87,7 @@ def test_the_metadata_says_how_to_use_it(folder):
         about = file.metadata()
     assert json.loads(about["mean"]) == [0.5, 0.5, 0.5] and about["stem"] == "imagenet"
     assert json.loads(about["classes"])[3] == "class3" and json.loads(about["image_size"]) == 32
-    other = export._about(dataclasses.replace(read_weights(folder / RUN), recipe=make_recipe(base="standard")))
+    other = export._metadata(dataclasses.replace(read_weights(folder / RUN), recipe=make_recipe(base="standard")))
     assert json.loads(other["mean"]) == [0.4914, 0.4822, 0.4465]
     assert json.loads(other["std"]) == [0.2470, 0.2435, 0.2616]
 

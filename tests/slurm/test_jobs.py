@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from cifar_dist.cli import main
-from cifar_dist.runtime.threads import usable_cores
+from cifar_dist.config.cpus import usable_cores
 from tests.commands.test_train import assert_same_run
 from tests.conftest import ROOT, make_images
 from tests.slurm.conftest import Cluster, read_log

@@ -13,8 +13,8 @@ from cifar_dist.config.accelerate_config import (
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.world import World
 from cifar_dist.runtime import device
+from cifar_dist.runtime.device import DeviceFacts
 from cifar_dist.runtime.launch import child_environment
-from cifar_dist.runtime.precision import DeviceFacts
 
 SINGLE, MULTI = "distributed_type: 'NO'\n", "distributed_type: MULTI_GPU\nnum_processes: 2\nmain_process_port: 0\n"
 

@@ -38,7 +38,7 @@ IMAGES = [Path("a.png")]
         ("eval --ckpt x.pt", EvalOptions(checkpoint=Path("x.pt"), split="test", tta="none")),
         ("predict --ckpt x.pt a.png", PredictOptions(checkpoint=Path("x.pt"), images=IMAGES, top=5)),
         ("predict --ckpt x.pt a.png --top 1", PredictOptions(checkpoint=Path("x.pt"), images=IMAGES, top=1)),
-        ("bench", BenchOptions(recipe="standard", seconds=10.0, sweep=False, assignments={})),
+        ("bench", BenchOptions(recipe="standard", seconds=10.0, assignments={})),
         (
             "bench --recipe plain --seconds 2.5 --json j --set stem=small",
             BenchOptions(recipe="plain", seconds=2.5, json=Path("j"), assignments={"stem": "small"}),

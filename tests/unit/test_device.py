@@ -1,27 +1,23 @@
-"""Precision, threads and memory format as pure functions of facts."""
+"""Device, precision, threads and compiler as pure functions of facts; the CPUs that a process may use."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from cifar_dist.config import cpus
 from cifar_dist.config.accelerate_config import AccelerateConfig
+from cifar_dist.config.cpus import choose_num_threads
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.world import World
-from cifar_dist.runtime.device import (
-    SHARE_GPU,
-    DeviceFacts,
-    check_world,
-    choose_compute,
-    describe_devices,
-    memory_format,
-    probe,
-    resolve_precision,
-)
+from cifar_dist.data import folder
+from cifar_dist.runtime import device
+from cifar_dist.runtime.device import SHARE_GPU, DeviceFacts, choose_compute, probe, resolve_precision
 from cifar_dist.runtime.distributed import _tell_accelerate, connect, start
-from cifar_dist.runtime.threads import choose_num_threads
+from tests.conftest import ROOT
 
 CPU = DeviceFacts(type="cpu")
 CPU_BF16 = DeviceFacts(type="cpu", cpu_has_fast_bf16=True)
@@ -30,30 +26,27 @@ OLD_MPS = DeviceFacts(type="mps", macos_version=13)
 AMPERE = DeviceFacts(type="cuda", cuda_capability=(8, 0))
 VOLTA = DeviceFacts(type="cuda", cuda_capability=(7, 0))
 PASCAL = DeviceFacts(type="cuda", cuda_capability=(6, 1))
+ON_CPU = AccelerateConfig(use_cpu=True)
 
 
 @pytest.mark.parametrize(
-    ("device", "backend", "found", "reason"),
+    ("facts", "backend", "found", "reason"),
     [
-        ("cpu", "INDUCTOR", True, None),
-        ("cpu", "INDUCTOR", False, "INDUCTOR needs a C++ compiler"),
-        ("cpu", "EAGER", False, None),
-        ("mps", "INDUCTOR", True, "compiled training is slower on MPS"),
+        (CPU, "INDUCTOR", True, None), (CPU, "INDUCTOR", False, "INDUCTOR needs a C++ compiler"),
+        (CPU, "EAGER", False, None), (MPS, "INDUCTOR", True, "compiled training is slower on MPS"),
     ],
-)
-def test_what_cannot_be_compiled_is_not_and_is_said(monkeypatch, device, backend, found, reason):
-    monkeypatch.setattr("cifar_dist.runtime.device.probe", lambda **_: {"cpu": CPU, "mps": MPS}[device])
+)  # fmt: skip
+def test_a_model_is_compiled_or_a_note_gives_the_reason(monkeypatch, facts, backend, found, reason):
+    monkeypatch.setattr(device, "probe", lambda **_: facts)
     monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/c++" if found else None)
     compute = choose_compute(AccelerateConfig(path="x.yaml", dynamo_backend=backend), {}, World())
     assert compute.compiler == (backend if reason is None else None)
-    assert ("compiled by" in compute.line) == (reason is None)
-    threads = f"{compute.num_threads} thread{'s' if compute.num_threads > 1 else ''}"
-    assert compute.short == f"{device} · float32 · {threads}" + ("" if reason else " · compiled")
+    assert ("compiled by" in compute.line) == compute.short.endswith(" · compiled") == (reason is None)
     assert any((reason or "?") in note and note.endswith(": not compiled") for note in compute.notes) == bool(reason)
     assert any("first step compiles" in note for note in compute.notes) == (reason is None), "a wait is announced"
 
 
-def test_which_number_of_processes_counts_is_said():
+def test_a_note_tells_which_number_of_processes_counts():
     four, world = AccelerateConfig(path="four.yaml", num_processes=4), World(size=2, local_size=2, launcher="torchrun")
     assert choose_compute(four, {}, world).notes[0].startswith("WORLD_SIZE says that there are 2 processes")
 
@@ -61,72 +54,61 @@ def test_which_number_of_processes_counts_is_said():
 @pytest.mark.parametrize(
     ("precision", "world", "micro_batches", "obstacle"),
     [
-        ("bf16", World(), 1, None),
-        ("no", World(), 1, None),
+        ("bf16", World(), 1, None), ("no", World(), 1, None),
         ("fp16", World(), 1, "CUDAGRAPHS cannot replay fp16's scaler, which asks the device"),
         ("no", World(size=2), 1, "CUDAGRAPHS replays the steps of one process, and there are 2"),
         ("no", World(), 2, "CUDAGRAPHS replays steps of one micro-batch, and they have 2"),
     ],
-)
+)  # fmt: skip
 def test_steps_are_replayed_where_they_can_be(monkeypatch, precision, world, micro_batches, obstacle):
-    monkeypatch.setattr("cifar_dist.runtime.device.probe", lambda **_: AMPERE)
+    monkeypatch.setattr(device, "probe", lambda **_: AMPERE)
     for config in (AccelerateConfig(), AccelerateConfig(path="x.yaml", dynamo_backend="CUDAGRAPHS")):
         compute = choose_compute(config, {}, world, typed_precision=precision, micro_batches=micro_batches)
-        said = config.path is not None and obstacle is not None  # nobody else asked for it
-        assert compute.notes == ((f"{obstacle}: steps are not replayed",) if said else ())
-        assert compute.replays == (obstacle is None)
-        assert compute.compiler is None
+        noted = config.path is not None and obstacle is not None  # nobody else asked for it
+        assert compute.notes == ((f"{obstacle}: steps are not replayed",) if noted else ())
+        assert (compute.replays, compute.compiler) == (obstacle is None, None)
         assert compute.line.endswith(", steps replayed as CUDA graphs") == compute.replays
         assert compute.short.endswith(" · replayed") == compute.replays
 
 
 @pytest.mark.parametrize(
-    ("backend", "doing", "device", "backends"),
+    ("backend", "doing", "facts", "expected"),
     [
         (None, "training", AMPERE, "CUDAGRAPHS"), (None, "measuring", AMPERE, "CUDAGRAPHS"),
         (None, "evaluating", AMPERE, None), ("CUDAGRAPHS", "training", AMPERE, "CUDAGRAPHS"),
         ("CUDAGRAPHS", "predicting", AMPERE, None), ("NO", "training", AMPERE, None),
-        ("INDUCTOR", "training", AMPERE, "INDUCTOR"), (None, "training", CPU, None),
-        ("INDUCTOR", "training", CPU, "INDUCTOR"), (None, "training", MPS, None),
+        ("INDUCTOR", "training", AMPERE, "INDUCTOR"), (None, "training", CPU, None), (None, "training", MPS, None),
     ],
 )  # fmt: skip
-def test_steps_are_replayed_by_default_but_where_a_config_compiles_or_says_no(
-    monkeypatch, backend, doing, device, backends
-):
-    monkeypatch.setattr("cifar_dist.runtime.device.probe", lambda **_: device)
+def test_steps_are_replayed_unless_a_config_compiles_or_says_no(monkeypatch, backend, doing, facts, expected):
+    monkeypatch.setattr(device, "probe", lambda **_: facts)
     monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/c++")
     config = AccelerateConfig(path="x.yaml", dynamo_backend=backend)
     for environ in ({}, {"ACCELERATE_DYNAMO_BACKEND": "no"}):  # the latter is what accelerate launch sets
         compute = choose_compute(config, environ, World(), doing=doing)
-        assert compute.backend == backends
+        assert compute.backend == expected
         assert not any("not replayed" in note for note in compute.notes)
     outer = {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}  # of an outer launcher that compiles
     assert choose_compute(AccelerateConfig(), outer, World(), doing=doing).backend == (
-        None if device is MPS else "INDUCTOR"
+        None if facts is MPS else "INDUCTOR"
     )
 
 
-ON_CPU = AccelerateConfig(use_cpu=True)
-
-
 @pytest.mark.parametrize(
-    ("wish", "facts", "precision", "differs"),
+    ("requested", "facts", "precision"),
     [
-        ("auto", CPU, "no", False), ("auto", CPU_BF16, "bf16", False), ("no", CPU_BF16, "no", False),
-        ("bf16", CPU, "bf16", False), ("fp16", CPU, "no", True), ("fp16", CPU_BF16, "bf16", True),
-        ("auto", MPS, "no", False), ("bf16", MPS, "bf16", False), ("fp16", MPS, "fp16", False),
-        ("bf16", OLD_MPS, "no", True), ("fp16", OLD_MPS, "fp16", False),
-        ("auto", AMPERE, "bf16", False), ("bf16", AMPERE, "bf16", False), ("fp16", AMPERE, "fp16", False),
-        ("no", AMPERE, "no", False),
-        ("auto", VOLTA, "fp16", False), ("bf16", VOLTA, "fp16", True), ("auto", PASCAL, "no", False),
-        ("bf16", PASCAL, "no", True),
+        ("auto", CPU, "no"), ("auto", CPU_BF16, "bf16"), ("no", CPU_BF16, "no"), ("bf16", CPU, "bf16"),
+        ("fp16", CPU, "no"), ("fp16", CPU_BF16, "bf16"),
+        ("auto", MPS, "no"), ("bf16", MPS, "bf16"), ("fp16", MPS, "fp16"), ("bf16", OLD_MPS, "no"),
+        ("fp16", OLD_MPS, "fp16"), ("auto", AMPERE, "bf16"), ("fp16", AMPERE, "fp16"), ("no", AMPERE, "no"),
+        ("auto", VOLTA, "fp16"), ("bf16", VOLTA, "fp16"), ("auto", PASCAL, "no"), ("bf16", PASCAL, "no"),
     ],
 )  # fmt: skip
-def test_a_wish_becomes_what_the_device_can_serve(wish, facts, precision, differs):
-    chosen, reason = resolve_precision(wish, facts)
+def test_a_requested_precision_becomes_what_the_device_supports(requested, facts, precision):
+    chosen, reason = resolve_precision(requested, facts)
     assert chosen == precision
-    assert (f"{wish} is not served" in reason) == differs
-    assert (reason == "") == (wish == chosen), "what was asked for needs no reason"
+    assert (f"{requested} is not served" in reason) == (requested not in ("auto", precision))
+    assert (reason == "") == (requested == chosen), "what was requested needs no reason"
 
 
 @pytest.mark.parametrize(
@@ -143,8 +125,71 @@ def test_a_wish_becomes_what_the_device_can_serve(wish, facts, precision, differ
         ({"SLURM_CPUS_PER_TASK": "3"}, 2, 4),  # of the job, and this is no task of it
     ],
 )  # fmt: skip
-def test_threads_are_the_users_or_a_share_of_the_cores(environ, processes, threads):
-    assert choose_num_threads(environ, cores=8, local_processes=processes, default=6) == threads
+def test_threads_are_the_users_or_a_share_of_the_cores(monkeypatch, environ, processes, threads):
+    monkeypatch.setattr(cpus, "usable_cores", lambda: 8)
+    monkeypatch.setattr(cpus, "usable_cpus", lambda: 16)
+    assert choose_num_threads(environ, local_processes=processes, torch_threads=6) == threads
+
+
+V2, V1 = "0::/jobs/mine\n", "4:cpu,cpuacct:/docker/3f\n3:cpuset:/\n1:name=systemd:/docker/3f\n"
+
+
+def limit_v1(folder: str, quota: int) -> dict[str, str]:
+    return {f"{folder}/cpu.cfs_quota_us": f"{quota}\n", f"{folder}/cpu.cfs_period_us": "100000\n"}
+
+
+QUOTAS = {
+    "v2": (V2, {"jobs/mine/cpu.max": "200000 100000\n"}, 2),
+    "v2, of the group above": (V2, {"jobs/mine/cpu.max": "max 100000\n", "jobs/cpu.max": "150000 100000\n"}, 1.5),
+    "v2, in a container": ("0::/../../jobs\n", {"cpu.max": "50000 100000\n"}, 0.5),
+    "v2, none": (V2, {"jobs/mine/cpu.max": "max 100000\n"}, float("inf")),
+    "v1": (V1, limit_v1("cpu/docker/3f", 400_000), 4),
+    "v1, in a container": (V1, limit_v1("cpu", 300_000), 3),
+    "v1, none": (V1, limit_v1("cpu", -1), float("inf")),
+    "no groups": (None, {}, float("inf")),
+}
+
+
+@pytest.fixture
+def control_groups(tmp_path, monkeypatch):
+    def make(own: str | None, files: dict[str, str]) -> None:
+        for name, text in files.items():
+            (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "groups" / name).write_text(text)
+        if own is not None:
+            (tmp_path / "own").write_text(own)
+
+    monkeypatch.setattr(cpus, "_OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(cpus, "_GROUPS", tmp_path / "groups")
+    return make
+
+
+@pytest.mark.parametrize(("own", "files", "quota"), QUOTAS.values(), ids=QUOTAS.keys())
+def test_the_cpu_quota(control_groups, own, files, quota):
+    control_groups(own, files)
+    assert cpus.cpu_quota() == quota
+
+
+@pytest.mark.parametrize(("quota", "count"), [(50_000, 1), (150_000, 1), (250_000, 2), (900_000, 4)])
+def test_threads_and_workers_respect_the_quota(control_groups, monkeypatch, quota, count):
+    control_groups(V2, {"jobs/mine/cpu.max": f"{quota} 100000\n"})
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4), raising=False)
+    monkeypatch.setattr("psutil.cpu_count", lambda logical: 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    compute = choose_compute(ON_CPU, os.environ, World())
+    assert (cpus.usable_cores(), compute.num_threads) == (count, count)
+    pools: list[int] = []
+    monkeypatch.setattr(folder, "ThreadPoolExecutor", lambda workers: pools.append(workers) or ThreadPoolExecutor(1))
+    folder.decode_images([], 8)
+    assert pools == [count]
+
+
+@pytest.mark.parametrize("script", ["train.sh", "array.sh", "eval.sh"])
+def test_a_job_asks_for_nothing_that_a_node_may_lack(script):
+    lines = (ROOT / "slurm" / script).read_text().splitlines()
+    asked = {line.split()[1].partition("=")[0] for line in lines if line.startswith("#SBATCH")}
+    assert asked <= {"--job-name", "--output", "--open-mode", "--time", "--array", "--requeue", "--signal"}
 
 
 @pytest.mark.parametrize(
@@ -163,28 +208,20 @@ def test_bf16_is_fast_where_the_processor_gains_by_it(has, is_intel, is_fast, as
         is_fast = is_fast and has != ("bf16",)
     else:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True} | dict.fromkeys(has, True))
-    monkeypatch.setattr("cifar_dist.runtime.device._is_intel", lambda: is_intel)
+    monkeypatch.setattr(device, "_is_intel", lambda: is_intel)
     assert probe(use_cpu=True).cpu_has_fast_bf16 == is_fast
 
 
-def test_memory_formats():
-    formats = {kind: memory_format(kind) for kind in ("mps", "cpu", "cuda")}
-    last = torch.channels_last
-    assert formats == {"mps": torch.contiguous_format, "cpu": last, "cuda": last}
-
-
-def test_an_accelerator_that_is_missing_is_named_and_a_wish_that_fails_is_explained(monkeypatch):
+def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    monkeypatch.setattr("cifar_dist.runtime.device._cpu_has_fast_bf16", lambda: False)
+    monkeypatch.setattr(device, "_cpu_has_fast_bf16", lambda: False)
     with connect(World(), AccelerateConfig()) as ranks:
         runtime = start(ranks, AccelerateConfig(), typed_precision="fp16")
-        assert runtime.device.type == "cpu"
-        assert runtime.precision == "no"
+        assert (runtime.device.type, runtime.precision) == ("cpu", "no")
         first, second = runtime.compute.notes
         assert first == "no MPS or CUDA device here: the CPU computes"
-        assert second.startswith("fp16 is not served by this cpu")
-        assert second.endswith("using float32")
+        assert second.startswith("fp16 is not served by this cpu") and second.endswith("using float32")
 
 
 def test_two_runs_with_other_precisions_and_threads_follow_each_other_in_one_process():
@@ -198,18 +235,12 @@ def test_two_runs_with_other_precisions_and_threads_follow_each_other_in_one_pro
         assert torch.get_num_threads() == before
 
 
-def test_devices_are_described_in_words(monkeypatch):
-    monkeypatch.setattr("cifar_dist.runtime.device._cpu_has_fast_bf16", lambda: True)
+def test_gpus_are_described(monkeypatch):
     gpu = SimpleNamespace(name="NVIDIA X", major=9, minor=0, total_memory=80 * 2**30)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: gpu)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    lines = describe_devices()
-    assert lines["CPU"] == "has fast bf16 arithmetic"
-    assert lines["GPU 1"] == "NVIDIA X, compute capability 9.0, 80 GiB"
-    assert "CUDA" not in lines
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert describe_devices()["CUDA"].startswith("no GPU is visible")
+    lines = device.describe_devices()
+    assert lines["GPU 1"] == "NVIDIA X, compute capability 9.0, 80 GiB" and "CUDA" not in lines
 
 
 @pytest.mark.parametrize(
@@ -226,34 +257,29 @@ def test_devices_are_described_in_words(monkeypatch):
 def test_too_few_gpus_are_refused(monkeypatch, world, visible, refused):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     with pytest.raises(UserError, match="start as many as there are GPUs") if refused else nullcontext():
-        check_world(world, "cuda", {})
-    check_world(world, "cuda", {SHARE_GPU: "1"})
+        device.check_world(world, "cuda", {})
+    device.check_world(world, "cuda", {SHARE_GPU: "1"})
 
 
-@pytest.mark.parametrize(("visible", "device"), [(4, "3"), (1, "0")])
-def test_which_gpu_a_task_takes(monkeypatch, visible, device):
+@pytest.mark.parametrize(("visible", "number"), [(4, "3"), (1, "0")])
+def test_the_gpu_of_a_slurm_task(monkeypatch, visible, number):
     """With --gpus-per-task=1 a task sees one, whatever its number on the machine is."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
-    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr("cifar_dist.config.cpus.usable_cores", lambda: 16)
+    monkeypatch.setattr(os, "environ", {"SLURM_STEP_ID": "0", "SLURM_CPUS_PER_TASK": "8"})
     world = World(rank=7, size=8, local_rank=3, local_size=4, launcher="slurm", main_address="gpu07", main_port=12_071)
     _tell_accelerate(world, cpu=False)
     told = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
-    assert told == {"RANK": "7", "WORLD_SIZE": "8", "LOCAL_RANK": device, "LOCAL_WORLD_SIZE": "4"}
+    assert told == {"RANK": "7", "WORLD_SIZE": "8", "LOCAL_RANK": number, "LOCAL_WORLD_SIZE": "4"}
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("gpu07", "12071")
-
-
-def test_accelerate_is_told_the_threads_that_slurm_gave(monkeypatch):
-    """What is chosen afterwards reads them there: a 1 would be taken for the user's word."""
-    monkeypatch.setattr("cifar_dist.runtime.distributed.usable_cores", lambda: 16)
-    monkeypatch.setattr(os, "environ", {"SLURM_STEP_ID": "0", "SLURM_CPUS_PER_TASK": "8"})
-    _tell_accelerate(World(rank=1, size=2, local_rank=1, local_size=2, launcher="slurm"), cpu=True)
+    # What is chosen afterwards reads them there: a 1 would be taken for the user's.
     assert os.environ["OMP_NUM_THREADS"] == "8"
-    assert choose_num_threads(os.environ, cores=16, local_processes=2, default=3) == 8
+    assert choose_num_threads(os.environ, local_processes=2, torch_threads=3) == 8
 
 
 def test_ranks_that_would_each_be_alone_are_refused(monkeypatch):
-    """As Accelerate does it where there is no GPU and nobody said so."""
+    """As Accelerate does it where there is no GPU and no CPU was requested."""
     monkeypatch.setattr("cifar_dist.runtime.distributed.PartialState", lambda **_: SimpleNamespace(num_processes=1))
     monkeypatch.setattr("cifar_dist.runtime.distributed.rendezvous", lambda *_: None)
     world = World(rank=1, size=2, local_rank=1, local_size=2, launcher="torchrun")

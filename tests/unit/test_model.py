@@ -238,7 +238,7 @@ def test_gram_matrices_of_one_size_are_multiplied_together(monkeypatch):
 def test_the_way_of_a_gpu_gives_the_same():
     """In two stages, small matrices beside large ones; with TF32's rounding, and singular values that it loses."""
     matrices = [torch.randn(*shape) for shape in ((64, 27), (128, 64), (64, 576), (160, 300))]
-    done = optimizer_module._newton_schulz_coarsely(matrices)
+    done = optimizer_module._newton_schulz_in_stages(matrices)
     for one, matrix in zip(done, matrices, strict=True):
         torch.testing.assert_close(one.double(), plain_newton_schulz(matrix), rtol=0, atol=1e-5)
     matrix = torch.randn(64, 576)
@@ -246,7 +246,7 @@ def test_the_way_of_a_gpu_gives_the_same():
     matrix = left * torch.logspace(0, -5, 64) @ right
     expected = plain_newton_schulz(matrix)
     with RoundedProducts():
-        (staged,) = optimizer_module._newton_schulz_coarsely([matrix])
+        (staged,) = optimizer_module._newton_schulz_in_stages([matrix])
         (at_once,) = optimizer_module._newton_schulz([matrix], 5)
     assert (staged - expected).norm() < 0.03 * expected.norm()
     assert (at_once - expected).norm() > 0.1 * expected.norm(), "why there are two stages"

@@ -19,8 +19,7 @@ from cifar_dist.config.errors import PeerFailedError, SharedError, UserError
 from cifar_dist.config.plan import fit_to_dataset, make_plan
 from cifar_dist.data.dataset import Dataset, LabelledImages
 from cifar_dist.model.batch_norm import (
-    GhostBatchNorm2d,
-    GlobalBatchNorm2d,
+    GroupedBatchNorm2d,
     Groups,
     running_statistics,
     share_statistics,
@@ -104,7 +103,7 @@ def batch_norm(runtime):
         nn.init.normal_(theirs.bias, generator=generator)
         model[0].load_state_dict(theirs.state_dict())
         share_statistics(model, num_ranks=runtime.world.size)
-        assert isinstance(model[0], GlobalBatchNorm2d)
+        assert isinstance(model[0], GroupedBatchNorm2d)
         for _ in range(2):  # the second time the running statistics are not those of a new layer
             whole = images.clone(memory_format=layout).requires_grad_()
             part = images[own].clone(memory_format=layout).requires_grad_()
@@ -154,7 +153,7 @@ def ghost_batch_norm(runtime):
     generator = torch.Generator().manual_seed(2)
     groups = Groups(count=4, num_ranks=world.size)
     model = use_groups(nn.Sequential(nn.BatchNorm2d(3, dtype=torch.float64)), groups)
-    assert isinstance(model[0], GhostBatchNorm2d)
+    assert isinstance(model[0], GroupedBatchNorm2d)
     mean, variance = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
     for number in (12, 11, 5, 8):
         images = torch.randn(number, 3, 4, 4, generator=generator, dtype=torch.float64)

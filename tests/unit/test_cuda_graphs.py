@@ -1,4 +1,4 @@
-"""Replayed steps, with a recorder that stands in for a CUDA graph on a CPU: the same memory, Python's values frozen."""
+"""CUDA graph steps, with a stand-in for a graph on a CPU: the same memory, Python values frozen."""
 
 import copy
 from dataclasses import replace
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from cifar_dist.config.plan import make_plan
 from cifar_dist.model.schedule import learning_rate
 from cifar_dist.run.results import Observer
-from cifar_dist.training import setup, step
+from cifar_dist.training import cuda_graphs, setup, step
 from cifar_dist.training.setup import build_trainer
 from cifar_dist.training.trainer import DivergedError
 from tests.conftest import make_dataset, make_recipe
@@ -58,12 +58,12 @@ def memory(tensor):
 
 
 class Recorder:
-    """What runtime/graphs.py is to a GPU."""
+    """What `capture` is to a GPU."""
 
     def __init__(self):
         self.recorded, self.replayed = 0, 0
 
-    def __call__(self, work):
+    def __call__(self, work, *, pool):
         self.recorded += 1
         with Operations() as operations:
             work()
@@ -82,9 +82,10 @@ class Recorder:
         return replay
 
 
-def trained(runtime, monkeypatch, recipe, *assignments, record=None, spoil=None, stop_after=0, new_recorder=None):
+def trained(runtime, monkeypatch, recipe, *assignments, record=None, spoil=None, stop_after=0):
     """Train 84 images; with `stop_after`, by a trainer that is left after so many steps and another that goes on."""
-    monkeypatch.setattr(runtime, "new_recorder", new_recorder or (record and (lambda: record)))
+    monkeypatch.setattr(runtime, "compute", replace(runtime.compute, replays=record is not None))
+    monkeypatch.setattr(cuda_graphs, "capture", record)
     monkeypatch.setattr(setup, "build_resnet", narrow_resnet)
     # Of few digits, so that nothing is rounded where it becomes a float32 on the device: what is equal has equal bits.
     monkeypatch.setattr(step, "learning_rate", lambda *now: float(torch.tensor(learning_rate(*now)).bfloat16()))
@@ -178,7 +179,7 @@ def test_a_loss_that_is_not_finite_is_found_in_its_replayed_step(runtime, monkey
     ],
 )
 def test_a_step_that_cannot_be_recorded_says_what_to_do(runtime, monkeypatch, error, reason):
-    def record(work):
+    def record(work, *, pool):
         raise error
 
     with pytest.raises(type(error)) as failure:
@@ -193,14 +194,15 @@ def test_steps_of_several_micro_batches_are_not_replayed(runtime, monkeypatch):
     assert record.recorded == 0
 
 
-def test_each_training_has_a_recorder_of_its_own(runtime, monkeypatch):
-    """CUDA refuses memory that the last recording of an earlier training has given back."""
-    made = []
-
-    def new_recorder():
-        made.append(Recorder())
-        return made[-1]
-
+def test_each_training_has_a_memory_pool_of_its_own(runtime, monkeypatch):
+    """CUDA refuses a pool whose last graph is gone."""
+    pools = iter([(0, 1), (0, 2)])
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
+    used = []
     for _ in range(2):
-        trained(runtime, monkeypatch, "original", "epochs=1", new_recorder=new_recorder)
-    assert [each.recorded for each in made] == [1, 1]
+        record = Recorder()
+        trained(
+            runtime, monkeypatch, "original", "epochs=1",
+            record=lambda work, *, pool: used.append(pool) or record(work, pool=pool),  # noqa: B023
+        )  # fmt: skip
+    assert used == [(0, 1), (0, 2)]

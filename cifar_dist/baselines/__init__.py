@@ -1,1 +1,0 @@
-"""What others do, written again to be measured beside us."""
