@@ -45,7 +45,6 @@ _STEPS_PER_ROUND = 2
 _PEAK_TERAFLOPS = {
     "GH200": (989.4, 494.7),
     "H200": (989.4, 494.7),
-    "H100 PCIe": (756.0, 378.0),
     "H100": (989.4, 494.7),
     "A100": (312.0, 156.0),
     "L40S": (362.0, 183.0),
@@ -61,42 +60,36 @@ def run(options: BenchOptions, world: World, config: AccelerateConfig) -> int:
     console = make_console(quiet=world.rank > 0, stderr=options.json == STANDARD_OUTPUT)
     check_json(options.json, options.recipe, options.config)
     recipe = recipe_for_speed(options)
+    micro_batches, typed = recipe.gradient_accumulation_steps, options.precision
     with connect(world, config) as ranks:
-        micro_batches = recipe.gradient_accumulation_steps
-        runtime = start(
-            ranks, config, typed_precision=options.precision, doing="measuring", micro_batches=micro_batches
-        )
+        runtime = start(ranks, config, typed_precision=typed, doing="measuring", micro_batches=micro_batches)
         what = f"{recipe_label(options.recipe)}, stem {recipe.stem}, batch {recipe.global_batch_size}"
         processes = f"{world.size} process{'es' if world.size > 1 else ''}"
         print_notes(console, (*runtime.compute.notes, f"{what}, {processes}, {runtime.compute.line}"))
-
-        def announce(rounds: int, seconds: float) -> None:
-            print_notes(console, [f"{rounds} rounds, in turns: about {format_duration(seconds)}"])
-
-        result = _measure(recipe, runtime, options.seconds, announce)
+        result = _measure(recipe, runtime, options.seconds, console)
     print_lines(console, format_bench(result), title="bench")
     if world.rank == 0:
         write_json(options.json, result)
     return EXIT_DONE
 
 
-def _measure(
-    recipe: Recipe, runtime: Runtime, seconds: float, announce: Callable[[int, float], None]
-) -> dict[str, Any]:
+def _measure(recipe: Recipe, runtime: Runtime, seconds: float, console: Console) -> dict[str, Any]:
     """Measure each loop for `seconds`; return the content of `bench --json`."""
+
+    def announce(rounds: int, seconds: float) -> None:
+        print_notes(console, [f"{rounds} rounds, in turns: about {format_duration(seconds)}"])
+
     dataset = random_dataset(recipe.image_size, recipe.global_batch_size)
     plan = make_plan(recipe, world_size=runtime.world.size, sizes=dataset.sizes, device_type=runtime.device.type)
     # The live view is part of the loop: drawn on a terminal that nobody sees.
-    console = Console(file=io.StringIO(), force_terminal=True)
-    facts, memory = runtime.compute.line, runtime.peak_memory_mib
-    display = training_display(console, plan, quiet=False, facts=facts, memory=memory)
+    unseen, facts = Console(file=io.StringIO(), force_terminal=True), runtime.compute.line
+    display = training_display(unseen, plan, quiet=False, facts=facts, memory=runtime.peak_memory_mib)
     with display:
         loop = Loop(build_trainer(recipe, plan, dataset, runtime, display))
         for _ in range(WARMUP_STEPS + 1 if runtime.compute.replays else 0):
             loop()
-        rounds = alternate(
-            [build_bare_step(recipe, runtime), loop], recipe.global_batch_size, seconds, runtime, announce
-        )
+        steps: list[Callable[[], object]] = [build_bare_step(recipe, runtime), loop]
+        rounds = alternate(steps, recipe.global_batch_size, seconds, runtime, announce)
         parts = seconds_by_part(loop.trainer)
     bare_rate, loop_rate = (statistics.median(rates) for rates in zip(*rounds, strict=True))
     ratios = [ours / bare for bare, ours in rounds]

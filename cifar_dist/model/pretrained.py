@@ -36,12 +36,11 @@ def imagenet_weights(note: Callable[[str], None] = lambda text: None) -> dict[st
         with contextlib.redirect_stderr(io.StringIO()):  # torch.hub prints a line of its own
             state: dict[str, Tensor] = _IMAGENET.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
-        if path.exists() and not isinstance(error, OSError):  # torch checks no file that is there already
-            raise UserError(f"the ImageNet weights in {path} are damaged: remove the file") from None
-        reason = str(getattr(error, "reason", error)) or type(error).__name__
+        reason = str(getattr(error, "reason", error)).split("\n")[0] or type(error).__name__
+        what = "are damaged" if path.exists() else "could not be downloaded"  # torch checks no file that is there
         raise UserError(
-            f"the ImageNet weights are not in {path} and could not be downloaded ({reason}):"
-            " put the file there, or name a state dict with --set pretrained=FILE"
+            f"the ImageNet weights {path} {what} ({reason}): put the file there, or name another with"
+            " --set pretrained=FILE"
         ) from None
     return state
 

@@ -1,8 +1,6 @@
 """Device, precision and threads: pure functions of what was requested and of facts that are probed once."""
 
-import os
 import platform
-import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -111,9 +109,9 @@ def choose_compute(
         )
     backend = requested_compiler(config, environ)
     compiler = None if backend == "CUDAGRAPHS" else backend
-    if compiler and (obstacle := _compile_obstacle(facts.type, compiler)):
+    if compiler and facts.type == "mps":
         compiler = None
-        notes.append(f"{obstacle}: not compiled")
+        notes.append("compiled training is slower on MPS (pytorch#192551): not compiled")
     elif compiler and doing == "training":
         notes.append("the first step compiles the model, which takes half a minute or more")
     has_steps = doing in ("training", "measuring")
@@ -158,15 +156,6 @@ def _supported_precisions(facts: DeviceFacts) -> tuple[Precision, str, tuple[str
     if facts.cuda_capability >= (7, 0):
         return "fp16", f"{capability} has fp16 tensor cores and no bf16", ("no", "fp16")
     return "no", f"{capability} has no tensor cores", ("no", "fp16")
-
-
-def _compile_obstacle(device_type: str, compiler: str) -> str | None:
-    if device_type == "mps":
-        return "compiled training is slower on MPS (pytorch#192551)"
-    names = [os.environ.get("CXX", "g++"), "g++", "clang++", "cl"]
-    if compiler == "INDUCTOR" and not any(map(shutil.which, names)):
-        return "INDUCTOR needs a C++ compiler (g++), and there is none"
-    return None
 
 
 def _replay_obstacle(device_type: str, precision: str, world: World, micro_batches: int) -> str | None:

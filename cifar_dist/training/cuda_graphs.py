@@ -18,12 +18,11 @@ from cifar_dist.data.loader import Batch
 WARMUP_STEPS = 3
 """Eager steps before a capture: kernels are selected, and what is allocated once is there."""
 
-_CANNOT_CAPTURE = (
-    "A training step could not be recorded as a CUDA graph: something in it makes the host wait for the GPU (.item(),"
-    " .cpu(), a print)."
+_NOTE = (
+    "A training step could not be captured as a CUDA graph: something in it makes the host wait for the GPU (.item(),"
+    " .cpu(), a print), or the graph's own memory does not fit beside that of the steps before it."
+    " With dynamo_config: {dynamo_backend: 'NO'} in --config steps are not captured."
 )
-_NEEDS_MEMORY = "A recorded step has memory of its own, beside that of the steps before it."
-_WAY_OUT = " With dynamo_config: {dynamo_backend: 'NO'} in --config steps are not recorded."
 
 
 def capture(work: Callable[[], object], *, pool: Any = None) -> Callable[[], object]:
@@ -93,8 +92,7 @@ class CudaGraphStep:
         try:
             replay = self._capture(lambda: work(own))
         except RuntimeError as error:
-            reason = _NEEDS_MEMORY if isinstance(error, torch.OutOfMemoryError) else _CANNOT_CAPTURE
-            error.add_note(reason + _WAY_OUT)
+            error.add_note(_NOTE)
             raise
         finally:
             for group, number in zip(groups, before, strict=True):

@@ -243,7 +243,7 @@ def test_weights_that_are_missing_are_one_line(monkeypatch):
     code, line = run("--recipe", "finetune", "--dataset", "shapes")
     place = Path("nowhere/checkpoints/resnet18-f37072fd.pth")
     assert code == 2
-    assert line.startswith(f"the ImageNet weights are not in {place} and could not be downloaded (no network here):")
+    assert line.startswith(f"the ImageNet weights {place} could not be downloaded (no network here):")
 
 
 @pytest.mark.parametrize("fault", ["file", "code", "lines"])
