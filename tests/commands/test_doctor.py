@@ -82,15 +82,6 @@ def test_the_plan_of_a_config(capsys, tmp_path, command, config, batch, starts):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dry_run_has_the_whole_plan_and_needs_no_data(capsys):
-    lines = lines_of(capsys, "--dry-run", "--num-processes", "4", "--precision", "no", "--recipe", "strong")
-    assert lines["run"] == "runs/strong-cifar10-seed0"
-    assert lines["batch"] == "global_batch_size 1024 = 256 per device x 4 processes x 1 accumulation"
-    assert lines["device"].startswith("cpu, float32, ")
-    assert "at its peak" in lines["learning rate"] and lines["learning rate"].endswith("at the end")
-    assert lines["steps"] == "44 an epoch x 54 epochs = 2,376"
-
-
 def test_without_dry_run_processes_are_started(monkeypatch):
     """So that the tests above would notice."""
     monkeypatch.setattr("cifar_dist.runtime.launch.launch", lambda *arguments: 75)
