@@ -2,18 +2,18 @@
 
 import io
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import matplotlib.style
 import numpy as np
-from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
@@ -22,12 +22,11 @@ from cifar_dist.run.results import EpochRecord, Evaluation
 
 # Okabe and Ito's palette for any colour vision (https://jfly.uni-koeln.de/color/), without its black and yellow.
 _COLORS = _BLUE, _RED, *_ = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
-# For prints without colour. Five of them beside six colours: thirty lines look different.
-_DASHES = ("-", (0, (6, 2)), (0, (2, 2)), (0, (8, 2, 2, 2)), (0, (5, 1, 1, 1, 1, 1)))
+_MARKERS = "os^vD"
+"""For prints without colour. Five of them beside six colours: thirty runs look different."""
 _STYLE = {
     "axes.axisbelow": True,
     "axes.grid": True,
-    "axes.prop_cycle": cycler(color=_COLORS * len(_DASHES), linestyle=_DASHES * len(_COLORS)),
     "axes.spines.right": False,
     "axes.spines.top": False,
     "figure.constrained_layout.use": True,
@@ -42,13 +41,10 @@ _CJK_FONTS = (
     "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback", "Microsoft YaHei", "SimHei", "SimSun",
     "PingFang SC", "Hiragino Sans GB", "Heiti TC", "Arial Unicode MS", "Yu Gothic", "Malgun Gothic", "AppleGothic",
 )  # fmt: skip
-_MEASURES = {
-    "train_loss": "Training loss",
-    "val_loss": "Validation loss",
-    "lr": "Learning rate",
-    "train_acc": "Training accuracy",
-    "val_acc": "Validation accuracy",
-    "images_per_second": "Images per second",
+_PANELS = {
+    "Cross-entropy loss": {"training": "train_loss", "validation": "val_loss"},
+    "Accuracy": {"training": "train_acc", "validation": "val_acc"},
+    "Learning rate": {"last": "lr"},
 }
 _NUMBERED_CLASSES = 20
 """Number of classes up to which a cell of the confusion matrix has room for a number."""
@@ -70,40 +66,43 @@ def _own_style() -> Iterator[None]:
 
 @_own_style()
 def draw_curves(
-    records: Sequence[EpochRecord], path: Path, *, title: str, best_epoch: int | None, stopped_early: bool = False
+    runs: Mapping[str, Sequence[EpochRecord]], path: Path, *, title: str, marks: Mapping[str, int | None]
 ) -> None:
-    """Draw loss, accuracy and learning rate by epoch; mark the best epoch and an early stop."""
-    figure = _figure(12, 3.8, title)
-    panels = {
-        "Cross-entropy loss": {"training": "train_loss", "validation": "val_loss"},
-        "Accuracy": {"training": "train_acc", "validation": "val_acc"},
-        "Learning rate": {"last": "lr"},
-    }
-    for axes, (heading, fields) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        known = {label: field for label, field in fields.items() if getattr(records[-1], field) is not None}
-        _draw_panel(axes, heading, [(label, records, field) for label, field in known.items()])
-        if best_epoch is not None:
-            axes.axvline(best_epoch, color="0.45", linestyle=":", label=f"best epoch ({best_epoch})")
-        if stopped_early:
-            axes.axvline(records[-1].epoch, color="0.45", linestyle="-.", label=f"early stop ({records[-1].epoch})")
-        axes.legend()
+    """Draw loss, accuracy and learning rate of runs (by name) by epoch; `marks` are epochs to mark, by label."""
+    figure = _figure(12, 3.8 + 0.1 * len(runs), title)
+    for axes, (heading, fields) in zip(figure.subplots(1, 3), _PANELS.items(), strict=True):
+        for place, records in enumerate(runs.values()):
+            for (part, field), dash in zip(fields.items(), ("-", "--"), strict=False):
+                _plot(axes, records, field, part, **_line(place), linestyle=dash)
+        for (label, epoch), dash in zip(marks.items(), (":", "-."), strict=False):
+            if epoch is not None:
+                axes.axvline(epoch, color="0.45", linestyle=dash, label=f"{label} ({epoch})")
+        axes.set_title(heading)
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        if len(runs) == 1:
+            axes.legend()
+    figure.axes[1].yaxis.set_major_formatter(PercentFormatter(1))
+    figure.axes[2].set_ylim(bottom=0)
+    if len(runs) > 1:
+        # Explicit handles: labels with a leading underscore would be left out.
+        lines, names = [Line2D([], [], **_line(place)) for place in range(len(runs))], [*map(_shorten, runs)]
+        columns = max(1, min(3, 150 // max(map(len, names))))
+        figure.legend(lines, names, loc="outside lower center", ncols=columns, title="dashed: validation")
     _save(figure, path)
 
 
-@_own_style()
-def draw_overlay(runs: Mapping[str, Sequence[EpochRecord]], path: Path, *, title: str) -> None:
-    """Draw the curves of several runs, by name, over each other: a panel for each measure that one of them has."""
-    together = [record for records in runs.values() for record in records]
-    fields = [field for field in _MEASURES if any(getattr(record, field) is not None for record in together)]
-    names = list(map(_shorten, runs))
-    figure = _figure(12, 7.2 + 0.2 * (len(runs) // 3), title)
-    for axes, field in zip(figure.subplots(2, len(fields) // 2).flat, fields, strict=True):
-        lines = [(name, records, field) for name, records in zip(names, runs.values(), strict=True)]
-        _draw_panel(axes, _MEASURES[field], lines)
-    columns = max(1, min(3, 150 // max(map(len, names))))
-    # Explicit handles: labels with a leading underscore would be left out.
-    figure.legend(figure.axes[0].get_lines(), names, loc="outside lower center", ncols=columns, handlelength=3.5)
-    _save(figure, path)
+def _line(place: int) -> dict[str, Any]:
+    return {"color": _COLORS[place % len(_COLORS)], "marker": _MARKERS[place % len(_MARKERS)]}
+
+
+def _plot(axes: Axes, records: Sequence[EpochRecord], field: str, part: str, **line: Any) -> None:
+    """Plot a field by epoch, if there is one; the label shows its last value."""
+    points = [(record.epoch, getattr(record, field)) for record in records if getattr(record, field) is not None]
+    if points:
+        epochs, values = zip(*points, strict=True)
+        last = f"{values[-1]:.1%}" if field.endswith("acc") else f"{values[-1]:.3g}"
+        axes.plot(epochs, values, label=f"{part} ({last})", markevery=max(1, len(points) // 10), **line)
 
 
 @_own_style()
@@ -151,32 +150,17 @@ def draw_per_class(evaluation: Evaluation, path: Path, *, title: str) -> None:
 
 
 @_own_style()
-def draw_predictions(
-    images: NDArray[np.uint8],
-    labels: NDArray[Any],
-    logits: NDArray[Any],
-    class_names: Sequence[str],
-    path: Path,
-    *,
-    title: str,
-) -> None:
-    """Draw up to 24 images (N, 3, H, W) with their true class; `labels` is (N,), `logits` (N, num_classes).
-
-    A mistake also has the predicted class and its probability.
-    """
-    images, names = images[:_NUM_IMAGES], [_shorten(name, 14) for name in class_names]
+def draw_images(images: NDArray[np.uint8], captions: Sequence[str], path: Path, *, title: str) -> None:
+    """Draw up to 24 images (N, 3, H, W) with captions; one that starts with ✗ is red."""
+    images = images[:_NUM_IMAGES]
     rows = -(-len(images) // 8)
     figure = _figure(12, 1 + 1.75 * rows, f"{title}\ntrue class; ✗ marks a mistake: true class → predicted class")
     grid = figure.subplots(rows, 8, squeeze=False).ravel()
     for axes in grid:
         axes.set_axis_off()
-    for axes, image, label, scores in zip(grid, images, labels, logits.astype(np.float64), strict=False):
+    for axes, image, caption in zip(grid, images, captions, strict=False):
         axes.imshow(image.transpose(1, 2, 0), interpolation="nearest")
-        guess = scores.argmax()
-        probability = 1 / np.exp(scores - scores.max()).sum()
-        is_right = label == guess
-        text = names[label] if is_right else f"✗ {names[label]}\n→ {names[guess]} {probability:.0%}"
-        axes.set_title(text, fontsize=9, color="black" if is_right else _RED)
+        axes.set_title(caption, fontsize=9, color=_RED if caption.startswith("✗") else "black")
     _save(figure, path)
 
 
@@ -184,17 +168,27 @@ def draw_evaluation(
     folder: Path, evaluation: Evaluation, saved: Mapping[str, NDArray[Any]], *, title: str
 ) -> list[Path]:
     """Draw all figures of an evaluation, and return their paths; `saved` is test_predictions.npz."""
-    labels, logits, names = saved["labels"], saved["logits"], saved["class_names"].tolist()
     heading = f"{title}: {evaluation.top1:.2%} of {evaluation.num_samples:,} images right"
     files = [folder / f"{name}.png" for name in ("confusion", "per_class", "predictions")]
     draw_confusion(evaluation, files[0], title=heading)
     draw_per_class(evaluation, files[1], title=heading)
-    draw_predictions(saved["images"], labels, logits, names, files[2], title=heading)
+    draw_images(saved["images"], _captions(saved, range(len(saved["images"]))), files[2], title=heading)
     if len(rows := saved["mistakes"]):
         files.append(folder / "mistakes.png")
         heading = f"{title}: the most confident mistakes"
-        draw_predictions(saved["mistaken_images"], labels[rows], logits[rows], names, files[3], title=heading)
+        draw_images(saved["mistaken_images"], _captions(saved, rows), files[3], title=heading)
     return files
+
+
+def _captions(saved: Mapping[str, NDArray[Any]], rows: Iterable[int]) -> list[str]:
+    """Return the true class of test images, and the predicted one with its probability where it differs."""
+    names, captions = [_shorten(name, 14) for name in saved["class_names"].tolist()], []
+    for row in rows:
+        label, logits = saved["labels"][row], saved["logits"][row].astype(np.float64)
+        predicted, probability = logits.argmax(), 1 / np.exp(logits - logits.max()).sum()
+        is_right = label == predicted
+        captions.append(names[label] if is_right else f"✗ {names[label]}\n→ {names[predicted]} {probability:.0%}")
+    return captions
 
 
 def _figure(width: float, height: float, title: str) -> Figure:
@@ -202,24 +196,6 @@ def _figure(width: float, height: float, title: str) -> Figure:
     FigureCanvasAgg(figure)
     figure.suptitle(_shorten(title, 200), fontsize="large")
     return figure
-
-
-def _draw_panel(axes: Axes, title: str, lines: Sequence[tuple[str, Sequence[EpochRecord], str]]) -> None:
-    """Plot a field of records by epoch for each (label, records, field); the label shows the last value."""
-    for label, records, field in lines:
-        points = [(record.epoch, getattr(record, field)) for record in records if getattr(record, field) is not None]
-        if points:
-            last = points[-1][1]
-            label += f" ({last:.1%})" if field.endswith("acc") else f" ({last:.3g})"
-        marker = "o" if len(points) <= 15 else None
-        axes.plot([epoch for epoch, _ in points], [value for _, value in points], label=label, marker=marker)
-    axes.set_title(title)
-    axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    if lines[0][2].endswith("acc"):
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
-    if lines[0][2] in ("lr", "images_per_second"):
-        axes.set_ylim(bottom=0)
 
 
 def _shorten(text: str, length: int = 200) -> str:

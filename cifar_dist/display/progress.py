@@ -13,12 +13,11 @@ from rich.text import Text
 
 from cifar_dist.config.errors import printable
 from cifar_dist.config.plan import KNOWN_SIZES, RunPlan
-from cifar_dist.display.tables import format_duration, format_epoch
+from cifar_dist.display.tables import format_epoch
 from cifar_dist.display.terminal import can_draw
 from cifar_dist.run.results import EpochRecord, Observer
 
 _HEARTBEAT_SECONDS = 30.0
-_WARMUP_STEPS, _ESTIMATE_STEPS = 5, 20
 _LIVE_EPOCHS = 6
 _WIDTH_OF_ALL = 60
 """Columns of a terminal from which on all columns of the table fit."""
@@ -109,34 +108,25 @@ def evaluation_display(console: Console) -> CountProgress:
 
 
 class PlainTraining(Display):
-    """Print a line an epoch, and one every 30 s in between."""
+    """Print a line an epoch, and one every 30 s in between, with the expected end."""
 
     def __init__(self, console: Console, plan: RunPlan) -> None:
         super().__init__(console)
         self.plan, self.epoch = plan, 0
-        self._loss = ""
-        self._steps = self._epoch_steps = 0  # of this process, and of them in this epoch
-        self._epoch_start = self._warm_at = 0.0
+        self._loss, self._epoch_steps, self._epoch_start = "", 0, 0.0
 
     def on_epoch_start(self, epoch: int, lr: float) -> None:
-        """Store the epoch and its start."""
+        """Start to measure the pace."""
         self.epoch, self._epoch_steps, self._epoch_start = epoch, 0, time.monotonic()
 
     def on_step(self, step_in_epoch: int, loss: float | None) -> None:
-        """Print the expected end after 20 steps, and that the training goes on."""
-        self._steps += 1
+        """Print that the training goes on."""
         self._epoch_steps += 1
         if loss is not None:
             self._loss = f"  loss {loss:.3f}"
-        if self._steps == _WARMUP_STEPS:
-            self._warm_at = time.monotonic()
-        if self._steps == _ESTIMATE_STEPS:
-            left = self.plan.total_steps - (self.epoch - 1) * self.plan.steps_per_epoch - step_in_epoch
-            seconds = left * (time.monotonic() - self._warm_at) / (_ESTIMATE_STEPS - _WARMUP_STEPS)
-            end = format_end(seconds, datetime.now())
-            self.on_note(f"expected end {end}, in {format_duration(seconds)}, evaluation not counted")
         place = f"epoch {self.epoch}/{self.plan.epochs}  step {step_in_epoch}/{self.plan.steps_per_epoch}"
-        self.heartbeat(f"{place}{self._loss}")
+        end = self._expected_end((self.epoch - 1) * self.plan.steps_per_epoch + step_in_epoch)
+        self.heartbeat(f"{place}{self._loss}  end {end}")
 
     def on_evaluation(self, done: int, total: int) -> None:
         """Print that the evaluation goes on."""
@@ -144,11 +134,14 @@ class PlainTraining(Display):
             self.heartbeat(f"evaluating {done:,}/{total:,} images")
 
     def on_epoch_end(self, record: EpochRecord, is_best: bool) -> None:
-        """Print the epoch, and the expected end by its pace."""
-        left = self.plan.total_steps - record.step
-        seconds = left * (time.monotonic() - self._epoch_start) / max(self._epoch_steps, 1)
-        end = format_end(seconds, datetime.now()) if left else ""
+        """Print the epoch."""
+        end = self._expected_end(record.step) if record.step < self.plan.total_steps else ""
         self.on_note(format_epoch(record, self.plan.epochs, is_best=is_best, end=end))
+
+    def _expected_end(self, steps_done: int) -> str:
+        """Return the time of day when the run ends at the pace of this epoch; its evaluation counts once it is done."""
+        seconds_a_step = (time.monotonic() - self._epoch_start) / max(self._epoch_steps, 1)
+        return format_end((self.plan.total_steps - steps_done) * seconds_a_step, datetime.now())
 
 
 class LiveTraining(Display):
@@ -165,7 +158,7 @@ class LiveTraining(Display):
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn())
         self.progress = Progress(*columns, TimeRemainingColumn(compact=True), console=console, expand=True)
         self.run = self.progress.add_task("run", total=plan.total_steps)
-        self.steps = self.progress.add_task("epoch", total=None)
+        self.steps = self.progress.add_task("epoch", total=plan.steps_per_epoch)
         self.evaluation = self.progress.add_task("evaluation", total=1, visible=False)
         self.live = Live(self, console=console, refresh_per_second=1, transient=True)
 
@@ -213,10 +206,9 @@ class LiveTraining(Display):
         self.best = next((record for record in records if record.epoch == best_epoch), None)
 
     def on_epoch_start(self, epoch: int, lr: float) -> None:
-        """Start a new bar; before the first step of the process it only pulses."""
+        """Start a new bar."""
         self.epoch, self._lr = epoch, lr
-        total = self.plan.steps_per_epoch if self._has_started else None
-        self.progress.reset(self.steps, total=total, description=f"epoch {epoch}/{self.plan.epochs}")
+        self.progress.reset(self.steps, description=f"epoch {epoch}/{self.plan.epochs}")
 
     def on_step(self, step_in_epoch: int, loss: float | None) -> None:
         """Move the bars, and update the numbers if there is a loss."""
@@ -224,7 +216,7 @@ class LiveTraining(Display):
         if not self._has_started:  # the steps before a resume say nothing about the speed
             self._has_started = True
             self.progress.reset(self.run, completed=step)
-            self.progress.reset(self.steps, total=self.plan.steps_per_epoch, completed=step_in_epoch)
+            self.progress.reset(self.steps, completed=step_in_epoch)
         self.progress.update(self.run, completed=step)
         self.progress.update(self.steps, completed=step_in_epoch)
         if loss is not None:

@@ -34,13 +34,6 @@ _CSV_FIELDS = (
     *_LEADING, *(field for *_, field in _MEASURES), "top5", "recipe", "dataset", "best_epoch", "device", "precision",
     "world_size", "num_threads", "git_commit",
 )  # fmt: skip
-_HEADINGS = {
-    "curves": "Training",
-    "confusion": "Confusion matrix",
-    "per_class": "Accuracy of each class",
-    "predictions": "The first test images",
-    "mistakes": "The most confident mistakes",
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -51,14 +44,9 @@ class ReportedRun:
     """The name of its folder, or enough of its path to be unique among the reported runs."""
     path: Path
     config: Mapping[str, Any]
+    recipe: Mapping[str, Any]
     summary: Summary
     records: Sequence[EpochRecord]
-
-    @property
-    def recipe(self) -> Mapping[str, Any]:
-        """The resolved recipe."""
-        recipe: Mapping[str, Any] = self.config["recipe"]
-        return recipe
 
     @property
     def title(self) -> str:
@@ -107,7 +95,8 @@ def read_run(path: Path, name: str = "") -> ReportedRun:
     if summary.status == "running" and records:  # summary.json is from the start of the run
         seconds = max(summary.train_seconds, sum(record.epoch_seconds for record in records))
         summary = replace(summary, epochs=records[-1].epoch, train_seconds=seconds)
-    return ReportedRun(name=name or path.name, path=path, config=config, summary=summary, records=records)
+    name = name or path.name
+    return ReportedRun(name=name, path=path, config=config, recipe=config["recipe"], summary=summary, records=records)
 
 
 def comparison_rows(runs: Sequence[ReportedRun]) -> list[list[str]]:
@@ -127,8 +116,6 @@ def comparison_rows(runs: Sequence[ReportedRun]) -> list[list[str]]:
 def comparison_notes(runs: Sequence[ReportedRun]) -> list[str]:
     """Return what a reader of the table must know: which runs are in no mean, and why."""
     notes = []
-    if _seed_groups(runs):
-        notes.append("sd: the standard deviation over runs of the same recipe that differ in their seed")
     for group in _same_experiment(runs):
         seeds = [run.recipe["seed"] for run in group]
         repeated = [
@@ -178,62 +165,54 @@ def write_run(run: ReportedRun, saved: Mapping[str, NDArray[Any]] | None, figure
     summary, test, files = run.summary, run.summary.test, []
     if run.records:
         files.append(figures / "curves.png")
-        stopped = summary.status == "early_stopped"
-        draw_curves(run.records, files[0], title=run.title, best_epoch=summary.best_epoch, stopped_early=stopped)
+        early_stop = run.records[-1].epoch if summary.status == "early_stopped" else None
+        marks = {"best epoch": summary.best_epoch, "early stop": early_stop}
+        draw_curves({run.name: run.records}, files[0], title=run.title, marks=marks)
     if test is not None and saved is not None:
         files += draw_evaluation(figures, test, saved, title=run.title)
     if page is None:
         return
-    confusions = {} if test is None else {"Most frequent confusions": "\n".join(format_confusions(test, count=10))}
-    recipe, standard = (
-        {name: value if isinstance(value, str) else json.dumps(value) for name, value in flatten(fields).items()}
-        for fields in (run.recipe, recipe_to_mapping(Recipe.load()))
-    )
-    changed = {
-        name: f"{value} (standard: {standard.get(name)})"
-        for name, value in recipe.items()
+    standard = flatten(recipe_to_mapping(Recipe.load()))
+    changed = [
+        f"{name}: {json.dumps(value)}  (standard: {json.dumps(standard.get(name))})"
+        for name, value in flatten(run.recipe).items()
         if value != standard.get(name)
+    ]
+    texts = {
+        "Most frequent confusions": "" if test is None else "\n".join(format_confusions(test, count=10)),
+        "To run it again": _command_to_repeat(run),
+        "Recipe, where it differs from standard": "\n".join(changed),
+        "config.yaml": RunDirectory(run.path).config.read_text(encoding="utf-8"),
     }
-    _write_page(
-        page,
-        files,
-        title=run.title,
-        outcome=format_outcome(summary, total_epochs=run.recipe["epochs"]),
-        table=comparison_rows([run]),
-        notes=[untested_note(run)] if test is None else [],
-        texts=confusions | {"To run it again": _command_to_repeat(run)},
-        lists={
-            "Recipe, where it differs from standard": changed,
-            "Recipe, as in standard": {name: value for name, value in recipe.items() if name not in changed},
-            "Origin": _provenance(run),
-        },
-    )
+    notes = [
+        f"{format_outcome(summary, total_epochs=run.recipe['epochs'])}.",
+        f"device: {summary.device}, precision: {summary.precision}, processes: {summary.world_size},"
+        f" threads of each: {summary.num_threads}",
+        *([untested_note(run)] if test is None else []),
+    ]
+    _write_page(page, files, title=run.title, table=comparison_rows([run]), notes=notes, texts=texts)
 
 
 def write_comparison(runs: Sequence[ReportedRun], folder: Path) -> list[str]:
     """Write the curves of several runs, their table as CSV and Markdown, and a page; return the names of the files."""
-    from cifar_dist.display.figures import draw_overlay
+    from cifar_dist.display.figures import draw_curves
 
-    title, figures = f"{len(runs)} runs", []
+    title, figures, page = f"{len(runs)} runs", [], folder / "report.html"
     if any(run.records for run in runs):
         figures.append(folder / "curves.png")
-        draw_overlay({run.name: run.records for run in runs}, figures[0], title=title)
+        draw_curves({run.name: run.records for run in runs}, figures[0], title=title, marks={})
     texts = {"report.csv": format_csv(runs), "report.md": format_markdown(runs)}
     for name, text in texts.items():
         write_output(folder / name, text.encode(errors="backslashreplace"))
-    table, notes, page = comparison_rows(runs), comparison_notes(runs), folder / "report.html"
-    lists = {run.name: _provenance(run) for run in runs}
-    _write_page(page, figures, title=title, outcome="", table=table, notes=notes, texts={}, lists=lists)
+    _write_page(page, figures, title=title, table=comparison_rows(runs), notes=comparison_notes(runs), texts={})
     return [*(path.name for path in figures), *texts, page.name]
 
 
 def _write_page(path: Path, figures: Sequence[Path], **content: Any) -> None:
     """Render report.html with embedded figures."""
-    images = {_HEADINGS[file.stem]: base64.b64encode(file.read_bytes()).decode() for file in figures}
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("cifar_dist", "display"), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    page = environment.get_template("report.html").render(figures=images, **content)
+    images = {file.stem: base64.b64encode(file.read_bytes()).decode() for file in figures}
+    templates = jinja2.Environment(loader=jinja2.PackageLoader("cifar_dist", "display"), autoescape=True)
+    page = templates.get_template("report.html").render(figures=images, **content)
     write_output(path, page.encode(errors="backslashreplace"))
 
 
@@ -243,14 +222,6 @@ def _command_to_repeat(run: ReportedRun) -> str:
     words += ["--data-dir", data["data_dir"]] if "data_dir" in data else []
     words += ["--num-processes", summary.world_size] if summary.world_size > 1 else []
     return command_line(*words, "--precision", summary.precision)
-
-
-def _provenance(run: ReportedRun) -> dict[str, Any]:
-    """Return the data, the hardware and the versions of a run."""
-    names = ("device", "precision", "world_size", "num_threads", "peak_memory_mib")
-    config = {name: value for name, value in run.config.items() if name not in ("recipe", "class_names")}
-    fields = {"run": run.path, **{name: getattr(run.summary, name) for name in names}, **flatten(config)}
-    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _same_experiment(runs: Sequence[ReportedRun]) -> list[list[ReportedRun]]:

@@ -116,22 +116,14 @@ def print_header(console: Console, values: Mapping[str, str]) -> None:
 def print_result(console: Console, summary: Summary, total_epochs: int, directory: Path) -> None:
     """Print the outcome and the test of a run, and the commands that may follow."""
     assert summary.test is not None
-    lines = [
-        format_outcome(summary, total_epochs=total_epochs),
-        *format_evaluation(summary.test, split="test "),
-        "",
-        f"in {directory}: config.yaml, metrics.jsonl, summary.json, checkpoints, figures",
-    ]
-    print_lines(console, lines, title="result")
-    print_notes(  # outside of the panel, to be copied
-        console,
-        [
-            "next:",
-            f"  {command_line('report', directory)}",
-            f"  {command_line('predict', '--ckpt', directory, 'IMAGE')}",
-            f"  {command_line('export', '--ckpt', directory, '--out', 'model.pth')}",
-        ],
+    outcome = format_outcome(summary, total_epochs=total_epochs)
+    print_lines(console, [outcome, *format_evaluation(summary.test, split="test ")], title="result")
+    commands = (
+        ["report", directory],
+        ["predict", "--ckpt", directory, "IMAGE"],
+        ["export", "--ckpt", directory, "--out", "model.pth"],
     )
+    print_notes(console, ["next:", *(f"  {command_line(*words)}" for words in commands)])  # no panel: to be copied
 
 
 def _print_plain(console: Console, lines: Iterable[str]) -> None:

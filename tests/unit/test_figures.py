@@ -15,7 +15,7 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib.font_manager import fontManager
 from PIL import Image
 
-from cifar_dist.display.figures import draw_confusion, draw_curves, draw_evaluation, draw_overlay, draw_per_class
+from cifar_dist.display.figures import draw_confusion, draw_curves, draw_evaluation, draw_per_class
 from cifar_dist.run.results import Evaluation
 from tests.unit.test_metrics import record
 from tests.unit.test_report import EVERY_FIGURE, make_run
@@ -72,19 +72,15 @@ def test_of_many_classes_the_worst_are_shown_and_cells_have_no_numbers(drawn):
     assert drawn["per_class"].get_suptitle() == "all (the 40 worst of 160 classes)"
 
 
-@pytest.mark.parametrize("validation", [True, False])
-def test_curves_mark_the_best_epoch_and_the_early_stop_and_name_last_values(drawn, validation):
-    held_out = [{"val_loss": 1 / epoch, "val_acc": epoch / 10} if validation else {} for epoch in (1, 2, 3)]
-    records = [record(epoch, **values) for epoch, values in enumerate(held_out, start=1)]
-    draw_curves(records, Path("curves.png"), title="", best_epoch=2 if validation else None, stopped_early=True)
+def test_curves_mark_epochs_and_name_last_values(drawn):
+    records = [record(epoch, val_loss=1 / epoch, val_acc=epoch / 10) for epoch in (1, 2, 3)]
+    draw_curves({"x": records}, Path("curves.png"), title="", marks={"best epoch": 2, "early stop": None})
     loss, accuracy, rate = drawn["curves"].axes
     assert [axes.get_title() for axes in (loss, rate)] == ["Cross-entropy loss", "Learning rate"]
-    labels = ["training (50.0%)", "validation (30.0%)", "best epoch (2)", "early stop (3)"]
-    assert [line.get_label() for line in accuracy.lines] == (labels if validation else [labels[0], labels[3]])
-    assert list(accuracy.lines[0].get_ydata()) == [0.5] * 3
-    if validation:
-        assert list(accuracy.lines[1].get_ydata()) == [0.1, 0.2, 0.3]
-        assert list(loss.lines[1].get_ydata()) == [1, 1 / 2, 1 / 3]
+    labels = [line.get_label() for line in accuracy.lines]
+    assert labels == ["training (50.0%)", "validation (30.0%)", "best epoch (2)"]
+    assert [list(line.get_ydata()) for line in accuracy.lines[:2]] == [[0.5] * 3, [0.1, 0.2, 0.3]]
+    assert list(loss.lines[1].get_ydata()) == [1, 1 / 2, 1 / 3]
 
 
 def test_mistakes_are_marked_with_the_predicted_class_and_its_probability(drawn):
@@ -98,14 +94,11 @@ def test_mistakes_are_marked_with_the_predicted_class_and_its_probability(drawn)
 def test_every_run_is_in_the_legend_and_looks_different(drawn):
     """A label that begins with an underscore is none to matplotlib."""
     runs = {"_x": [record(1)], "empty": [], **{f"run{number}": [record(1)] for number in range(28)}}
-    draw_overlay(runs, Path("curves.png"), title="")
+    draw_curves(runs, Path("curves.png"), title="", marks={})
     (legend,) = drawn["curves"].legends
     assert [text.get_text() for text in legend.get_texts()] == list(runs)
-    axes = drawn["curves"].axes
-    assert len(axes) == 4, "no panel of validation"
-    assert len({(line.get_color(), str(line._dash_pattern)) for line in axes[0].lines}) == 30
-    draw_overlay({"a": [record(1)], "b": [record(1, val_loss=0.5, val_acc=0.5)]}, Path("curves.png"), title="")
-    assert len(drawn["curves"].axes) == 6
+    assert len({(line.get_color(), line.get_marker()) for line in legend.get_lines()}) == 30
+    assert [len(axes.lines) for axes in drawn["curves"].axes] == [29] * 3
 
 
 def test_a_users_style_and_names_of_any_bytes_do_no_harm(tmp_path):
