@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     make_output_steady()
     os.environ.setdefault(PROGRAM, program_name(sys.argv[0]))
+    os.environ.pop("MPLBACKEND", None)  # a notebook's, which this environment may lack; figures need none
     world, told_to_stop = World(), UntilTraining()
     try:
         world = World.from_environment(os.environ)
@@ -158,10 +159,6 @@ def _check(options: Options, world_size: int, machine_rank: int) -> TrainRequest
         return request
     if machine_rank > 0:  # the first machine alone reads and writes
         return None
-    if isinstance(options, EvalOptions) and options.figures is not None:
-        from cifar_dist.display.terminal import import_matplotlib
-
-        import_matplotlib()
     check_options(options, world_size=world_size)
     if isinstance(options, EvalOptions) and options.dataset is not None and options.dataset not in KNOWN_SIZES:
         from cifar_dist.data.folder import list_folder

@@ -18,7 +18,7 @@ from cifar_dist.config.world import World
 from cifar_dist.data.dataset import Dataset, LabelledImages, load_dataset, stratified_split
 from cifar_dist.display.progress import evaluation_display, loading_progress
 from cifar_dist.display.tables import format_evaluation
-from cifar_dist.display.terminal import import_matplotlib, make_console, print_lines, print_notes
+from cifar_dist.display.terminal import make_console, print_lines, print_notes
 from cifar_dist.run.checks import check_evaluation
 from cifar_dist.run.resolve import DEFAULT_DATA_DIR, DEFAULT_DATASET, check_dataset_name, computed_with
 from cifar_dist.run.results import Evaluation
@@ -73,8 +73,6 @@ def evaluate(options: EvalOptions, world: World, config: AccelerateConfig, conso
 
 def _read(options: EvalOptions) -> SavedWeights:
     check_evaluation(options)
-    if options.figures is not None:
-        import_matplotlib()
     weights = read_weights(options.checkpoint, options.recipe)
     if weights.class_names is None and options.split == "validation":
         raise UserError("bare weights do not know which images were held out: use --split test, or a checkpoint")

@@ -16,7 +16,7 @@ from cifar_dist.display.report import (
     write_run,
 )
 from cifar_dist.display.tables import format_evaluation, format_outcome
-from cifar_dist.display.terminal import import_matplotlib, make_console, print_lines, print_notes, print_table
+from cifar_dist.display.terminal import make_console, print_lines, print_notes, print_table
 from cifar_dist.run.directory import RunDirectory
 
 
@@ -36,13 +36,11 @@ def run(options: ReportOptions, world: World, config: AccelerateConfig) -> int:
         if options.out is None:
             written = "--out DIR writes the curves, the table as CSV and Markdown, and a page"
         else:
-            import_matplotlib()
             with writing(options.out, "name another folder with --out"):
                 options.out.mkdir(parents=True, exist_ok=True)
                 written = f"written: {', '.join(write_comparison(runs, options.out))} in {options.out}"
         print_lines(console, [*lines, written], title="report")
         return EXIT_DONE
-    import_matplotlib()
     (one,) = runs
     directory = RunDirectory(one.path)
     figures, page = options.out or directory.figures, (options.out or one.path) / "report.html"

@@ -21,7 +21,6 @@ from cifar_dist.data.cifar import ARCHIVES, where_found
 from cifar_dist.data.dataset import Dataset, known_sizes, load_dataset
 from cifar_dist.display.progress import Display, loading_progress, training_display
 from cifar_dist.display.terminal import (
-    import_matplotlib,
     make_console,
     print_error,
     print_header,
@@ -234,7 +233,6 @@ def _draw_figures(session: Session, saved: Mapping[str, NDArray[Any]]) -> None:
     path, page = directory.path, directory.path / "report.html"
     try:
         # matplotlib takes its time to be imported, and a run that fails does not need it.
-        import_matplotlib()
         from cifar_dist.display.report import read_run, write_run
 
         write_run(read_run(path), saved, directory.figures, page if page.exists() else None)

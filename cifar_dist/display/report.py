@@ -153,9 +153,7 @@ def format_markdown(runs: Sequence[ReportedRun]) -> str:
     """Return the table and its notes in Markdown."""
     head, *rows = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in comparison_rows(runs)]
     lines = [head, [":--", *["--:"] * (len(head) - 1)], *rows]
-    return (
-        "\n".join([*(f"| {' | '.join(line)} |" for line in lines), *(f"\n{n}" for n in comparison_notes(runs))]) + "\n"
-    )
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + "".join(f"\n{n}\n" for n in comparison_notes(runs))
 
 
 def write_run(run: ReportedRun, saved: Mapping[str, NDArray[Any]] | None, figures: Path, page: Path | None) -> None:

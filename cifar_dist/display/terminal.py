@@ -1,7 +1,6 @@
 """The console, and what commands print on it: plain lines in a pipe or a file, panels and tables on a terminal."""
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,31 +10,15 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from cifar_dist.config.errors import UserError, printable
+from cifar_dist.config.errors import printable
 from cifar_dist.config.provenance import command_line
 from cifar_dist.display.tables import format_evaluation, format_outcome, format_table
 from cifar_dist.run.results import Summary
 
 
-class SteadyConsole(Console):
-    """A Rich console that ignores write errors: a training outlives a closed terminal and a full log disk."""
-
-    def _check_buffer(self) -> None:
-        try:
-            super()._check_buffer()
-        except OSError:
-            self.on_broken_pipe()
-
-    def on_broken_pipe(self) -> None:
-        """Print nothing more. Rich would exit."""
-        self.quiet = True
-        with contextlib.suppress(OSError, ValueError):  # a stream without a file descriptor, or a closed one
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
-
-
 def make_console(*, quiet: bool = False, stderr: bool = False) -> Console:
     """Build the console for stdout or stderr. `FORCE_COLOR` colours a pipe, and animates nothing there."""
-    console = SteadyConsole(quiet=quiet, stderr=stderr, emoji=False, highlight=False)
+    console = Console(quiet=quiet, stderr=stderr, emoji=False, highlight=False)
     with contextlib.suppress(ValueError, AttributeError):  # a closed stream, or none
         console.is_interactive = console.is_interactive and (console.is_jupyter or console.file.isatty())
     return console
@@ -44,27 +27,6 @@ def make_console(*, quiet: bool = False, stderr: bool = False) -> Console:
 def can_draw(console: Console) -> bool:
     """Return whether this is a terminal with a movable cursor."""
     return console.is_interactive and console.is_terminal and not console.is_dumb_terminal
-
-
-def import_matplotlib() -> None:
-    """Import matplotlib. Raise UserError if it cannot be imported.
-
-    A notebook's `MPLBACKEND` may name a backend that this environment lacks. Figures are drawn by Agg alone.
-    """
-    if "matplotlib" in sys.modules:
-        return
-    backend = os.environ.pop("MPLBACKEND", None)
-    try:
-        import matplotlib
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"matplotlib cannot be used: {reason}") from None
-    finally:
-        if backend is not None:
-            os.environ["MPLBACKEND"] = backend
-    if backend:  # for the figures of a notebook that imports this package
-        with contextlib.suppress(ValueError):
-            matplotlib.rcParams["backend"] = backend
 
 
 def print_error(text: str) -> None:

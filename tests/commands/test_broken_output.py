@@ -1,6 +1,5 @@
 """A console that cannot be written: a training ends as it would, and a command whose result it is says so."""
 
-import io
 import os
 import signal
 import subprocess
@@ -10,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from cifar_dist.cli import main
-from cifar_dist.display.terminal import make_console
 from cifar_dist.run.directory import RunDirectory
 from cifar_dist.runtime.output import make_output_steady
 from tests.commands.test_train import finished, small_world, train
@@ -41,19 +39,6 @@ def test_a_result_that_cannot_be_written_is_one_line(finished, full_disk, monkey
     monkeypatch.setattr(sys, "stdout", full_disk)
     assert main(words.format(run=finished.path).split()) == 2
     assert capsys.readouterr().err.endswith(CANNOT)
-
-
-def test_a_program_that_has_not_replaced_its_streams_continues(monkeypatch):
-    """As one that calls the API: its stream raises."""
-
-    class Full(io.StringIO):
-        def flush(self):
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(sys, "stdout", Full())
-    console = make_console()
-    console.print("a line")
-    console.print("another")
 
 
 def test_what_can_be_written_is(monkeypatch, tmp_path):

@@ -143,25 +143,22 @@ def test_the_view_fits_the_console(monkeypatch):
     assert isinstance(training_display(dumb, PLAN, quiet=False), PlainTraining)
 
 
-def test_plain_training_prints_an_epoch_a_line_and_signs_of_life(clock):
+def test_plain_training_prints_an_epoch_a_line_and_signs_of_life(clock, monkeypatch):
+    monkeypatch.setattr("cifar_dist.display.progress.format_end", lambda seconds, now: f"in {seconds:.0f} s")
     shown = console(False)
     with training_display(shown, PLAN, quiet=False) as view:
-        view.on_epoch_start(1, 0.1)
-        for step in range(1, 20):
-            clock[0] += 5.0 if step <= 5 else 0.1  # the first steps are slow, and do not count
-            view.on_step(step, 2.0 if step == 3 else None)
-        assert text_of(shown) == ""
-        clock[0] += 0.1
-        view.on_step(20, None)
-        view.on_epoch_end(record(1, step=391), True)
-        for clock[0], done in ((56.0, 10), (57.0, 15), (99.0, 20)):
+        view.on_epoch_start(2, 0.1)
+        for clock[0], step in ((10.0, 101), (20.0, 102), (40.0, 103)):  # a resumed run
+            view.on_step(step, 2.0 if step == 102 else None)
+        view.on_epoch_end(record(2, step=782), True)
+        for clock[0], done in ((69.0, 10), (70.0, 15), (110.0, 20)):
             view.on_evaluation(done, 20)
-        clock[0] = 100.0
-        view.on_step(21, None)
+        view.on_epoch_end(record(20, step=7820), False)
     lines = text_of(shown).splitlines()
-    assert lines[0].startswith("expected end ") and "in 13 min 0 s" in lines[0]
-    assert lines[1].startswith("epoch  1/20  loss 1.000") and re.search(r"  end [\d: -]+  best$", lines[1])
-    assert lines[2:] == ["evaluating 15/20 images", "epoch 1/20  step 21/391  loss 2.000"]
+    assert lines[0] == f"epoch 2/20  step 103/391  loss 2.000  end in {(7820 - 391 - 103) * 40 / 3:.0f} s"
+    assert lines[1].startswith("epoch  2/20  loss 1.000") and lines[1].endswith(f"  end in {7038 * 40 / 3:.0f} s  best")
+    assert lines[2] == "evaluating 15/20 images"
+    assert lines[3].startswith("epoch 20/20") and "end" not in lines[3]
 
 
 def test_the_expected_end_has_a_date_on_another_day():

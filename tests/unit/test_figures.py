@@ -17,6 +17,7 @@ from PIL import Image
 
 from cifar_dist.display.figures import draw_confusion, draw_curves, draw_evaluation, draw_per_class
 from cifar_dist.run.results import Evaluation
+from tests.conftest import ROOT
 from tests.unit.test_metrics import record
 from tests.unit.test_report import EVERY_FIGURE, make_run
 
@@ -111,11 +112,9 @@ def test_a_users_style_and_names_of_any_bytes_do_no_harm(tmp_path):
 @pytest.mark.full
 def test_a_notebooks_backend_leaves_the_figures(tmp_path):
     run = make_run(tmp_path / "run")
-    program = "from cifar_dist.cli import main; main(['report', 'run']); import os; print(os.environ['MPLBACKEND'])"
     environ = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    done = subprocess.run([sys.executable, "-c", program], env=environ, cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.endswith("module://matplotlib_inline.backend_inline\n")
+    command = [sys.executable, ROOT / "launch.py", "report", run]
+    assert subprocess.run(command, env=environ, capture_output=True, text=True).stderr == ""
     assert {path.name for path in (run / "figures").iterdir()} == EVERY_FIGURE
 
 

@@ -6,7 +6,6 @@ import io
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -245,19 +244,6 @@ def test_a_mean_of_times_is_over_one_number_of_processes(tmp_path, capsys):
     text = capsys.readouterr().out
     assert re.search(r"mean ± sd of 2 runs +75.00 ± 0.00 +0.5000 ± 0.0000 +- +-\n", text)
     assert re.findall(r"^(\w/run) ", text, re.MULTILINE) == ["a/run", "b/run"], "folders above, for runs of one name"
-
-
-@pytest.mark.parametrize("words", [["report", "run"], ["eval", "--ckpt", "run", "--figures", "figures"]])
-def test_a_matplotlib_that_fails_to_load_is_one_line(tmp_path, monkeypatch, capsys, words):
-    """As under an MPLBACKEND that it does not know."""
-    make_run(tmp_path / "run")
-    (tmp_path / "matplotlib.py").write_text("raise ValueError('Key backend: no valid value\\nsecond line')")
-    monkeypatch.delitem(sys.modules, "matplotlib")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    assert main(words) == 2
-    assert capsys.readouterr().err == "error: matplotlib cannot be used: Key backend: no valid value\n"
-    assert not (tmp_path / "run" / "report.html").exists()
 
 
 MISTAKES = {
