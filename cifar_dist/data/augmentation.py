@@ -39,12 +39,12 @@ class Augmentation:
     ) -> None:
         """Store the side of the images in memory, and the colour (in [0, 1]) of what cutout blanks.
 
-        Raises UserError if the images are too small for the reflection.
+        Raises UserError if the padding is wider than the images.
         """
-        if config.crop_mode == "reflect" and config.crop_padding >= image_size:
+        if config.crop_padding >= image_size:
             raise UserError(
-                f"augmentation.crop_padding={config.crop_padding} reflects more than images of {image_size} pixels"
-                f" have: set it to at most {image_size - 1}"
+                f"augmentation.crop_padding={config.crop_padding} is too wide for images of {image_size} pixels:"
+                f" set it to at most {image_size - 1}"
             )
         self.config, self.seed, self.image_size, self.fill = config, seed, image_size, torch.tensor(fill)
         self.moves_affinely = max(config.affine_degrees, config.affine_translate, config.affine_scale) > 0
@@ -111,18 +111,18 @@ class Augmentation:
         """
         config, column = self.config, _columns(rows, images.device)
         if self.moves_pixels:
-            moves = [AffineMove(angle=column["angle"])] if config.rotation_degrees else []
+            none, one = torch.zeros_like(column["angle"]), torch.ones_like(column["angle"])
+            moves = [AffineMove(column["angle"], none, none, one)] if config.rotation_degrees else []
             if self.moves_affinely:
-                shift = {"shift_y": column["affine_y"], "shift_x": column["affine_x"]}
-                moves.append(AffineMove(angle=column["affine_angle"], scale=column["affine_scale"], **shift))
+                moves.append(AffineMove(*(column[f"affine_{name}"] for name in ("angle", "y", "x", "scale"))))
             images = move_pixels(
                 images,
+                moves,
+                flip=column["flip"],
                 padding=config.crop_padding,
                 crop_y=column["crop_y"],
                 crop_x=column["crop_x"],
                 reflect=config.crop_mode == "reflect",
-                flip=column["flip"],
-                moves=moves,
             )
         pixels = images.to(torch.float32).div_(255)
         if self.changes_colors:
@@ -133,12 +133,6 @@ class Augmentation:
         if config.cutout:
             cutout(pixels, column["cutout_y"], column["cutout_x"], config.cutout, to_device(self.fill, pixels.device))
         return pixels
-
-    def mix(self, pixels: Tensor, partners: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Mix augmented images (B, 3, H, W) with their augmented partners; return them and their own shares (B,)."""
-        column = _columns(rows, pixels.device)
-        is_box, y, x = column["is_box"].bool(), column["box_y"], column["box_x"]
-        return mix(pixels, partners, weight=column["share"], is_box=is_box, center_y=y, center_x=x)
 
 
 def _columns(rows: Tensor, device: torch.device) -> dict[str, Tensor]:
@@ -180,8 +174,7 @@ class _Draw:
 def cutout(pixels: Tensor, center_y: Tensor, center_x: Tensor, side: int, fill: Tensor) -> None:
     """Blank a square of `side` pixels about each image's own centre, in place (arXiv 1708.04552).
 
-    `pixels` (N, 3, H, W), centres (N,) whole pixels; the square is cut off at the border. `fill` (3,) is the colour
-    that normalization turns into 0, as in the paper.
+    The square is cut off at the border. `fill` (3,) is the colour that normalization turns into 0, as in the paper.
     """
     height, width = pixels.shape[2:]
     blank = _span(center_y - side // 2, center_y - side // 2 + side, height).unsqueeze(2)
@@ -189,25 +182,22 @@ def cutout(pixels: Tensor, center_y: Tensor, center_x: Tensor, side: int, fill: 
     torch.where(blank.unsqueeze(1), fill.view(1, 3, 1, 1), pixels, out=pixels)
 
 
-def mix(
-    pixels: Tensor, partners: Tensor, *, weight: Tensor, is_box: Tensor, center_y: Tensor, center_x: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Blend each image with its partner (mixup, arXiv 1710.09412) or paste a box of it (CutMix, arXiv 1905.04899).
+def mix(pixels: Tensor, partners: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Blend augmented images with their partners (mixup, arXiv 1710.09412) or paste a box (CutMix, arXiv 1905.04899).
 
-    `pixels` and `partners` (N, 3, H, W); `weight` (N,) is the image's own share; `is_box` (N,) chooses the way. The box
-    has the area 1 - weight, its centre at (center_y, center_x), whole pixels, and is cut off at the border; the share
-    is then what is left, as in torchvision's CutMix. Returns the mixed images and the shares (N,).
+    `pixels` and `partners` are (B, 3, H, W). The box has the area 1 - share and is cut off at the border; the share is
+    then what is left, as in torchvision's CutMix. Returns the mixed images and their own shares (B,).
     """
-    height, width = pixels.shape[2:]
-    half = 0.5 * (1 - weight).sqrt()
+    column, (height, width) = _columns(rows, pixels.device), pixels.shape[2:]
+    share, is_box = column["share"], column["is_box"].bool()
+    half = 0.5 * (1 - share).sqrt()
     half_y, half_x = (half * height).floor(), (half * width).floor()
-    rows = _span(center_y - half_y, center_y + half_y, height)
-    columns = _span(center_x - half_x, center_x + half_x, width)
-    box = (rows.unsqueeze(2) & columns.unsqueeze(1)).unsqueeze(1)
-    area = rows.sum(1) * columns.sum(1) / (height * width)
-    share = torch.where(is_box, 1 - area, weight)
-    per_pixel = torch.where(is_box.view(-1, 1, 1, 1), 1 - box.to(pixels.dtype), weight.view(-1, 1, 1, 1))
-    return torch.lerp(partners, pixels, per_pixel), share
+    in_y = _span(column["box_y"] - half_y, column["box_y"] + half_y, height)
+    in_x = _span(column["box_x"] - half_x, column["box_x"] + half_x, width)
+    box = (in_y.unsqueeze(2) & in_x.unsqueeze(1)).unsqueeze(1)
+    area = in_y.sum(1) * in_x.sum(1) / (height * width)
+    per_pixel = torch.where(is_box.view(-1, 1, 1, 1), 1 - box.to(pixels.dtype), share.view(-1, 1, 1, 1))
+    return torch.lerp(partners, pixels, per_pixel), torch.where(is_box, 1 - area, share)
 
 
 def _span(start: Tensor, end: Tensor, size: int) -> Tensor:

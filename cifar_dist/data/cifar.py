@@ -36,13 +36,13 @@ class Archive:
     label_key: bytes
     tarball: str
     tarball_md5: str
-    urls: tuple[str, ...]
-    urls_variable: str  # environment variable that replaces `urls`
-
-
-def _urls(tarball: str) -> tuple[str, ...]:
     # PaddlePaddle's mirror has the same bytes; the official server sends 66 to 85 kB/s (pytorch/vision#9536).
-    return (f"https://dataset.bj.bcebos.com/cifar/{tarball}", f"https://www.cs.toronto.edu/~kriz/{tarball}")
+    hosts: tuple[str, ...] = ("https://dataset.bj.bcebos.com/cifar", "https://www.cs.toronto.edu/~kriz")
+
+    @property
+    def urls_variable(self) -> str:
+        """The environment variable that replaces the addresses."""
+        return f"CIFAR_DIST_{self.name.upper()}_URLS"
 
 
 # The md5 of the tarballs are those on https://www.cs.toronto.edu/~kriz/cifar.html, those of the files torchvision's.
@@ -61,8 +61,6 @@ CIFAR10 = Archive(
     label_key=b"labels",
     tarball="cifar-10-python.tar.gz",
     tarball_md5="c58f30108f718f92721af3b95e74349a",
-    urls=_urls("cifar-10-python.tar.gz"),
-    urls_variable="CIFAR_DIST_CIFAR10_URLS",
 )
 
 CIFAR100 = Archive(
@@ -85,8 +83,6 @@ CIFAR100 = Archive(
     label_key=b"fine_labels",
     tarball="cifar-100-python.tar.gz",
     tarball_md5="eb9058c3a382ffc7106e4002c42a8d85",
-    urls=_urls("cifar-100-python.tar.gz"),
-    urls_variable="CIFAR_DIST_CIFAR100_URLS",
 )
 
 ARCHIVES = {archive.name: archive for archive in (CIFAR10, CIFAR100)}
@@ -157,14 +153,9 @@ def _provide_tarball(archive: Archive, tarball: Path, progress: Progress | None,
         if md5_of(tarball) != archive.tarball_md5:
             raise _wrong_md5(tarball)
         return
-    urls = os.environ.get(archive.urls_variable)
+    urls = os.environ.get(archive.urls_variable, " ".join(f"{host}/{archive.tarball}" for host in archive.hosts))
     try:
-        download(
-            archive.urls if urls is None else re.findall(r"[^\s,]+", urls),
-            tarball,
-            archive.tarball_md5,
-            progress=progress,
-        )
+        download(re.findall(r"[^\s,]+", urls), tarball, archive.tarball_md5, progress=progress)
     except DownloadError as error:
         data_dir = tarball.absolute().parent
         raise UserError(

@@ -27,10 +27,8 @@ class LabelledImages:
     """(N,) int64, in [0, number of classes)."""
 
     def __post_init__(self) -> None:
-        if not self.images.is_contiguous():
-            raise ValueError("images must be contiguous")
-        if self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.shape[1] != 3:
-            raise ValueError(f"images must be (N, 3, H, W) uint8, not {tuple(self.images.shape)} {self.images.dtype}")
+        if self.images.dtype != torch.uint8 or self.images.shape[1:2] != (3,) or not self.images.is_contiguous():
+            raise ValueError(f"images must be (N, 3, H, W) uint8, contiguous, not {tuple(self.images.shape)}")
         if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
             raise ValueError(f"labels must be ({len(self.images)},) int64, not {tuple(self.labels.shape)}")
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cifar_dist.config.recipe import NormalizationConfig
-from cifar_dist.data.augmentation import COLUMNS, Augmentation
+from cifar_dist.data.augmentation import COLUMNS, Augmentation, mix
 from cifar_dist.data.dataset import LabelledImages
 from cifar_dist.data.sampler import GlobalBatchSampler, MicroBatch, Shard
 from cifar_dist.data.transforms import to_device
@@ -108,7 +108,7 @@ class TrainingBatches:
             partners_on_device = to_device(partners, on_device.device)
             partner_labels = self.data.labels[partners_on_device]
             other = self._augmented(partners_on_device, table[partners])
-            pixels, shares = self.augmentation.mix(pixels, other, rows)
+            pixels, shares = mix(pixels, other, rows)
         start = 0
         for micro_batch, size in window:
             own = slice(start, start := start + len(micro_batch.positions))

@@ -20,35 +20,32 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class AffineMove:
-    """A rotation about the image's centre, with a shift and a change of size; all (N,) float32."""
+    """A rotation about the image's centre with a shift and a change of size; all (N,) float32."""
 
-    angle: Tensor
-    """Counter-clockwise, in radians."""
-    shift_y: Tensor | None = None
-    """Pixels, down."""
-    shift_x: Tensor | None = None
-    """Pixels, to the right."""
-    scale: Tensor | None = None
+    angle: Tensor  # counter-clockwise, in radians
+    shift_y: Tensor  # pixels, down
+    shift_x: Tensor  # pixels, to the right
+    scale: Tensor
 
 
 def move_pixels(
     images: Tensor,
+    moves: list[AffineMove],
     *,
+    flip: Tensor,
     padding: int,
     crop_y: Tensor,
     crop_x: Tensor,
     reflect: bool,
-    flip: Tensor,
-    moves: list[AffineMove],
 ) -> Tensor:
     """Pad, crop, flip, then move (once or more) a batch (N, 3, H, W) uint8; what lies outside becomes 0.
 
     Each pixel of the result is traced back through the moves (to the nearest pixel, ties to even, as `grid_sample`
-    does), the flip and the crop, so that one gather replaces all operations. `crop_y` and `crop_x` (N,), from 0 to 2
-    `padding`, are the window's corner in the padded image, whose border is 0 or, with `reflect`, the reflection about
-    the border pixels. `flip` (N,) is 0 or 1.
+    does), the flip and the crop, so that one gather replaces all operations. `flip` (N,) is 0 or 1. `crop_y` and
+    `crop_x` (N,), from 0 to 2 `padding`, are the window's corner in the padded image. The border is 0 or, with
+    `reflect`, the reflection about the border pixels.
     """
     num_images, channels, height, width = images.shape
     y = torch.arange(height, device=images.device, dtype=torch.float32).view(1, height, 1)
@@ -63,16 +60,12 @@ def move_pixels(
         inside = within if inside is None else inside & within
     if moves:
         y, x = y.clamp_(0, height - 1), x.clamp_(0, width - 1)
-    border = 0 if reflect else min(padding, max(height, width))  # beyond it all is 0, too
-    excess = padding - border
-    x = (x * (1 - 2 * flip).view(-1, 1, 1)).add_(((width - 1) * flip + crop_x - excess).view(-1, 1, 1))
-    y = y + (crop_y - excess).view(-1, 1, 1)
+    x = (x * (1 - 2 * flip).view(-1, 1, 1)).add_(((width - 1) * flip + crop_x).view(-1, 1, 1))
+    y = y + crop_y.view(-1, 1, 1)
     if reflect:
-        y, x = _reflected(y, height), _reflected(x, width)
-    elif border:
-        images = functional.pad(images, (border, border, border, border))
-    if excess:
-        y, x = y.clamp(0, images.shape[2] - 1), x.clamp(0, images.shape[3] - 1)
+        y, x = _reflected(y - padding, height), _reflected(x - padding, width)
+    elif padding:
+        images = functional.pad(images, (padding, padding, padding, padding))
     source = torch.add(x, y, alpha=images.shape[3]).to(torch.int64).flatten(1).unsqueeze(1)
     moved = images.flatten(2).gather(2, source.expand(-1, channels, -1)).view(num_images, channels, height, width)
     return moved if inside is None else moved.mul_(inside.unsqueeze(1))
@@ -81,11 +74,9 @@ def move_pixels(
 def _source_of(move: AffineMove, y: Tensor, x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Return the nearest pixels from which a move takes the pixels at (y, x)."""
     cos, sin = move.angle.cos().view(-1, 1, 1), move.angle.sin().view(-1, 1, 1)
-    y, x = y - (height - 1) / 2, x - (width - 1) / 2
-    if move.shift_y is not None and move.shift_x is not None:
-        y, x = y - move.shift_y.view(-1, 1, 1), x - move.shift_x.view(-1, 1, 1)
-    if move.scale is not None:
-        cos, sin = cos / move.scale.view(-1, 1, 1), sin / move.scale.view(-1, 1, 1)
+    cos, sin = cos / move.scale.view(-1, 1, 1), sin / move.scale.view(-1, 1, 1)
+    y = y - (height - 1) / 2 - move.shift_y.view(-1, 1, 1)
+    x = x - (width - 1) / 2 - move.shift_x.view(-1, 1, 1)
     source_y = (x * sin).add(y * cos).add_((height - 1) / 2).round_()
     source_x = (x * cos).sub(y * sin).add_((width - 1) / 2).round_()
     return source_y, source_x
