@@ -2,11 +2,10 @@
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.data import DistributedSampler
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,10 +14,6 @@ class Shard:
 
     index: int = 0
     count: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.index < self.count:
-            raise ValueError(f"index must be in [0, {self.count}), not {self.index}")
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -41,56 +36,37 @@ class MicroBatch:
     """Whether the optimizer steps after this one."""
 
 
-class GlobalBatchSampler(DistributedSampler[int]):
-    """A DistributedSampler that neither pads nor drops, whose k-th global batch is the same at every world size.
+@dataclass(frozen=True, slots=True)
+class GlobalBatchSampler:
+    """Cuts an epoch's order into global batches, the same at every world size; it neither pads nor drops."""
 
-    It cuts the order of an epoch into global batches, these into micro-batches, and returns every count-th position of
-    each. Seed and epoch are hashed: torch adds them, so that neighbouring seeds would share orders.
-    """
+    num_samples: int
+    global_batch_size: int
+    _: KW_ONLY
+    seed: int
+    shard: Shard = Shard()
+    num_used: int | None = None
+    """RunPlan.images_per_epoch, which leaves out the order's tail; None uses all samples."""
+    accumulation_steps: int = 1
 
-    def __init__(
-        self,
-        num_samples: int,
-        global_batch_size: int,
-        *,
-        seed: int,
-        shard: Shard | None = None,
-        num_used: int | None = None,
-        accumulation_steps: int = 1,
-    ) -> None:
-        """Cut `num_samples` samples into batches; `num_used` (RunPlan.images_per_epoch) leaves out the order's tail."""
-        super().__init__(range(num_samples), num_replicas=1, rank=0, shuffle=True, seed=seed)  # type: ignore[arg-type]
-        self.global_batch_size = global_batch_size
-        self.shard = shard or Shard()
-        self.num_used = num_samples if num_used is None else num_used
-        self.accumulation_steps = accumulation_steps
+    def order(self, epoch: int) -> Tensor:
+        """Return an epoch's order of all samples, (num_used,) int64."""
+        generator = torch.Generator().manual_seed(derive_seed("order", self.seed, epoch))
+        return torch.randperm(self.num_samples, generator=generator)[: self.num_used]
 
-    def global_order(self) -> Tensor:
-        """Return this epoch's order of all samples, (num_used,) int64."""
-        generator = torch.Generator().manual_seed(derive_seed("order", self.seed, self.epoch))
-        return torch.randperm(len(self.dataset), generator=generator)[: self.num_used]  # type: ignore[arg-type]
-
-    def micro_batches(self) -> Iterator[MicroBatch]:
-        """Iterate over this shard's parts of the epoch.
+    def micro_batches(self, epoch: int) -> Iterator[MicroBatch]:
+        """Iterate over this shard's parts of an epoch.
 
         Micro-batch a of A holds positions [aB/A, (a+1)B/A) of a global batch of B. A short last batch has fewer, so
         that each has the two samples that BatchNorm needs. A shard's part may be empty.
         """
-        for batch in torch.split(self.global_order(), self.global_batch_size):
+        for batch in torch.split(self.order(epoch), self.global_batch_size):
             parts = max(1, min(self.accumulation_steps, len(batch) // 2))
             for number in range(parts):
                 part = batch[number * len(batch) // parts : (number + 1) * len(batch) // parts]
-                positions = part[self.shard.index :: self.shard.count]
                 yield MicroBatch(
-                    positions=positions,
+                    positions=part[self.shard.index :: self.shard.count],
                     images_together=len(part),
                     images_in_step=len(batch),
                     ends_step=number == parts - 1,
                 )
-
-    def __iter__(self) -> Iterator[int]:
-        for micro_batch in self.micro_batches():
-            yield from micro_batch.positions.tolist()
-
-    def __len__(self) -> int:
-        return sum(len(micro_batch.positions) for micro_batch in self.micro_batches())

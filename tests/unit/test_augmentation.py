@@ -67,50 +67,37 @@ def test_the_whole_augmentation_equals_torchvisions():
 # Where the pixels come from
 
 
-def moved_by(images: Tensor, **how) -> Tensor:
-    none = torch.zeros(len(images))
-    still = {"padding": 0, "crop_y": none, "crop_x": none, "reflect": False, "flip": none, "moves": []}
-    return move_pixels(images, **{**still, **how})
+def full(value: float) -> Tensor:
+    return torch.full((2,), float(value))
 
 
-@pytest.mark.parametrize(
-    ("padding", "corner"),
-    [
-        (4, (0, 0)),
-        (4, (8, 8)),
-        (4, (0, 8)),
-        (4, (3, 5)),
-        (60, (0, 0)),
-        (60, (120, 120)),
-        (60, (60, 70)),
-        (60, (95, 20)),
-    ],
-)
+def moved_by(*moves: AffineMove, **how) -> Tensor:
+    still = {"padding": 0, "crop_y": full(0), "crop_x": full(0), "reflect": False, "flip": full(0)}
+    return move_pixels(SOURCES, list(moves), **{**still, **how})
+
+
+@pytest.mark.parametrize(("padding", "corner"), [(4, (0, 0)), (4, (8, 8)), (4, (3, 5)), (31, (0, 62)), (31, (55, 20))])
 @pytest.mark.parametrize("mode", ["constant", "reflect"])
 def test_crop_equals_torchvisions(padding, corner, mode):
-    padding = min(padding, 31) if mode == "reflect" else padding
-    corner = [min(place, 2 * padding) for place in corner]
-    y, x = torch.tensor(corner, dtype=torch.float32).expand(2, 2).unbind(1)
-    moved = moved_by(SOURCES, padding=padding, crop_y=y, crop_x=x, reflect=mode == "reflect")
+    y, x = (full(place) for place in corner)
+    moved = moved_by(padding=padding, crop_y=y, crop_x=x, reflect=mode == "reflect")
     assert torch.equal(moved, vision.crop(vision.pad(SOURCES, padding, padding_mode=mode), *corner, 32, 32))
 
 
-def test_reflection_is_no_wider_than_the_image():
-    fields = ("crop_padding=32", "crop_mode=reflect")
-    with pytest.raises(UserError, match=r"crop_padding=32 reflects more than images of 32 pixels have: .* at most 31"):
-        augmentation(*fields)
-    Augmentation(make_recipe(*(f"augmentation.{field}" for field in fields)).augmentation, seed=0, image_size=33)
-    augmentation("crop_padding=40")
+def test_padding_is_no_wider_than_the_image():
+    with pytest.raises(UserError, match=r"crop_padding=32 is too wide for images of 32 pixels: set it to at most 31"):
+        augmentation("crop_padding=32")
+    Augmentation(make_recipe("augmentation.crop_padding=32").augmentation, seed=0, image_size=33)
 
 
 def test_flip_equals_torchvisions():
-    moved = moved_by(SOURCES, flip=torch.tensor([0.0, 1.0]))
+    moved = moved_by(flip=torch.tensor([0.0, 1.0]))
     assert torch.equal(moved, torch.stack([SOURCES[0], vision.hflip(SOURCES[1])]))
 
 
 @pytest.mark.parametrize("degrees", [-180.0, -90.0, -10.0, -3.3, 0.0, 0.5, 7.7, 45.0, 90.0])
 def test_rotation_equals_torchvisions(degrees):
-    moved = moved_by(SOURCES, moves=[AffineMove(angle=torch.full((2,), math.radians(degrees)))])
+    moved = moved_by(AffineMove(full(math.radians(degrees)), full(0), full(0), full(1)))
     different = moved != vision.rotate(SOURCES.float(), degrees)
     # Where a source falls exactly between two pixels, rounding may go either way: only at multiples of 45 degrees.
     assert different.float().mean() <= (0.05 if degrees == 45 else 0)
@@ -118,14 +105,11 @@ def test_rotation_equals_torchvisions(degrees):
 
 @pytest.mark.parametrize(("degrees", "y", "x", "scale"), [(15.0, 3, -2, 1.1), (-8.0, 0, 5, 0.8), (0.0, -4, 1, 1.0)])
 def test_rotation_and_affine_follow_each_other_as_in_torchvision(degrees, y, x, scale):
-    def full(value: float) -> Tensor:
-        return torch.full((2,), float(value))
-
-    affine = AffineMove(angle=full(-math.radians(degrees)), shift_y=full(y), shift_x=full(x), scale=full(scale))
+    affine = AffineMove(full(-math.radians(degrees)), full(y), full(x), full(scale))
     for angle in (0.0, 0.2):
         rotated = vision.rotate(SOURCES.float(), math.degrees(angle))
         expected = vision.affine(rotated, degrees, [x, y], scale, [0.0, 0.0])
-        moved = moved_by(SOURCES, moves=[AffineMove(angle=full(angle)), affine])
+        moved = moved_by(AffineMove(full(angle), full(0), full(0), full(1)), affine)
         assert (moved != expected).float().mean() < 0.002
 
 
@@ -167,10 +151,17 @@ def test_cutout_is_the_papers():
     assert torch.equal(pixels, expected)
 
 
+def rows_of(**columns: Tensor) -> Tensor:
+    """Return rows of the table with these columns, and 0 in the others."""
+    rows = torch.zeros(len(next(iter(columns.values()))), len(COLUMNS))
+    for name, values in columns.items():
+        rows[:, COLUMNS.index(name)] = values.float()
+    return rows
+
+
 def test_mixup_is_the_papers():
     first, second, share = torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8), torch.tensor([0.0, 0.3, 0.9, 1.0])
-    none = torch.zeros(4)
-    mixed, shares = mix(first, second, weight=share, is_box=none.bool(), center_y=none, center_x=none)
+    mixed, shares = mix(first, second, rows_of(share=share))
     torch.testing.assert_close(mixed, share.view(-1, 1, 1, 1) * first + (1 - share.view(-1, 1, 1, 1)) * second)
     assert torch.equal(shares, share)
 
@@ -181,8 +172,8 @@ def test_cutmix_is_torchvisions():
     generator = torch.Generator().manual_seed(0)
     weight = torch.rand(count, generator=generator)
     y, x = torch.randint(size, (2, count), generator=generator)
-    first, second, boxes = torch.zeros(count, 3, size, size), torch.ones(count, 3, size, size), torch.ones(count).bool()
-    mixed, shares = mix(first, second, weight=weight, is_box=boxes, center_y=y.float(), center_x=x.float())
+    first, second = torch.zeros(count, 3, size, size), torch.ones(count, 3, size, size)
+    mixed, shares = mix(first, second, rows_of(share=weight, is_box=torch.ones(count), box_y=y, box_x=x))
     for index in range(count):
         half = int(0.5 * math.sqrt(1 - weight[index].item()) * size)
         y1, y2 = max(int(y[index]) - half, 0), min(int(y[index]) + half, size)
@@ -215,17 +206,13 @@ def test_the_distributions_are_torchvisions():
         counts = torch.bincount(column(table, name).long(), minlength=count)
         assert len(counts) == count, name
         assert (counts * count / 40_000 - 1).abs().max() < 0.15, f"{name} is not uniform"
+    low, high = transforms.ColorJitter(brightness=1.5).brightness  # cut at zero
+    wide = column(augmentation("brightness=1.5").draw_table(1, 10_000), "brightness")
+    assert low <= wide.min() < low + 0.01 and high >= wide.max() > high - 0.01
     for name in ("affine_y", "affine_x"):  # torchvision moves by whole pixels: at most 0.1 of 32
         assert column(table, name).unique().tolist() == [-3, -2, -1, 0, 1, 2, 3]
     correlation = torch.corrcoef(table[:, :15].T) - torch.eye(15)
     assert correlation.abs().max() < 0.03, "two parameters share their draws"
-
-
-def test_a_wide_jitter_is_cut_at_zero_as_in_torchvision():
-    low, high = transforms.ColorJitter(brightness=1.5).brightness
-    values = column(augmentation("brightness=1.5").draw_table(1, 10_000), "brightness")
-    assert low <= values.min() < low + 0.01
-    assert high >= values.max() > high - 0.01
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 2.0])
@@ -313,6 +300,6 @@ def test_an_empty_share_of_a_batch_is_augmented_too():
     ours = augmentation("affine_degrees=10", "cutout=8", "mixup=1", "cutmix=1")
     rows = ours.draw_table(1, 10)[:0]
     pixels = ours.apply(IMAGES[:0], rows)
-    mixed, shares = ours.mix(pixels, pixels, rows)
+    mixed, shares = mix(pixels, pixels, rows)
     assert pixels.shape == mixed.shape == (0, 3, 32, 32)
     assert shares.shape == (0,)

@@ -79,8 +79,6 @@ FAKE = Archive(
     label_key=b"labels",
     tarball="fake.tar.gz",
     tarball_md5=md5(TARBALL),
-    urls=(),
-    urls_variable="FAKE_URLS",
 )
 
 
@@ -111,7 +109,7 @@ def check(dataset: Dataset) -> None:
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FAKE_URLS", "")
+    monkeypatch.setenv("CIFAR_DIST_FAKE_URLS", "")
     monkeypatch.setenv("no_proxy", "*")
 
 
@@ -171,7 +169,11 @@ def test_missing_files_are_named_with_the_ways_out(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)  # a relative folder is shown as an absolute one
     text = refused(Path())
     assert text.startswith(f"missing in {folder}: batch_2, test; the download failed (there is no address to ask); ")
-    for way in (f"put fake.tar.gz or the folder fake-batches into {folder.parent},", "--data-dir DIR", "FAKE_URLS"):
+    for way in (
+        f"put fake.tar.gz or the folder fake-batches into {folder.parent},",
+        "--data-dir DIR",
+        "CIFAR_DIST_FAKE_URLS",
+    ):
         assert way in text
     assert "--dataset shapes" in text
 
@@ -295,7 +297,9 @@ def server(tmp_path_factory, monkeypatch, refusing_url) -> Iterator[Server]:
     (folder / "fake.tar.gz").write_bytes(TARBALL)
     with Server(folder) as server:
         # Addresses as users separate them; the first one refuses.
-        monkeypatch.setenv("FAKE_URLS", f" {refusing_url},\n http://127.0.0.1:{server.server_port}/fake.tar.gz , ")
+        monkeypatch.setenv(
+            "CIFAR_DIST_FAKE_URLS", f" {refusing_url},\n http://127.0.0.1:{server.server_port}/fake.tar.gz , "
+        )
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield server
@@ -316,10 +320,10 @@ def test_download_makes_the_folder_and_unpacks(tmp_path, server):
 
 
 def test_failed_download_is_one_line(tmp_path, monkeypatch, refusing_url):
-    monkeypatch.delenv("FAKE_URLS")  # the default address is asked
-    text = refused(tmp_path / "new/data", replace(FAKE, urls=(refusing_url,)))
+    monkeypatch.delenv("CIFAR_DIST_FAKE_URLS")  # the default address is asked
+    text = refused(tmp_path / "new/data", replace(FAKE, hosts=(refusing_url.rpartition("/")[0],)))
     assert f"the download failed ({refusing_url.split('/')[2]}: Connection refused);" in text
-    monkeypatch.setenv("FAKE_URLS", "ftp://host/x")
+    monkeypatch.setenv("CIFAR_DIST_FAKE_URLS", "ftp://host/x")
     assert "ftp://host/x" in refused(tmp_path / "new")
 
 
@@ -356,12 +360,13 @@ def test_two_at_a_time_download_once(tmp_path, server):
 )
 def test_archives_are_described_as_in_torchvision(archive, reference, num_classes):
     assert (archive.folder, archive.tarball) == (reference.base_folder, reference.filename)
-    assert (archive.tarball_md5, archive.urls[-1]) == (reference.tgz_md5, reference.url)
+    assert (archive.tarball_md5, f"{archive.hosts[-1]}/{archive.tarball}") == (reference.tgz_md5, reference.url)
     assert [list(file) for file in archive.train.items()] == reference.train_list
     assert [list(file) for file in archive.test.items()] == reference.test_list
     assert archive.class_names == tuple(sorted(set(archive.class_names)))  # officially, both are in that order
     assert len(archive.class_names) == num_classes
-    assert all(url.startswith("https://") and url.endswith(f"/{archive.tarball}") for url in archive.urls)
+    assert all(host.startswith("https://") for host in archive.hosts)
+    assert archive.urls_variable == f"CIFAR_DIST_CIFAR{num_classes}_URLS"
 
 
 def test_cifar100_is_read_with_its_fine_labels(tmp_path):
