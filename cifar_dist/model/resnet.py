@@ -33,30 +33,25 @@ def infer_architecture(weights: Mapping[str, Tensor]) -> tuple[str, int]:
     A 3x3 stem counts as `cifar`: its stride leaves no trace in the weights. Raises UserError for another network.
     """
     conv, head = weights.get("conv1.weight"), weights.get("fc.weight")
-    if conv is None or head is None or head.ndim != 2:
-        missing = "conv1.weight" if conv is None else "fc.weight"
-        there = ", ".join(list(weights)[:3] if conv is None else list(weights)[-3:])
-        raise UserError(f"these weights are not a ResNet-18's: {missing} is missing, and there are {there}")
     stems: dict[tuple[int, ...], str] = {(64, 3, 7, 7): "imagenet", (64, 3, 3, 3): "cifar"}
-    stem = stems.get(tuple(conv.shape))
-    if stem is None:
-        raise UserError(f"these weights are not a ResNet-18's: conv1.weight has the shape {list(conv.shape)}")
+    stem = None if conv is None else stems.get(tuple(conv.shape))
+    if stem is None or head is None or head.ndim != 2:
+        found = {name: list(value.shape) for name, value in weights.items() if name in ("conv1.weight", "fc.weight")}
+        raise UserError(
+            "these weights are not a ResNet-18's: conv1.weight must be [64, 3, 7, 7] or [64, 3, 3, 3] and fc.weight"
+            f" have two dimensions, and there are {found or ', '.join(list(weights)[:3])}"
+        )
     return stem, head.shape[0]
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load a whole state dict. Raises UserError that names the first tensor that differs.
+    """Load a whole state dict. Raises UserError that names the tensors that differ.
 
     As in torch, BatchNorm's counters may be missing: files from before 2018 have none.
     """
-    own = model.state_dict()
-    weights = {key: value for key, value in own.items() if key.endswith("num_batches_tracked")} | dict(weights)
-    shapes, own_shapes = ({key: list(value.shape) for key, value in each.items()} for each in (weights, own))
-    for key in sorted(own.keys() | weights.keys()):
-        if shapes.get(key) == own_shapes.get(key):
-            continue
-        reason = f"{key} has the shape {shapes.get(key)}, not {own_shapes.get(key)}"
-        if key not in weights or key not in own:
-            reason = f"{key} is missing from the file" if key in own else f"{key} is unknown in the model"
-        raise UserError(f"these weights are not this ResNet-18's: {reason}")
-    model.load_state_dict(weights)
+    counters = {key: value for key, value in model.state_dict().items() if key.endswith("num_batches_tracked")}
+    try:
+        model.load_state_dict(counters | dict(weights))
+    except RuntimeError as error:
+        reason = " ".join(str(error).partition("\n\t")[2].split())  # without torch's first line
+        raise UserError(f"these weights are not this ResNet-18's: {reason[:200]}") from None

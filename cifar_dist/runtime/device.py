@@ -218,10 +218,8 @@ def describe_devices() -> dict[str, str]:
         lines[f"GPU {number}"] = f"{gpu.name}, {capability}, {memory}"
     if not gpus:
         lines["CUDA"] = "no GPU is visible" + ("" if torch.version.cuda else "; this torch is built without CUDA")
-    if torch.backends.mps.is_available():
-        lines["MPS"] = f"available, macOS {platform.mac_ver()[0]}"
-    elif sys.platform == "darwin":
-        lines["MPS"] = "not available" + ("" if torch.backends.mps.is_built() else ": this torch is built without it")
+    if sys.platform == "darwin":
+        lines["MPS"] = f"{'' if torch.backends.mps.is_available() else 'not '}available, macOS {platform.mac_ver()[0]}"
     return lines
 
 

@@ -122,23 +122,16 @@ def test_threads_are_the_users_or_a_share_of_the_cores(monkeypatch, environ, pro
     assert choose_num_threads(environ, local_processes=processes, torch_threads=6) == threads
 
 
-V2, V1 = "0::/jobs/mine\n", "4:cpu,cpuacct:/docker/3f\n3:cpuset:/\n1:name=systemd:/docker/3f\n"
-
-
-def limit_v1(folder: str, quota: int) -> dict[str, str]:
-    return {f"{folder}/cpu.cfs_quota_us": f"{quota}\n", f"{folder}/cpu.cfs_period_us": "100000\n"}
-
-
 QUOTAS = {
-    "v2": (V2, {"jobs/mine/cpu.max": "200000 100000\n"}, 2),
-    "v2, of the group above": (V2, {"jobs/mine/cpu.max": "max 100000\n", "jobs/cpu.max": "150000 100000\n"}, 1.5),
-    "v2, in a container": ("0::/../../jobs\n", {"cpu.max": "50000 100000\n"}, 0.5),
-    "v2, none": (V2, {"jobs/mine/cpu.max": "max 100000\n"}, float("inf")),
-    "v1": (V1, limit_v1("cpu/docker/3f", 400_000), 4),
-    "v1, in a container": (V1, limit_v1("cpu", 300_000), 3),
-    "v1, none": (V1, limit_v1("cpu", -1), float("inf")),
+    "own": ("0::/jobs/mine\n", {"jobs/mine/cpu.max": "200000 100000\n"}, 2),
+    "of the group above": (
+        "0::/jobs/mine\n", {"jobs/mine/cpu.max": "max 100000\n", "jobs/cpu.max": "150000 100000\n"}, 1.5
+    ),
+    "in a container": ("0::/../../jobs\n", {"cpu.max": "50000 100000\n"}, 0.5),
+    "none": ("0::/jobs/mine\n", {"jobs/mine/cpu.max": "max 100000\n"}, float("inf")),
+    "cgroup v1": ("4:cpu,cpuacct:/docker/3f\n1:name=systemd:/docker/3f\n", {}, float("inf")),
     "no groups": (None, {}, float("inf")),
-}
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -150,7 +143,7 @@ def control_groups(tmp_path, monkeypatch):
         if own is not None:
             (tmp_path / "own").write_text(own)
 
-    monkeypatch.setattr(cpus, "_OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(cpus, "_OWN_GROUP", tmp_path / "own")
     monkeypatch.setattr(cpus, "_GROUPS", tmp_path / "groups")
     return make
 
@@ -163,7 +156,7 @@ def test_the_cpu_quota(control_groups, own, files, quota):
 
 @pytest.mark.parametrize(("quota", "count"), [(50_000, 1), (150_000, 1), (250_000, 2), (900_000, 4)])
 def test_threads_and_workers_respect_the_quota(control_groups, monkeypatch, quota, count):
-    control_groups(V2, {"jobs/mine/cpu.max": f"{quota} 100000\n"})
+    control_groups("0::/jobs/mine\n", {"jobs/mine/cpu.max": f"{quota} 100000\n"})
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4), raising=False)
     monkeypatch.setattr("psutil.cpu_count", lambda logical: 8)
