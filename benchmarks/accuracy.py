@@ -234,7 +234,7 @@ def measure(rows: list[Row], results: Path, typed: argparse.Namespace) -> int:
 
     config = AccelerateConfig()
     with connect(World(), config) as ranks:
-        runtime = start(ranks, config, typed_precision=typed.precision, doing="measuring")
+        runtime = start(ranks, config, requested_precision=typed.precision, doing="measuring")
         for row in rows:
             recipe = row.resolved(0)
             dataset = random_dataset(32, recipe.global_batch_size)

@@ -192,7 +192,7 @@ def main() -> None:
     recipe = recipe_for_speed(BenchOptions(recipe=typed.recipe, assignments=parse_assignments(typed.set)))
     config, batch = load_accelerate_config(typed.config), recipe.global_batch_size
     with connect(World(), config) as ranks:
-        runtime = start(ranks, config, typed_precision=typed.precision, doing="measuring")
+        runtime = start(ranks, config, requested_precision=typed.precision, doing="measuring")
         dataset = random_dataset(recipe.image_size, batch)
         images, labels = dataset.train.images, dataset.train.labels
         plan = make_plan(recipe, world_size=1, sizes=dataset.sizes, device_type=runtime.device.type)

@@ -18,7 +18,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from cifar_dist.cli import main as cifar_dist
-from cifar_dist.run.session import Session
 from cifar_dist.training.state import Best, copy_weights
 from cifar_dist.training.trainer import Trainer
 
@@ -28,25 +27,25 @@ class Clock:
 
     def __init__(self, saves: int) -> None:
         self.wanted, self.saves, self.steps, self.trainer = saves, [], [], None
-        save, end = Session.save, Trainer._end_step
+        save, end = Trainer._save, Trainer._end_step
 
-        def timed_save(session: Session) -> None:
+        def timed_save(trainer: Trainer) -> None:
             """Save as the largest checkpoint is saved, and end the run when there are enough."""
-            weights = copy_weights(session.state.model)
-            session.state.best = Best(epoch=len(self.saves), value=0, weights=weights, record={})
+            weights = copy_weights(trainer.state.model)
+            trainer.state.best = Best(epoch=len(self.saves), value=0, weights=weights, record={})
             begun = time.perf_counter()
-            save(session)
+            save(trainer)
             self.saves.append(time.perf_counter() - begun)
             if len(self.saves) > self.wanted:
-                session.trainer.interrupt.requested = "SIGTERM"
+                trainer.interrupt.requested = "SIGTERM"
 
-        def timed_step(trainer: Trainer) -> None:
+        def timed_step(trainer: Trainer, epoch: int) -> None:
             """Note when a step is done."""
-            end(trainer)
+            end(trainer, epoch)
             self.trainer = trainer
             self.steps.append(time.perf_counter())
 
-        Session.save, Trainer._end_step = timed_save, timed_step
+        Trainer._save, Trainer._end_step = timed_save, timed_step
 
     def step_seconds(self) -> float:
         """The median time of a step that has no save before it: every second one."""

@@ -35,10 +35,10 @@ ROOT = Path(__file__).parent.parent
 FIRST_STEP = """
 import os, sys
 import cifar_dist.cli
-from cifar_dist.training import engine
+from cifar_dist.training import trainer as engine
 end = engine.Trainer._end_step
-def first_step(trainer):
-    end(trainer)
+def first_step(trainer, epoch):
+    end(trainer, epoch)
     os._exit(0)
 engine.Trainer._end_step = first_step
 cifar_dist.cli.main(sys.argv[1:])

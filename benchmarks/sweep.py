@@ -133,7 +133,7 @@ def main() -> None:
     recipe = recipe_for_speed(BenchOptions(recipe=typed.recipe, assignments=parse_assignments(typed.set)))
     config = load_accelerate_config(typed.config)
     with connect(World(), config) as ranks:
-        runtime = start(ranks, config, typed_precision=typed.precision, doing="measuring")
+        runtime = start(ranks, config, requested_precision=typed.precision, doing="measuring")
         batch = recipe.global_batch_size
         print(f"{typed.recipe}, stem {recipe.stem}, batch {batch}, {runtime.compute.line}", flush=True)
         result = sweep(recipe, runtime, typed.seconds)

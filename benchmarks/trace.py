@@ -53,7 +53,7 @@ def main() -> None:
     typed = parser.parse_args()
     config = load_accelerate_config(typed.config)
     with connect(World(), config) as ranks:
-        runtime = start(ranks, config, typed_precision=typed.precision, doing="measuring")
+        runtime = start(ranks, config, requested_precision=typed.precision, doing="measuring")
         steps = training_steps(typed.recipe, runtime)
         list(islice(steps, 10))  # kernels are chosen, and compiled
         runtime.synchronize()

@@ -29,8 +29,8 @@ from cifar_dist.config.plan import KNOWN_SIZES
 from cifar_dist.config.provenance import PROGRAM, program_name
 from cifar_dist.config.world import LAUNCHED, World
 from cifar_dist.run.checks import check_options
-from cifar_dist.run.resolve import TrainRequest, check_before_launch, check_plan
-from cifar_dist.run.run_files import first_good, verify
+from cifar_dist.run.directory import load_newest, verify
+from cifar_dist.run.resolve import RunSpec, check_before_launch, check_plan
 
 _COMMANDS = {"eval": "evaluate"}  # whose module has another name
 
@@ -135,7 +135,7 @@ def _run(argv: list[str], world: World) -> int:
     return code
 
 
-def _check(options: Options, world_size: int, machine_rank: int) -> TrainRequest | None:
+def _check(options: Options, world_size: int, machine_rank: int) -> RunSpec | None:
     """Check all that can be checked before torch is imported, which takes seconds. Raises UserError.
 
     Return the request of a training that has something to do. Where the processes of a world are there already, rank 0
@@ -147,9 +147,9 @@ def _check(options: Options, world_size: int, machine_rank: int) -> TrainRequest
             from cifar_dist.run.directory import RunDirectory
 
             run = RunDirectory(options.resume_dir or options.run_dir or Path())
-            if run.nothing_left(request.recipe.epochs) is not None:
+            if run.finished(request.recipe.epochs) is not None:
                 return None
-            first_good(run, verify)
+            load_newest(run, verify)
         if request is not None and request.dataset not in KNOWN_SIZES:
             from cifar_dist.data.folder import check_memory, folder_sizes
 
@@ -171,7 +171,7 @@ def _check(options: Options, world_size: int, machine_rank: int) -> TrainRequest
     return None
 
 
-def _provide_data(request: TrainRequest) -> None:
+def _provide_data(request: RunSpec) -> None:
     """Download what is missing, before torch is imported, or processes are started that would wait for it."""
     from cifar_dist.data.cifar import ARCHIVES, provide
     from cifar_dist.display.progress import loading_progress

@@ -75,7 +75,7 @@ def runtime():
     """A world of one on the CPU in float32, on one thread: two would wait for each other where cores are shared."""
     config = AccelerateConfig(use_cpu=True)
     with connect(World(), config) as ranks:
-        yield start(ranks, config, typed_precision="no", num_threads=1)
+        yield start(ranks, config, requested_precision="no", num_threads=1)
 
 
 FULL_TIER = {"launching", "slurm", "gpu"}

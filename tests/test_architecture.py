@@ -30,8 +30,8 @@ HEAVY = {"torch", "torchvision", "accelerate"}
 NO_TORCH_FILES = {
     "run/results.py",
     "run/resolve.py",
-    "run/run_files.py",
     "run/directory.py",
+    "run/metadata.py",
     "run/lock.py",
     "run/checks.py",
     "runtime/launch.py",

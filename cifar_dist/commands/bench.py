@@ -28,7 +28,7 @@ from cifar_dist.model.convolution import use_dense_products
 from cifar_dist.model.optimizer import build_optimizer
 from cifar_dist.model.resnet import build_resnet
 from cifar_dist.run.checks import recipe_for_speed
-from cifar_dist.run.run_files import check_json
+from cifar_dist.run.directory import check_json
 from cifar_dist.runtime.distributed import Runtime, connect, start
 from cifar_dist.training.cuda_graphs import WARMUP_STEPS, capture
 from cifar_dist.training.metrics import RunningSums, batch_loss
@@ -62,7 +62,7 @@ def run(options: BenchOptions, world: World, config: AccelerateConfig) -> int:
     recipe = recipe_for_speed(options)
     micro_batches, typed = recipe.gradient_accumulation_steps, options.precision
     with connect(world, config) as ranks:
-        runtime = start(ranks, config, typed_precision=typed, doing="measuring", micro_batches=micro_batches)
+        runtime = start(ranks, config, requested_precision=typed, doing="measuring", micro_batches=micro_batches)
         what = f"{recipe_label(options.recipe)}, stem {recipe.stem}, batch {recipe.global_batch_size}"
         processes = f"{world.size} process{'es' if world.size > 1 else ''}"
         print_notes(console, (*runtime.compute.notes, f"{what}, {processes}, {runtime.compute.line}"))

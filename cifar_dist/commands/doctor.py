@@ -61,7 +61,9 @@ def _training(options: DoctorOptions, world: World, config: AccelerateConfig) ->
     future, name = planned_world(world, config), options.recipe or DEFAULT_RECIPE
     recipe, sizes = resolve_recipe(read_recipe(name)), KNOWN_SIZES[DEFAULT_DATASET]
     micro_batches = recipe.gradient_accumulation_steps
-    compute = choose_compute(config, os.environ, future, typed_precision=options.precision, micro_batches=micro_batches)
+    compute = choose_compute(
+        config, os.environ, future, requested_precision=options.precision, micro_batches=micro_batches
+    )
     lines = {"recipe": f"{recipe_label(name)} on {DEFAULT_DATASET}", "device": compute.line}
     try:
         check_world(future, compute.device_type, os.environ)

@@ -20,32 +20,32 @@ from cifar_dist.display.progress import evaluation_display, loading_progress
 from cifar_dist.display.tables import format_evaluation
 from cifar_dist.display.terminal import make_console, print_lines, print_notes
 from cifar_dist.run.checks import check_evaluation
-from cifar_dist.run.resolve import DEFAULT_DATA_DIR, DEFAULT_DATASET, check_dataset_name, computed_with
+from cifar_dist.run.resolve import DEFAULT_DATA_DIR, DEFAULT_DATASET, check_dataset_name
 from cifar_dist.run.results import Evaluation
 from cifar_dist.run.weights import SavedWeights, read_weights
 from cifar_dist.runtime.device import FULL_NAMES
 from cifar_dist.runtime.distributed import Runtime, connect, start
-from cifar_dist.training.evaluation import EvaluationSet, what_figures_need
+from cifar_dist.training.evaluation import EvaluationSet, figure_arrays
 from cifar_dist.training.metrics import summarize
 
 
 def run(options: EvalOptions, world: World, config: AccelerateConfig) -> int:
-    """Evaluate as asked; give the exit code."""
+    """Evaluate. Return the exit code."""
     console = make_console(quiet=world.rank > 0, stderr=options.json == STANDARD_OUTPUT)
     evaluate(options, world, config, console)
     return EXIT_DONE
 
 
 def evaluate(options: EvalOptions, world: World, config: AccelerateConfig, console: Console) -> Evaluation:
-    """Evaluate as asked, tell the console, and give the result on all ranks. Raises UserError."""
+    """Evaluate, print the result, and return it on all ranks. Raises UserError."""
     with connect(world, config) as ranks:
         weights = ranks.broadcast_from_main(lambda: _read(options))
         dataset = ranks.main_process_first(lambda: _load_data(console, options, weights))
-        runtime = start(
-            ranks, config, **computed_with(weights.about, options.precision, world.size), doing="evaluating"
-        )
+        settings = weights.compute_settings(options.precision, world.size)
+        runtime = start(ranks, config, **settings, doing="evaluating")
         print_notes(console, (*weights.notes, *runtime.compute.notes))
-        is_other = weights.about.get("dataset", {}).get("fingerprint") != dataset.fingerprint()
+        metadata = weights.metadata
+        is_other = metadata is None or metadata.dataset.fingerprint != dataset.fingerprint()
         has_changed = is_other and _is_own_folder(options, weights, dataset)
         whole = dataset.whole if is_other and not has_changed else None
         with ranks.together():
@@ -67,7 +67,7 @@ def evaluate(options: EvalOptions, world: World, config: AccelerateConfig, conso
         if ranks.is_main:
             write_json(options.json, _in_json(evaluation, options, weights, dataset, runtime))
         if ranks.is_main and options.figures is not None:
-            _draw(options.figures, title, evaluation, what_figures_need(predictions, data, names))
+            _draw(options.figures, title, evaluation, figure_arrays(predictions, data, names))
     return evaluation
 
 
@@ -80,10 +80,10 @@ def _read(options: EvalOptions) -> SavedWeights:
 
 
 def _load_data(console: Console, options: EvalOptions, weights: SavedWeights) -> Dataset:
-    """Load the dataset that was typed, else the one that the weights were trained on."""
-    about = weights.about.get("dataset", {})
-    name = options.dataset or about.get("name", DEFAULT_DATASET)
-    data_dir = options.data_dir or Path(about.get("data_dir", DEFAULT_DATA_DIR))
+    """Load the dataset of the command line, else the one that the weights were trained on."""
+    trained_on = None if weights.metadata is None else weights.metadata.dataset
+    name = options.dataset or (DEFAULT_DATASET if trained_on is None else trained_on.name)
+    data_dir = options.data_dir or (DEFAULT_DATA_DIR if trained_on is None else Path(trained_on.data_dir))
     check_dataset_name(name)
     with loading_progress(console, name) as progress:
         dataset = load_dataset(name, data_dir.absolute(), weights.recipe, for_training=False, progress=progress)
@@ -103,7 +103,7 @@ def _load_data(console: Console, options: EvalOptions, weights: SavedWeights) ->
 
 def _is_own_folder(options: EvalOptions, weights: SavedWeights, dataset: Dataset) -> bool:
     """Whether the images lie in the folder that the weights were trained on."""
-    name = weights.about.get("dataset", {}).get("name")
+    name = None if weights.metadata is None else weights.metadata.dataset.name
     return dataset.origin is not None and (options.dataset is None or str(Path(options.dataset).absolute()) == name)
 
 

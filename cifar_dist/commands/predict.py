@@ -18,9 +18,8 @@ from cifar_dist.data.loader import Normalizer
 from cifar_dist.display.progress import evaluation_display
 from cifar_dist.display.tables import format_table
 from cifar_dist.display.terminal import make_console, print_error, print_notes
-from cifar_dist.run.resolve import computed_with
+from cifar_dist.run.directory import check_json
 from cifar_dist.run.results import Observer, Prediction
-from cifar_dist.run.run_files import check_json
 from cifar_dist.run.weights import SavedWeights, read_weights
 from cifar_dist.runtime.distributed import Runtime, connect, start
 from cifar_dist.training.evaluation import batch_size_for
@@ -30,7 +29,7 @@ _DECODED_AT_ONCE = 256
 
 
 def run(options: PredictOptions, world: World, config: AccelerateConfig) -> int:
-    """Predict as asked; give the exit code: 2 where an image could not be read."""
+    """Predict. Return the exit code: 2 if an image could not be read."""
     console = make_console(quiet=world.rank > 0, stderr=options.json == STANDARD_OUTPUT)
     predictions = predict(options, world, config, console)
     return EXIT_USER_ERROR if any(each.error for each in predictions) else EXIT_DONE
@@ -43,15 +42,14 @@ def predict(
     console: Console,
     on_failure: Callable[[str], None] = print_error,
 ) -> list[Prediction]:
-    """Predict as asked, print the result, and return it on all ranks; files that could not be read come last.
+    """Predict, print the result, and return it on all ranks. Files that could not be read come last.
 
-    On rank 0, `on_failure` is called with a line for each of them. Raises UserError.
+    Rank 0 calls `on_failure` with a line for each of those. Raises UserError.
     """
     with connect(world, config) as ranks:
         weights, files, unreadable, skipped = ranks.broadcast_from_main(lambda: _read(options))
-        runtime = start(
-            ranks, config, **computed_with(weights.about, options.precision, world.size), doing="predicting"
-        )
+        settings = weights.compute_settings(options.precision, world.size)
+        runtime = start(ranks, config, **settings, doing="predicting")
         unnamed = "the weights do not name their classes: they are numbered" if weights.class_names is None else None
         print_notes(console, (*weights.notes, unnamed, skipped, *runtime.compute.notes))
         model = weights.build(runtime.device, runtime.memory_format)
@@ -86,7 +84,7 @@ def _read(options: PredictOptions) -> tuple[SavedWeights, list[ImageFile], dict[
 def _predict(
     model: nn.Module, weights: SavedWeights, files: Sequence[ImageFile], runtime: Runtime, observer: Observer
 ) -> tuple[Tensor, Tensor]:
-    """Give each file's probabilities (N, classes), and which were read (N,); each process does its own files."""
+    """Return probabilities (N, classes) and which files were read (N,). Each rank reads its own files."""
     rank, count, size = runtime.world.rank, runtime.world.size, weights.recipe.image_size
     own, batch_size = list(range(len(files)))[rank::count], batch_size_for(size)
     block = batch_size * math.ceil(_DECODED_AT_ONCE / batch_size)

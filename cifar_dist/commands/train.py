@@ -1,4 +1,4 @@
-"""`train`: from what was typed to a trained, tested and documented model."""
+"""`train`: train a recipe, evaluate it once on the test images, and write the run directory."""
 
 import os
 import platform
@@ -7,15 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from cifar_dist.config.accelerate_config import AccelerateConfig, planned_processes, planned_world
+from cifar_dist.config.accelerate_config import AccelerateConfig, planned_world
 from cifar_dist.config.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_KEYBOARD_INTERRUPT, UserError
 from cifar_dist.config.options import TrainOptions
 from cifar_dist.config.plan import RunPlan, fit_to_dataset, make_plan
-from cifar_dist.config.provenance import command_line, version_note
+from cifar_dist.config.provenance import command_line, git_commit, package_versions, version_note
 from cifar_dist.config.recipe import Recipe
+from cifar_dist.config.schema import to_mapping
 from cifar_dist.config.world import SlurmJob, World
 from cifar_dist.data.cifar import ARCHIVES, where_found
 from cifar_dist.data.dataset import Dataset, known_sizes, load_dataset
@@ -28,26 +30,27 @@ from cifar_dist.display.terminal import (
     print_result,
 )
 from cifar_dist.model.schedule import learning_rate_line
-from cifar_dist.run.directory import RunDirectory, UnwrittenRun
+from cifar_dist.run.directory import RunDirectory, UnwrittenRunDirectory, numbered_names
 from cifar_dist.run.lock import RunLock
-from cifar_dist.run.opening import begin_session, checkpoint_intervals, describe, new_directory, open_run
-from cifar_dist.run.resolve import TrainRequest, computed_with, resolve_run, seconds_allowed
-from cifar_dist.run.results import Summary
-from cifar_dist.run.saving import CheckpointWriter
-from cifar_dist.run.session import Session
+from cifar_dist.run.metadata import DatasetMetadata, RunMetadata
+from cifar_dist.run.prepare import RunRecorder, prepare_run, restore
+from cifar_dist.run.resolve import RunSpec, resolve, seconds_allowed
+from cifar_dist.run.results import Evaluation, Status, Summary
+from cifar_dist.run.tracking import Trackers
 from cifar_dist.runtime.device import ComputeSettings, check_world, choose_compute
-from cifar_dist.runtime.distributed import connect, start
+from cifar_dist.runtime.distributed import Runtime, connect, start
 from cifar_dist.runtime.interrupt import Interrupt
 from cifar_dist.runtime.ranks import Ranks
+from cifar_dist.training.evaluation import EvaluationSet, figure_arrays
+from cifar_dist.training.metrics import summarize
 from cifar_dist.training.setup import build_trainer
-from cifar_dist.training.trainer import DivergedError, InterruptedRun
+from cifar_dist.training.trainer import DivergedError, InterruptedRun, Trainer
 
 
 def run(options: TrainOptions, world: World, config: AccelerateConfig) -> int:
-    """Train as asked; give the exit code."""
-    if options.dry_run:
-        return _show_plan(make_console(quiet=world.rank > 0), options, world, config)
-    return train(options, world, config, make_console(quiet=world.rank > 0))[0]
+    """Train, or print the plan of a dry run. Return the exit code."""
+    console = make_console(quiet=world.rank > 0)
+    return _dry_run(console, options, world, config) if options.dry_run else train(options, world, config, console)[0]
 
 
 def train(
@@ -57,31 +60,30 @@ def train(
     console: Console,
     on_failure: Callable[[str], None] = print_error,
 ) -> tuple[int, Summary | None]:
-    """Train as asked. Return the exit code, and on all ranks the summary of a run that came to its end.
+    """Train and test. Return the exit code, and on all ranks the summary of a run that has ended.
 
-    On rank 0, `on_failure` is called with the reason of another end.
+    Rank 0 calls `on_failure` with the reason if the run does not end.
     """
     interrupt = Interrupt(seconds=seconds_allowed(options.max_minutes, os.environ, time.time()))
-    slurm_job = SlurmJob.from_environment(os.environ)
-    with connect(world, config) as ranks, RunLock(slurm_job) as lock:
-        opened = ranks.broadcast_from_main(
-            lambda: open_run(options, world, slurm_job, lock, lambda text: print_notes(console, [text]))
+    job = SlurmJob.from_environment(os.environ)
+    with connect(world, config) as ranks, RunLock(is_restart=job is not None and job.restarts > 0) as lock:
+        prepared = ranks.broadcast_from_main(
+            lambda: prepare_run(options, world.size, job, lock, lambda text: print_notes(console, [text]))
         )
-        if opened.nothing_left is not None:
-            print_notes(console, [opened.nothing_left])
-            return EXIT_DONE, ranks.broadcast_from_main(RunDirectory(opened.directory).read_summary)
-        request, stored = opened.run.request, opened.run.stored
-        dataset, fingerprint = _load_alike(console, request, ranks)
-        how = computed_with(stored, options.precision, world.size)
-        runtime = start(ranks, config, **how, micro_batches=request.recipe.gradient_accumulation_steps)
+        spec = prepared.spec
+        if prepared.finished is not None:
+            print_notes(console, [prepared.finished])
+            return EXIT_DONE, ranks.broadcast_from_main(RunDirectory(prepared.directory).read_summary)
+        dataset, fingerprint = _load_dataset(console, spec, ranks)
+        micro_batches = spec.recipe.gradient_accumulation_steps
+        runtime = start(ranks, config, **spec.compute_settings(world.size), micro_batches=micro_batches)
         with ranks.together():
-            recipe = fit_to_dataset(request.recipe, dataset.sizes)
+            recipe = fit_to_dataset(spec.recipe, dataset.sizes)
             plan = make_plan(recipe, world_size=world.size, sizes=dataset.sizes, device_type=runtime.device.type)
         if not options.quiet:
-            step = opened.checkpoint.get("step")
-            where = f"{opened.directory}" + (f", going on after {plan.place_of(step)}" if step else "")
-            notes = [opened.damage, version_note(stored.get("versions", {})), None if stored else plan.few_steps_note]
-            lines = _header(where, request, runtime.compute, plan, recipe, notes)
+            step = (prepared.checkpoint or {}).get("step")
+            where = f"{prepared.directory}" + (f", going on after {plan.place_of(step)}" if step else "")
+            lines = _header(where, spec, runtime.compute, plan, recipe, [prepared.damage])
             print_header(console, lines | _data_lines(dataset, recipe))
         display = training_display(
             console,
@@ -90,66 +92,189 @@ def train(
             facts=f"{runtime.compute.short} · {world.size} process{'es' if world.size > 1 else ''}",
             memory=runtime.peak_memory_mib,
         )
+        directory = (RunDirectory if ranks.is_main else UnwrittenRunDirectory)(prepared.directory)
+        metadata = _metadata(spec, recipe, dataset, fingerprint, plan, runtime)
+        recorder = RunRecorder(directory, metadata, runtime, Trackers(display.on_note))
         trainer = build_trainer(
-            recipe, plan, dataset, runtime, display, interrupt=interrupt, pretrained=opened.pretrained
+            recipe,
+            plan,
+            dataset,
+            runtime,
+            display,
+            interrupt=interrupt,
+            recorder=recorder,
+            pretrained=prepared.pretrained,
         )
-        about = describe(request, recipe, dataset.class_names, fingerprint, runtime)
-        directory = RunDirectory(opened.directory, lock) if ranks.is_main else UnwrittenRun(opened.directory)
-        intervals = checkpoint_intervals(options, stored)
-        checkpoints = CheckpointWriter(directory, about, **intervals)
-        session = Session(checkpoints, trainer, dataset)
         with ranks.together():
-            begin_session(session, opened, slurm_job, intervals)
-        return _train_and_test(console, display, session, _how_to_go_on(options, opened.directory), on_failure)
+            restore(prepared, trainer, metadata)
+            records = recorder.begin(trainer.state, prepared.damage)
+        best = trainer.state.best
+        display.on_earlier_epochs(records, None if best is None else best.epoch)
+        if ranks.is_main:
+            recorder.trackers.start(metadata, directory.path, trainer.state.step)
+        resume_command = _resume_command(options, directory.path)
+        return _train_and_test(console, display, trainer, recorder, dataset, resume_command, on_failure)
 
 
-def _how_to_go_on(options: TrainOptions, directory: Path) -> str:
-    """Give the command that resumes the run in the same world."""
-    world = ["--config", options.config] if options.config else []
-    world += ["--num-processes", str(options.num_processes)] if options.num_processes else []
-    return command_line(*world, "--resume", directory)
+def _train_and_test(
+    console: Console,
+    display: Display,
+    trainer: Trainer,
+    recorder: RunRecorder,
+    dataset: Dataset,
+    resume_command: str,
+    on_failure: Callable[[str], None],
+) -> tuple[int, Summary | None]:
+    directory, ranks = recorder.directory, trainer.runtime.ranks
+    try:
+        with trainer.interrupt:
+            try:
+                with display:
+                    trainer.fit()
+                    recorder.save(trainer.state)
+                    evaluation, arrays = _test(trainer, dataset)
+            except (DivergedError, InterruptedRun) as end:
+                return _end_early(trainer, recorder, end, resume_command, on_failure), None
+            directory.write_predictions(**arrays)
+            memory = ranks.all_gather([trainer.runtime.peak_memory_mib() or 0])
+            status: Status = "early_stopped" if trainer.stopped_early else "completed"
+            # With the summary the run is done, whatever becomes of its figures.
+            summary = recorder.write_summary(
+                status, trainer.state, evaluation, peak_memory_mib=int(max(peak for (peak,) in memory)) or None
+            )
+            if ranks.is_main:
+                _draw_figures(directory, arrays, display.on_note)
+                recorder.trackers.log_test(summary, trainer.state.step, directory.figures)
+    except OSError as error:  # a full or vanished disk
+        text, code = directory.explain_write_error(error, resume_command), EXIT_FAILED
+    except KeyboardInterrupt:
+        recorder.write_summary("interrupted", trainer.state)
+        text, code = f"interrupted; go on with: {resume_command}", EXIT_KEYBOARD_INTERRUPT
+    else:
+        recorder.trackers.finish()
+        print_result(console, summary, trainer.plan.epochs, directory.path)
+        return EXIT_DONE, summary
+    ranks.abandoned = True
+    recorder.trackers.finish()
+    if ranks.is_main:
+        on_failure(text)
+    return code, None
 
 
-def _show_plan(console: Console, options: TrainOptions, world: World, config: AccelerateConfig) -> int:
-    """Print what would be done, and by whom; nothing is started, read or written, and no data is needed."""
-    run = resolve_run(options)
-    request, stored = run.request, run.stored
+def _test(trainer: Trainer, dataset: Dataset) -> tuple[Evaluation, dict[str, NDArray[Any]]]:
+    """Evaluate the selected weights on the test images. Return the result, and what the figures need."""
+    state, recipe, data, names = trainer.state, trainer.recipe, dataset.test, dataset.class_names
+    model = state.evaluated_model
+    if recipe.selection == "best" and state.best is not None:
+        model.load_state_dict(state.best.weights)
+    test_set = EvaluationSet(
+        data=data, indices=torch.arange(len(data)), class_names=names, recipe=recipe, runtime=trainer.runtime
+    )
+    predictions = test_set.predict(model, trainer.observer)
+    evaluation = summarize(predictions.logits, predictions.labels, names)
+    trainer.check_finite(evaluation.loss)
+    return evaluation, figure_arrays(predictions, data, names)
+
+
+def _end_early(
+    trainer: Trainer,
+    recorder: RunRecorder,
+    end: DivergedError | InterruptedRun,
+    resume_command: str,
+    on_failure: Callable[[str], None],
+) -> int:
+    """Write how a run ended that all ranks leave together. Return the exit code."""
+    directory, ranks = recorder.directory, trainer.runtime.ranks
+    if isinstance(end, DivergedError):
+        recorder.write_summary("diverged", trainer.state)
+        left = "the last good checkpoint stays" if directory.last.exists() else "there was no checkpoint yet"
+        text, code = f"diverged: {end}; {left}: {directory.path}", EXIT_FAILED
+    else:
+        recorder.write_summary("interrupted", trainer.state)
+        place = trainer.plan.place_of(trainer.state.step)
+        text, code = f"interrupted in {place}, and saved; go on with: {resume_command}", EXIT_INTERRUPTED
+    recorder.trackers.finish()
+    if ranks.is_main:
+        on_failure(text)
+    if ranks.world.size > 1:  # with Slurm the first process that ends may have the others killed
+        trainer.interrupt.ignore()
+    ranks.barrier()
+    return code
+
+
+def _draw_figures(directory: RunDirectory, arrays: Mapping[str, NDArray[Any]], note: Callable[[str], None]) -> None:
+    """Draw the figures, and renew the page if `report` has written one. A failure is a note."""
+    page = directory.path / "report.html"
+    try:
+        from cifar_dist.display.report import read_run, write_run
+
+        write_run(read_run(directory.path), arrays, directory.figures, page if page.exists() else None)
+    except Exception as error:  # a backend, fonts, the disk: the result matters more than its figures
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        again = command_line("report", directory.path)
+        note(f"the figures could not be drawn: {reason}; draw them with: {again}")
+
+
+def _dry_run(console: Console, options: TrainOptions, world: World, config: AccelerateConfig) -> int:
+    """Print what would be done. Starts, reads and writes nothing, and needs no data."""
+    spec = resolve(options)
     future = planned_world(world, config)
-    how = computed_with(stored, options.precision, future.size)
-    micro_batches = request.recipe.gradient_accumulation_steps
-    compute = choose_compute(config, os.environ, future, **how, micro_batches=micro_batches)
+    micro_batches = spec.recipe.gradient_accumulation_steps
+    settings = spec.compute_settings(future.size)
+    compute = choose_compute(config, os.environ, future, **settings, micro_batches=micro_batches)
     check_world(future, compute.device_type, os.environ)
-    sizes = known_sizes(request.dataset)
-    recipe = fit_to_dataset(request.recipe, sizes)
+    sizes = known_sizes(spec.dataset)
+    recipe = fit_to_dataset(spec.recipe, sizes)
     plan = make_plan(recipe, world_size=future.size, sizes=sizes, device_type=compute.device_type)
-    directory = run.existing.path if run.existing is not None else new_directory(options, request)
-    notes = [version_note(stored.get("versions", {})), None if stored else plan.few_steps_note]
-    lines = _header(f"{directory}", request, compute, plan, recipe, notes)
-    if request.dataset in ARCHIVES:
-        lines["data"] = where_found(ARCHIVES[request.dataset], request.data_dir)
-    print_header(console, lines | {"would start": planned_processes(world, config)})
+    free = next(path for path in numbered_names(spec.default_directory) if not path.exists())
+    lines = _header(f"{spec.directory or free}", spec, compute, plan, recipe)
+    if spec.dataset in ARCHIVES:
+        lines["data"] = where_found(ARCHIVES[spec.dataset], spec.data_dir)
+    print_header(console, lines | {"would start": started_line(world, config)})
     return EXIT_DONE
 
 
-def _load_alike(console: Console, request: TrainRequest, ranks: Ranks) -> tuple[Dataset, str]:
-    """Give the dataset and its fingerprint. Raises UserError where a machine has other files than that of rank 0."""
-    dataset = ranks.main_process_first(lambda: _load(console, request))
+def _load_dataset(console: Console, spec: RunSpec, ranks: Ranks) -> tuple[Dataset, str]:
+    """Load the dataset and its fingerprint. Raises UserError if a machine has other files than that of rank 0."""
+
+    def load() -> Dataset:
+        with loading_progress(console, spec.dataset) as progress:
+            return load_dataset(spec.dataset, spec.data_dir, spec.recipe, progress=progress)
+
+    dataset = ranks.main_process_first(load)
     fingerprint = dataset.fingerprint()
     expected = ranks.broadcast_from_main(lambda: fingerprint)
     with ranks.together():
         if fingerprint != expected:
-            raise UserError(f"{request.dataset} is not the same on {platform.node()} as on the machine of rank 0")
+            raise UserError(f"{spec.dataset} is not the same on {platform.node()} as on the machine of rank 0")
     return dataset, fingerprint
 
 
-def _load(console: Console, request: TrainRequest) -> Dataset:
-    with loading_progress(console, request.dataset) as progress:
-        return load_dataset(request.dataset, request.data_dir, request.recipe, progress=progress)
+def _metadata(
+    spec: RunSpec, recipe: Recipe, dataset: Dataset, fingerprint: str, plan: RunPlan, runtime: Runtime
+) -> RunMetadata:
+    return RunMetadata(
+        recipe_name=spec.recipe_name,
+        recipe=recipe,
+        dataset=DatasetMetadata(name=spec.dataset, data_dir=str(spec.data_dir), fingerprint=fingerprint),
+        class_names=dataset.class_names,
+        world_size=runtime.world.size,
+        device=runtime.device.type,
+        precision=runtime.precision,
+        num_threads=runtime.num_threads,
+        checkpoint_every_minutes=spec.checkpoint_every_minutes,
+        checkpoint_every_steps=spec.checkpoint_every_steps,
+        trackers=spec.trackers,
+        plan=to_mapping(plan),
+        versions=package_versions(),
+        git_commit=git_commit(),
+        slurm_job=spec.slurm_job,
+    )
 
 
 def _header(
-    run: str,
-    request: TrainRequest,
+    where: str,
+    spec: RunSpec,
     compute: ComputeSettings,
     plan: RunPlan,
     recipe: Recipe,
@@ -157,86 +282,27 @@ def _header(
 ) -> dict[str, str]:
     """Return the lines above a run: names and values."""
     lines = {
-        "run": run,
-        "recipe": f"{request.recipe_name} on {request.dataset}, seed {recipe.seed}, stem {recipe.stem}",
+        "run": where,
+        "recipe": f"{spec.recipe_name} on {spec.dataset}, seed {recipe.seed}, stem {recipe.stem}",
         "device": compute.line,
         **plan.lines,
         "learning rate": learning_rate_line(recipe, plan),
     }
-    told = "; ".join(note for note in (*compute.notes, *notes) if note)
+    own = plan.few_steps_note if spec.stored is None else version_note(spec.stored.versions)
+    told = "; ".join(note for note in (*compute.notes, *notes, own) if note)
     return lines | {"note": told} if told else lines
 
 
 def _data_lines(dataset: Dataset, recipe: Recipe) -> dict[str, str]:
-    """Say where the images of a folder come from, and how they are normalised."""
+    """Return where the images of a folder come from, and how they are normalized."""
     if dataset.origin is None:
         return {}
     mean, std = recipe.normalization.mean, recipe.normalization.std
     return {"files": dataset.origin, "normalization": f"mean {list(mean)}, std {list(std)}"}
 
 
-def _train_and_test(
-    console: Console, display: Display, session: Session, how_to_go_on: str, on_failure: Callable[[str], None]
-) -> tuple[int, Summary | None]:
-    try:
-        with session.trainer.interrupt:
-            try:
-                with display:
-                    status = session.train()
-                    summary, saved = session.test(status)
-            except (DivergedError, InterruptedRun) as end:
-                return _leave_early(session, end, how_to_go_on, on_failure), None
-            if session.runtime.is_main:  # a signal finds nothing left to save, and waits for the end
-                session.directory.write_summary(summary)  # with it the run is done, whatever becomes of its figures
-                _draw_figures(session, saved)
-                session.trackers.log_test(summary, session.state.step, session.directory.figures)
-    except OSError as error:  # a full or vanished disk, or a run that another process has
-        text, code = session.directory.what_is_lost(error, how_to_go_on), EXIT_FAILED
-        session.runtime.ranks.abandoned = True
-    except KeyboardInterrupt:
-        text, code = f"interrupted; go on with: {how_to_go_on}", EXIT_KEYBOARD_INTERRUPT
-        session.runtime.ranks.abandoned = True
-    else:
-        session.trackers.finish()
-        print_result(console, summary, session.trainer.plan.epochs, session.directory.path)
-        return EXIT_DONE, summary
-    session.trackers.finish()
-    if session.runtime.is_main:
-        on_failure(text)
-    return code, None
-
-
-def _leave_early(
-    session: Session,
-    end: DivergedError | InterruptedRun,
-    how_to_go_on: str,
-    on_failure: Callable[[str], None] = print_error,
-) -> int:
-    """Close what is open and say how a run ended that all processes leave together; give the exit code."""
-    if isinstance(end, DivergedError):
-        path = session.directory.path
-        left = "the last good checkpoint stays" if session.directory.last.exists() else "there was no checkpoint yet"
-        text, code = f"diverged: {end}; {left}: {path}", EXIT_FAILED
-    else:
-        place = session.trainer.plan.place_of(session.state.step)
-        text, code = f"interrupted in {place}, and saved; go on with: {how_to_go_on}", EXIT_INTERRUPTED
-    session.trackers.finish()
-    if session.runtime.is_main:
-        on_failure(text)
-    session.leave_together()
-    return code
-
-
-def _draw_figures(session: Session, saved: Mapping[str, NDArray[Any]]) -> None:
-    """Draw the curves, the confusion matrix and the first predictions; a page that `report` has written is renewed."""
-    directory = session.directory
-    path, page = directory.path, directory.path / "report.html"
-    try:
-        # matplotlib takes its time to be imported, and a run that fails does not need it.
-        from cifar_dist.display.report import read_run, write_run
-
-        write_run(read_run(path), saved, directory.figures, page if page.exists() else None)
-    except Exception as error:  # somebody's backend, fonts or disk: a result is worth more than its figures
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        again = command_line("report", path)
-        session.trainer.observer.on_note(f"the figures could not be drawn: {reason}; draw them with: {again}")
+def _resume_command(options: TrainOptions, directory: Path) -> str:
+    """Return the command that resumes the run in the same world."""
+    world = ["--config", options.config] if options.config else []
+    world += ["--num-processes", str(options.num_processes)] if options.num_processes else []
+    return command_line(*world, "--resume", directory)

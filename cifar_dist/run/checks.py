@@ -16,8 +16,8 @@ from cifar_dist.config.options import (
 )
 from cifar_dist.config.plan import KNOWN_SIZES, make_plan
 from cifar_dist.config.recipe import Recipe, read_recipe, resolve_recipe
+from cifar_dist.run.directory import RunDirectory, check_json, check_output, find_checkpoint
 from cifar_dist.run.resolve import check_dataset_name
-from cifar_dist.run.run_files import RunFiles, check_json, check_output, find_checkpoint
 
 EXPORT_PACKAGES = {".pth": (), ".safetensors": (), ".onnx": ("onnx", "onnxscript", "onnxruntime")}
 """The suffixes of formats that `export` writes, and the packages that each needs."""
@@ -43,7 +43,7 @@ def check_options(options: Options, *, world_size: int) -> None:
         _check_export(options)
     elif isinstance(options, ReportOptions):
         for path in options.run_dirs:
-            if not RunFiles(path).holds_run:
+            if not RunDirectory(path).holds_run:
                 raise UserError(f"there is no run in {path}: name the folder that holds its summary.json")
     elif isinstance(options, BenchOptions):
         check_json(options.json, options.recipe, options.config)

@@ -1,85 +1,104 @@
-"""What a run leaves on disk, in the one folder that it is given."""
+"""The run directory: the names of its files, reading and writing them. Imports no torch."""
 
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
-import numpy as np
 import yaml
-from numpy.typing import NDArray
 
 from cifar_dist.config.errors import UserError
-from cifar_dist.config.files import write_atomically, writing
-from cifar_dist.run.lock import LockLostError, RunLock
+from cifar_dist.config.files import STANDARD_OUTPUT, write_atomically
+from cifar_dist.config.schema import read_yaml
+from cifar_dist.run.metadata import FORMAT_VERSION, RunMetadata, check_format
 from cifar_dist.run.results import EpochRecord, Summary
-from cifar_dist.run.run_files import RunFiles
+
+T = TypeVar("T")
 
 
-class RunDirectory(RunFiles):
-    """The files of one run, written and read. Nothing is made before `create`."""
+class RunDirectory:
+    """The files of one run. Creating this object touches no file."""
 
-    def __init__(self, path: Path, lock: RunLock | None = None) -> None:
-        """`lock` is taken by `create`, or was taken before; without one it is a lock of its own."""
-        super().__init__(path)
-        self._lock = lock or RunLock()
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.summary = path / "summary.json"
+        self.predictions = path / "test_predictions.npz"
+        self.figures = path / "figures"
+        self.last = path / "checkpoints" / "last.pt"
+        self.previous = path / "checkpoints" / "previous.pt"
+        self.best = path / "checkpoints" / "best.pt"
 
-    def create(self, *, is_new: bool = False) -> None:
-        """Make the folders, take the lock, and remove what a killed process left half-written.
+    @property
+    def holds_run(self) -> bool:
+        """Whether a run has written something here."""
+        return any(file.exists() for file in (self.config, self.metrics, self.summary, self.last))
 
-        Raises UserError where that cannot be, where a live run is in the folder, or where one came to be in what
-        `is_new`.
-        """
-        other = ", or name another --run-dir" if is_new else ""
-        with writing(self.path, f"free space or mend the rights there{other}"):
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock.take(self.path)
-            if is_new and self.holds_run:
-                raise UserError(f"{self.path} holds a run by now: name another --run-dir")
-            self.last.parent.mkdir(exist_ok=True)
-            self.figures.mkdir(exist_ok=True)
-            for folder in (self.path, self.last.parent, self.figures):
-                for leftover in folder.glob(".*.*.tmp"):
-                    if leftover.suffixes[-2][1:].isdecimal():  # the number of a process, as write_atomically names them
-                        leftover.unlink()
+    def owns(self, file: Path) -> bool:
+        """Return whether a run wrote this file, and it cannot be made again from the others."""
+        names = (self.config, self.metrics, self.summary, self.predictions, self.last, self.previous, self.best)
+        return file in names and (self.metrics if file == self.config else self.config).exists()
 
-    def write_config(self, content: Mapping[str, Any]) -> None:
+    def find_foreign_file(self) -> Path | None:
+        """Return a file that a new run would overwrite."""
+        named = (self.predictions, self.previous, self.best, self.path / "report.html")
+        return next((file for file in (*named, *self.figures.glob("*.png")) if file.exists()), None)
+
+    def create(self) -> None:
+        """Create the folders, and remove temporary files of a killed process. The caller holds the lock."""
+        for folder in (self.path, self.last.parent, self.figures):
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob(".*.*.tmp"):
+                if leftover.suffixes[-2][1:].isdecimal():  # a process id, as `write_atomically` names its files
+                    leftover.unlink()
+
+    def read_config(self) -> dict[str, Any]:
+        """Read config.yaml. Raises UserError if it is missing or damaged."""
+        config = read_yaml(self.config, "run configuration")
+        if not isinstance(config.get("recipe"), dict) or not isinstance(config.get("dataset"), dict):
+            raise UserError(f"run configuration {self.config} lacks its recipe or dataset")
+        return config
+
+    def read_metadata(self) -> RunMetadata:
+        """Read config.yaml and validate every field. Raises UserError."""
+        config, where = self.read_config(), f"run configuration {self.config}"
+        check_format(config, where)
+        return RunMetadata.from_mapping(config, where)
+
+    def write_metadata(self, metadata: RunMetadata) -> None:
         """Write config.yaml: all that is needed to run it again."""
-        text = yaml.safe_dump(dict(content), sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
-        self.write(self.config, lambda file: file.write(text.encode()))
+        content = {"format_version": FORMAT_VERSION, **metadata.to_mapping()}
+        text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
+        self._write(self.config, lambda file: file.write(text.encode()))
 
     def append_record(self, record: EpochRecord) -> None:
-        """Add a line to metrics.jsonl, whole and on disk."""
-        self._lock.check()
+        """Append a line to metrics.jsonl and fsync it."""
         with self.metrics.open("ab") as file:
             file.write(record.to_json().encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 
     def read_records(self) -> list[EpochRecord]:
-        """Read metrics.jsonl; a line that was cut off or is damaged is left out."""
+        """Read metrics.jsonl. Damaged lines are left out."""
         return [record for record, _ in self._read_lines()]
 
-    def _read_lines(self) -> Iterator[tuple[EpochRecord, bytes]]:
-        lines = self.metrics.read_bytes().splitlines() if self.metrics.exists() else []
-        for line in lines:
-            with suppress(ValueError, TypeError):
-                yield EpochRecord.from_json(line.decode()), line
-
-    def cut_records(self, epochs: int) -> list[EpochRecord]:
-        """Cut metrics.jsonl back to so many epochs, which is what a checkpoint knows; give what is left."""
+    def truncate_records(self, epochs: int) -> list[EpochRecord]:
+        """Cut metrics.jsonl back to the first `epochs` epochs. Return what is left."""
         kept = [(record, line) for record, line in self._read_lines() if record.epoch <= epochs]
-        self.write(self.metrics, lambda file: file.writelines(line + b"\n" for _, line in kept))
+        self._write(self.metrics, lambda file: file.writelines(line + b"\n" for _, line in kept))
         return [record for record, _ in kept]
 
     def write_summary(self, summary: Summary) -> None:
         """Write summary.json."""
-        self.write(self.summary, lambda file: file.write(summary.to_json().encode()))
+        self._write(self.summary, lambda file: file.write(summary.to_json().encode()))
 
     def read_summary(self) -> Summary | None:
-        """Read summary.json; None where there is none. Raises UserError where it is damaged."""
+        """Read summary.json; None if there is none. Raises UserError if it is damaged."""
         if not self.summary.exists():
             return None
         try:
@@ -87,8 +106,37 @@ class RunDirectory(RunFiles):
         except (ValueError, TypeError, KeyError, AttributeError):
             raise UserError(f"{self.summary} is damaged: remove it to go on without it") from None
 
-    def nothing_left(self, epochs: int) -> str | None:
-        """Say that a run which is to have so many epochs is over already, where it is. Raises UserError at fewer."""
+    def write_predictions(self, **arrays: Any) -> None:
+        """Write test_predictions.npz: the arrays that the figures need."""
+        import numpy as np
+
+        self._write(self.predictions, lambda file: np.savez(file, **arrays))
+
+    def read_predictions(self) -> dict[str, Any] | None:
+        """Read test_predictions.npz; None if there is none. Raises UserError if it is damaged."""
+        import numpy as np
+
+        if not self.predictions.exists():
+            return None
+        try:
+            with np.load(self.predictions) as saved:
+                return dict(saved)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+            raise UserError(f"{self.predictions} is damaged: remove it to go on without it") from None
+
+    def write_checkpoint(self, path: Path, content: dict[str, Any], *, previous: Path | None = None) -> None:
+        """Write a checkpoint. The file that was at `path` becomes `previous`."""
+        from cifar_dist.run.checkpoint import save_checkpoint  # imports torch
+
+        save_checkpoint(path, content, previous=previous)
+
+    def set_aside(self, damaged: Path) -> None:
+        """Rename a damaged checkpoint to `damaged-N.pt`, so that it does not become the previous one."""
+        names = (damaged.with_name(f"damaged-{number}.pt") for number in count(1))
+        damaged.replace(next(name for name in names if not name.exists()))
+
+    def finished(self, epochs: int) -> str | None:
+        """Return why a run of `epochs` epochs has nothing left to do; None if it has. Raises UserError for fewer."""
         summary = self.read_summary()
         if summary is None or summary.test is None:
             return None
@@ -101,65 +149,130 @@ class RunDirectory(RunFiles):
         accuracy = f"{summary.test.top1:.2%}"
         return f"{self.path} is completed ({summary.epochs} epochs, accuracy {accuracy}): nothing left to do"
 
-    def what_is_lost(self, error: OSError, how_to_go_on: str) -> str:
-        """Say in one line why nothing can be written any more, and what is left."""
-        if isinstance(error, LockLostError):
-            return f"{error.strerror}: {self.path} is left to it"
+    def explain_write_error(self, error: OSError, resume_command: str) -> str:
+        """Return one line: why writing failed, and which checkpoint is left."""
         if not self.last.parent.is_dir():
             return f"the run directory {self.path} is gone, and nothing can be saved"
         what = f"cannot write {error.filename or self.path}: {error.strerror or error}"
         kept = self.last if self.last.exists() else self.previous
         left = f"the last good checkpoint stays: {kept}" if kept.exists() else "there was no checkpoint yet"
-        return f"{what}; {left}; go on with: {how_to_go_on}"
+        return f"{what}; {left}; go on with: {resume_command}"
 
-    def write_predictions(self, **arrays: NDArray[Any]) -> None:
-        """Write test_predictions.npz: what the figures need, without the data."""
-        self.write(self.predictions, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
+    def _read_lines(self) -> Iterator[tuple[EpochRecord, bytes]]:
+        lines = self.metrics.read_bytes().splitlines() if self.metrics.exists() else []
+        for line in lines:
+            with suppress(ValueError, TypeError):
+                yield EpochRecord.from_json(line.decode()), line
 
-    def read_predictions(self) -> dict[str, NDArray[Any]] | None:
-        """Read test_predictions.npz; None where there is none. Raises UserError where it is damaged."""
-        if not self.predictions.exists():
-            return None
-        try:
-            with np.load(self.predictions) as saved:
-                return dict(saved)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
-            raise UserError(f"{self.predictions} is damaged: remove it to go on without it") from None
-
-    def set_aside(self, damaged: Path) -> None:
-        """Give a damaged checkpoint another name, so that it does not become the previous one."""
-        number = 1
-        while (kept := damaged.with_name(f"damaged-{number}.pt")).exists():
-            number += 1
-        damaged.replace(kept)
-
-    def write_checkpoint(self, path: Path, content: dict[str, Any], *, previous: Path | None = None) -> None:
-        """Write a checkpoint; what was at `path` becomes `previous`."""
-        from cifar_dist.run.checkpoint import save_checkpoint  # torch: who only reads a run does without
-
-        self._lock.check()
-        save_checkpoint(path, content, previous=previous)
-
-    def write(self, path: Path, write: Callable[[BinaryIO], Any]) -> None:
-        """Write a file so that it is there whole or not at all."""
-        self._lock.check()
+    def _write(self, path: Path, write: Callable[[BinaryIO], Any]) -> None:
         write_atomically(path, write)
 
 
-class UnwrittenRun(RunDirectory):
-    """The run as the other ranks have it: they do all that rank 0 does, and write nothing."""
+class UnwrittenRunDirectory(RunDirectory):
+    """The run directory on ranks other than 0: the same methods, which write nothing."""
 
-    def create(self, *, is_new: bool = False) -> None:
-        """Make nothing."""
+    def create(self) -> None:
+        """Create nothing."""
+
+    def append_record(self, record: EpochRecord) -> None:
+        """Write nothing."""
+
+    def write_checkpoint(self, path: Path, content: dict[str, Any], *, previous: Path | None = None) -> None:
+        """Write nothing."""
 
     def set_aside(self, damaged: Path) -> None:
         """Rename nothing."""
 
-    def write_checkpoint(self, path: Path, content: dict[str, Any], *, previous: Path | None = None) -> None:
+    def _write(self, path: Path, write: Callable[[BinaryIO], Any]) -> None:
         """Write nothing."""
 
-    def write(self, path: Path, write: Callable[[BinaryIO], Any]) -> None:
-        """Write nothing."""
 
-    def append_record(self, record: EpochRecord) -> None:
-        """Write nothing."""
+def numbered_names(path: Path) -> Iterator[Path]:
+    """Yield path, path-2, path-3 and so on."""
+    yield path
+    for number in count(2):
+        yield path.with_name(f"{path.name}-{number}")
+
+
+def verify_checksums(path: Path, file: BinaryIO) -> None:
+    """Verify the CRC-32 of every part of a checkpoint's zip, which torch.load does not. Skips other formats.
+
+    `file` has the bytes of `path`. Raises UserError.
+    """
+    head = file.read(2)
+    if not head:
+        raise UserError(f"checkpoint {path} is empty")
+    if head != b"PK":
+        return
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, OSError):
+        raise UserError(f"checkpoint {path} is damaged: it ends too early or its index is broken") from None
+    if damaged is not None:
+        raise UserError(f"checkpoint {path} is damaged: the checksum of {damaged} is wrong")
+
+
+def verify(path: Path) -> None:
+    """Verify a checkpoint's checksums. Raises UserError."""
+    try:
+        with path.open("rb") as file:
+            verify_checksums(path, file)
+    except OSError as error:
+        raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from None
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Return `path`, or the last checkpoint of a run directory. Raises UserError if it is missing or damaged."""
+    if not path.exists():
+        raise UserError(f"there is no checkpoint {path}")
+    if not path.is_dir():
+        verify(path)
+        return path
+    run = RunDirectory(path)
+    if not run.last.exists():
+        raise UserError(f"there is no checkpoint in {path}: {run.last} does not exist")
+    run.read_config()
+    return run.last
+
+
+def load_newest(run: RunDirectory, load: Callable[[Path], T]) -> tuple[T | None, str | None]:
+    """Load last.pt, or previous.pt if that is missing or damaged. Return it with a note on the damage.
+
+    Return None if there is no checkpoint yet. Raises UserError if none is good.
+    """
+    if not run.last.exists():
+        if not run.previous.exists():
+            return None, None
+        return load(run.previous), f"{run.last} is missing: going on from {run.previous.name}"
+    try:
+        return load(run.last), None
+    except UserError as error:
+        if not run.previous.exists():
+            raise
+        try:
+            return load(run.previous), f"{error}: going on from {run.previous.name}"
+        except UserError as second:
+            raise UserError(f"{error}; and {second}") from None
+
+
+def check_output(option: str, path: Path, inputs: Sequence[Path] = ()) -> None:
+    """Refuse an output file that cannot be written, that is one of the inputs, or that belongs to a run.
+
+    Raises UserError.
+    """
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"{option} {path} cannot be written: name a file in a folder that exists")
+    if not path.exists():
+        return
+    if any(os.path.exists(each) and path.samefile(each) for each in inputs):  # noqa: PTH110 - a Path raises EACCES
+        raise UserError(f"{option} {path} would overwrite what is read: name another file")
+    folders = [folder for one in (path.absolute(), path.resolve()) for folder in list(one.parents)[:2]]
+    if any(RunDirectory(folder).owns(one) for folder in folders for one in (path.absolute(), path.resolve())):
+        raise UserError(f"{option} {path} would overwrite a run's own file: name another file")
+
+
+def check_json(path: Path | None, *inputs: str | Path | None) -> None:
+    """Refuse a `--json` file as `check_output` does. Raises UserError."""
+    if path is not None and path != STANDARD_OUTPUT:
+        check_output("--json", path, [Path(each) for each in inputs if each is not None])

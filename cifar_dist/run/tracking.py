@@ -1,56 +1,57 @@
-"""Trackers (TensorBoard, Weights & Biases, MLflow, ...) through Accelerate: what a run says goes there too."""
+"""Log a run to TensorBoard, Weights & Biases, MLflow and others, through Accelerate's trackers."""
 
 import os
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from cifar_dist.config.recipe import recipe_to_mapping
+from cifar_dist.config.schema import flatten
+from cifar_dist.run.metadata import RunMetadata
 from cifar_dist.run.results import EpochRecord, Summary
 from cifar_dist.runtime.distributed import tracker_class
 
 
 class Trackers:
-    """All trackers of a run. One that fails is said once and left out from then on: training goes on without it."""
+    """The trackers of a run. One that fails is reported once and left out; training continues without it."""
 
     def __init__(self, note: Callable[[str], None]) -> None:
-        """Take `note`, which tells the person at the screen; there are no trackers yet."""
-        self.note = note
+        self._note = note
         self._open: dict[str, Any] = {}
 
-    def start(self, names: Sequence[str], folder: Path, run: str, parameters: Mapping[str, Any], step: int) -> None:
-        """Begin, or go on after a step, in `folder` of the run directory; an id in it makes that the same run.
+    def start(self, metadata: RunMetadata, directory: Path, step: int) -> None:
+        """Start the run's trackers in its directory. An id stored there continues the same tracked run after `step`."""
+        parameters = flatten(recipe_to_mapping(metadata.recipe))
+        parameters |= {name: getattr(metadata, name) for name in ("world_size", "device", "precision")}
+        for name in metadata.trackers:
+            folder = directory / "tracking" / name
+            self._try(name, partial(self._start, name, folder, directory.name, parameters, step))
 
-        `run` is the name that a person sees; `parameters` are the hyperparameters, by dotted names.
-        """
-        for name in names:
-            self._try(name, partial(self._start, name, folder / name, run, parameters, step))
-
-    def _start(self, name: str, folder: Path, run: str, parameters: Mapping[str, Any], step: int) -> None:
+    def _start(self, name: str, folder: Path, run: str, parameters: dict[str, Any], step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        known = folder / "run-id"
-        identity = known.read_text() if known.exists() else ""
-        goes_on_after = step if identity else None
-        if not identity and name != "mlflow":  # which makes its own
-            identity = uuid.uuid4().hex[:12]
-        tracker = tracker_class(name)(**_arguments(name, folder, run, identity, goes_on_after))
+        id_file = folder / "run-id"
+        run_id = id_file.read_text() if id_file.exists() else ""
+        resumed_after = step if run_id else None
+        if not run_id and name != "mlflow":  # mlflow makes its own
+            run_id = uuid.uuid4().hex[:12]
+        tracker = tracker_class(name)(**_arguments(name, folder, run, run_id, resumed_after))
         tracker.start()
         self._open[name] = tracker
-        if goes_on_after is None:
-            tracker.store_init_configuration(
-                {
-                    key: value if isinstance(value, bool | int | float | str) else str(value)
-                    for key, value in parameters.items()
-                }
-            )
-            # Last: without it a resumed run begins anew, and says its parameters.
-            known.write_text(tracker.tracker.info.run_id if name == "mlflow" else identity)
+        if resumed_after is None:
+            plain = {
+                key: value if isinstance(value, bool | int | float | str) else str(value)
+                for key, value in parameters.items()
+            }
+            tracker.store_init_configuration(plain)
+            # Last: without this file a resumed run starts anew and stores its parameters.
+            id_file.write_text(tracker.tracker.info.run_id if name == "mlflow" else run_id)
 
     def log(self, record: EpochRecord) -> None:
-        """Log an epoch, at its step."""
+        """Log an epoch at its step."""
         names = {
             "train/loss": record.train_loss,
             "train/accuracy": record.train_acc,
@@ -63,7 +64,7 @@ class Trackers:
         self._log({name: value for name, value in names.items() if value is not None}, record.step)
 
     def log_test(self, summary: Summary, step: int, figures: Path) -> None:
-        """Log the test result and the figures of a run that has come to its end."""
+        """Log the test result and the figures."""
         assert summary.test is not None
         top5 = {} if summary.test.top5 is None else {"test/top5": summary.test.top5}
         self._log({"test/accuracy": summary.test.top1, "test/loss": summary.test.loss, **top5}, step)
@@ -76,7 +77,7 @@ class Trackers:
             self._try(name, partial(tracker.log, values, step=step))
 
     def finish(self) -> None:
-        """Write what is not written yet, and close."""
+        """Flush and close all trackers."""
         for name, tracker in list(self._open.items()):
             self._try(name, tracker.finish)
         self._open.clear()
@@ -84,15 +85,15 @@ class Trackers:
     def _try(self, name: str, action: Callable[[], object]) -> None:
         try:
             action()
-        except Exception as error:  # a network, a disk, a server: whatever it is, the training is worth more
+        except Exception as error:  # the network, the disk, a server: training goes on
             self._open.pop(name, None)
             text = str(error).strip().splitlines()
-            self.note(f"{name} failed, and is left out from here on: {text[0] if text else type(error).__name__}")
+            self._note(f"{name} failed, and is left out from here on: {text[0] if text else type(error).__name__}")
 
 
-def _arguments(name: str, folder: Path, run: str, identity: str, after: int | None) -> dict[str, Any]:
-    """Give what a tracker's class is made with, so that it goes on where the run with this id was."""
-    if name == "tensorboard":  # what was logged after the checkpoint that the run goes on from is not shown twice
+def _arguments(name: str, folder: Path, run: str, run_id: str, after: int | None) -> dict[str, Any]:
+    """Return the arguments of a tracker's class that continue the run with this id."""
+    if name == "tensorboard":  # steps after the checkpoint are purged, because they come again
         return {"run_name": "", "logging_dir": folder, "purge_step": None if after is None else after + 1}
     if name == "wandb":
         import wandb
@@ -102,12 +103,12 @@ def _arguments(name: str, folder: Path, run: str, identity: str, after: int | No
             "run_name": "cifar-dist",
             "name": run,
             "dir": folder,
-            "id": identity,
+            "id": run_id,
             "resume": "allow",
             "settings": quiet,
         }
     if name == "mlflow":
-        arguments = {"experiment_name": "cifar-dist", "run_name": run, "run_id": identity or None}
+        arguments = {"experiment_name": "cifar-dist", "run_name": run, "run_id": run_id or None}
         if "MLFLOW_TRACKING_URI" not in os.environ:
             os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{(folder / 'mlflow.db').absolute()}"
             arguments["logging_dir"] = (folder / "artifacts").absolute().as_uri()  # else below the current folder

@@ -1,6 +1,6 @@
-"""Saved weights: a checkpoint of ours, or the one behind a run's test result, or a bare state dict."""
+"""Weights for `eval`, `predict`, `export` and fine-tuning: a run's checkpoint, or a bare state dict."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,31 +12,40 @@ from cifar_dist.config.errors import UserError
 from cifar_dist.config.recipe import Recipe, read_recipe, resolve_recipe
 from cifar_dist.model.pretrained import find_state_dict, imagenet_weights
 from cifar_dist.model.resnet import build_resnet, infer_architecture, load_weights
-from cifar_dist.run.checkpoint import averaged_weights, is_bare_weights, load_checkpoint, refusing_foreign_content
-from cifar_dist.run.directory import RunDirectory
-from cifar_dist.run.resolve import resolve_stored_recipe
-from cifar_dist.run.run_files import check_stored, find_checkpoint
+from cifar_dist.run.checkpoint import is_bare_weights, load_checkpoint, refusing_foreign_content
+from cifar_dist.run.directory import RunDirectory, find_checkpoint
+from cifar_dist.run.metadata import RunMetadata
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class SavedWeights:
-    """What a file holds, and what it says of how it wants to be used."""
+    """The weights in a file, and how to use them."""
 
     path: Path
     tensors: dict[str, Tensor]
     recipe: Recipe
     num_classes: int
     class_names: tuple[str, ...] | None
-    """None for bare weights, which do not know."""
-    about: Mapping[str, Any]
-    """The checkpoint's own words on dataset, precision and threads; bare weights are taken to be float32."""
-    notes: tuple[str, ...]
+    """None for bare weights."""
+    metadata: RunMetadata | None
+    """None unless the file is a checkpoint of a run."""
+    notes: tuple[str, ...] = ()
 
     def build(self, device: torch.device, memory_format: torch.memory_format) -> nn.Module:
-        """Give the network with these weights, in evaluation mode. Raises UserError where they do not fit it."""
+        """Build the network with these weights, in evaluation mode. Raises UserError if they do not fit it."""
         model = build_resnet(self.recipe.stem, self.num_classes, seed=0)
         load_weights(model, self.tensors)
         return model.to(device, memory_format=memory_format).eval()  # type: ignore[call-overload]
+
+    def compute_settings(self, requested_precision: str | None, world_size: int) -> dict[str, Any]:
+        """Return `requested_precision` and `num_threads`: the command line's, else the run's, else float32."""
+        if self.metadata is None:
+            return {"requested_precision": requested_precision or "no", "num_threads": None}
+        same_world = self.metadata.world_size == world_size
+        return {
+            "requested_precision": requested_precision or self.metadata.precision,
+            "num_threads": self.metadata.num_threads if same_world else None,
+        }
 
     def check_finite(self, values: Tensor, precision: str) -> None:
         """Raise UserError unless all of `values`, computed from the network's logits, are finite numbers."""
@@ -46,18 +55,36 @@ class SavedWeights:
 
 
 def read_weights(path: Path, recipe_name: str | None = None) -> SavedWeights:
-    """Read a checkpoint of ours (in a run directory: the one behind its test result) or bare weights.
+    """Read a run directory's tested checkpoint, another checkpoint, or bare weights.
 
-    `recipe_name` (or a file) says whose normalisation and image size they have; without it a checkpoint knows, and
-    bare weights get `original` where they have torchvision's stem, else `standard`. Raises UserError.
+    `recipe_name` (or a file) gives normalization and image size; by default those of the run, or for bare weights
+    `original` with torchvision's stem, else `standard`. Raises UserError.
     """
-    file = _checkpoint_file(path)
+    file = _tested_checkpoint(path)
     content = load_checkpoint(file)
     with refusing_foreign_content(file):
-        return (_bare_weights if is_bare_weights(content) else _own_weights)(file, content, recipe_name)
+        return (_bare_weights if is_bare_weights(content) else _run_weights)(file, content, recipe_name)
 
 
-def _checkpoint_file(path: Path) -> Path:
+def pretrained_weights(recipe: Recipe, note: Callable[[str], None] = lambda text: None) -> dict[str, Tensor] | None:
+    """Read the weights that a recipe starts from; None if it starts from random ones.
+
+    `note` is called with one line on a download or on renamed keys. Raises UserError.
+    """
+    if recipe.pretrained is None:
+        return None
+    if recipe.pretrained == "imagenet":
+        return imagenet_weights(note)
+    path = Path(recipe.pretrained)
+    content = load_checkpoint(path)
+    with refusing_foreign_content(path):
+        weights, renamed = _state_dict(path, content)
+    if renamed is not None:
+        note(renamed)
+    return weights
+
+
+def _tested_checkpoint(path: Path) -> Path:
     last, run = find_checkpoint(path), RunDirectory(path)
     if last == path:
         return path
@@ -66,60 +93,31 @@ def _checkpoint_file(path: Path) -> Path:
     return run.best if selected_best and summary is not None and summary.test is not None else last
 
 
-def _own_weights(path: Path, content: dict[str, Any], recipe_name: str | None) -> SavedWeights:
-    check_stored(content, f"checkpoint {path}")
-    recipe = resolve_stored_recipe(content, f"checkpoint {path}")
+def _run_weights(path: Path, content: dict[str, Any], recipe_name: str | None) -> SavedWeights:
+    where = f"checkpoint {path}"
+    if "dataset" in content:
+        metadata = RunMetadata.from_mapping(content, where)
+        recipe, class_names = metadata.recipe, metadata.class_names
+    else:  # of `export`
+        metadata, recipe, class_names = None, resolve_recipe(content["recipe"]), tuple(content["class_names"])
     if recipe_name is not None:
-        typed = resolve_recipe(read_recipe(recipe_name))
-        if typed.stem != recipe.stem:
-            raise UserError(f"--recipe {recipe_name} has the stem {typed.stem}, and {path} has {recipe.stem}")
-        # How images look; the split and its seed stay the run's own.
-        recipe = replace(
-            recipe, normalization=typed.normalization, image_size=typed.image_size, image_size_schedule=None
-        )
-    names = tuple(content["class_names"])
+        other = resolve_recipe(read_recipe(recipe_name))
+        if other.stem != recipe.stem:
+            raise UserError(f"--recipe {recipe_name} has the stem {other.stem}, and {path} has {recipe.stem}")
+        images = {"normalization": other.normalization, "image_size": other.image_size, "image_size_schedule": None}
+        recipe = replace(recipe, **images)  # type: ignore[arg-type]  # the split and its seed stay the run's own
     return SavedWeights(
         path=path,
         tensors=_state_dict(path, content)[0],
         recipe=recipe,
-        num_classes=len(names),
-        class_names=names,
-        about=content,
-        notes=(),
+        num_classes=len(class_names),
+        class_names=class_names,
+        metadata=metadata,
     )
 
 
-def read_state_dict(path: Path) -> tuple[dict[str, Tensor], str | None]:
-    """Return the weights in a file, and a note of what was renamed, None if nothing was. Raises UserError."""
-    content = load_checkpoint(path)
-    with refusing_foreign_content(path):
-        return _state_dict(path, content)
-
-
-def pretrained_weights(recipe: Recipe, note: Callable[[str], None] = lambda text: None) -> dict[str, Tensor] | None:
-    """Read the weights that a recipe starts from; None where it starts from nothing.
-
-    `note` is called with one line on a download, or on keys that were renamed. Raises UserError.
-    """
-    if recipe.pretrained is None:
-        return None
-    if recipe.pretrained == "imagenet":
-        return imagenet_weights(note)
-    weights, renamed = read_state_dict(Path(recipe.pretrained))
-    if renamed is not None:
-        note(renamed)
-    return weights
-
-
-def _state_dict(path: Path, content: dict[str, Any]) -> tuple[dict[str, Tensor], str | None]:
-    tensors, renamed = find_state_dict(path, content) if is_bare_weights(content) else (averaged_weights(content), None)
-    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise UserError(f"{path} holds numbers that are not finite ({bad[0]}): its training diverged, use another")
-    return tensors, renamed
-
-
 def _bare_weights(path: Path, content: dict[str, Any], recipe_name: str | None) -> SavedWeights:
-    """Infer from the tensors what they can tell, and take the rest from the recipe, typed or likely."""
+    """Infer the stem and the number of classes from the tensors. The recipe gives the rest."""
     tensors, renamed = _state_dict(path, content)
     stem, num_classes = infer_architecture(tensors)
     name = recipe_name or ("original" if stem == "imagenet" else "standard")
@@ -127,13 +125,24 @@ def _bare_weights(path: Path, content: dict[str, Any], recipe_name: str | None) 
     if (recipe.stem == "imagenet") != (stem == "imagenet"):
         raise UserError(f"--recipe {name} has the stem {recipe.stem}, and {path} has {stem}")
     mean, std = list(recipe.normalization.mean), list(recipe.normalization.std)
-    note = f"bare weights: stem {recipe.stem}, {num_classes} classes; normalisation of {name} (mean {mean}, std {std})"
+    note = f"bare weights: stem {recipe.stem}, {num_classes} classes; normalization of {name} (mean {mean}, std {std})"
     return SavedWeights(
         path=path,
         tensors=tensors,
         recipe=recipe,
         num_classes=num_classes,
         class_names=None,
-        about={"precision": "no"},
+        metadata=None,
         notes=(note,) if renamed is None else (renamed, note),
     )
+
+
+def _state_dict(path: Path, content: dict[str, Any]) -> tuple[dict[str, Tensor], str | None]:
+    """Return the weights to evaluate (the average, if there is one), and a note on renamed keys."""
+    if is_bare_weights(content):
+        tensors, renamed = find_state_dict(path, content)
+    else:
+        tensors, renamed = content.get("model_ema", content["model"]), None
+    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise UserError(f"{path} holds numbers that are not finite ({bad[0]}): its training diverged, use another")
+    return tensors, renamed

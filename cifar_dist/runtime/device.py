@@ -14,7 +14,6 @@ from cifar_dist.config.accelerate_config import (
     cpu_requested,
     process_count_note,
     requested_compiler,
-    requested_precision,
 )
 from cifar_dist.config.cpus import choose_num_threads
 from cifar_dist.config.errors import UserError
@@ -84,7 +83,7 @@ def choose_compute(
     environ: Mapping[str, str],
     world: World,
     *,
-    typed_precision: str | None = None,
+    requested_precision: str | None = None,
     num_threads: int | None = None,
     doing: str = "training",
     micro_batches: int = 1,
@@ -98,7 +97,7 @@ def choose_compute(
     notes = [*config.notes, *([] if other_count is None else [other_count])]
     if facts.type == "cpu" and not use_cpu:
         notes.append("no MPS or CUDA device here: the CPU computes")
-    requested = requested_precision(typed_precision, config, environ)
+    requested = requested_precision(requested_precision, config, environ)
     precision, reason = resolve_precision(requested, facts)
     if requested not in ("auto", precision):
         notes.append(f"{reason}: using {FULL_NAMES[precision]}")

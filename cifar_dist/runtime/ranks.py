@@ -1,4 +1,4 @@
-"""The processes of a run, and what they say to each other: on the CPU, so that no device is made to wait."""
+"""Collectives between the processes of a run, on the CPU, so that no device has to synchronize."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,13 +19,12 @@ _TIMEOUT = timedelta(hours=3)
 
 
 class Ranks:
-    """One process's view of all processes. With one process, every method is a plain function call."""
+    """This process among all processes. In a world of size 1 every method is a plain function call."""
 
     def __init__(self, world: World) -> None:
-        """Take part in the conversation of the process group that has been started, where there are several."""
         self.world = world
         self.abandoned = False
-        """Whether this process leaves in the middle of something, so that the others are not to be waited for."""
+        """Whether this process leaves early, so that it must not wait for the others."""
         self._group: Any = distributed.new_group(backend="gloo", timeout=_TIMEOUT) if world.size > 1 else None
 
     @property
@@ -34,13 +33,17 @@ class Ranks:
         return self.world.rank == 0
 
     def all_gather(self, values: Sequence[float]) -> list[tuple[float, ...]]:
-        """Give what each process said, in order of rank; all must say equally many numbers. A collective."""
+        """Return the values of each rank, in order of rank. All ranks must pass equally many. A collective."""
         if self._group is None:
             return [tuple(values)]
         own = torch.tensor(values, dtype=torch.float64)
         everyone = [torch.empty_like(own) for _ in range(self.world.size)]
         distributed.all_gather(everyone, own, group=self._group)
         return [tuple(each.tolist()) for each in everyone]
+
+    def barrier(self) -> None:
+        """Wait for all ranks. A collective."""
+        self.all_gather([0])  # gloo does not wait if there is nothing to exchange
 
     def broadcast_from_main(self, make: Callable[[], T]) -> T:
         """Let rank 0 make something and give it to all. A collective.

@@ -1,4 +1,4 @@
-"""Exact evaluation: every sample once, whatever the number of samples and processes."""
+"""Exact evaluation: every sample once, for any number of samples and processes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ from cifar_dist.training.metrics import confident_mistakes, summarize
 
 
 def batch_size_for(image_size: int) -> int:
-    """Give the images evaluated at once: 250 of 32 pixels, fewer of larger ones, so that activations stay small.
+    """Return the batch size of an evaluation: 250 images of 32 pixels, fewer of larger ones.
 
-    It depends on nothing else, so that two evaluations of the same weights on one machine give the same bits.
+    It depends on nothing else, so that evaluations of the same weights on one machine give the same bits.
     """
     return max(8, min(250, 250 * 32**2 // image_size**2))
 
@@ -40,21 +40,21 @@ class Predictions:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class EvaluationSet:
-    """The images that weights are evaluated on, and how these are to see them."""
+    """The images that weights are evaluated on, and how they are normalized and resized."""
 
     data: LabelledImages
     indices: Tensor
     """(N,) int64: which of the images."""
     class_names: tuple[str, ...]
     recipe: Recipe
-    """Whose image size and normalisation count."""
+    """Gives image size and normalization."""
     runtime: Runtime
 
     def predict(self, model: nn.Module, observer: Observer, *, mirror: bool = False) -> Predictions:
         """Run the (unwrapped) model over the images, in evaluation mode.
 
-        With `mirror`, the logits are the mean over an image and its mirror image. Each process fills in the rows of
-        its own samples, and the rows are added up once: nothing is padded, so nothing is counted twice.
+        With `mirror`, the logits are the mean over an image and its mirror image. Each rank fills in the rows of its
+        own samples, and one sum joins them: nothing is padded, so no sample counts twice.
         """
         runtime, indices, image_size = self.runtime, self.indices, self.recipe.image_size
         shard = Shard(index=runtime.world.rank, count=runtime.world.size)
@@ -82,15 +82,15 @@ class EvaluationSet:
         return Predictions(indices=indices, labels=self.data.labels.cpu()[indices], logits=everything.cpu())
 
     def evaluate(self, model: nn.Module, observer: Observer) -> Evaluation:
-        """Say how good the (unwrapped) model is on them."""
+        """Evaluate the (unwrapped) model on them."""
         predictions = self.predict(model, observer)
         return summarize(predictions.logits, predictions.labels, self.class_names)
 
 
-def what_figures_need(
+def figure_arrays(
     predictions: Predictions, data: LabelledImages, class_names: Sequence[str]
 ) -> dict[str, NDArray[Any]]:
-    """Give what test_predictions.npz holds of predictions for `data` on the CPU (docs/outputs.md)."""
+    """Return the arrays of test_predictions.npz for predictions on `data`, on the CPU (docs/outputs.md)."""
     mistakes, indices = confident_mistakes(predictions.logits, predictions.labels), predictions.indices
     return {
         "indices": indices.numpy(),

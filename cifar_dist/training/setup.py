@@ -1,4 +1,4 @@
-"""From a recipe, a plan and a dataset to a trainer that is ready to go."""
+"""Build a trainer from a recipe, a plan and a dataset."""
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from cifar_dist.training.evaluation import EvaluationSet
 from cifar_dist.training.metrics import RunningSums
 from cifar_dist.training.state import TrainState
 from cifar_dist.training.step import TrainingStep
-from cifar_dist.training.trainer import Trainer
+from cifar_dist.training.trainer import Recorder, Trainer
 
 
 def build_trainer(
@@ -36,11 +36,12 @@ def build_trainer(
     observer: Observer,
     *,
     interrupt: Interrupt | None = None,
+    recorder: Recorder | None = None,
     pretrained: dict[str, Tensor] | None = None,
 ) -> Trainer:
-    """Build the model, its optimiser and the data path, all on the runtime's device, at the start of a run.
+    """Build the model, its optimizer and the data path on the runtime's device.
 
-    `pretrained` is what `pretrained_weights` gave. Raises UserError where it does not fit.
+    `pretrained` is a state dict. Raises UserError if it does not fit.
     """
     torch.manual_seed(recipe.seed)  # nothing below draws from it, but what somebody adds may
     model = build_resnet(recipe.stem, dataset.num_classes, seed=recipe.seed)
@@ -69,6 +70,7 @@ def build_trainer(
         validation=validation,
         observer=observer,
         interrupt=interrupt or Interrupt(),
+        recorder=recorder or Recorder(),
     )
 
 

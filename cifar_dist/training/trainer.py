@@ -1,8 +1,8 @@
-"""The loop: an epoch in, a record out. It knows no console and no file; an observer hears what happens."""
+"""The training loop: the epochs in `Trainer.fit`, the steps in `Trainer.steps`. It knows no console and no files."""
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -16,39 +16,48 @@ from cifar_dist.runtime.distributed import Runtime
 from cifar_dist.runtime.interrupt import Interrupt
 from cifar_dist.training.early_stopping import monitored_value
 from cifar_dist.training.evaluation import EvaluationSet
-from cifar_dist.training.state import Best, copy_weights
+from cifar_dist.training.state import Best, TrainState, copy_weights
 from cifar_dist.training.step import TrainingStep
 
 
 class DivergedError(Exception):
-    """The loss is not a finite number any more; the weights are lost, the last checkpoint is not."""
+    """The loss or a weight is not a finite number; the last checkpoint is still good."""
 
     def __init__(self, place: str, rate: float) -> None:
         super().__init__(f"the loss is not finite in {place}, at learning rate {rate:g}")
 
 
 class InterruptedRun(Exception):
-    """A process was told to stop, and all stop at the end of the same step, ready to be saved."""
+    """All ranks stopped after the same step, because one of them was told to, and the run is saved."""
 
 
-class Checkpointing:
-    """When a run is saved in the middle of an epoch, and how. This one never is."""
+class Recorder:
+    """Callbacks that save a run. All ranks call them at the same steps. This one saves nothing."""
 
-    def due_by_step(self, step: int) -> bool:
-        """Whether it is time to save after this step of the run."""
+    def on_epoch_end(self, record: EpochRecord, state: TrainState) -> None:
+        """Store the record of an epoch, and a checkpoint if one is due."""
+
+    def should_save(self, step: int) -> bool:
+        """Return whether a checkpoint is due after this step of the run."""
         return False
 
-    def due_by_time(self) -> bool:
-        """Whether so much time has passed; asked about once a second, and rank 0's answer counts."""
+    def should_save_now(self) -> bool:
+        """Return whether a checkpoint is due by time. Asked about once a second; the answer of rank 0 counts."""
         return False
 
-    def save(self) -> None:
-        """Save; called by all ranks."""
+    def save(
+        self,
+        state: TrainState,
+        *,
+        epoch_sums: Sequence[Sequence[float]] = (),
+        statistics: Sequence[Sequence[float]] = (),
+    ) -> None:
+        """Write a checkpoint. Within an epoch there is one row of sums and BatchNorm statistics for each rank."""
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Trainer:
-    """Trains by a plan, one epoch at a time; what is decided is decided by all ranks together."""
+    """Trains by a plan. Every decision is made by all ranks together."""
 
     recipe: Recipe
     plan: RunPlan
@@ -58,147 +67,167 @@ class Trainer:
     validation: EvaluationSet | None
     observer: Observer
     interrupt: Interrupt
-    checkpointing: Checkpointing = field(default_factory=Checkpointing)
+    recorder: Recorder = field(default_factory=Recorder)
 
     def __post_init__(self) -> None:
         self.state = self.step.state
-        self._time_to_save = False
-        self._clock_started = 0.0
-        self._has_begun = False
+        self._save_is_due = False
+        self._clock = time.perf_counter()
+        self._shown = (0.0, 0.0)  # loss and images when the loss was last shown
+        self._has_shown = False
 
-    def epochs(self) -> Iterator[EpochRecord]:
-        """Train what is left of the plan, giving a record after each epoch; the state is then ready to be saved.
+    def fit(self) -> list[EpochRecord]:
+        """Train the rest of the plan. Return the records of these epochs.
 
-        Ends with the plan, or when early stopping says so. Raises DivergedError or InterruptedRun, on all ranks alike.
+        Raises DivergedError or InterruptedRun on all ranks.
         """
-        state = self.state
-        while state.epoch < self.plan.epochs and not state.early_stopping.stopped:
-            epoch = state.epoch + 1
-            self.observer.on_epoch_start(epoch, learning_rate(self.recipe, self.plan, state.step))
-            loss, hits, images = self._train_epoch(epoch)
-            self._check_weights()
-            self.runtime.average_over_ranks(state.own_statistics)
-            record = self._record(epoch, loss, hits, images, self._validate())
-            state.epoch = epoch
-            state.train_seconds += state.epoch_seconds
-            state.epoch_seconds = 0.0
-            state.sums.set(0, 0, 0)
-            is_best = self._keep_best(record)
-            vote = state.early_stopping.update(record)
-            state.early_stopping.stopped = any(stop for (stop,) in self.runtime.ranks.all_gather([vote]))
-            self.observer.on_epoch_end(record, is_best)
-            yield record
-
-    def _train_epoch(self, epoch: int) -> tuple[float, float, float]:
-        """Do what is left of an epoch; give its loss, hits and images, summed over all processes."""
-        self._clock_started = time.perf_counter()
-        try:
+        state, records = self.state, list[EpochRecord]()
+        for epoch in range(state.epoch + 1, self.plan.epochs + 1):
+            if state.early_stopping.stopped:
+                break
             for _ in self.steps(epoch):
                 pass
-            return self._agree()
-        finally:
-            self.stop_clock()
-
-    def stop_clock(self) -> None:
-        """Add the time since the last stop to that of the epoch in progress."""
-        now = time.perf_counter()
-        self.state.epoch_seconds += now - self._clock_started
-        self._clock_started = now
+            records.append(self._end_epoch(epoch))
+        return records
 
     def steps(self, epoch: int) -> Iterator[int]:
-        """Do what is left of an epoch's optimiser steps, one by one; give each step's number in the epoch."""
-        self.step.begin_epoch(epoch)
-        number = self.state.step - (epoch - 1) * self.plan.steps_per_epoch
-        # A resumed epoch has sums of its steps so far.
-        loss_before, _, images_before = self._agree() if number else (0.0, 0.0, 0.0)
-        for batch in self.batches.epoch(epoch, steps_done=number):
+        """Train the rest of an epoch. Yield the number of each optimizer step, from 1, once it is done."""
+        self._begin_epoch(epoch)
+        for batch in self.batches.epoch(epoch, steps_done=self._step_of(epoch)):
             self.step.train_on(batch, is_frozen=epoch <= self.recipe.freeze_epochs)
-            if not batch.ends_step:
-                continue
-            self._end_step()
-            number += 1
-            shown = None
-            if number % self.plan.report_every_steps == 0 or not self._has_begun:
-                self._has_begun = True
-                loss, _, images = self._agree()
-                shown = (loss - loss_before) / max(images - images_before, 1)
-                loss_before, images_before = loss, images
-            self.observer.on_step(number, shown)
-            due = self._time_to_save or self.checkpointing.due_by_step(self.state.step)
-            if due and number < self.plan.steps_per_epoch:  # the end of an epoch has its own
-                if shown is None:  # else all have just heard of each other
-                    self._agree()
-                self._check_weights()
-                self._time_to_save = False
-                self.checkpointing.save()
-            yield number
+            if batch.ends_step:
+                self._end_step(epoch)
+                yield self._step_of(epoch)
 
-    def _end_step(self) -> None:
-        """Count a step, and average its weights."""
-        self.state.step += 1
-        if self.state.ema is not None:
-            self.state.ema.update(self.state.model, self.state.step)
+    @property
+    def stopped_early(self) -> bool:
+        """Whether early stopping ended the run before its last epoch."""
+        return self.state.early_stopping.stopped and self.state.epoch < self.plan.epochs
+
+    def _step_of(self, epoch: int) -> int:
+        """Return how many steps of the epoch are done."""
+        return self.state.step - (epoch - 1) * self.plan.steps_per_epoch
+
+    def _begin_epoch(self, epoch: int) -> None:
+        self._clock = time.perf_counter()
+        self.observer.on_epoch_start(epoch, learning_rate(self.recipe, self.plan, self.state.step))
+        self.step.begin_epoch(epoch)
+        loss, _, images = self._agree() if self._step_of(epoch) else (0.0, 0.0, 0.0)
+        self._shown = (loss, images)  # a resumed epoch has sums of its steps so far
+
+    def _end_step(self, epoch: int) -> None:
+        """Count a step. From time to time, agree with the other ranks, show the loss, and save."""
+        state = self.state
+        state.step += 1
+        if state.ema is not None:
+            state.ema.update(state.model, state.step)
+        number, mean_loss = self._step_of(epoch), None
+        if number % self.plan.report_every_steps == 0 or not self._has_shown:
+            self._has_shown = True
+            loss, _, images = self._agree()
+            mean_loss = (loss - self._shown[0]) / max(images - self._shown[1], 1)
+            self._shown = (loss, images)
+        self.observer.on_step(number, mean_loss)
+        is_due = self._save_is_due or self.recorder.should_save(state.step)
+        if is_due and number < self.plan.steps_per_epoch:  # the end of an epoch saves by itself
+            if mean_loss is None:
+                self._agree()
+            self._check_weights()
+            self._save()
+
+    def _end_epoch(self, epoch: int) -> EpochRecord:
+        """Validate, keep the best weights, vote on early stopping, and save if it is due."""
+        state = self.state
+        loss, correct, images = self._agree()
+        self._tick()
+        self._check_weights()
+        self.runtime.average_over_ranks(state.own_statistics)
+        validation = None if self.validation is None else self._validate(self.validation)
+        record = self._record(epoch, loss / images, correct / images, images, validation)
+        state.epoch = epoch
+        state.train_seconds, state.epoch_seconds = state.train_seconds + state.epoch_seconds, 0.0
+        state.sums.set(0, 0, 0)
+        is_best = self.validation is not None and self._keep_best(record)
+        vote = state.early_stopping.update(record)
+        state.early_stopping.stopped = any(stop for (stop,) in self.runtime.ranks.all_gather([vote]))
+        self.observer.on_epoch_end(record, is_best)
+        begun = time.perf_counter()
+        self.recorder.on_epoch_end(record, state)
+        state.train_seconds += time.perf_counter() - begun
+        return record
 
     def _agree(self) -> tuple[float, float, float]:
-        """Hear from all ranks what happened, and give the epoch's loss, hits and images so far, summed over them.
+        """Return the loss, correct predictions and images of the epoch so far, summed over the ranks.
 
-        Raises DivergedError or InterruptedRun on all of them where one has reason to.
+        Raises DivergedError or InterruptedRun on all ranks if one of them has a reason.
         """
-        own = (*self.state.sums.read(), self.interrupt.wanted, self.checkpointing.due_by_time())
-        losses, hits, images, bad_steps, told_to_stop, due = zip(*self.runtime.ranks.all_gather(own), strict=True)
+        own = (*self.state.sums.read(), self.interrupt.wanted, self.recorder.should_save_now())
+        losses, correct, images, bad_steps, stops, saves = zip(*self.runtime.ranks.all_gather(own), strict=True)
         if math.isfinite(first := min(bad_steps)):
             raise self._divergence(int(first))
-        if any(told_to_stop):
+        if any(stops):
             self._check_weights()
+            self._save()
             raise InterruptedRun
-        self._time_to_save = bool(due[0])
-        return sum(losses), sum(hits), sum(images)
+        self._save_is_due = bool(saves[0])
+        return sum(losses), sum(correct), sum(images)
+
+    def _save(self) -> None:
+        """Save within an epoch, with what each rank has of its own. A collective."""
+        ranks, state = self.runtime.ranks, self.state
+        self._tick()
+        self._save_is_due = False
+        sums = ranks.all_gather(state.sums.read()[:3])
+        own = [value for tensor in state.own_statistics for value in tensor.tolist()]
+        statistics = ranks.all_gather(own)
+        self.runtime.average_over_ranks(state.own_statistics)
+        self.recorder.save(state, epoch_sums=sums, statistics=statistics)
+        state.set_own_statistics(own)  # as if nothing had been saved
+
+    def _tick(self) -> None:
+        """Add the time since the last call to that of the epoch."""
+        now = time.perf_counter()
+        self.state.epoch_seconds, self._clock = self.state.epoch_seconds + now - self._clock, now
 
     def _check_weights(self) -> None:
-        """Raise DivergedError where a weight is not a finite number, before such weights are saved.
-
-        The loss says so only in the step after. All ranks have the same weights, and come to the same answer.
-        """
+        """Raise DivergedError if a weight is not finite: the loss shows that only one step later."""
         norms = torch._foreach_norm([each.detach() for each in self.state.model.parameters()])
         if not bool(torch.stack(tuple(norms)).isfinite().all()):
+            raise self._divergence(self.state.step)
+
+    def check_finite(self, loss: float) -> None:
+        """Raise DivergedError if the loss of an evaluation is not finite."""
+        if not math.isfinite(loss):
             raise self._divergence(self.state.step)
 
     def _divergence(self, step: int) -> DivergedError:
         return DivergedError(self.plan.place_of(step), learning_rate(self.recipe, self.plan, max(step - 1, 0)))
 
-    def check_finite(self, loss: float) -> None:
-        """Raise DivergedError where the loss of an evaluation is not a finite number."""
-        if not math.isfinite(loss):
-            raise self._divergence(self.state.step)
+    def _validate(self, validation: EvaluationSet) -> Evaluation:
+        evaluation = validation.evaluate(self.state.evaluated_model, self.observer)
+        self.check_finite(evaluation.loss)
+        return evaluation
 
-    def _record(self, epoch: int, loss: float, hits: float, images: float, held_out: Evaluation | None) -> EpochRecord:
-        """Give the record of an epoch: rank 0's, so that what is decided by it is decided by the same numbers."""
-        if held_out is not None:
-            self.check_finite(held_out.loss)
-        seconds, step = self.state.epoch_seconds, self.state.step
+    def _record(
+        self, epoch: int, loss: float, accuracy: float, images: float, validation: Evaluation | None
+    ) -> EpochRecord:
+        """Return the epoch's record of rank 0, so that all ranks decide by the same numbers."""
         record = EpochRecord(
             epoch=epoch,
-            step=step,
-            lr=learning_rate(self.recipe, self.plan, step - 1),
-            train_loss=loss / images,
-            train_acc=hits / images,
-            val_loss=None if held_out is None else held_out.loss,
-            val_acc=None if held_out is None else held_out.top1,
-            images_per_second=images / seconds,
-            epoch_seconds=seconds,
+            step=self.state.step,
+            lr=learning_rate(self.recipe, self.plan, self.state.step - 1),
+            train_loss=loss,
+            train_acc=accuracy,
+            val_loss=None if validation is None else validation.loss,
+            val_acc=None if validation is None else validation.top1,
+            images_per_second=images / self.state.epoch_seconds,
+            epoch_seconds=self.state.epoch_seconds,
             world_size=self.plan.world_size,
         )
         return self.runtime.ranks.broadcast_from_main(lambda: record)
 
-    def _validate(self) -> Evaluation | None:
-        if self.validation is None:
-            return None
-        return self.validation.evaluate(self.state.evaluated_model, self.observer)
-
     def _keep_best(self, record: EpochRecord) -> bool:
-        """Keep a copy of the weights where this epoch is the best so far; without a validation split none is."""
-        if self.validation is None:
-            return False
+        """Copy the weights if this epoch is the best so far."""
         value = monitored_value(self.recipe.early_stopping, record)
         if self.state.best is not None and value >= self.state.best.value:
             return False

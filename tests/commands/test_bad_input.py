@@ -15,7 +15,7 @@ from PIL import Image
 from cifar_dist.cli import main
 from cifar_dist.config.recipe import recipe_to_mapping
 from cifar_dist.config.schema import flatten
-from cifar_dist.run.run_files import check_json
+from cifar_dist.run.directory import check_json
 from tests.conftest import make_dataset, make_recipe
 
 FIELDS = sorted(flatten(recipe_to_mapping(make_recipe())))

@@ -9,7 +9,6 @@ import psutil
 import pytest
 
 from cifar_dist.cli import main
-from cifar_dist.run import lock
 from cifar_dist.run.directory import RunDirectory
 from tests.commands.test_train import EVERYTHING, assert_same_run, files_of, small_world, train, whole
 
@@ -18,12 +17,11 @@ __all__ = ["small_world", "whole"]  # fixtures
 
 @pytest.fixture
 def windows(monkeypatch):
-    """No SIGUSR1 and its like, no locks, links, or fsync of a folder; what is open is neither moved nor removed."""
+    """No SIGUSR1 and its like, no links, or fsync of a folder; what is open is neither moved nor removed."""
     for name in ("SIGUSR1", "SIGUSR2", "SIGHUP", "SIGQUIT"):
         monkeypatch.delattr(signal, name)
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setitem(sys.modules, "resource", None)
-    monkeypatch.setattr(lock, "fcntl", None)
     opened, linked, refused = os.open, [], []
 
     def open_file(path, *arguments, **named):
@@ -64,4 +62,4 @@ def test_one_process_trains_stops_and_resumes(whole):
     assert (summary.status, summary.peak_memory_mib) == ("completed", None)
     left = {path.name for path in files_of("parts")}
     assert "previous.pt" in left
-    assert not [name for name in left if name.startswith(".")]
+    assert not [name for name in left if name.endswith(".tmp")]

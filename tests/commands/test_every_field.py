@@ -68,10 +68,10 @@ def outcome(*assignments: str) -> tuple:
     plan = make_plan(recipe, world_size=1, sizes=dataset.sizes, device_type="cpu")
     config = AccelerateConfig(use_cpu=True)
     with connect(World(), config) as ranks:
-        runtime = start(ranks, config, typed_precision="no", num_threads=1)
+        runtime = start(ranks, config, requested_precision="no", num_threads=1)
         weights = pretrained_weights(recipe)
         trainer = build_trainer(recipe, plan, dataset, runtime, Observer(), pretrained=weights)
-        records = list(trainer.epochs())
+        records = trainer.fit()
     best = trainer.state.best
     head = trainer.state.model.state_dict()["fc.weight"].double()
     kept = None if best is None else (best.epoch, best.value, best.weights["fc.weight"].double().sum().item())

@@ -57,10 +57,10 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_with_the_same_bits(monkey
     monkeypatch.setattr("cifar_dist.config.plan._IMAGES_A_SECOND", {"cpu": 32})  # the ranks agree after each step
     original = Trainer._end_step
 
-    def killed(trainer):
+    def killed(trainer, epoch):
         if trainer.state.step == 7:
             raise Killed
-        original(trainer)
+        original(trainer, epoch)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_end_step", killed)

@@ -19,12 +19,12 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from cifar_dist.cli import main
-from cifar_dist.commands.train import _leave_early
+from cifar_dist.commands.train import _end_early
 from cifar_dist.config.plan import DatasetSizes, make_plan
 from cifar_dist.config.recipe import recipe_names
 from cifar_dist.run.checkpoint import load_checkpoint
 from cifar_dist.run.directory import RunDirectory
-from cifar_dist.run.session import Session
+from cifar_dist.run.prepare import RunRecorder
 from cifar_dist.training.evaluation import EvaluationSet
 from cifar_dist.training.trainer import InterruptedRun, Trainer
 from tests.conftest import make_dataset, make_images, make_recipe
@@ -67,7 +67,7 @@ def small_world_in(folder: Path) -> Iterator[None]:
         for command in ("train", "evaluate"):
             patch.setattr(f"cifar_dist.commands.{command}.load_dataset", lambda *_, **__: make_dataset())
         patch.setattr("cifar_dist.model.resnet.resnet18", NarrowResNet)
-        patch.setattr("cifar_dist.run.opening.git_commit", lambda: "abc")  # it starts git twice
+        patch.setattr("cifar_dist.commands.train.git_commit", lambda: "abc")  # it starts git twice
         for kind in ("curves", "confusion", "per_class", "images"):
             patch.setattr(f"cifar_dist.display.figures.draw_{kind}", save_empty_figure)
         yield
@@ -97,7 +97,8 @@ def error_of(capsys) -> str:
 
 
 def files_of(folder: str) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+    files = (path for path in Path(folder).rglob("*") if path.is_file() and path.name != ".lock")
+    return {path: path.read_bytes() for path in files}
 
 
 def assert_same_run(first: str | Path, second: str | Path, *, epochs: int = 3) -> None:
@@ -108,7 +109,8 @@ def assert_same_run(first: str | Path, second: str | Path, *, epochs: int = 3) -
         assert ours.keys() == theirs.keys()
         differ = [key for key, value in ours.items() if not is_equal(value, theirs[key])]
         times = ("/train_seconds", "/epoch_seconds", "record/epoch_seconds", "record/images_per_second")
-        assert not [key for key in differ if not key.endswith(times)]
+        intervals = ("/checkpoint_every_steps", "/checkpoint_every_minutes", "/plan/report_every_steps")
+        assert not [key for key in differ if not key.endswith(times + intervals)]
     timeless = [
         [{**json.loads(record.to_json()), "images_per_second": 0, "epoch_seconds": 0} for record in run.read_records()]
         for run in runs
@@ -307,8 +309,8 @@ def test_weights_that_are_not_finite_are_not_saved(monkeypatch, often):
     """Neither in the step that lost them, whose own loss was finite, nor later."""
     original = Trainer._end_step
 
-    def end(trainer):
-        original(trainer)
+    def end(trainer, epoch):
+        original(trainer, epoch)
         if trainer.state.step == 6:  # the last of the second epoch
             with torch.no_grad():
                 trainer.state.model.fc.bias[0] = torch.nan
@@ -332,32 +334,33 @@ def test_figures_that_cannot_be_drawn_cost_no_result(capsys, monkeypatch):
 
 def test_an_interrupted_rank_prints_before_the_others_may_end_it():
     calls = []
-    session = SimpleNamespace(
+    plan = make_plan(make_recipe(), world_size=1, sizes=SIZES, device_type="cpu")
+    ranks = SimpleNamespace(is_main=True, world=SimpleNamespace(size=1), barrier=lambda: calls.append("barrier"))
+    recorder = SimpleNamespace(
         directory=SimpleNamespace(path="x"),
         trackers=SimpleNamespace(finish=lambda: calls.append("finished")),
-        runtime=SimpleNamespace(is_main=True),
-        state=SimpleNamespace(step=46),
-        trainer=SimpleNamespace(plan=make_plan(make_recipe(), world_size=1, sizes=SIZES, device_type="cpu")),
-        leave_together=lambda: calls.append(sys.stderr.getvalue()),
+        write_summary=lambda status, _: calls.append(status),
     )
-    with contextlib.redirect_stderr(io.StringIO()):
-        assert _leave_early(session, InterruptedRun(), "go on") == 75
-    assert calls == ["finished", "interrupted in epoch 2, step 6, and saved; go on with: go on\n"]
+    trainer = SimpleNamespace(plan=plan, state=SimpleNamespace(step=46), runtime=SimpleNamespace(ranks=ranks))
+    assert _end_early(trainer, recorder, InterruptedRun(), "go on", calls.append) == 75
+    text = "interrupted in epoch 2, step 6, and saved; go on with: go on"
+    assert calls == ["interrupted", "finished", text, "barrier"]
 
 
 @pytest.mark.parametrize("saving", [False, True])
 def test_a_second_ctrl_c_ends_with_130_and_the_command_to_resume(capsys, monkeypatch, saving):
     """Also while the first one's checkpoint is written."""
 
-    def interrupt(self):
+    def interrupt(self, *_, **__):
         raise KeyboardInterrupt
 
     def stop(self):
-        raise InterruptedRun
+        self.interrupt.requested = "SIGTERM"
+        self._agree()
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "epochs", stop if saving else interrupt)
-        patch.setattr(Session, "save", interrupt)
+        patch.setattr(Trainer, "fit", stop if saving else interrupt)
+        patch.setattr(RunRecorder, "save", interrupt)
         train("--epochs", "1", "--run-dir", "x", code=130)
     assert capsys.readouterr().err == "interrupted; go on with: python launch.py --resume x\n"
     assert RunDirectory(Path("x")).read_summary().status == "interrupted"

@@ -45,7 +45,7 @@ def train(runtime, *assignments, num_train: int = 512, float64: bool = False, ba
     with models_in_float64() if float64 else nullcontext():
         trainer = build_trainer(recipe, plan, dataset, runtime, Observer())
     before = weights_of(trainer)
-    records = list(trainer.epochs())
+    records = trainer.fit()
     return records, trainer, weights_of(trainer) - before
 
 
@@ -55,7 +55,7 @@ def weights_of(trainer) -> torch.Tensor:
 
 def on_one(config: AccelerateConfig, precision: str, *assignments, **named):
     with connect(World(), config) as ranks:
-        records, trainer, change = train(start(ranks, config, typed_precision=precision), *assignments, **named)
+        records, trainer, change = train(start(ranks, config, requested_precision=precision), *assignments, **named)
         return records, change, trainer.runtime
 
 

@@ -145,7 +145,7 @@ def test_mixed_precision_no_is_float32_by_config_and_noted_under_accelerate_laun
     compute = choose(outer, environ, monkeypatch)
     assert compute.precision == "bf16"
     assert [note for note in compute.notes if "--precision no for float32" in note]
-    assert choose(outer, environ, monkeypatch, typed_precision="bf16").notes == ()
+    assert choose(outer, environ, monkeypatch, requested_precision="bf16").notes == ()
     assert choose(by_config, environ, monkeypatch).precision == "no", "a typed config counts"
     assert choose(outer, environ, monkeypatch, capability=(6, 0)).notes == ()
 

@@ -105,7 +105,7 @@ def trained(runtime, monkeypatch, recipe, *assignments, record=None, spoil=None,
         trainer.state.sums.set(*sums)
     if spoil is not None:
         spoil(trainer)
-    records = list(trainer.epochs())
+    records = trainer.fit()
     weights = torch.cat([each.detach().flatten() for each in trainer.state.evaluated_model.parameters()])
     statistics = [each.running_var for each in trainer.state.model.modules() if hasattr(each, "running_var")]
     return records, weights, torch.cat(statistics), trainer

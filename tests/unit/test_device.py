@@ -55,7 +55,7 @@ def test_a_note_tells_which_number_of_processes_counts():
 def test_steps_are_replayed_where_they_can_be(monkeypatch, precision, world, micro_batches, obstacle):
     monkeypatch.setattr(device, "probe", lambda **_: AMPERE)
     for config in (AccelerateConfig(), AccelerateConfig(path="x.yaml", dynamo_backend="CUDAGRAPHS")):
-        compute = choose_compute(config, {}, world, typed_precision=precision, micro_batches=micro_batches)
+        compute = choose_compute(config, {}, world, requested_precision=precision, micro_batches=micro_batches)
         noted = config.path is not None and obstacle is not None  # nobody else asked for it
         assert compute.notes == ((f"{obstacle}: steps are not replayed",) if noted else ())
         assert (compute.replays, compute.compiler) == (obstacle is None, None)
@@ -194,7 +194,7 @@ def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(device, "_cpu_has_fast_bf16", lambda: False)
     with connect(World(), AccelerateConfig()) as ranks:
-        runtime = start(ranks, AccelerateConfig(), typed_precision="fp16")
+        runtime = start(ranks, AccelerateConfig(), requested_precision="fp16")
         assert (runtime.device.type, runtime.precision) == ("cpu", "no")
         first, second = runtime.compute.notes
         assert first == "no MPS or CUDA device here: the CPU computes"
@@ -205,7 +205,7 @@ def test_two_runs_with_other_precisions_and_threads_follow_each_other_in_one_pro
     before = torch.get_num_threads()
     for precision, num_threads in (("no", 1), ("bf16", 2), ("no", 1)):
         with connect(World(), ON_CPU) as ranks:
-            runtime = start(ranks, ON_CPU, typed_precision=precision, num_threads=num_threads)
+            runtime = start(ranks, ON_CPU, requested_precision=precision, num_threads=num_threads)
             assert runtime.accelerator.mixed_precision == precision
             assert runtime.num_threads == torch.get_num_threads() == num_threads
             assert runtime.compute.notes == ()

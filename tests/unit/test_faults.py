@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cifar_dist.run.checkpoint import load_checkpoint, save_checkpoint
-from cifar_dist.run.directory import RunDirectory
-from cifar_dist.run.run_files import first_good
-from cifar_dist.run.saving import CheckpointWriter
+from cifar_dist.run.checkpoint import CheckpointWriter, load_checkpoint, save_checkpoint
+from cifar_dist.run.directory import RunDirectory, load_newest
+from tests.runs import make_metadata
 from tests.unit.test_metrics import record
 from tests.unit.test_run_directory import state_at
 
@@ -88,7 +87,7 @@ def begin(folder: Path) -> tuple[RunDirectory, CheckpointWriter]:
     run = RunDirectory(folder / "run")
     run.path.mkdir()
     run.last.parent.mkdir()
-    writer = CheckpointWriter(run, {"recipe": {}}, checkpoint_every_minutes=0)
+    writer = CheckpointWriter(run, make_metadata(checkpoint_every_minutes=1e-9))
     for epoch in (1, 2):
         finish_epoch(run, writer, epoch)
     return run, writer
@@ -114,7 +113,7 @@ def assert_nothing_is_lost(run: RunDirectory, call: str) -> None:
     for path in run.last.parent.glob("*.pt"):
         load_checkpoint(path)  # none is half-written
     assert run.last.exists(), call
-    checkpoint, _ = first_good(run, load_checkpoint)
+    checkpoint, _ = load_newest(run, load_checkpoint)
     assert checkpoint["epoch"] >= 2, call
     assert [each.epoch for each in run.read_records()][:2] == [1, 2], call
 
@@ -143,7 +142,7 @@ def test_a_call_that_fails_loses_nothing(tmp_path, stays):
                 failed.add(call)
         assert_nothing_is_lost(run, f"{number}: {call}")
         assert not list(run.path.rglob("*.tmp")), call
-        run.cut_records(2)
+        run.truncate_records(2)
         finish_epoch(run, writer, 4)  # the disk has room again
         assert load_checkpoint(run.last)["epoch"] == 4
     # Without links the file is renamed, and a folder that cannot be opened is not synced: these two are borne.
@@ -174,7 +173,6 @@ def test_a_process_that_dies_in_any_call_loses_nothing(tmp_path):
         finish_epoch(run, writer, 4)
         assert load_checkpoint(run.last)["epoch"] == 4
         assert not list(run.path.rglob("*.tmp")), call
-        run._lock.release()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -131,8 +131,7 @@ def listen(runtime, monkeypatch, *assignments) -> Listening:
     monkeypatch.setattr(torch.Tensor, "cpu", leave)
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
     with mode:
-        for _ in trainer.epochs():
-            pass
+        trainer.fit()
         images = EvaluationSet(
             data=test, indices=torch.arange(len(test)), class_names=dataset.class_names, recipe=recipe, runtime=runtime
         )

@@ -6,17 +6,18 @@ import json
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.recipe import EarlyStoppingConfig
-from cifar_dist.run.checkpoint import load_checkpoint
+from cifar_dist.run.checkpoint import CheckpointWriter, load_checkpoint
 from cifar_dist.run.directory import RunDirectory
 from cifar_dist.run.results import Summary
-from cifar_dist.run.saving import CheckpointWriter
 from cifar_dist.training.early_stopping import EarlyStopping
 from cifar_dist.training.metrics import RunningSums
 from cifar_dist.training.state import Best, TrainState
+from tests.runs import make_metadata
 from tests.unit.test_metrics import record
 
 
@@ -49,7 +50,7 @@ def test_records_are_appended_read_and_cut_back(run):
     for epoch in (1, 2, 3):
         run.append_record(record(epoch))
     assert [each.epoch for each in run.read_records()] == [1, 2, 3]
-    assert [each.epoch for each in run.cut_records(epochs=2)] == [1, 2]
+    assert [each.epoch for each in run.truncate_records(epochs=2)] == [1, 2]
     run.append_record(record(3, train_loss=0.25))
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert [(line["epoch"], line["train_loss"]) for line in lines] == [(1, 1.0), (2, 1.0), (3, 0.25)]
@@ -61,7 +62,7 @@ def test_the_words_of_another_version_are_kept_and_a_damaged_line_alone_is_lost(
     lines[1] = lines[1][:30]
     run.metrics.write_text("\n".join(lines) + '\n{"epoch": 2, "st')  # the last one was cut off
     assert [each.epoch for each in run.read_records()] == [1, 3, 4]
-    assert [each.epoch for each in run.cut_records(epochs=3)] == [1, 3]
+    assert [each.epoch for each in run.truncate_records(epochs=3)] == [1, 3]
     assert run.metrics.read_text() == f"{lines[0]}\n{lines[2]}\n"
 
 
@@ -90,46 +91,42 @@ def test_only_what_a_killed_process_left_half_written_is_removed(run):
     assert {path.name for path in run.path.rglob("*.tmp")} == {".mine.tmp", ".my.notes.tmp"}
 
 
-GOOD_CONFIG = {
-    "recipe_name": "x", "recipe": {}, "dataset": {"name": "shapes", "data_dir": "d", "fingerprint": "f"},
-    "class_names": ["a"], "world_size": 1, "num_threads": 2, "precision": "no", "checkpoint_every_minutes": 0.5,
-    "checkpoint_every_steps": None, "trackers": [], "plan": {}, "versions": {},
-}  # fmt: skip
-
-
-def test_the_config_comes_back(run):
-    run.write_config(GOOD_CONFIG)
-    assert run.read_config() == GOOD_CONFIG
+def test_the_metadata_comes_back(run):
+    metadata = make_metadata(checkpoint_every_minutes=0.5, trackers=("wandb",), slurm_job="7.0", git_commit="abc")
+    run.write_metadata(metadata)
+    assert run.read_metadata() == metadata
     assert run.holds_run
     run.config.write_text("recipe: 3")
     with pytest.raises(UserError, match="lacks its recipe or dataset"):
-        run.read_config()
+        run.read_metadata()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"recipe_name": 3}, "recipe_name must be text, not 3"),
-        ({"dataset": {}}, "dataset lacks its name"),
-        ({"dataset": {"name": "shapes", "data_dir": 7}}, "dataset.data_dir must be text, not 7"),
-        ({"dataset": {"name": "shapes", "fingerprint": []}}, "dataset.fingerprint must be text"),
-        ({"class_names": "cat"}, "class_names must be a list, not 'cat'"),
+        ({"dataset": {}}, "dataset.name must be text, not None"),
+        ({"dataset": {"name": "shapes", "data_dir": "d", "fingerprint": []}}, "dataset.fingerprint must be text"),
         ({"class_names": [1]}, r"class_names\[0\] must be text, not 1"),
         ({"world_size": True}, "world_size must be a whole number, not True"),
         ({"num_threads": -1}, "num_threads must be a number above 0, not -1"),
         ({"precision": "half"}, "precision must be one of no, fp16, bf16, not 'half'"),
-        ({"checkpoint_every_minutes": "5"}, "checkpoint_every_minutes must be a number above 0, not '5'"),
         ({"checkpoint_every_minutes": float("inf")}, "checkpoint_every_minutes must be a finite number"),
-        ({"checkpoint_every_steps": 2.5}, "checkpoint_every_steps must be a whole number, not 2.5"),
         ({"trackers": "wandb"}, "trackers must be a list, not 'wandb'"),
         ({"plan": None}, "plan must be a mapping, not None"),
-        ({"versions": 1}, "versions must be a mapping, not 1"),
     ],
 )
-def test_a_config_in_which_a_field_has_become_something_else_is_refused(run, change, message):
-    run.write_config(GOOD_CONFIG | change)
+def test_edited_metadata_is_refused(run, change, message):
+    content = {"format_version": 2, **make_metadata().to_mapping(), **change}
+    run.config.write_text(yaml.safe_dump(content))
     with pytest.raises(UserError, match=rf"^run configuration .*config\.yaml is damaged: {message}"):
-        run.read_config()
+        run.read_metadata()
+
+
+def test_a_run_of_another_format_is_refused(run):
+    run.config.write_text(yaml.safe_dump({"format_version": 1, **make_metadata().to_mapping()}))
+    with pytest.raises(UserError, match=r"config\.yaml has format 1, and this version reads 2: use the version of"):
+        run.read_metadata()
 
 
 def test_predictions_need_no_pickle(run):
@@ -139,14 +136,14 @@ def test_predictions_need_no_pickle(run):
 
 
 def save_if_due(writer: CheckpointWriter, state: TrainState) -> None:
-    if writer.due(state.step):
+    if writer.is_due(state.step):
         writer.save(state, {})
 
 
 def test_checkpoints_keep_to_their_rhythm(run, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("cifar_dist.run.saving.time.monotonic", lambda: now[0])
-    writer = CheckpointWriter(run, {"recipe": {"stem": "cifar"}})
+    monkeypatch.setattr("cifar_dist.run.checkpoint.time.monotonic", lambda: now[0])
+    writer = CheckpointWriter(run, make_metadata())
     save_if_due(writer, state_at(1))
     assert not run.last.exists()
     now[0] = 60.0
@@ -164,8 +161,8 @@ def test_checkpoints_keep_to_their_rhythm(run, monkeypatch):
 def test_on_a_slow_disk_checkpoints_are_rarer(run, monkeypatch):
     """Each takes two seconds here, and a hundredth of the time is theirs."""
     now = [0.0]
-    monkeypatch.setattr("cifar_dist.run.saving.time.monotonic", lambda: now[0])
-    writer = CheckpointWriter(run, {})
+    monkeypatch.setattr("cifar_dist.run.checkpoint.time.monotonic", lambda: now[0])
+    writer = CheckpointWriter(run, make_metadata())
     save = run.write_checkpoint
     monkeypatch.setattr(run, "write_checkpoint", lambda *a, **k: (save(*a, **k), now.__setitem__(0, now[0] + 2)))
     written = []
@@ -178,12 +175,12 @@ def test_on_a_slow_disk_checkpoints_are_rarer(run, monkeypatch):
 
 
 def test_the_best_weights_have_a_file_of_their_own(run):
-    writer = CheckpointWriter(run, {"recipe": {"stem": "cifar"}}, checkpoint_every_minutes=0)
+    writer = CheckpointWriter(run, make_metadata(checkpoint_every_minutes=1e-9))
     save_if_due(writer, state_at(1))
     assert not run.best.exists()
     save_if_due(writer, state_at(2, best=1))
     best = load_checkpoint(run.best)
-    assert (best["epoch"], best["record"]["epoch"], best["recipe"]) == (1, 1, {"stem": "cifar"})
+    assert (best["epoch"], best["record"]["epoch"], best["recipe_name"]) == (1, 1, "plain")
     assert "optimizer" not in best
     assert torch.equal(best["model"]["bias"], load_checkpoint(run.last)["best"]["weights"]["bias"])
     stamp = run.best.stat().st_mtime_ns
@@ -191,11 +188,3 @@ def test_the_best_weights_have_a_file_of_their_own(run):
     assert run.best.stat().st_mtime_ns == stamp, "the same best weights were written again"
     save_if_due(writer, state_at(4, best=4))
     assert load_checkpoint(run.best)["epoch"] == 4
-
-
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write .*: Not a directory; .*rights there, or name another .*-dir$"):
-        RunDirectory(tmp_path / "file" / "run").create(is_new=True)
-    with pytest.raises(UserError, match=r"cannot write .*: Not a directory; .*rights there$"):
-        RunDirectory(tmp_path / "file" / "run").create()

@@ -182,7 +182,7 @@ def test_variables_of_others_are_left_alone_while_a_run_trains(monkeypatch):
     try:
         for _ in range(20):
             with connect(World(), AccelerateConfig(use_cpu=True)) as ranks:
-                start(ranks, AccelerateConfig(use_cpu=True), typed_precision="no", num_threads=1)
+                start(ranks, AccelerateConfig(use_cpu=True), requested_precision="no", num_threads=1)
                 assert "ACCELERATE_X" not in os.environ
                 os.environ["A_TRACKERS_OWN"] = "set by a thread"
     finally:

@@ -82,7 +82,7 @@ def _rank(
     try:
         torch.set_num_threads(1)
         with connect(World.from_environment(os.environ), config) as ranks:
-            runtime = start(ranks, config, typed_precision=precision, num_threads=1)
+            runtime = start(ranks, config, requested_precision=precision, num_threads=1)
             for check in checks:
                 pipe.send((False, check(runtime)))
             ranks.all_gather([0])  # nobody leaves while another still talks

@@ -6,12 +6,9 @@ from contextlib import suppress
 import pytest
 import torch
 
-from cifar_dist.run.checkpoint import load_checkpoint
-from cifar_dist.run.directory import RunDirectory, UnwrittenRun
-from cifar_dist.run.saving import CheckpointWriter
-from cifar_dist.run.session import Session
+from cifar_dist.run.directory import RunDirectory
 from cifar_dist.training.trainer import InterruptedRun
-from tests.conftest import make_dataset
+from tests.runs import begin
 from tests.worlds.harness import run_world
 from tests.worlds.test_two_ranks import (
     assert_conversation,
@@ -36,27 +33,24 @@ def test_three_ranks(runtime):
 
 def interrupted(runtime, *, folder):
     """A run with ghost groups that is interrupted in the middle of an epoch, beside one that only saves there."""
-    dataset, ends = make_dataset(num_train=72, num_test=10), []
+    ends = []
     for name, stops in (("whole", [None]), ("parts", [6, None])):
-        directory = (RunDirectory if runtime.is_main else UnwrittenRun)(folder / name)
         for stop in stops:
             trainer = short_trainer(runtime, "batch_norm_group_size=4", "ema_decay=0.9", "selection=last")
             object.__setattr__(trainer.plan, "report_every_steps", 2)
             every = 3 if name == "whole" else None
-            writer = CheckpointWriter(directory, {"dataset": {"fingerprint": "x"}}, checkpoint_every_steps=every)
-            session, end = Session(writer, trainer, dataset), trainer._end_step
+            end = trainer._end_step
 
-            def signalled(*, trainer=trainer, end=end, stop=stop):
-                end()
-                if trainer.state.step == stop:
+            def signalled(epoch, *, trainer=trainer, end=end, stop=stop):
+                if trainer.state.step + 1 == stop:
                     trainer.interrupt.requested = "SIGTERM"
+                end(epoch)
 
             trainer._end_step = signalled
-            if directory.last.exists():
-                session.restore(load_checkpoint(directory.last))
-            session.begin({})
+            begin(trainer, folder / name, checkpoint_every_steps=every)
             with suppress(InterruptedRun):
-                session.train()
+                trainer.fit()
+                trainer.recorder.save(trainer.state)
             assert trainer.state.step == (stop or 16)
             runtime.ranks.all_gather([0])  # the others read what rank 0 has written
         ends.append({key: value.clone() for key, value in weights_of(trainer).items()})

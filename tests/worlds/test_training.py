@@ -8,11 +8,9 @@ import pytest
 import torch
 
 from cifar_dist.run.checkpoint import load_checkpoint
-from cifar_dist.run.directory import RunDirectory, UnwrittenRun
-from cifar_dist.run.saving import CheckpointWriter
-from cifar_dist.run.session import Session
+from cifar_dist.run.directory import RunDirectory
 from cifar_dist.training.trainer import InterruptedRun
-from tests.conftest import make_dataset
+from tests.runs import begin
 from tests.worlds.harness import models_in_float64, run_world
 from tests.worlds.test_two_ranks import make_trainer, weights_of
 
@@ -58,7 +56,7 @@ def train(runtime, *, folder: Path, variant: str):
         train_on(batch, **named)
 
     trainer.step.train_on = watched
-    records = list(trainer.epochs())
+    records = trainer.fit()
     weights = weights_of(trainer)
     if runtime.is_main:
         torch.save({"weights": weights, "losses": [record.train_loss for record in records]}, folder / f"{variant}.pt")
@@ -111,20 +109,17 @@ def run_part(runtime, *, folder: Path, stop_after: int | None = None):
     """Train, from a checkpoint in the folder if there is one, to the end or to a step in which a signal comes."""
     trainer = in_float64(runtime, MIDDLE)
     object.__setattr__(trainer.plan, "report_every_steps", 1)
-    directory = (RunDirectory if runtime.is_main else UnwrittenRun)(folder)
-    session = Session(CheckpointWriter(directory, {"dataset": {"fingerprint": "x"}}), trainer, make_dataset())
     end = trainer._end_step
 
-    def signalled():
-        end()
-        trainer.interrupt.requested = "SIGTERM" if trainer.state.step == stop_after else None
+    def signalled(epoch):
+        trainer.interrupt.requested = "SIGTERM" if trainer.state.step + 1 == stop_after else None
+        end(epoch)
 
     trainer._end_step = signalled
-    if directory.last.exists():
-        session.restore(load_checkpoint(directory.last))
-    session.begin({})
+    begin(trainer, folder)
     with contextlib.suppress(InterruptedRun):
-        session.train()
+        trainer.fit()
+        trainer.recorder.save(trainer.state)
     return trainer.state.step
 
 

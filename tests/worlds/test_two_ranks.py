@@ -216,15 +216,14 @@ def default_recipe(runtime):
         train_on(batch, **named)
 
     trainer.step.train_on = watched
-    losses = [record.train_loss for record in trainer.epochs()]
+    losses = [record.train_loss for record in trainer.fit()]
     return {name: value.tolist() for name, value in weights_of(trainer).items()}, losses, seen
 
 
 def ending(trainer):
     """How a training ended: what was raised, epochs and steps done, whether early stopping stopped it."""
     try:
-        for _ in trainer.epochs():
-            pass
+        trainer.fit()
         how = "ended"
     except (DivergedError, InterruptedRun) as error:
         how = f"{type(error).__name__}: {error}"

@@ -1,0 +1,197 @@
+"""Open a run: lock its directory, load its checkpoint, and restore the state. A recorder then saves what happens."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cifar_dist.config.errors import UserError
+from cifar_dist.config.files import writing
+from cifar_dist.config.options import TrainOptions
+from cifar_dist.config.world import SlurmJob
+from cifar_dist.run.checkpoint import CheckpointWriter, load_checkpoint, refusing_foreign_content
+from cifar_dist.run.directory import RunDirectory, load_newest, numbered_names
+from cifar_dist.run.lock import RunLock
+from cifar_dist.run.metadata import RunMetadata
+from cifar_dist.run.resolve import RunSpec, check_plan, resolve
+from cifar_dist.run.results import EpochRecord, Evaluation, Status, Summary
+from cifar_dist.run.tracking import Trackers
+from cifar_dist.run.weights import pretrained_weights
+from cifar_dist.runtime.distributed import Runtime
+from cifar_dist.training.state import TrainState
+from cifar_dist.training.trainer import Recorder, Trainer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PreparedRun:
+    """A resolved run with its locked directory and its checkpoint. Rank 0 makes it, and all ranks have the same."""
+
+    spec: RunSpec
+    directory: Path
+    checkpoint: Mapping[str, Any] | None = None
+    damage: str | None = None
+    """What is wrong with the last checkpoint, if the previous one is used."""
+    pretrained: dict[str, Tensor] | None = None
+    finished: str | None = None
+    """Why there is nothing left to do."""
+
+    @property
+    def checkpoint_file(self) -> Path:
+        """The file that `checkpoint` was read from."""
+        run = RunDirectory(self.directory)
+        return run.last if self.damage is None else run.previous
+
+
+def prepare_run(
+    options: TrainOptions, world_size: int, job: SlurmJob | None, lock: RunLock, note: Callable[[str], None]
+) -> PreparedRun:
+    """Resolve the run, lock its directory, and load its checkpoint or the pretrained weights.
+
+    `note` is called with one line on a download. Raises UserError; nothing is left on disk then.
+    """
+    spec = resolve(options, job)
+    check_plan(spec, world_size=world_size)
+    if spec.stored is None:
+        pretrained = pretrained_weights(spec.recipe, note)
+        return PreparedRun(spec=spec, directory=_new_directory(spec, lock), pretrained=pretrained)
+    assert spec.directory is not None
+    run = RunDirectory(spec.directory)
+    if (finished := run.finished(spec.recipe.epochs)) is not None:
+        return PreparedRun(spec=spec, directory=run.path, finished=finished)
+    with writing(run.path, "free space or mend the rights there"):
+        lock.acquire(run.path)
+    checkpoint, damage = load_newest(run, load_checkpoint)
+    if checkpoint is None:
+        summary = run.read_summary()
+        if summary is not None and summary.test is not None:
+            raise UserError(f"the checkpoints of {run.path} are gone, and it cannot go on: type a new --run-dir")
+        return PreparedRun(spec=spec, directory=run.path, pretrained=pretrained_weights(spec.recipe, note))
+    prepared = PreparedRun(spec=spec, directory=run.path, checkpoint=checkpoint, damage=damage)
+    metadata = RunMetadata.from_mapping(checkpoint, f"checkpoint {prepared.checkpoint_file}")
+    metadata.refuse_other_recipe(spec.recipe, spec.dataset)
+    return prepared
+
+
+def _new_directory(spec: RunSpec, lock: RunLock) -> Path:
+    if spec.directory is None:
+        with writing(spec.default_directory.parent, "free space or mend the rights there, or name another --run-dir"):
+            return lock.acquire_first_free(numbered_names(spec.default_directory))
+    with writing(spec.directory, "free space or mend the rights there, or name another --run-dir"):
+        lock.acquire(spec.directory)
+    if RunDirectory(spec.directory).holds_run:
+        raise UserError(f"{spec.directory} holds a run by now: name another --run-dir")
+    return spec.directory
+
+
+def restore(prepared: PreparedRun, trainer: Trainer, metadata: RunMetadata) -> None:
+    """Restore the trainer from the checkpoint, if there is one.
+
+    `metadata` describes the data that was loaded now. Raises UserError if the run would become another one.
+    """
+    checkpoint, file = prepared.checkpoint, prepared.checkpoint_file
+    then = prepared.spec.stored
+    if checkpoint is not None:
+        then = RunMetadata.from_mapping(checkpoint, f"checkpoint {file}")
+    if then is not None:
+        then.refuse_other_data(metadata)
+    if checkpoint is None:
+        return
+    state, world, plan = trainer.state, trainer.runtime.world, trainer.plan
+    with refusing_foreign_content(file):
+        state.restore(checkpoint)
+        _restore_sums(state, checkpoint["epoch_sums"], world.rank, world.size)
+        if len(checkpoint["statistics"]) == world.size:
+            state.set_own_statistics(checkpoint["statistics"][world.rank])
+        trainer.runtime.load_state(checkpoint)
+    begun = max(state.epoch, math.ceil(state.step / plan.steps_per_epoch))
+    if plan.epochs < begun:
+        raise UserError(f"epochs={plan.epochs} is below the {begun} that have begun: set it to {begun} or more")
+
+
+def _restore_sums(state: TrainState, rows: Sequence[Sequence[float]], rank: int, world_size: int) -> None:
+    """Restore this rank's sums of the epoch in progress. In another world size rank 0 takes all of them."""
+    if len(rows) == world_size:
+        state.sums.set(*rows[rank])
+    elif rows and rank == 0:
+        loss, correct, images = (sum(column) for column in zip(*rows, strict=True))
+        state.sums.set(loss, correct, images)
+
+
+class RunRecorder(Recorder):
+    """Save a run: records, checkpoints, summary and trackers. All ranks call it, and rank 0 writes."""
+
+    def __init__(self, directory: RunDirectory, metadata: RunMetadata, runtime: Runtime, trackers: Trackers) -> None:
+        self.directory = directory
+        self.trackers = trackers
+        self._metadata = metadata
+        self._runtime = runtime
+        self._writer = CheckpointWriter(directory, metadata)
+
+    def begin(self, state: TrainState, damage: str | None) -> list[EpochRecord]:
+        """Create the files before the first step. Return the records of earlier epochs. Raises UserError.
+
+        If the last checkpoint is damaged (`damage`), it is set aside.
+        """
+        directory = self.directory
+        with writing(directory.path, "free space or mend the rights there"):
+            directory.create()
+            if damage is not None and directory.last.exists():
+                directory.set_aside(directory.last)
+            directory.write_metadata(self._metadata)
+            records = directory.truncate_records(state.epoch)
+            self.write_summary("running", state)
+        return records
+
+    def on_epoch_end(self, record: EpochRecord, state: TrainState) -> None:
+        """Append the record, log it, and save if a checkpoint is due."""
+        self.directory.append_record(record)
+        self.trackers.log(record)
+        if self._writer.is_due(state.step):
+            self.save(state)
+
+    def should_save(self, step: int) -> bool:
+        """Return whether `--checkpoint-every-steps` asks for a checkpoint after this step."""
+        return self._writer.is_due_by_step(step)
+
+    def should_save_now(self) -> bool:
+        """Return whether `--checkpoint-every-minutes` asks for a checkpoint now."""
+        return self._writer.is_due_by_time()
+
+    def save(
+        self,
+        state: TrainState,
+        *,
+        epoch_sums: Sequence[Sequence[float]] = (),
+        statistics: Sequence[Sequence[float]] = (),
+    ) -> None:
+        """Write a checkpoint, unless this step has one."""
+        self._writer.save(state, self._runtime.state(), epoch_sums=epoch_sums, statistics=statistics)
+
+    def write_summary(
+        self,
+        status: Status,
+        state: TrainState,
+        test: Evaluation | None = None,
+        *,
+        peak_memory_mib: int | None = None,
+    ) -> Summary:
+        """Write summary.json and return it. `peak_memory_mib` is that of the largest rank, if it is known."""
+        runtime, best = self._runtime, state.best
+        summary = Summary(
+            status=status,
+            epochs=state.epoch,
+            best_epoch=None if best is None else best.epoch,
+            best_val_acc=None if best is None else best.record["val_acc"],
+            train_seconds=state.train_seconds + state.epoch_seconds,
+            world_size=runtime.world.size,
+            device=runtime.device.type,
+            precision=runtime.precision,
+            num_threads=runtime.num_threads,
+            peak_memory_mib=peak_memory_mib or runtime.peak_memory_mib(),
+            test=test,
+        )
+        self.directory.write_summary(summary)
+        return summary

@@ -1,0 +1,49 @@
+"""Runs without a command: metadata, a recorder, and going on from a checkpoint."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+from cifar_dist.config.recipe import Recipe
+from cifar_dist.run.checkpoint import load_checkpoint
+from cifar_dist.run.directory import RunDirectory, UnwrittenRunDirectory
+from cifar_dist.run.metadata import DatasetMetadata, RunMetadata
+from cifar_dist.run.prepare import PreparedRun, RunRecorder, restore
+from cifar_dist.run.results import Observer
+from cifar_dist.run.tracking import Trackers
+
+
+def make_metadata(**changes) -> RunMetadata:
+    values = {
+        "recipe_name": "plain",
+        "recipe": Recipe.load("plain"),
+        "dataset": DatasetMetadata(name="shapes", data_dir="data", fingerprint="x"),
+        "class_names": ("a", "b"),
+        "world_size": 1,
+        "device": "cpu",
+        "precision": "no",
+        "num_threads": 1,
+    }
+    return RunMetadata(**(values | changes))
+
+
+def begin(trainer, folder: Path, **changes) -> RunDirectory:
+    """Have a trainer record a run in a folder, which it goes on with if there is a checkpoint."""
+    directory = (RunDirectory if trainer.runtime.is_main else UnwrittenRunDirectory)(folder)
+    metadata = make_metadata(**changes)
+    trainer.recorder = RunRecorder(directory, metadata, trainer.runtime, Trackers(Observer().on_note))
+    if directory.last.exists():
+        content = load_checkpoint(directory.last)
+        spec = SimpleNamespace(stored=None)
+        restore(PreparedRun(spec=spec, directory=folder, checkpoint=content), trainer, metadata)
+    trainer.recorder.begin(trainer.state, damage=None)
+    return directory
+
+
+class EachEpoch(Observer):
+    """Calls a function at the end of each epoch."""
+
+    def __init__(self, action) -> None:
+        self.action = action
+
+    def on_epoch_end(self, record, is_best):
+        self.action(record)
