@@ -142,7 +142,9 @@ class Trainer:
         self._tick()
         self._check_weights()
         self.runtime.average_over_ranks(state.own_statistics)
-        validation = None if self.validation is None else self._validate(self.validation)
+        validation = self._validate()
+        if validation is not None:
+            self.check_finite(validation.loss)
         record = self._record(epoch, loss / images, correct / images, images, validation)
         state.epoch = epoch
         state.train_seconds, state.epoch_seconds = state.train_seconds + state.epoch_seconds, 0.0
@@ -203,10 +205,10 @@ class Trainer:
     def _divergence(self, step: int) -> DivergedError:
         return DivergedError(self.plan.place_of(step), learning_rate(self.recipe, self.plan, max(step - 1, 0)))
 
-    def _validate(self, validation: EvaluationSet) -> Evaluation:
-        evaluation = validation.evaluate(self.state.evaluated_model, self.observer)
-        self.check_finite(evaluation.loss)
-        return evaluation
+    def _validate(self) -> Evaluation | None:
+        if self.validation is None:
+            return None
+        return self.validation.evaluate(self.state.evaluated_model, self.observer)
 
     def _record(
         self, epoch: int, loss: float, accuracy: float, images: float, validation: Evaluation | None

@@ -130,11 +130,11 @@ def test_two_processes_of_one_rank_both_end(port):
         except UserError as error:
             errors.append(str(error))
 
-    both = [threading.Thread(target=join) for _ in range(2)]
+    both = [threading.Thread(target=join, daemon=True) for _ in range(2)]
     for thread in both:
         thread.start()
     for thread in both:
-        thread.join()
+        thread.join(timeout=30)
     assert errors == ["two processes have rank 0: set another machine_rank, or RANK, for each machine"] * 2
 
 

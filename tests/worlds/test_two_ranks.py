@@ -282,10 +282,10 @@ def one_interruption(runtime):
     object.__setattr__(trainer.plan, "report_every_steps", 2)
     end = trainer._end_step
 
-    def signalled():
+    def signalled(epoch):
         if trainer.state.step == 6 and runtime.world.rank == runtime.world.size - 1:
             trainer.interrupt.requested = "SIGTERM"
-        end()
+        end(epoch)
 
     trainer._end_step = signalled
     return ending(trainer)
