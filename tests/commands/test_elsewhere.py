@@ -46,7 +46,7 @@ def refusing_open_files(original):
     def checked(path, *arguments, **named):
         busy = {file.path for file in psutil.Process().open_files()}
         for each in (path, *arguments):
-            if str(Path(each).absolute()) in busy:
+            if str(Path(each).absolute()) in busy and not Path(each).name.startswith((".lock", ".filelock")):
                 raise PermissionError(32, "The process cannot access the file because it is being used", str(each))
         return original(path, *arguments, **named)
 

@@ -371,7 +371,7 @@ def test_bare_weights_of_torchvisions_stem_are_evaluated_as_the_original_script_
     model = NarrowResNet(num_classes=10)
     torch.save(model.state_dict(), "script.pth")
     result = evaluate("--ckpt", "script.pth", "--dataset", "shapes")
-    assert "bare weights: stem imagenet, 10 classes; normalisation of original" in capsys.readouterr().out
+    assert "bare weights: stem imagenet, 10 classes; normalization of original" in capsys.readouterr().out
     images = (make_dataset().test.images.float() / 255 - 0.5) / 0.5
     with torch.no_grad():
         logits = model.eval()(images)
@@ -386,7 +386,7 @@ def test_bare_weights_of_a_3x3_stem_are_taken_as_cifar_unless_a_recipe_is_named(
     summary = json.loads(Path("x/summary.json").read_text())
     torch.save(load_checkpoint(Path("x/checkpoints/last.pt"))["model"], "bare.pth")
     evaluate("--ckpt", "bare.pth", "--dataset", "shapes")
-    assert "stem cifar, 10 classes; normalisation of standard" in capsys.readouterr().out
+    assert "stem cifar, 10 classes; normalization of standard" in capsys.readouterr().out
     Path("mine.yaml").write_text("stem: small\nnormalization: {mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}\n")
     result = evaluate("--ckpt", "bare.pth", "--dataset", "shapes", "--recipe", "mine.yaml")
     assert result["loss"] == summary["test"]["loss"]

@@ -18,8 +18,10 @@ from cifar_dist.config.recipe import (
     recipe_to_mapping,
     resolve_recipe,
 )
-from cifar_dist.run.resolve import resolve_request
+from cifar_dist.run.directory import RunDirectory
+from cifar_dist.run.resolve import resolve
 from tests.conftest import make_recipe
+from tests.runs import make_metadata
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -51,7 +53,7 @@ def test_plain_is_original_without_augmentation():
 
 def test_set_overrides_flags_and_flags_override_the_recipe():
     options = TrainOptions(recipe="original", dataset="shapes", epochs=3, seed=5, assignments={"epochs": 4})
-    recipe = resolve_request(options, {}).recipe
+    recipe = resolve(options).recipe
     assert (recipe.epochs, recipe.seed, recipe.global_batch_size) == (4, 5, 128)
 
 
@@ -133,22 +135,16 @@ def test_a_validation_set_of_the_dataset_is_used_whole():
     sizes = DatasetSizes(num_train=90, num_test=10, num_validation=8)
     for name in ("original", "quick"):  # 0 and auto
         for recipe in (name, Recipe.load(name)):
-            request = resolve_request(TrainOptions(recipe=recipe, dataset="shapes"), {})
+            request = resolve(TrainOptions(recipe=recipe, dataset="shapes"))
             assert num_held_out(request.recipe, sizes) == 8
     with pytest.raises(UserError, match="the dataset brings its own 8"):
         num_held_out(Recipe.load("original", validation_size=7), sizes)
 
 
-def test_a_resumed_run_keeps_the_number_that_auto_meant():
-    stored = {
-        "recipe": recipe_to_mapping(make_recipe("validation_size=300", base="quick")),
-        "dataset": {"name": "shapes"},
-    }
-    for options in (
-        TrainOptions(),
-        TrainOptions(recipe="quick"),
-        TrainOptions(assignments={"validation_size": "auto"}),
-    ):
-        assert resolve_request(options, stored).recipe.validation_size == 300
+def test_a_resumed_run_keeps_the_number_that_auto_meant(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.write_metadata(make_metadata(recipe=make_recipe("validation_size=300", base="quick")))
+    for named in ({}, {"recipe": "quick"}, {"assignments": {"validation_size": "auto"}}):
+        assert resolve(TrainOptions(resume_dir=tmp_path, resume=True, **named)).recipe.validation_size == 300
     with pytest.raises(UserError, match="validation_size 300 -> 299"):
-        resolve_request(TrainOptions(assignments={"validation_size": 299}), stored)
+        resolve(TrainOptions(resume_dir=tmp_path, resume=True, assignments={"validation_size": 299}))

@@ -6,10 +6,10 @@ import sys
 import zipfile
 
 import pytest
-import yaml
 
-from cifar_dist.config.recipe import recipe_to_mapping
+from cifar_dist.run.directory import RunDirectory
 from tests.conftest import make_images, make_recipe
+from tests.runs import make_metadata
 
 PROBE = """
 import contextlib, io, json, sys
@@ -74,13 +74,10 @@ def folder(tmp_path_factory):
     """A folder with a damaged run, one that is done, images, and checkpoints that are no checkpoints."""
     folder = tmp_path_factory.mktemp("refusals")
     make_images(folder / "images")
-    config = {
-        "recipe": recipe_to_mapping(make_recipe("validation_size=500", base="standard")),
-        "dataset": {"name": "shapes"},
-    }
+    metadata = make_metadata(recipe=make_recipe("validation_size=500", base="standard"))
     for name in ("run", "done"):
         (folder / name / "checkpoints").mkdir(parents=True)
-        (folder / name / "config.yaml").write_text(yaml.safe_dump(config))
+        RunDirectory(folder / name).write_metadata(metadata)
     with zipfile.ZipFile(folder / "good.pt", "w") as archive:
         archive.writestr("archive/data.pkl", "1" * 100)
     content = (folder / "good.pt").read_bytes()

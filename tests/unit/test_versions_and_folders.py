@@ -30,7 +30,7 @@ def test_a_run_that_goes_on(capsys):
         assert note in capsys.readouterr().out
     train("--resume", "x", "--epochs", "3", "--dry-run")
     assert "other versions" not in capsys.readouterr().out, "the run has these now"
-    change_config(dataset={"name": "/gone/images"})
+    change_config(dataset={"name": "/gone/images", "data_dir": "d", "fingerprint": "f"})
     assert main(["--resume", "x", "--epochs", "3"]) == 2
     assert error_of(capsys) == "the dataset's folder /gone/images is not there: name its place with --dataset"
 

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from cifar_dist.config.accelerate_config import (
@@ -20,10 +19,11 @@ from cifar_dist.config.accelerate_config import (
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.options import TrainOptions
 from cifar_dist.config.plan import KNOWN_SIZES, DatasetSizes, fit_to_dataset, make_plan
-from cifar_dist.config.recipe import recipe_to_mapping
 from cifar_dist.config.world import World, first_host
+from cifar_dist.run.directory import RunDirectory
 from cifar_dist.run.resolve import check_before_launch
 from tests.conftest import ROOT, make_recipe
+from tests.runs import make_metadata
 
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 
@@ -293,8 +293,7 @@ def test_another_machine_asks_nothing_of_a_run_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match="there is no run in"):
         check_before_launch(options, world_size=6)
     (tmp_path / "run").mkdir()
-    config = {"recipe": recipe_to_mapping(make_recipe("global_batch_size=96")), "dataset": {"name": "shapes"}}
-    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    RunDirectory(tmp_path / "run").write_metadata(make_metadata(recipe=make_recipe("global_batch_size=96")))
     request = check_before_launch(options, world_size=6, machine_rank=1)
     assert (request.dataset, request.recipe.global_batch_size) == ("shapes", 96)
     new = TrainOptions(run_dir=tmp_path / "run", dataset="shapes", recipe="original")
