@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from cifar_dist.config.accelerate_config import AccelerateConfig, planned_world
+from cifar_dist.config.accelerate_config import AccelerateConfig, planned_processes, planned_world
 from cifar_dist.config.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_KEYBOARD_INTERRUPT, UserError
 from cifar_dist.config.options import TrainOptions
 from cifar_dist.config.plan import RunPlan, fit_to_dataset, make_plan
@@ -230,7 +230,7 @@ def _dry_run(console: Console, options: TrainOptions, world: World, config: Acce
     lines = _header(f"{spec.directory or free}", spec, compute, plan, recipe)
     if spec.dataset in ARCHIVES:
         lines["data"] = where_found(ARCHIVES[spec.dataset], spec.data_dir)
-    print_header(console, lines | {"would start": started_line(world, config)})
+    print_header(console, lines | {"would start": planned_processes(world, config)})
     return EXIT_DONE
 
 

@@ -127,7 +127,7 @@ def _parse(values: Mapping[str, Any]) -> AccelerateConfig:
     return config
 
 
-def requested_precision(typed: str | None, config: AccelerateConfig, environ: Mapping[str, str]) -> str:
+def precision_requested(typed: str | None, config: AccelerateConfig, environ: Mapping[str, str]) -> str:
     """Return the precision of the flag, else of the config, else of the environment, else `auto`.
 
     `ACCELERATE_MIXED_PRECISION=no` does not count: `accelerate launch` sets it by default.

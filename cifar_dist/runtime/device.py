@@ -12,6 +12,7 @@ import torch
 from cifar_dist.config.accelerate_config import (
     AccelerateConfig,
     cpu_requested,
+    precision_requested,
     process_count_note,
     requested_compiler,
 )
@@ -97,7 +98,7 @@ def choose_compute(
     notes = [*config.notes, *([] if other_count is None else [other_count])]
     if facts.type == "cpu" and not use_cpu:
         notes.append("no MPS or CUDA device here: the CPU computes")
-    requested = requested_precision(requested_precision, config, environ)
+    requested = precision_requested(requested_precision, config, environ)
     precision, reason = resolve_precision(requested, facts)
     if requested not in ("auto", precision):
         notes.append(f"{reason}: using {FULL_NAMES[precision]}")

@@ -17,8 +17,8 @@ from cifar_dist.config.accelerate_config import (
     AccelerateConfig,
     cpu_requested,
     has_outer_launcher,
+    precision_requested,
     requested_compiler,
-    requested_precision,
 )
 from cifar_dist.config.errors import EXIT_FAILED, EXIT_KEYBOARD_INTERRUPT
 from cifar_dist.config.world import DEFAULT_PORT, LAUNCHED, LISTENING_SOCKET
@@ -70,7 +70,7 @@ def child_environment(environ: Mapping[str, str], config: AccelerateConfig, num_
     foreign = ("ACCELERATE_", "TORCHELASTIC_", "PET_")
     child = {name: value for name, value in environ.items() if not name.startswith(foreign)}
     wishes = {
-        "ACCELERATE_MIXED_PRECISION": requested_precision(None, config, environ),
+        "ACCELERATE_MIXED_PRECISION": precision_requested(None, config, environ),
         "ACCELERATE_DYNAMO_BACKEND": requested_compiler(config, environ),
         "ACCELERATE_DYNAMO_MODE": config.dynamo_mode,
     }

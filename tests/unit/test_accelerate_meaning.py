@@ -7,8 +7,8 @@ from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launch
 from cifar_dist.config.accelerate_config import (
     AccelerateConfig,
     load_accelerate_config,
+    precision_requested,
     requested_compiler,
-    requested_precision,
 )
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.world import World
@@ -48,7 +48,7 @@ def both_ways(folder, text: str) -> tuple[str, dict[str, str]]:
 def test_what_is_served_means_the_same(tmp_path, text, precision, compiler, mode):
     path, environ = both_ways(tmp_path, text)
     for config, around in ((load_accelerate_config(path), {}), (load_accelerate_config(None, environ), environ)):
-        assert (requested_precision(None, config, around), requested_compiler(config, around)) == (precision, compiler)
+        assert (precision_requested(None, config, around), requested_compiler(config, around)) == (precision, compiler)
         assert config.dynamo_mode in (mode, "default" if mode is None else mode)
         assert config.notes == ()
 

@@ -10,10 +10,10 @@ from cifar_dist.config.accelerate_config import (
     cpu_requested,
     load_accelerate_config,
     planned_world,
+    precision_requested,
     process_count_note,
     processes_to_start,
     requested_compiler,
-    requested_precision,
     with_processes,
 )
 from cifar_dist.config.errors import UserError
@@ -207,7 +207,7 @@ def test_a_missing_config_is_named():
 )  # fmt: skip
 def test_the_flag_wins_over_the_config_over_the_environment(typed, config, outer, precision):
     environ = {} if outer is None else {"ACCELERATE_MIXED_PRECISION": outer}
-    assert requested_precision(typed, AccelerateConfig(mixed_precision=config), environ) == precision
+    assert precision_requested(typed, AccelerateConfig(mixed_precision=config), environ) == precision
 
 
 def test_the_config_says_what_compiles_else_the_environment(tmp_path):
