@@ -2,10 +2,8 @@
 
 The parameters of an epoch are drawn at once on the CPU from (seed, epoch): one row a sample, one column a parameter. So
 a sample depends neither on its batch nor on the world size. Each parameter has its own stream: enabling an operation
-does not change the draws of another.
-
-The order is that of the original script (crop, flip, rotation, colour jitter), then affine after rotation, cutout after
-the colours, mixup and CutMix of two finished images, as in their papers.
+does not change the draws of another. The order is crop, flip, rotation, affine, colour jitter, cutout, and mixup or
+CutMix of two finished images.
 """
 
 import itertools
@@ -50,7 +48,6 @@ class Augmentation:
         self.moves_affinely = max(config.affine_degrees, config.affine_translate, config.affine_scale) > 0
         rotates = config.rotation_degrees > 0 or self.moves_affinely
         self.moves_pixels = config.crop_padding > 0 or config.flip != "none" or rotates
-        self.changes_colors = max(config.brightness, config.contrast, config.saturation, config.hue) > 0
         self.mixes = max(config.mixup, config.cutmix) > 0
 
     def draw_table(self, epoch: int, num_samples: int, *, num_partners: int = 1) -> Tensor:
@@ -125,7 +122,7 @@ class Augmentation:
                 reflect=config.crop_mode == "reflect",
             )
         pixels = images.to(torch.float32).div_(255)
-        if self.changes_colors:
+        if max(config.brightness, config.contrast, config.saturation, config.hue) > 0:
             # The orders stay on the CPU: they decide which images go together, and reading a device synchronizes.
             orders = JITTER_ORDERS[rows[:, COLUMNS.index("jitter_order")].long()]
             factors = torch.stack([column["brightness"], column["contrast"], column["saturation"]], dim=1)
@@ -149,23 +146,20 @@ class _Draw:
         return torch.Generator().manual_seed(derive_seed("augmentation", self.seed, self.epoch, name))
 
     def uniform(self, name: str, low: float, high: float) -> Tensor:
-        """Draw floats from [low, high)."""
         if low == high:
             return torch.full((self.num_samples,), low)
         return low + (high - low) * torch.rand(self.num_samples, generator=self._generator(name))
 
     def integers(self, name: str, count: int) -> Tensor:
-        """Draw whole numbers from 0 to count - 1, as floats."""
         if count == 1:
             return torch.zeros(self.num_samples)
         return torch.randint(count, (self.num_samples,), generator=self._generator(name)).float()
 
     def factor(self, name: str, spread: float) -> Tensor:
-        """Draw factors about 1, none below 0."""
         return self.uniform(name, max(0.0, 1 - spread), 1 + spread)
 
     def beta(self, name: str, alpha: float) -> Tensor:
-        """Draw from Beta(alpha, alpha), as a ratio of Gamma draws in float64: small alphas give tiny numbers."""
+        # A ratio of Gamma draws, in float64: small alphas give tiny numbers.
         shape = torch.full((2, self.num_samples), alpha, dtype=torch.float64)
         first, second = torch._standard_gamma(shape, generator=self._generator(name))
         return (first / (first + second)).nan_to_num_(0.5).float()

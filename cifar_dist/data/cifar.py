@@ -142,17 +142,16 @@ def _missing(archive: Archive, folder: Path) -> list[str]:
     return [name for name in archive.train | archive.test if not os.path.lexists(folder / name)]
 
 
-def _wrong_md5(path: Path) -> UserError:
-    return UserError(
-        f"wrong md5, so damaged or not official: {path.absolute()} (left alone; move it away to have it downloaded)"
-    )
+def _check_md5(path: Path, found: str, expected: str) -> None:
+    if found != expected:
+        raise UserError(
+            f"wrong md5, so damaged or not official: {path.absolute()} (left alone; move it away to have it downloaded)"
+        )
 
 
 def _provide_tarball(archive: Archive, tarball: Path, progress: Progress | None, missing: list[str]) -> None:
     if tarball.exists():
-        if md5_of(tarball) != archive.tarball_md5:
-            raise _wrong_md5(tarball)
-        return
+        return _check_md5(tarball, md5_of(tarball), archive.tarball_md5)
     urls = os.environ.get(archive.urls_variable, " ".join(f"{host}/{archive.tarball}" for host in archive.hosts))
     try:
         download(re.findall(r"[^\s,]+", urls), tarball, archive.tarball_md5, progress=progress)
@@ -194,8 +193,7 @@ def _read_file(path: Path, md5: str) -> dict[bytes, Any]:
     except OSError as error:
         raise UserError(f"cannot read {path.absolute()}: {reason_of(error)}") from error
     # The bytes that are hashed are those that are unpickled, whatever happens to the file in between.
-    if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
-        raise _wrong_md5(path)
+    _check_md5(path, hashlib.md5(content, usedforsecurity=False).hexdigest(), md5)
     return _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
 
 

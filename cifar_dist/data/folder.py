@@ -3,11 +3,10 @@
 The layouts are those of torchvision's ImageFolder: `DIR/CLASS/*`, or `DIR/train/CLASS/*` beside `test/` or `val/`.
 """
 
-import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
@@ -44,8 +43,8 @@ Pixels = NDArray[np.uint8]
 class ImageFile(NamedTuple):
     """A file, and its name relative to the dataset's folder, with '/'."""
 
-    path: str
     name: str
+    path: str
 
 
 Classes = dict[str, list[ImageFile]]
@@ -53,13 +52,11 @@ Classes = dict[str, list[ImageFile]]
 
 
 class Listing(NamedTuple):
-    """The image files of a folder: of "train", "test", and "val" if there is one besides."""
+    """The image files of a folder."""
 
-    parts: dict[str, Classes]
-    is_flat: bool
-    """Whether the folder has no parts, so that the test images were drawn from all."""
-    skipped: str
-    """Description of the files that are no images; empty for none."""
+    parts: dict[str, Classes]  # "train", "test", and "val" if there is one besides
+    is_flat: bool  # without parts: the test images were drawn from all
+    skipped: str  # describes the files that are no images; empty for none
 
 
 def load_folder(
@@ -76,7 +73,9 @@ def load_folder(
 
     parts, is_flat, skipped = list_folder(path, for_training=for_training)
     names = sorted({name for classes in parts.values() for name in classes})
-    files = [file for classes in parts.values() for members in classes.values() for file in members]
+    indices = {name: index for index, name in enumerate(names)}
+    members = [(file, indices[name]) for classes in parts.values() for name in classes for file in classes[name]]
+    files = [file for file, _ in members]
     check_memory(len(files), image_size)
     pixels, was_read = decode_images(files, image_size, progress)
     if unreadable := [file.name for file, ok in zip(files, was_read, strict=True) if not ok]:
@@ -84,21 +83,19 @@ def load_folder(
             f"{len(unreadable):,} of {len(files):,} image files cannot be read (empty, damaged, too large, or no image"
             f" for this Pillow): {name_some(unreadable)}; replace or remove them"
         )
-    images, loaded, start = torch.from_numpy(pixels), {}, 0
-    for part, classes in parts.items():
-        labels = torch.tensor([names.index(name) for name in classes for _ in classes[name]], dtype=torch.int64)
-        loaded[part] = LabelledImages(images=images[start : start + len(labels)], labels=labels)
-        start += len(labels)
-    every_label = torch.cat([part.labels for part in loaded.values()])
-    facts = (f"{len(files):,} image files, resized and cropped to {image_size}x{image_size} pixels", skipped)
+    whole = LabelledImages(images=torch.from_numpy(pixels), labels=torch.tensor([label for _, label in members]))
+    sizes = [sum(map(len, classes.values())) for classes in parts.values()]
+    views = zip(torch.split(whole.images, sizes), torch.split(whole.labels, sizes), strict=True)
+    train, test, *own = (LabelledImages(images=images, labels=labels) for images, labels in views)
+    summary = f"{len(files):,} image files, resized and cropped to {image_size}x{image_size} pixels"
     return Dataset(
         name=_shown(path.name if path.name not in ("", "..") else path.resolve().name),
         class_names=tuple(names),
-        train=loaded["train"],
-        test=loaded["test"],
-        validation=loaded.get("val"),
-        whole=LabelledImages(images=images, labels=every_label) if is_flat else None,
-        origin="; ".join(filter(None, facts)),
+        train=train,
+        test=test,
+        validation=own[0] if own else None,
+        whole=whole if is_flat else None,
+        origin=f"{summary}; {skipped}" if skipped else summary,
     )
 
 
@@ -140,7 +137,7 @@ def _split(classes: Classes) -> dict[str, Classes]:
     for name, files in classes.items():
         count = max(round(len(files) / _TEST_SHARE), min(1, len(files) - 1), 0)
         by_hash = sorted(files, key=lambda file: blake2b(f"folder split/{file.name}".encode(), digest_size=8).digest())
-        parts["train"][name], parts["test"][name] = _sorted(by_hash[count:]), _sorted(by_hash[:count])
+        parts["train"][name], parts["test"][name] = sorted(by_hash[count:]), sorted(by_hash[:count])
     return parts
 
 
@@ -166,8 +163,7 @@ def check_memory(num_images: int, image_size: int) -> None:
     if needed > available:
         raise UserError(
             f"{num_images:,} images of {image_size} x {image_size} take {needed / 2**20:,.0f} MiB, and"
-            f" {available / 2**20:,.0f} MiB of memory are available: choose a smaller image_size"
-            f" (at most {math.isqrt(available // (3 * num_images))}), or use fewer images"
+            f" {available / 2**20:,.0f} MiB of memory are available: choose a smaller image_size or use fewer images"
         )
 
 
@@ -187,7 +183,7 @@ def find_images(paths: Sequence[Path]) -> tuple[list[ImageFile], dict[str, str],
     for path in paths:
         name = _shown(path)
         is_file = os.path.isfile(path)  # noqa: PTH113 - a Path raises for a name that is too long
-        files = [ImageFile(str(path), name)] if is_file else _files_below(path, f"{name}/", skipped, refuse)
+        files = [ImageFile(name, str(path))] if is_file else _files_below(path, f"{name}/", skipped, refuse)
         if not files:
             refused.setdefault(name, "holds no images")
         for file in files:
@@ -221,10 +217,12 @@ def _subfolders(folder: Path) -> dict[str, Path]:
 
 
 def _list_classes(folder: Path, prefix: str, skipped: Counter[str]) -> Classes:
-    def fail(error: OSError) -> None:
-        raise error
+    folders = _subfolders(folder).items()
+    return {name: _files_below(entry, f"{prefix}{name}/", skipped, _fail) for name, entry in folders}
 
-    return {name: _files_below(entry, f"{prefix}{name}/", skipped, fail) for name, entry in _subfolders(folder).items()}
+
+def _fail(error: OSError) -> None:
+    raise error
 
 
 def _files_below(
@@ -241,15 +239,13 @@ def _files_below(
         below = prefix + "".join(f"{part}/" for part in Path(root).relative_to(folder).parts)
         for name in names:
             suffix = PurePath(name).suffix.lower()
-            if suffix in _formats_and_suffixes()[1] and not name.startswith("."):
-                files.append(ImageFile(f"{root}/{name}", _shown(f"{below}{name}")))
-            elif not name.startswith("."):
+            if name.startswith("."):
+                continue
+            if suffix in _formats_and_suffixes()[1]:
+                files.append(ImageFile(_shown(f"{below}{name}"), f"{root}/{name}"))
+            else:
                 skipped[suffix] += 1
-    return _sorted(files)
-
-
-def _sorted(files: Iterable[ImageFile]) -> list[ImageFile]:
-    return sorted(files, key=lambda file: file.name)
+    return sorted(files)
 
 
 @cache

@@ -123,7 +123,7 @@ class TrainingBatches:
             )
 
     def _augmented(self, on_device: Tensor, rows: Tensor) -> Tensor:
-        # images[on_device] would be twenty times slower on a CPU (torch 2.14).
+        # images[on_device] is twenty times slower on a CPU (torch 2.14).
         return self.augmentation.apply(self.data.images.index_select(0, on_device), rows)
 
 

@@ -94,7 +94,7 @@ def jitter(pixels: Tensor, factors: Tensor, hue: Tensor | None, orders: Tensor) 
     (N,) in turns, or None; `orders` (N, 4) int64 on the CPU, each row a permutation of the four operations.
 
     Three of the four are blends: a step blends each image with what its own order asks for. The hue comes before,
-    between or after the blends: images are sorted by that place, so that those that have it together are adjacent.
+    between or after the blends: images are sorted by that place.
     """
     is_hue = orders == _HUE
     blends, counts, back = orders[~is_hue].view(len(orders), 3), [0] * 4, None

@@ -1,4 +1,4 @@
-"""Class folders through the command line: any number of classes and images, and the results of official files."""
+"""Class folders through the command line: trained on, and evaluated by weights that may not know them."""
 
 import json
 import os
@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from cifar_dist.cli import main
-from cifar_dist.data.cifar import CIFAR10, load_archive
 from cifar_dist.data.dataset import Dataset
+from cifar_dist.run.checkpoint import load_checkpoint
 from cifar_dist.run.directory import RunDirectory
 from tests.commands.test_train import NarrowResNet
 from tests.conftest import make_dataset
@@ -97,18 +97,6 @@ def test_validation_folder_is_the_validation_set(capsys):
     assert (result["loss"], result["num_samples"]) == (record.val_loss, 12)
 
 
-def test_unreadable_images_are_named_all_at_once(capsys):
-    for name in ("left", "right"):
-        write_images(f"data/{name}", 6)
-    Path("data/left/empty.png").touch()
-    Path("data/right/text.jpg").write_text("no image")
-    train("--dataset", "data", code=2)
-    line = capsys.readouterr().err
-    assert "left/empty.png, right/text.jpg" in line
-    assert line.count("\n") == 1
-    assert not Path("runs").exists()
-
-
 def save_as_folders(dataset: Dataset) -> None:
     for part, images in (("train", dataset.train), ("test", dataset.test)):
         for index, (pixels, label) in enumerate(zip(images.images, images.labels.tolist(), strict=True)):
@@ -138,15 +126,76 @@ def test_folders_give_the_results_of_the_dataset_they_were_made_from(monkeypatch
     assert "was trained on other classes than png has: there is no class 'zebra'" in capsys.readouterr().err
 
 
-@pytest.mark.full
-@pytest.mark.official
-def test_official_files_and_png_folders_give_the_same_results(official_data, monkeypatch):
-    dataset = load_archive(CIFAR10, official_data)
-    few = type(dataset.test)(images=dataset.test.images[:1000], labels=dataset.test.labels[:1000])
-    object.__setattr__(dataset, "test", few)
-    object.__setattr__(dataset, "train", few)
-    save_as_folders(dataset)
-    monkeypatch.setattr("cifar_dist.data.dataset.load_archive", lambda *_, **__: dataset)
-    train("--run-dir", "run", "--data-dir", str(official_data))
-    first, second = evaluate("--ckpt", "run"), evaluate("--ckpt", "run", "--dataset", "png")
-    assert second["confusion_matrix"] == first["confusion_matrix"]
+# Evaluated by weights that were, or were not, trained on them
+
+
+def put(folder: Path, count: int, first: int = 0) -> None:
+    """Write images of two classes; no two are alike."""
+    for name, grey in (("a", 0), ("b", 120)):
+        (folder / name).mkdir(parents=True)
+        for number in range(first, first + count):
+            Image.new("L", (16, 16), grey + number).save(folder / name / f"{number:02}.png")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a run on a folder without parts, and of other folders."""
+    folder = tmp_path_factory.mktemp("eval")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("cifar_dist.display.figures._save", lambda figure, path: path.touch())
+        patch.setattr("cifar_dist.model.resnet.resnet18", NarrowResNet)
+        put(folder / "own", 20)
+        put(folder / "foreign", 5, first=50)
+        put(folder / "tested/test", 3, first=60)
+        put(folder / "validated/val", 4, first=70)
+        fields = ["--set", "global_batch_size=8", "stem=small", "image_size=16", "validation_size=4"]
+        argv = ["--recipe", "original", "--precision", "no", "--epochs", "1", "--dataset", "own", "--run-dir", "run"]
+        assert main([*argv, *fields]) == 0
+        torch.save(load_checkpoint(Path("run/checkpoints/last.pt"))["model"], "bare.pth")
+    return folder
+
+
+@pytest.fixture
+def folder(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+
+
+def count_evaluated(*argv: str) -> int:
+    return int(evaluate(*argv)["num_samples"])
+
+
+WHOLE = "has no test/ of its own: all its images are evaluated"
+
+
+@pytest.mark.parametrize(("dataset", "count"), [("foreign", 10), ("tested", 6), ("validated", 8), ("tested/test", 6)])
+@pytest.mark.parametrize("weights", [["--ckpt", "run"], ["--ckpt", "bare.pth", "--recipe", "mine.yaml"]])
+def test_a_foreign_folder_is_evaluated_whole(folder, capsys, dataset, count, weights):
+    Path("mine.yaml").write_text("stem: small\nimage_size: 16\nimage_size_schedule: null\n")
+    assert count_evaluated(*weights, "--dataset", dataset) == count
+    shown = capsys.readouterr().out
+    assert (WHOLE in shown) == (dataset in ("foreign", "tested/test"))
+    assert f"{count} image files, resized and cropped to 16x16 pixels" in shown
+
+
+def test_of_the_runs_own_folder_only_the_test_images_are_evaluated_also_from_elsewhere(folder, capsys):
+    shutil.copytree("own", "moved")
+    assert count_evaluated("--ckpt", "run") == count_evaluated("--ckpt", "run", "--dataset", "moved") == 8
+    assert count_evaluated("--ckpt", "run", "--split", "validation", "--dataset", "moved") == 4
+    assert WHOLE not in capsys.readouterr().out
+
+
+def test_validation_images_of_another_dataset_are_refused(folder, capsys):
+    """The same images in other parts: most of what would be held out was trained on."""
+    shutil.copytree("own", "parts/train")
+    shutil.copytree("foreign", "parts/test")
+    shutil.copytree("validated/val", "parts/val")
+    capsys.readouterr()
+    for dataset in ("parts", "foreign", "validated"):
+        assert main(["eval", "--ckpt", "run", "--split", "validation", "--dataset", dataset]) == 2
+        out, err = capsys.readouterr()
+        assert f"{Path(dataset).name} is not what run/checkpoints/last.pt was trained on" in err
+        assert err.count("\n") == 1 and WHOLE not in out
+    bare = ["eval", "--ckpt", "bare.pth", "--split", "validation", "--dataset", "own"]
+    assert main([*bare, "--recipe", "run/config.yaml"]) == 2
+    assert "bare weights do not know which images were held out" in capsys.readouterr().err

@@ -71,14 +71,6 @@ class Handler(BaseHTTPRequestHandler):
                 self.send(start, end=None if start else HALF)
                 if not start:
                     self.server.closing.wait(60)
-            case "unsized":  # the end of the connection is the end of the file
-                self.send_response(200)
-                self.end_headers()
-                self.wfile.write(GOOD)
-            case "moved":
-                self.send_response(302)
-                self.send_header("Location", "/good")
-                self.end_headers()
             case _:
                 self.send_error(404)
 
@@ -134,13 +126,10 @@ def part_of(target: Path) -> Path:
         (["breaks"], b"", [("breaks", 0), ("breaks", HALF)]),
         (["stutters"], b"", [("stutters", eighth * len(GOOD) // 8) for eighth in range(8)]),
         (["forgets"], b"", [("forgets", 0), ("forgets", HALF)]),
-        (["unsized"], b"", [("unsized", 0)]),
-        (["moved"], b"", [("moved", 0), ("good", 0)]),
         # A part file of an earlier start is completed, or found whole by status 416, or replaced.
         (["good"], GOOD[:1000], [("good", 1000)]),
         (["good"], GOOD, [("good", len(GOOD))]),
         (["good"], b"wrong", [("good", 5), ("good", 0)]),
-        (["good"], GOOD + b"too long", [("good", len(GOOD) + 8), ("good", 0)]),
         # The next address continues with good bytes, and does not inherit wrong ones.
         (["stuck", "good"], b"", [("stuck", 0), *2 * [("stuck", HALF)], ("good", HALF)]),
         (["missing", "good"], GOOD[:1000], [("missing", 1000), ("good", 1000)]),
@@ -148,8 +137,8 @@ def part_of(target: Path) -> Path:
         (["half_lies", "good"], b"", [("half_lies", 0), *2 * [("half_lies", HALF)], ("good", HALF), ("good", 0)]),
     ],
     ids=[
-        *("broken connection", "little at a time", "no Range", "no length", "redirect"),
-        *("part file", "whole part file", "wrong part file", "long part file"),
+        *("broken connection", "little at a time", "no Range"),
+        *("part file", "whole part file", "wrong part file"),
         *("after a stuck one", "after a missing one", "after a lie", "after half a lie"),
     ],
 )
@@ -168,12 +157,11 @@ def test_download_resumes_with_the_fewest_bytes(
     ("path", "part", "reason", "part_after", "num_requests"),
     [
         ("stuck", b"", f"broke off after {HALF} of {len(GOOD)} bytes", GOOD[:HALF], 3),  # two bring no new byte
-        ("stuck", GOOD[: HALF + 1000], f"broke off after {HALF} of {len(GOOD)} bytes", GOOD[:HALF], 2),
         ("shifted", b"", "sent another range than requested", GOOD[:HALF], 2),
         ("lies", b"", "wrong content (its md5 differs)", b"", 1),
         ("missing", b"", "HTTP status 404", b"", 1),
     ],
-    ids=["stuck", "behind the part file", "another range", "lie", "missing"],
+    ids=["stuck", "another range", "lie", "missing"],
 )
 def test_failed_download_keeps_only_useful_bytes(
     server: Server, target: Path, path: str, part: bytes, reason: str, part_after: bytes, num_requests: int
@@ -222,10 +210,10 @@ def test_every_address_and_its_reason_is_named(server: Server, target: Path) -> 
         assert reason in str(caught.value)
 
 
-@pytest.mark.parametrize("url", ["ftp://host/file", "file:///etc/passwd", "just-a-name"])
-def test_other_schemes_are_refused_before_any_request(server: Server, target: Path, url: str) -> None:
-    with pytest.raises(UserError, match=url):
-        download([*server.urls("good"), url], target, MD5)
+def test_other_schemes_are_refused_before_any_request(server, target):
+    for url in ("ftp://host/file", "file:///etc/passwd", "just-a-name"):
+        with pytest.raises(UserError, match=url):
+            download([*server.urls("good"), url], target, MD5)
     assert server.requests == []
 
 

@@ -6,6 +6,7 @@ import os
 import struct
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,29 +107,17 @@ def test_val_is_the_validation_set_beside_test_and_else_the_test_set(tmp_path, n
 def test_order_does_not_depend_on_the_file_system(tmp_path, monkeypatch):
     ordered = ("B/1.png", "a/b-1.png", "a/b.png", "a/b/1.png", "a-b/1.png")  # "-" < "." < "/"
     put(tmp_path, *(f"train/{name}" for name in ordered), "test/a/1.png")
-    scandir, listdir = os.scandir, os.listdir
+    walk, iterdir = os.walk, Path.iterdir
 
-    class SortedBackwards:
-        """As `os.scandir`, in another order."""
-
-        def __init__(self, path: str) -> None:
-            self.entries = sorted(scandir(path), key=lambda entry: entry.name)
-
-        def __next__(self) -> os.DirEntry[str]:
-            if not self.entries:
-                raise StopIteration
-            return self.entries.pop()
-
-        def __enter__(self) -> "SortedBackwards":
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
+    def walk_backwards(*words: object, **options: object) -> Iterator[tuple[str, list[str], list[str]]]:
+        for root, folders, names in walk(*words, **options):
+            folders.sort(reverse=True)
+            yield root, folders, sorted(names, reverse=True)
 
     for backwards in (False, True):
         if backwards:
-            monkeypatch.setattr(os, "scandir", SortedBackwards)
-            monkeypatch.setattr(os, "listdir", lambda path: sorted(listdir(path), reverse=True))
+            monkeypatch.setattr(os, "walk", walk_backwards)
+            monkeypatch.setattr(Path, "iterdir", lambda path: iter(sorted(iterdir(path), reverse=True)))
         dataset = load(tmp_path)
         assert dataset.class_names == ("B", "a", "a-b")
         assert holds(dataset.train, tmp_path / "train", *ordered)
@@ -176,14 +165,10 @@ def test_flat_folder_gives_a_fifth_of_each_class(tmp_path):
 
 
 def test_split_is_fixed_and_hardly_changed_by_other_files(tmp_path):
-    def test_set() -> set[bytes]:
-        return {image.numpy().tobytes() for image in load(tmp_path).test.images}
-
     put_flat(tmp_path, a=30, b=30)
-    first = test_set()
-    assert first == test_set()
+    first = {image.numpy().tobytes() for image in load(tmp_path).test.images}
     put(tmp_path, "a/new.png", "c/1.png", "c/2.png")
-    assert len(first & test_set()) >= 11
+    assert len(first & {image.numpy().tobytes() for image in load(tmp_path).test.images}) >= 11
 
 
 # What is no dataset
@@ -283,7 +268,7 @@ def decoded(tmp_path: Path, image: Image.Image, suffix: str = "png", size: int =
     return decode(str(tmp_path / f"image.{suffix}"), size)
 
 
-@pytest.mark.parametrize(("width", "height"), [(40, 30), (30, 41), (9, 8), (8, 11), (5, 3), (3, 64), (100, 16)])
+@pytest.mark.parametrize(("width", "height"), [(40, 30), (30, 41), (9, 8), (5, 3), (3, 64)])
 def test_other_sizes_are_resized_and_cropped_as_torchvision_does(tmp_path, width, height):
     image = noise(2, width, height)
     wanted = np.asarray(Compose([Resize(SIZE), CenterCrop(SIZE)])(image)).astype(int)
@@ -297,6 +282,9 @@ def test_every_mode_becomes_rgb(tmp_path):
         assert np.array_equal(decoded(tmp_path, image), np.asarray(image.convert("RGB")))
     ink = Image.new("CMYK", (SIZE, SIZE), (0, 255, 255, 0))
     assert abs(decoded(tmp_path, ink, "jpg").astype(int) - (255, 0, 0)).max() < 6
+    red, blue = (Image.new("RGB", (SIZE, SIZE), name) for name in ("red", "blue"))
+    first = decoded(tmp_path, red, "gif", save_all=True, append_images=[blue])
+    assert abs(first.astype(int) - (255, 0, 0)).max() < 4, "an animation gives its first frame"
     with pytest.raises(ValueError, match="floating-point"):
         decoded(tmp_path, Image.new("F", (SIZE, SIZE), 0.5), "tif")
 
@@ -331,12 +319,6 @@ def test_image_is_turned_as_its_exif_says(tmp_path, suffix, monkeypatch):
 
     monkeypatch.setattr(ImageOps, "exif_transpose", fail)
     assert decoded(tmp_path, image, suffix).shape == (SIZE, SIZE, 3), "a broken EXIF block leaves the pixels good"
-
-
-def test_animation_gives_its_first_frame(tmp_path):
-    red, blue = (Image.new("RGB", (SIZE, SIZE), name) for name in ("red", "blue"))
-    image = decoded(tmp_path, red, "gif", save_all=True, append_images=[blue])
-    assert abs(image.astype(int) - (255, 0, 0)).max() < 4
 
 
 def test_unreadable_files_are_named_together(tmp_path, monkeypatch):
@@ -387,29 +369,24 @@ def test_images_that_do_not_fit_are_refused_before_any_is_read(tmp_path, monkeyp
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=4 * 3 * 512**2 - 1))
     monkeypatch.setattr(folder_module, "decode_images", None)
     assert refused(tmp_path, 512).startswith(
-        "4 images of 512 x 512 take 3 MiB, and 3 MiB of memory are available: choose a smaller image_size (at most 511)"
+        "4 images of 512 x 512 take 3 MiB, and 3 MiB of memory are available: choose a smaller image_size"
     )
 
 
 def test_progress_is_reported_and_an_interruption_does_not_wait_for_the_rest(tmp_path, monkeypatch):
     put_flat(tmp_path, a=200, b=200)
-    progress: list[tuple[int, int | None]] = []
-    load_folder(tmp_path, image_size=SIZE, progress=lambda done, total: progress.append((done, total)))
+    progress, done = [], []
+    load_folder(tmp_path, image_size=SIZE, progress=lambda *numbers: progress.append(numbers))
     assert progress == sorted(progress) and progress[-1] == (400, 400)
-    count = Counter[str]()
-
-    def counting(path: str, size: int) -> object:
-        count["decoded"] += 1
-        return decode(path, size)
 
     def interrupt(done: int, total: int | None) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(folder_module, "decode", counting)
+    monkeypatch.setattr(folder_module, "decode", lambda *words: done.append(words) or decode(*words))
     monkeypatch.setattr(folder_module, "_MAX_WORKERS", 1)
     with pytest.raises(KeyboardInterrupt):
         load_folder(tmp_path, image_size=SIZE, progress=interrupt)
-    assert count["decoded"] < 300
+    assert len(done) < 300
 
 
 # Names and paths
@@ -460,7 +437,7 @@ def test_official_images_in_folders_are_those_of_the_official_files(official_dat
     folder = official_data / "cifar10-png/test"
     if not folder.is_dir():
         pytest.skip(f"there are no class folders of PNG files in {folder}")
-    official = load_archive(replace(CIFAR10, train={}), official_data).test
+    official = load_archive(replace(CIFAR10, train=CIFAR10.test), official_data).test
     dataset = load_folder(folder, image_size=32)
     assert (dataset.class_names, dataset.sizes.num_test) == (CIFAR10.class_names, 2_000)
     for label in range(10):
