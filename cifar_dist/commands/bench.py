@@ -246,7 +246,7 @@ def seconds_by_part(trainer: Trainer, *, count: int = 5) -> dict[str, float]:
         "augmentation": lambda: batches.augmentation.apply(images, table[samples]),
         "normalization": lambda: batches.normalize(pixels),
         "forward": forward,
-        "backward": lambda: runtime.backward(made["loss"]),
+        "backward": lambda: runtime.accelerator.backward(made["loss"]),
         "optimizer": step.optimizer.step,
         "metrics": lambda: sums.add(made["loss"].detach(), made["logits"], batch.labels),
         "progress": lambda: trainer.observer.on_step(1, None),

@@ -1,11 +1,8 @@
 """`eval`: how well saved weights do on a dataset, each image counted once."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
@@ -24,7 +21,7 @@ from cifar_dist.run.resolve import DEFAULT_DATA_DIR, DEFAULT_DATASET, check_data
 from cifar_dist.run.results import Evaluation
 from cifar_dist.run.weights import SavedWeights, read_weights
 from cifar_dist.runtime.device import FULL_NAMES
-from cifar_dist.runtime.distributed import Runtime, connect, start
+from cifar_dist.runtime.distributed import connect, start
 from cifar_dist.training.evaluation import EvaluationSet, figure_arrays
 from cifar_dist.training.metrics import summarize
 
@@ -43,17 +40,9 @@ def evaluate(options: EvalOptions, world: World, config: AccelerateConfig, conso
         dataset = ranks.main_process_first(lambda: _load_data(console, options, weights))
         settings = weights.compute_settings(options.precision, world.size)
         runtime = start(ranks, config, **settings, doing="evaluating")
-        print_notes(console, (*weights.notes, *runtime.compute.notes))
-        metadata = weights.metadata
-        is_other = metadata is None or metadata.dataset.fingerprint != dataset.fingerprint()
-        has_changed = is_other and _is_own_folder(options, weights, dataset)
-        whole = dataset.whole if is_other and not has_changed else None
         with ranks.together():
-            data, indices = _choose_split(options, weights, dataset, whole, is_other=is_other)
-        if has_changed:
-            print_notes(console, [f"{dataset.name} has changed since the training, which may have seen these images"])
-        elif data is whole:
-            print_notes(console, [f"{dataset.name} has no test/ of its own: all its images are evaluated"])
+            data, indices, note = _choose_images(options, weights, dataset)
+        print_notes(console, (*weights.notes, *runtime.compute.notes, note))
         names, model = dataset.class_names, weights.build(runtime.device, runtime.memory_format)
         split = EvaluationSet(data=data, indices=indices, class_names=names, recipe=weights.recipe, runtime=runtime)
         with evaluation_display(console) as observer:
@@ -65,9 +54,21 @@ def evaluate(options: EvalOptions, world: World, config: AccelerateConfig, conso
         title = f"{weights.path}, {dataset.name} {options.split}, {how}"
         print_lines(console, format_evaluation(evaluation), title=title)
         if ranks.is_main:
-            write_json(options.json, _in_json(evaluation, options, weights, dataset, runtime))
-        if ranks.is_main and options.figures is not None:
-            _draw(options.figures, title, evaluation, figure_arrays(predictions, data, names))
+            described = {
+                "checkpoint": str(weights.path),
+                "dataset": dataset.name,
+                "split": options.split,
+                "tta": options.tta,
+                "precision": runtime.precision,
+                "world_size": world.size,
+            }
+            write_json(options.json, evaluation.to_mapping() | described)
+            if options.figures is not None:
+                from cifar_dist.display.figures import draw_evaluation  # imports matplotlib
+
+                with writing(options.figures, "name another folder"):
+                    options.figures.mkdir(parents=True, exist_ok=True)
+                    draw_evaluation(options.figures, evaluation, figure_arrays(predictions, data, names), title=title)
     return evaluation
 
 
@@ -94,58 +95,37 @@ def _load_data(console: Console, options: EvalOptions, weights: SavedWeights) ->
         except ValueError as error:
             raise UserError(f"{weights.path} was trained on other classes than {name} has: {error}") from None
     if weights.num_classes != dataset.num_classes:
-        raise UserError(
-            f"{weights.path} knows {weights.num_classes} classes, and {name} has {dataset.num_classes}:"
-            " name its --dataset"
-        )
+        counts = f"{weights.path} knows {weights.num_classes} classes, and {name} has {dataset.num_classes}"
+        raise UserError(f"{counts}: name its --dataset")
     return dataset
 
 
-def _is_own_folder(options: EvalOptions, weights: SavedWeights, dataset: Dataset) -> bool:
-    """Whether the images lie in the folder that the weights were trained on."""
-    name = None if weights.metadata is None else weights.metadata.dataset.name
-    return dataset.origin is not None and (options.dataset is None or str(Path(options.dataset).absolute()) == name)
-
-
-def _choose_split(
-    options: EvalOptions, weights: SavedWeights, dataset: Dataset, whole: LabelledImages | None, *, is_other: bool
-) -> tuple[LabelledImages, Tensor]:
-    """Return the images, and which of them to evaluate. Raises UserError where the training may have seen them."""
+def _choose_images(
+    options: EvalOptions, weights: SavedWeights, dataset: Dataset
+) -> tuple[LabelledImages, Tensor, str | None]:
+    """Return images, the indices (N,) to evaluate, and a note. Raises UserError if the training may have seen them."""
+    trained_on = None if weights.metadata is None else weights.metadata.dataset
+    is_other = trained_on is None or trained_on.fingerprint != dataset.fingerprint()
     if options.split == "test":
-        data = whole or dataset.test
-        return data, torch.arange(len(data))
-    if is_other:  # also if it has the same images: in another order others are held out
+        own_folder = dataset.origin is not None and (
+            options.dataset is None
+            or (trained_on is not None and str(Path(options.dataset).absolute()) == trained_on.name)
+        )
+        data, note = dataset.test, None
+        if is_other and own_folder:
+            note = f"{dataset.name} has changed since the training, which may have seen these images"
+        elif is_other and dataset.whole is not None:
+            data, note = dataset.whole, f"{dataset.name} has no test/ of its own: all its images are evaluated"
+        return data, torch.arange(len(data)), note
+    if is_other:  # even with the same images: in another order others are held out
         raise UserError(
             f"{dataset.name} is not what {weights.path} was trained on, or has changed: which images were held out is"
             " not known, use --split test"
         )
     if dataset.validation is not None:
-        return dataset.validation, torch.arange(len(dataset.validation))
+        return dataset.validation, torch.arange(len(dataset.validation)), None
     num_validation = num_held_out(weights.recipe, dataset.sizes)
     _, held_out = stratified_split(dataset.train.labels, num_validation, seed=weights.recipe.seed)
     if not len(held_out):
         raise UserError(f"{weights.path} was trained without a validation split: evaluate it with --split test")
-    return dataset.train, held_out
-
-
-def _in_json(
-    evaluation: Evaluation, options: EvalOptions, weights: SavedWeights, dataset: Dataset, runtime: Runtime
-) -> dict[str, Any]:
-    return {
-        **evaluation.to_mapping(),
-        "checkpoint": str(weights.path),
-        "dataset": dataset.name,
-        "split": options.split,
-        "tta": options.tta,
-        "precision": runtime.precision,
-        "world_size": runtime.world.size,
-    }
-
-
-def _draw(folder: Path, title: str, evaluation: Evaluation, saved: Mapping[str, NDArray[Any]]) -> None:
-    # matplotlib takes its time to be imported, and most evaluations do not need it.
-    from cifar_dist.display.figures import draw_evaluation
-
-    with writing(folder, "name another folder"):
-        folder.mkdir(parents=True, exist_ok=True)
-        draw_evaluation(folder, evaluation, saved, title=title)
+    return dataset.train, held_out, None

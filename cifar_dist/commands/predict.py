@@ -94,7 +94,7 @@ def _predict(
         rows = own[start_at : start_at + block]
         pixels, was_read = decode_images([files[row] for row in rows], size)
         batches = torch.split(torch.from_numpy(pixels), batch_size)
-        with torch.no_grad(), runtime.autocast():
+        with torch.no_grad(), runtime.accelerator.autocast():
             logits = [model(normalize(batch.to(runtime.device).float() / 255)).float() for batch in batches]
         result[rows, :-1] = torch.cat(logits).softmax(1)
         result[rows, -1] = torch.tensor(was_read, device=runtime.device).float()

@@ -39,11 +39,6 @@ class RunDirectory:
         """Whether a run has written something here."""
         return any(file.exists() for file in (self.config, self.metrics, self.summary, self.last))
 
-    def owns(self, file: Path) -> bool:
-        """Return whether a run wrote this file, and it cannot be made again from the others."""
-        names = (self.config, self.metrics, self.summary, self.predictions, self.last, self.previous, self.best)
-        return file in names and (self.metrics if file == self.config else self.config).exists()
-
     def find_foreign_file(self) -> Path | None:
         """Return a file that a new run would overwrite."""
         named = (self.predictions, self.previous, self.best, self.path / "report.html")
@@ -267,8 +262,11 @@ def check_output(option: str, path: Path, inputs: Sequence[Path] = ()) -> None:
         return
     if any(os.path.exists(each) and path.samefile(each) for each in inputs):  # noqa: PTH110 - a Path raises EACCES
         raise UserError(f"{option} {path} would overwrite what is read: name another file")
-    folders = [folder for one in (path.absolute(), path.resolve()) for folder in list(one.parents)[:2]]
-    if any(RunDirectory(folder).owns(one) for folder in folders for one in (path.absolute(), path.resolve())):
+    run = RunDirectory(path.resolve().parent)
+    files = (
+        (run.config, run.metrics, run.summary, run.predictions) if run.config.exists() and run.metrics.exists() else ()
+    )
+    if path.resolve() in files or path.suffix == ".pt":
         raise UserError(f"{option} {path} would overwrite a run's own file: name another file")
 
 

@@ -1,4 +1,4 @@
-"""What a run says of itself: plain data, to and from JSON, and the observer that hears it while it happens."""
+"""The results of a run as plain data, to and from JSON, and the observer of a run in progress."""
 
 import dataclasses
 import json
@@ -11,12 +11,12 @@ Status = Literal["running", "completed", "early_stopped", "interrupted", "diverg
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EpochRecord:
-    """One line of metrics.jsonl. Accuracies are fractions of 1; what there is none of is None."""
+    """One line of metrics.jsonl. Accuracies are fractions of 1."""
 
     epoch: int
     """From 1."""
     step: int
-    """Optimiser steps done since the start of the run."""
+    """Optimizer steps since the start of the run."""
     lr: float
     """The learning rate last used."""
     train_loss: float
@@ -29,31 +29,31 @@ class EpochRecord:
     world_size: int
 
     def to_json(self) -> str:
-        """Give the record as one line."""
+        """Return the record as one line."""
         return json.dumps(dataclasses.asdict(self), allow_nan=False)
 
     @classmethod
     def from_json(cls, line: str) -> "EpochRecord":
-        """Read a line of metrics.jsonl. Raises ValueError or TypeError where it is none."""
+        """Parse a line of metrics.jsonl. Raises ValueError or TypeError."""
         return cls(**_known_fields(cls, json.loads(line)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """How well weights do on a set of images, each counted once."""
+    """Metrics of weights on a set of images, each counted once."""
 
     num_samples: int
     loss: float
     top1: float
     top5: float | None
-    """None where there are five classes or fewer."""
+    """None with five classes or fewer."""
     per_class_accuracy: Mapping[str, float | None]
-    """None where a class has no image."""
+    """None for a class without images."""
     confusion_matrix: Sequence[Sequence[int]]
     """Rows are the true classes, columns the predicted ones."""
 
     def to_mapping(self) -> dict[str, Any]:
-        """Give plain values for JSON."""
+        """Return plain values for JSON."""
         return dataclasses.asdict(self)
 
 
@@ -70,7 +70,7 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Summary:
-    """summary.json: what became of a run."""
+    """summary.json."""
 
     status: Status
     epochs: int
@@ -88,7 +88,7 @@ class Summary:
     test: Evaluation | None
 
     def to_json(self) -> str:
-        """Give the summary as JSON with one field a line."""
+        """Return JSON with one field a line."""
         fields = dataclasses.asdict(self).items()
         return (
             "{\n" + ",\n".join(f' "{name}": {json.dumps(value, allow_nan=False)}' for name, value in fields) + "\n}\n"
@@ -96,17 +96,14 @@ class Summary:
 
     @classmethod
     def from_json(cls, text: str) -> "Summary":
-        """Read a summary.json. Raises ValueError or TypeError where it is none."""
+        """Parse summary.json. Raises ValueError or TypeError."""
         values = _known_fields(cls, json.loads(text))
         test = values.pop("test")
         return cls(**values, test=None if test is None else Evaluation(**_known_fields(Evaluation, test)))
 
 
 def _known_fields(record: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Give a record's fields. A newer version may have written more of them, and an older one none that may be None.
-
-    Raises TypeError where the values are no mapping.
-    """
+    """Return the fields of a record. Unknown ones are dropped, missing optional ones are None. Raises TypeError."""
     if not isinstance(values, dict):
         raise TypeError(f"{type(values).__name__} is no record")
     fields = dataclasses.fields(record)
@@ -115,22 +112,22 @@ def _known_fields(record: Any, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Observer:
-    """Hears what a run does. This one does nothing, so that a caller who does not care needs no `if`."""
+    """Callbacks of a run in progress. This one does nothing."""
 
     def on_earlier_epochs(self, records: Sequence[EpochRecord], best_epoch: int | None) -> None:
-        """A run goes on that has done these epochs already."""
+        """A resumed run has done these epochs."""
 
     def on_epoch_start(self, epoch: int, lr: float) -> None:
-        """An epoch (from 1) begins, at this learning rate."""
+        """An epoch, counted from 1, begins at this learning rate."""
 
     def on_step(self, step_in_epoch: int, loss: float | None) -> None:
-        """A step is done (counted from 1); the loss comes every `report_every_steps` only."""
+        """A step, counted from 1, is done. The loss comes every `report_every_steps` steps."""
 
     def on_evaluation(self, done: int, total: int) -> None:
-        """So many of the images of an evaluation are done."""
+        """So many images of an evaluation are done."""
 
     def on_epoch_end(self, record: EpochRecord, is_best: bool) -> None:
         """An epoch is over."""
 
     def on_note(self, text: str) -> None:
-        """Something happened that a person should read."""
+        """Print a note for the user."""

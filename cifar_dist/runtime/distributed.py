@@ -1,9 +1,9 @@
-"""Accelerate, as the launcher uses it: device placement, mixed precision, reductions, and what one process may do."""
+"""Start the process group and Accelerate: device placement, mixed precision, gradient scaling, reductions."""
 
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -23,15 +23,13 @@ from cifar_dist.runtime.device import SHARE_GPU, ComputeSettings
 from cifar_dist.runtime.ranks import Ranks
 from cifar_dist.runtime.rendezvous import rendezvous
 
-_ACCELERATE_KNOWS: list[dict[str, Any]] = [
-    kind._shared_state for kind in (PartialState, AcceleratorState, GradientState)
-]
-
+_SHARED_STATES = [kind._shared_state for kind in (PartialState, AcceleratorState, GradientState)]
+"""All Accelerators of a process share these."""
 _WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 
 
 class Runtime:
-    """Where this process computes, and how precisely. Made by `start`."""
+    """The device of this process, its precision, and Accelerate's operations. Built by `start`."""
 
     def __init__(self, accelerator: Accelerator, ranks: Ranks, compute: ComputeSettings) -> None:
         self.accelerator = accelerator
@@ -43,39 +41,23 @@ class Runtime:
         self.memory_format = device_module.memory_format(self.device.type)
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Wrap a model (already on the device) and its optimiser for this world and precision."""
+        """Wrap a model, which is on the device, and its optimizer for this world and precision."""
         with warnings.catch_warnings():
-            # torch 2.14 has another name for it, which accelerate 1.15 does not know.
+            # accelerate 1.15 does not know the name that torch 2.14 prefers.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             return self.accelerator.prepare(model, optimizer)
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Give the context in which a forward pass has this run's precision."""
-        return self.accelerator.autocast()
-
     def compile(self, model: nn.Module, backend: str) -> nn.Module:
-        """Compile a model by a backend as `prepare` does where one is asked for."""
+        """Compile a model as `prepare` does."""
         options = self.accelerator.state.dynamo_plugin.to_kwargs() | {"backend": backend.lower()}
         return torch.compile(model, **options)  # type: ignore[return-value]
 
-    def backward(self, loss: Tensor) -> None:
-        """Backpropagate, scaled where fp16 needs it."""
-        self.accelerator.backward(loss)
-
-    def gradient_sync(self, model: nn.Module, sync: bool) -> AbstractContextManager[Any]:
-        """Give the context in which gradients are only added up locally, or made equal on all processes."""
-        return nullcontext() if sync else self.accelerator.no_sync(model)
-
-    def clip_gradients(self, model: nn.Module, largest_norm: float) -> None:
-        """Scale all gradients down so that their norm is at most `largest_norm`."""
-        self.accelerator.clip_grad_norm_(model.parameters(), largest_norm)
-
-    def sum_over_ranks(self, sums: Tensor) -> Tensor:
-        """Add a tensor up over all processes."""
-        return self.accelerator.reduce(sums, reduction="sum")
+    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor over all ranks. A collective."""
+        return self.accelerator.reduce(tensor, reduction="sum")
 
     def average_over_ranks(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each of the tensors, in place, by its mean over all processes; one collective."""
+        """Replace each tensor in place by its mean over all ranks. One collective."""
         if self.world.size == 1 or not tensors:
             return
         mean = self.sum_over_ranks(torch.cat([tensor.flatten() for tensor in tensors])) / self.world.size
@@ -83,10 +65,9 @@ class Runtime:
             tensor.copy_(part.view_as(tensor))
 
     def state(self) -> dict[str, Any]:
-        """Give what a checkpoint holds of this process: the gradient scaler's state (None without one), and `rng`.
+        """Return the state of the gradient scaler, and `rng`: the states of torch's global generators.
 
-        `rng` are the states of torch's global generators. Nothing here draws from them: they are kept for models and
-        transforms that somebody adds.
+        Nothing here draws from those; a user's own model or transforms may.
         """
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type != "cpu":
@@ -95,7 +76,7 @@ class Runtime:
         return {"scaler": None if scaler is None else scaler.state_dict(), "rng": rng}
 
     def load_state(self, content: Mapping[str, Any]) -> None:
-        """Restore what `state` gave; a run that goes on in another precision starts a new scaler."""
+        """Restore what `state` returned. A run that continues in another precision starts a new scaler."""
         if content["scaler"] and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(content["scaler"])
         torch.set_rng_state(content["rng"]["cpu"])
@@ -103,39 +84,41 @@ class Runtime:
             torch.get_device_module(self.device).set_rng_state(content["rng"][self.device.type])
 
     def synchronize(self) -> None:
-        """Wait for the device to finish what it was given."""
+        """Wait until the device has finished."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
 
     def peak_memory_mib(self) -> int | None:
-        """Give the largest memory so far: of the device on CUDA, of the process elsewhere; None where unknown."""
+        """Return the peak memory of the device on CUDA, else of the process; None if it is unknown."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) // 2**20
         return device_module.peak_process_memory_mib()
 
 
 def tracker_class(name: str) -> Any:
-    """Give Accelerate's class of a tracker."""
+    """Return Accelerate's class of a tracker."""
     return LOGGER_TYPE_TO_CLASS[name]
 
 
 @contextmanager
 def connect(world: World, config: AccelerateConfig) -> Iterator[Ranks]:
-    """Meet the other processes of the world; the conversation ends with the context.
+    """Start the process group, and destroy it at the end of the context.
 
-    Accelerate is told by environment variables who runs; they are put back at the end. Raises UserError where these
+    Accelerate reads the world from environment variables, which are restored at the end. Raises UserError if these
     processes cannot be a world.
     """
     facts = device_module.probe(use_cpu=cpu_requested(config, os.environ))
     device_module.check_world(world, facts.type, os.environ)
     before, threads = _own_variables(), torch.get_num_threads()
-    others, others_group = _set_accelerate_aside(), distributed.is_available() and distributed.is_initialized()
+    callers_states = [dict(state) for state in _SHARED_STATES]
+    callers_group = distributed.is_available() and distributed.is_initialized()
+    _clear_shared_states()
     try:
         _tell_accelerate(world, cpu=facts.type == "cpu")
         # Accelerate would take MPI where torch has it, and NCCL where ranks share a GPU, which it refuses.
         gloo = world.size > 1 and (facts.type == "cpu" or bool(os.environ.get(SHARE_GPU)))
-        alone = world.size == 1 or others_group
-        ranks = Ranks(world) if alone else rendezvous(world, "gloo" if gloo else "nccl")
+        meets = world.size > 1 and not callers_group
+        ranks = rendezvous(world, "gloo" if gloo else "nccl") if meets else Ranks(world)
         state = PartialState(cpu=facts.type == "cpu", **({"backend": "gloo"} if gloo else {}))
         if state.num_processes != world.size:
             raise UserError(
@@ -145,39 +128,31 @@ def connect(world: World, config: AccelerateConfig) -> Iterator[Ranks]:
         try:
             yield ranks
         except SharedError:
-            if not others_group:
+            if not callers_group:
                 state.destroy_process_group()
             raise
-        # After any other exception the others may be gone, and a clean end would wait for them.
-        if not (ranks.abandoned or others_group):
+        # After any other exception the other ranks may be gone, and this would wait for them.
+        if not (ranks.abandoned or callers_group):
             state.destroy_process_group()
     finally:
-        _set_accelerate_aside()
-        for state, values in others:
-            state.update(values)
-        torch.set_num_threads(threads)  # those of a checkpoint are not those of what this process does next
+        _clear_shared_states()
+        for shared, values in zip(_SHARED_STATES, callers_states, strict=True):
+            shared.update(values)
+        torch.set_num_threads(threads)
         for name in _own_variables().keys() - before.keys():
             del os.environ[name]
         os.environ.update(before)
 
 
 def _own_variables() -> dict[str, str]:
-    """Return the environment variables that this module, Accelerate and torch set or remove.
-
-    The others are left alone: threads of trackers read them at any time.
-    """
+    """Return the environment variables that this module, Accelerate and torch set or remove."""
     return {name: value for name, value in os.environ.items() if name in _WORLD or name.startswith("ACCELERATE_")}
 
 
-def _set_accelerate_aside() -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Empty what Accelerate knows of this process, all of whose Accelerators share it; give each part and its content.
-
-    A caller's own Accelerator would decide about ours, and ours about that.
-    """
-    contents = [dict(state) for state in _ACCELERATE_KNOWS]
-    for state in _ACCELERATE_KNOWS:
+def _clear_shared_states() -> None:
+    """Clear what a caller's own Accelerator would decide for ours, or ours for that."""
+    for state in _SHARED_STATES:
         state.clear()
-    return list(zip(_ACCELERATE_KNOWS, contents, strict=True))
 
 
 def start(
@@ -191,9 +166,8 @@ def start(
 ) -> Runtime:
     """Choose device, precision and threads, and start Accelerate on them.
 
-    `num_threads` is a resumed run's or a checkpoint's; None: chosen for this machine. `doing` is a word for the notes,
-    and a step has so many `micro_batches`.
-    Raises UserError where Accelerate cannot be started as asked.
+    `num_threads` is that of a checkpoint; None chooses it for this machine. `doing` is a word for the notes. Raises
+    UserError if Accelerate cannot be started as requested.
     """
     world = ranks.world
     compute = device_module.choose_compute(
@@ -207,7 +181,7 @@ def start(
     )
     compute = _common_precision(compute, ranks)
     torch.set_num_threads(compute.num_threads)
-    # The running statistics are equal on all ranks, or made so before they are used: DDP need not send them.
+    # DDP need not broadcast the running statistics: they are equal on all ranks, or averaged before use.
     wrapping = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     accelerator = Accelerator(
         cpu=compute.device_type == "cpu",
@@ -227,7 +201,7 @@ def start(
 
 
 def _common_precision(compute: ComputeSettings, ranks: Ranks) -> ComputeSettings:
-    """Give all ranks one precision: float32 where they would choose different ones, as on machines of several kinds."""
+    """Return settings with one precision for all ranks: float32 if machines of several kinds choose differently."""
     names = ("no", "fp16", "bf16")
     chosen = {names[int(number)] for (number,) in ranks.all_gather([names.index(compute.precision)])}
     if len(chosen) == 1:
@@ -238,8 +212,8 @@ def _common_precision(compute: ComputeSettings, ranks: Ranks) -> ComputeSettings
 
 
 def _tell_accelerate(world: World, *, cpu: bool) -> None:
-    """Set, or take away, the environment variables by which Accelerate and torch know the world."""
-    # An outer launcher's words (FSDP, dynamo, a device) are taken out: Accelerate would follow them half way.
+    """Set the environment variables from which Accelerate and torch read the world."""
+    # Accelerate would apply an outer launcher's variables (FSDP, dynamo, a device) in part.
     kept = ("ACCELERATE_MIXED_PRECISION", *(["ACCELERATE_USE_CPU"] if cpu else []))
     for name in [name for name in os.environ if name.startswith("ACCELERATE_") and name not in kept]:
         del os.environ[name]
@@ -252,10 +226,10 @@ def _tell_accelerate(world: World, *, cpu: bool) -> None:
     os.environ |= {
         "RANK": str(world.rank),
         "WORLD_SIZE": str(world.size),
-        # Also the number of the GPU, of which a task may see fewer than there are tasks.
+        # Also the GPU's index: a Slurm task may see fewer GPUs than there are tasks.
         "LOCAL_RANK": str(world.local_rank % visible),
         "LOCAL_WORLD_SIZE": str(world.local_size),
-        "OMP_NUM_THREADS": str(threads),  # else Accelerate chooses, with a warning
+        "OMP_NUM_THREADS": str(threads),  # otherwise Accelerate chooses, with a warning
     }
     if world.main_address is not None:
         os.environ["MASTER_ADDR"] = world.main_address

@@ -29,7 +29,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files, talks to the console and downloads."""
+        """Whether this rank writes files, prints and downloads."""
         return self.world.rank == 0
 
     def all_gather(self, values: Sequence[float]) -> list[tuple[float, ...]]:
@@ -46,17 +46,17 @@ class Ranks:
         self.all_gather([0])  # gloo does not wait if there is nothing to exchange
 
     def broadcast_from_main(self, make: Callable[[], T]) -> T:
-        """Let rank 0 make something and give it to all. A collective.
+        """Call `make` on rank 0 and return the result on all ranks. A collective.
 
-        Where that fails, it fails everywhere: with the UserError as a SharedError, or, where it is rank 0's own
-        accident, with a PeerFailedError on the others.
+        If it raises a UserError, all ranks raise a SharedError. After another exception the other ranks raise
+        PeerFailedError.
         """
         made: list[Any] = [None]
         failure: BaseException | None = None
         if self.is_main:
             try:
                 made = [make()]
-            except Exception as error:  # all must hear of it, whatever it is
+            except Exception as error:  # any failure ends all ranks
                 failure = error
         self._fail_together(failure)
         if self._group is not None:
@@ -65,21 +65,21 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Do something on every process; where it fails on one, all end, and only its reason is given.
+        """Run a block on every rank. If it raises on one, all ranks raise, with the reason of the lowest.
 
-        There may be no collective inside: a process that fails would not come to it.
+        The block must not contain a collective.
         """
         failure: BaseException | None = None
         try:
             yield
-        except Exception as error:  # all must hear of it, whatever it is
+        except Exception as error:  # any failure ends all ranks
             failure = error
         self._fail_together(failure)
 
     def main_process_first(self, make: Callable[[], T]) -> T:
-        """Do something first on rank 0, then on one process of each other machine, then on the rest. A collective.
+        """Call `make` on rank 0, then on one rank of each other machine, then on the rest. A collective.
 
-        So what the first leaves on the disk (a download, a cache) is found by the others, on shared disks or not.
+        So later ranks find a download of earlier ones, with a shared disk or without.
         """
         result: list[T] = []
         for turn in range(3 if self.world.size > 1 else 1):
@@ -90,7 +90,7 @@ class Ranks:
         return result[0]
 
     def _fail_together(self, failure: BaseException | None) -> None:
-        """Raise on all processes where one has a failure; the lowest rank's is the reason."""
+        """Raise on all ranks if one has a failure. The lowest rank with one gives the reason."""
         if self._group is None:
             if failure is not None:
                 raise failure

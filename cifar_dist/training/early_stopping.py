@@ -1,4 +1,4 @@
-"""When to stop before the last epoch, and which epoch was the best."""
+"""Early stopping, as in the original script."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,14 +8,14 @@ from cifar_dist.run.results import EpochRecord
 
 
 def monitored_value(config: EarlyStoppingConfig, record: EpochRecord) -> float:
-    """Give the monitored metric as a number that falls as it improves."""
+    """Return the monitored metric, negated if higher is better."""
     value = float(getattr(record, config.monitor))
     return -value if config.monitor == "val_acc" else value
 
 
 @dataclass(eq=False)
 class EarlyStopping:
-    """Counts epochs in a row that did not improve on the best by more than `min_delta`, as the original script did."""
+    """Counts consecutive epochs that did not improve on the best by more than `min_delta`."""
 
     config: EarlyStoppingConfig
     best: float | None = None
@@ -24,7 +24,7 @@ class EarlyStopping:
     """Whether the ranks agreed to stop."""
 
     def update(self, record: EpochRecord) -> bool:
-        """Take in an epoch; give this process's vote on whether training should stop now."""
+        """Count an epoch. Return this rank's vote on whether to stop."""
         if not self.config.enabled:
             return False
         value = monitored_value(self.config, record)
@@ -35,12 +35,12 @@ class EarlyStopping:
         return self.epochs_without_improvement >= self.config.patience
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a checkpoint keeps."""
+        """Return the state for a checkpoint."""
         names = ("best", "epochs_without_improvement", "stopped")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         self.best = state["best"]
         self.epochs_without_improvement = state["epochs_without_improvement"]
         self.stopped = state["stopped"]

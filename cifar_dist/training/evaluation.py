@@ -68,7 +68,7 @@ class EvaluationSet:
             image_size=image_size,
         )
         model.eval()
-        with torch.no_grad(), runtime.autocast():
+        with torch.no_grad(), runtime.accelerator.autocast():
             for images in batches:
                 logits = model(images).float()
                 if mirror:

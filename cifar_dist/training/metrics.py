@@ -1,4 +1,4 @@
-"""The loss, and metrics: sums stay on the device, are reduced once, and divided once."""
+"""The loss and the metrics. Sums stay on the device, and are reduced and divided once."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from cifar_dist.run.results import Evaluation
 
 
 def batch_loss(logits: Tensor, batch: Batch, label_smoothing: float) -> Tensor:
-    """Give a batch's summed cross entropy; where images are mixed, each class counts by its share of the image."""
+    """Return the summed cross entropy of a batch. In mixed images each class counts by its share."""
     if batch.partner_labels is None or batch.shares is None:
         return functional.cross_entropy(logits, batch.labels, reduction="sum", label_smoothing=label_smoothing)
     own, other = (
@@ -23,9 +23,9 @@ def batch_loss(logits: Tensor, batch: Batch, label_smoothing: float) -> Tensor:
 
 
 class RunningSums:
-    """One process's part of an epoch's loss, hits and images, added up on the device without making it wait.
+    """This rank's sums of an epoch: loss, correct predictions, images; and the first step with a non-finite loss.
 
-    It also remembers the first step whose loss was not a finite number.
+    They are kept on the device, without synchronizing it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -36,31 +36,31 @@ class RunningSums:
         self._step = torch.zeros((), device=device)
 
     def at_step(self, step: int) -> None:
-        """Say which step the next batches are of."""
+        """Set the step of the next batches."""
         self._step.fill_(step)
 
     def add(self, loss_sum: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Take in a batch: its summed loss (), logits (B, num_classes) and labels (B,).
+        """Add a batch: its summed loss (), logits (B, num_classes) and labels (B,).
 
-        Everything is done in place and with tensors, so that it can be replayed (`CudaGraphStep`).
+        Works in place on tensors, so that a CUDA graph can replay it.
         """
-        hits = (logits.argmax(1) == labels).sum()
-        self._sums += torch.stack([loss_sum.float(), hits.float(), self._count * len(labels)])
+        correct = (logits.argmax(1) == labels).sum()
+        self._sums += torch.stack([loss_sum.float(), correct.float(), self._count * len(labels)])
         bad = torch.where(torch.isfinite(loss_sum), self._never, self._step)
         torch.minimum(self._first_bad_step, bad, out=self._first_bad_step)
 
     def read(self) -> tuple[float, float, float, float]:
-        """Give loss, hits, images, and the first step with a bad loss (inf: none). The device is waited for."""
-        loss, hits, images, bad = torch.cat([self._sums, self._first_bad_step.unsqueeze(0)]).tolist()
-        return loss, hits, images, bad
+        """Return loss, correct, images, and the first step with a bad loss (inf if none). Synchronizes the device."""
+        loss, correct, images, bad = torch.cat([self._sums, self._first_bad_step.unsqueeze(0)]).tolist()
+        return loss, correct, images, bad
 
-    def set(self, loss: float, hits: float, images: float) -> None:
-        """Go on from sums that `read` gave."""
-        self._sums.copy_(torch.tensor([loss, hits, images]))
+    def set(self, loss: float, correct: float, images: float) -> None:
+        """Restore sums that `read` returned."""
+        self._sums.copy_(torch.tensor([loss, correct, images]))
 
 
 def confident_mistakes(logits: Tensor, labels: Tensor, *, count: int = 64) -> Tensor:
-    """Give the places, at most `count`, of samples that are taken for another class, the surest first."""
+    """Return the indices of at most `count` wrong predictions, the most confident first."""
     sure, guesses = logits.float().softmax(1).max(1)
     sure = sure.masked_fill(guesses == labels, -1.0)
     places = sure.argsort(descending=True, stable=True)[:count]
@@ -68,10 +68,9 @@ def confident_mistakes(logits: Tensor, labels: Tensor, *, count: int = 64) -> Te
 
 
 def summarize(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> Evaluation:
-    """Reduce logits (N, num_classes) and labels (N,), both on the CPU, to what an evaluation says.
+    """Return the metrics of logits (N, num_classes) and labels (N,), both on the CPU.
 
-    The loss is the mean cross entropy; top-5 is None where there are five classes or fewer. Of equal logits the lowest
-    class is the prediction.
+    The loss is the mean cross entropy. Of equal logits the lowest class is the prediction.
     """
     num_classes = len(class_names)
     predicted = logits.argmax(1)

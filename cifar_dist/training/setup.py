@@ -43,13 +43,13 @@ def build_trainer(
 
     `pretrained` is a state dict. Raises UserError if it does not fit.
     """
-    torch.manual_seed(recipe.seed)  # nothing below draws from it, but what somebody adds may
+    torch.manual_seed(recipe.seed)  # for a user's own model; nothing here draws from it
     model = build_resnet(recipe.stem, dataset.num_classes, seed=recipe.seed)
     use_dense_products(model)
     if pretrained is not None:
         start_from(model, pretrained)
     model = model.to(runtime.device, memory_format=runtime.memory_format)  # type: ignore[call-overload]
-    # The average is only ever evaluated: it keeps torch's own BatchNorm.
+    # The average is only evaluated, so it keeps torch's own BatchNorm.
     ema = ExponentialMovingAverage(model, recipe.ema_decay) if recipe.ema_decay else None
     model, groups = _with_statistics(model, recipe, plan)
     state = TrainState(
@@ -88,7 +88,7 @@ def _training_step(recipe: Recipe, plan: RunPlan, runtime: Runtime, state: Train
 
 
 def _with_statistics(model: nn.Module, recipe: Recipe, plan: RunPlan) -> tuple[nn.Module, Groups | None]:
-    """Give the model BatchNorm layers that see what the recipe says, however many processes share it."""
+    """Replace BatchNorm by layers whose statistics are over the global batch, or over ghost groups."""
     if recipe.batch_norm_group_size is None:
         return share_statistics(model, num_ranks=plan.world_size), None
     groups = Groups(count=plan.batch_norm_groups, num_ranks=plan.world_size)

@@ -1,4 +1,4 @@
-"""All that changes while a model is trained, and its way into a checkpoint and back."""
+"""The state of a training in progress, to a checkpoint and back."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Best:
 
 @dataclass(kw_only=True, eq=False)
 class TrainState:
-    """What a checkpoint holds of a run in progress."""
+    """What changes while a model is trained."""
 
     model: nn.Module
     """Unwrapped, on the device."""
@@ -54,28 +54,28 @@ class TrainState:
 
     @property
     def evaluated_model(self) -> nn.Module:
-        """The model that is validated, selected and tested: the average, where there is one."""
+        """The model that is validated, selected and tested: the average, if there is one."""
         return self.model if self.ema is None else self.ema.model
 
     @property
     def own_statistics(self) -> list[Tensor]:
-        """BatchNorm's running statistics that follow this rank's own images: with ghost groups, else none.
+        """BatchNorm's running statistics if they follow this rank's own images, as with ghost groups.
 
-        They are to be averaged over the ranks before they are evaluated or saved.
+        They must be averaged over the ranks before they are evaluated or saved.
         """
         if self.groups is None:
             return []
         return running_statistics(self.model, *([] if self.ema is None else [self.ema.model]))
 
     def set_own_statistics(self, values: Sequence[float]) -> None:
-        """Go on from statistics that were kept as numbers, one after the other."""
+        """Restore the own statistics from their values, one after the other."""
         tensors = self.own_statistics
         parts = torch.split(torch.tensor(values, dtype=torch.float64), [len(tensor) for tensor in tensors])
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part)
 
     def to_mapping(self) -> dict[str, Any]:
-        """Give the state as plain containers and tensors."""
+        """Return the state as plain containers and tensors."""
         return {
             "model": dict(self.model.state_dict()),
             **({} if self.ema is None else {"model_ema": dict(self.ema.model.state_dict())}),
@@ -89,7 +89,7 @@ class TrainState:
         }
 
     def restore(self, content: Mapping[str, Any]) -> None:
-        """Go on from what `to_mapping` gave. Raises UserError where the weights are another model's."""
+        """Restore what `to_mapping` returned. Raises UserError if the weights do not fit the model."""
         load_weights(self.model, content["model"])
         if self.ema is not None:
             load_weights(self.ema.model, content["model_ema"])
