@@ -13,7 +13,7 @@ from cifar_dist.config.options import EvalOptions
 from cifar_dist.config.plan import num_held_out
 from cifar_dist.config.world import World
 from cifar_dist.data.dataset import Dataset, LabelledImages, load_dataset, stratified_split
-from cifar_dist.display.progress import evaluation_display, loading_progress
+from cifar_dist.display.progress import CountProgress, loading_progress
 from cifar_dist.display.tables import format_evaluation
 from cifar_dist.display.terminal import make_console, print_lines, print_notes
 from cifar_dist.run.checks import check_evaluation
@@ -45,7 +45,7 @@ def evaluate(options: EvalOptions, world: World, config: AccelerateConfig, conso
         print_notes(console, (*weights.notes, *runtime.compute.notes, note))
         names, model = dataset.class_names, weights.build(runtime.device, runtime.memory_format)
         split = EvaluationSet(data=data, indices=indices, class_names=names, recipe=weights.recipe, runtime=runtime)
-        with evaluation_display(console) as observer:
+        with CountProgress(console, "evaluating", unit="images") as observer:
             predictions = split.predict(model, observer, mirror=options.tta == "mirror")
         evaluation = summarize(predictions.logits, predictions.labels, names)
         with ranks.together():

@@ -15,7 +15,7 @@ from cifar_dist.config.options import PredictOptions
 from cifar_dist.config.world import World
 from cifar_dist.data.folder import UNREADABLE, ImageFile, decode_images, find_images
 from cifar_dist.data.loader import Normalizer
-from cifar_dist.display.progress import evaluation_display
+from cifar_dist.display.progress import CountProgress
 from cifar_dist.display.tables import format_table
 from cifar_dist.display.terminal import make_console, print_error, print_notes
 from cifar_dist.run.directory import check_json
@@ -53,7 +53,7 @@ def predict(
         unnamed = "the weights do not name their classes: they are numbered" if weights.class_names is None else None
         print_notes(console, (*weights.notes, unnamed, skipped, *runtime.compute.notes))
         model = weights.build(runtime.device, runtime.memory_format)
-        with evaluation_display(console) as observer:
+        with CountProgress(console, "evaluating", unit="images") as observer:
             probabilities, was_read = _predict(model, weights, files, runtime, observer)
         unreadable |= {file.name: UNREADABLE for file, ok in zip(files, was_read.tolist(), strict=True) if not ok}
         names = weights.class_names or tuple(map(str, range(weights.num_classes)))

@@ -48,7 +48,7 @@ def run(options: ReportOptions, world: World, config: AccelerateConfig) -> int:
     with writing(figures, "name another folder with --out"):
         figures.mkdir(parents=True, exist_ok=True)
         write_run(one, saved, figures, page)
-    lines = [one.title, format_outcome(one.summary, total_epochs=one.recipe["epochs"])]
+    lines = [one.title, format_outcome(one.summary, total_epochs=one.metadata.recipe.epochs)]
     if one.summary.test is not None:
         lines += format_evaluation(one.summary.test, split="test ")
     print_lines(console, [*lines, "", f"written: {page}, and its figures in {figures}"], title="report")

@@ -208,7 +208,8 @@ def _draw_figures(directory: RunDirectory, arrays: Mapping[str, NDArray[Any]], n
     try:
         from cifar_dist.display.report import read_run, write_run
 
-        write_run(read_run(directory.path), arrays, directory.figures, page if page.exists() else None)
+        run = read_run(directory.path, directory.path.name)
+        write_run(run, arrays, directory.figures, page if page.exists() else None)
     except Exception as error:  # a backend, fonts, the disk: the result matters more than its figures
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         again = command_line("report", directory.path)

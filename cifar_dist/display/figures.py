@@ -22,8 +22,7 @@ from cifar_dist.run.results import EpochRecord, Evaluation
 
 # Okabe and Ito's palette for any colour vision (https://jfly.uni-koeln.de/color/), without its black and yellow.
 _COLORS = _BLUE, _RED, *_ = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
-_MARKERS = "os^vD"
-"""For prints without colour. Five of them beside six colours: thirty runs look different."""
+_MARKERS = "os^vD"  # for prints without colour; beside six colours, thirty runs look different
 _STYLE = {
     "axes.axisbelow": True,
     "axes.grid": True,
@@ -46,9 +45,7 @@ _PANELS = {
     "Accuracy": {"training": "train_acc", "validation": "val_acc"},
     "Learning rate": {"last": "lr"},
 }
-_NUMBERED_CLASSES = 20
-"""Number of classes up to which a cell of the confusion matrix has room for a number."""
-_NUM_BARS, _NUM_IMAGES = 40, 24
+_NUMBERED_CLASSES, _NUM_BARS, _NUM_IMAGES = 20, 40, 24  # up to which there is room for numbers, bars and images
 
 
 @contextmanager
@@ -70,10 +67,11 @@ def draw_curves(
 ) -> None:
     """Draw loss, accuracy and learning rate of runs (by name) by epoch; `marks` are epochs to mark, by label."""
     figure = _figure(12, 3.8 + 0.1 * len(runs), title)
+    looks: list[dict[str, Any]] = [{"color": _COLORS[i % 6], "marker": _MARKERS[i % 5]} for i in range(len(runs))]
     for axes, (heading, fields) in zip(figure.subplots(1, 3), _PANELS.items(), strict=True):
-        for place, records in enumerate(runs.values()):
+        for look, records in zip(looks, runs.values(), strict=True):
             for (part, field), dash in zip(fields.items(), ("-", "--"), strict=False):
-                _plot(axes, records, field, part, **_line(place), linestyle=dash)
+                _plot(axes, records, field, part, **look, linestyle=dash)
         for (label, epoch), dash in zip(marks.items(), (":", "-."), strict=False):
             if epoch is not None:
                 axes.axvline(epoch, color="0.45", linestyle=dash, label=f"{label} ({epoch})")
@@ -86,14 +84,10 @@ def draw_curves(
     figure.axes[2].set_ylim(bottom=0)
     if len(runs) > 1:
         # Explicit handles: labels with a leading underscore would be left out.
-        lines, names = [Line2D([], [], **_line(place)) for place in range(len(runs))], [*map(_shorten, runs)]
+        lines, names = [Line2D([], [], **look) for look in looks], [*map(_shorten, runs)]
         columns = max(1, min(3, 150 // max(map(len, names))))
         figure.legend(lines, names, loc="outside lower center", ncols=columns, title="dashed: validation")
     _save(figure, path)
-
-
-def _line(place: int) -> dict[str, Any]:
-    return {"color": _COLORS[place % len(_COLORS)], "marker": _MARKERS[place % len(_MARKERS)]}
 
 
 def _plot(axes: Axes, records: Sequence[EpochRecord], field: str, part: str, **line: Any) -> None:

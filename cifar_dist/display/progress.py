@@ -19,8 +19,6 @@ from cifar_dist.run.results import EpochRecord, Observer
 
 _HEARTBEAT_SECONDS = 30.0
 _LIVE_EPOCHS = 6
-_WIDTH_OF_ALL = 60
-"""Columns of a terminal from which on all columns of the table fit."""
 
 # Columns of the live view, and their cells.
 _COLUMNS: dict[str, Callable[[EpochRecord], str]] = {
@@ -33,7 +31,6 @@ _COLUMNS: dict[str, Callable[[EpochRecord], str]] = {
     "images\n/s": lambda record: f"{record.images_per_second:,.0f}",
     "time": lambda record: str(timedelta(seconds=round(record.epoch_seconds))),
 }
-_NARROW_COLUMNS = ("epoch", "train\nloss", "train\nacc", "val\nacc")
 
 
 class Display(Observer):
@@ -67,13 +64,8 @@ class CountProgress(Display):
         """Counts are divided by `scale` before they are shown."""
         super().__init__(console)
         self.task, self.unit, self.scale = task, unit, scale
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn(unit),
-            TimeRemainingColumn(compact=True),
-        )
+        name, count = TextColumn("{task.description}", markup=False), MofNCompleteColumn()
+        columns = (name, BarColumn(None), count, TextColumn(unit), TimeRemainingColumn(True))
         self._bar = Progress(*columns, console=console, transient=True, expand=True)
 
     def __exit__(self, *error: object) -> None:
@@ -90,9 +82,7 @@ class CountProgress(Display):
             self._bar.add_task(self.task)
         self._bar.update(self._bar.task_ids[0], completed=done, total=total)
 
-    def on_evaluation(self, done: int, total: int) -> None:
-        """Show the images that are evaluated."""
-        self(done, total)
+    on_evaluation = __call__
 
 
 def loading_progress(console: Console, dataset: str) -> CountProgress:
@@ -100,11 +90,6 @@ def loading_progress(console: Console, dataset: str) -> CountProgress:
     if dataset in KNOWN_SIZES:
         return CountProgress(console, f"downloading {dataset}", unit="MiB", scale=2**20)
     return CountProgress(console, printable(f"decoding {dataset}"), unit="files")
-
-
-def evaluation_display(console: Console) -> CountProgress:
-    """Build the view of an evaluation."""
-    return CountProgress(console, "evaluating", unit="images")
 
 
 class PlainTraining(Display):
@@ -139,9 +124,10 @@ class PlainTraining(Display):
         self.on_note(format_epoch(record, self.plan.epochs, is_best=is_best, end=end))
 
     def _expected_end(self, steps_done: int) -> str:
-        """Return the time of day when the run ends at the pace of this epoch; its evaluation counts once it is done."""
+        """Return when the run ends at the pace of this epoch; its evaluation counts once it is done."""
         seconds_a_step = (time.monotonic() - self._epoch_start) / max(self._epoch_steps, 1)
-        return format_end((self.plan.total_steps - steps_done) * seconds_a_step, datetime.now())
+        seconds = min((self.plan.total_steps - steps_done) * seconds_a_step, 1e11)  # the calendar ends in year 9999
+        return f"{datetime.now() + timedelta(seconds=seconds):%b %d %H:%M}"
 
 
 class LiveTraining(Display):
@@ -155,8 +141,8 @@ class LiveTraining(Display):
         self.best: EpochRecord | None = None
         self.epoch, self._lr, self._loss = 0, 0.0, "waiting for the first step"
         self._has_started, self._evaluated = False, 0
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn())
-        self.progress = Progress(*columns, TimeRemainingColumn(compact=True), console=console, expand=True)
+        columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn())
+        self.progress = Progress(*columns, TimeRemainingColumn(True), console=console, expand=True)
         self.run = self.progress.add_task("run", total=plan.total_steps)
         self.steps = self.progress.add_task("epoch", total=plan.steps_per_epoch)
         self.evaluation = self.progress.add_task("evaluation", total=1, visible=False)
@@ -189,8 +175,7 @@ class LiveTraining(Display):
         shown = self.epochs[-rows:]
         if self.best is not None and self.best not in shown:
             shown = [self.best, *shown[1:]]
-        names = [*_COLUMNS] if self.console.width >= _WIDTH_OF_ALL else _NARROW_COLUMNS
-        names = [name for name in names if self.plan.num_validation or not name.startswith("val")]
+        names = [name for name in _COLUMNS if self.plan.num_validation or not name.startswith("val")]
         table = Table(box=None, pad_edge=False, header_style="bold", collapse_padding=self.console.width < 80)
         for name in (*names, ""):
             table.add_column(name, justify="right", no_wrap=True)
@@ -234,12 +219,6 @@ class LiveTraining(Display):
         self.epochs.append(record)
         if is_best:
             self.best = record
-
-
-def format_end(seconds: float, now: datetime) -> str:
-    """Return the time of day `seconds` from now, with the date if it is another day."""
-    end = now + timedelta(seconds=min(seconds, 1e11))  # year 9999 ends the calendar
-    return f"{end:%H:%M}" if end.date() == now.date() else f"{end:%Y-%m-%d %H:%M}"
 
 
 def training_display(

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from cifar_dist.config.recipe import Recipe, recipe_to_mapping
 from cifar_dist.config.schema import flatten
 from cifar_dist.display.tables import format_confusions, format_outcome
 from cifar_dist.run.directory import RunDirectory
+from cifar_dist.run.metadata import RunMetadata
 from cifar_dist.run.results import EpochRecord, Summary
 
 _LEADING = ("run", "status", "seed", "epochs")
@@ -38,65 +40,60 @@ _CSV_FIELDS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ReportedRun:
-    """The results of a run, and its config.yaml."""
+    """The results of a run, and its metadata."""
 
     name: str
     """The name of its folder, or enough of its path to be unique among the reported runs."""
     path: Path
-    config: Mapping[str, Any]
-    recipe: Mapping[str, Any]
+    metadata: RunMetadata
     summary: Summary
     records: Sequence[EpochRecord]
 
     @property
     def title(self) -> str:
         """Recipe, dataset and seed."""
-        dataset = Path(self.config["dataset"]["name"]).name
-        return f"{self.config.get('recipe_name', 'recipe')} on {dataset}, seed {self.recipe['seed']}"
+        metadata = self.metadata
+        return f"{metadata.recipe_name} on {Path(metadata.dataset.name).name}, seed {metadata.recipe.seed}"
 
     @property
     def experiment(self) -> dict[str, Any]:
         """The fields that the runs of one experiment share; they differ in the seed."""
-        data, fields = self.config["dataset"], flatten(self.recipe)
-        fields |= {"device": self.summary.device, "precision": self.summary.precision, "dataset": data["name"]}
-        fields["content of the dataset"] = str(data.get("fingerprint"))[:8]
-        return {name: value for name, value in fields.items() if name != "seed"}
+        data, fields = self.metadata.dataset, flatten(recipe_to_mapping(self.metadata.recipe))
+        del fields["seed"]
+        fields |= {"device": self.summary.device, "precision": self.summary.precision, "dataset": data.name}
+        return fields | {"content of the dataset": data.fingerprint[:8]}
 
     @property
     def row(self) -> dict[str, Any]:
         """The fields of the CSV."""
-        test, summary = self.summary.test, self.summary
+        metadata, summary = self.metadata, self.summary
         seconds = sum(record.epoch_seconds for record in self.records)
         images = sum(record.images_per_second * record.epoch_seconds for record in self.records)
         fields = {name: getattr(summary, name, None) for name in _CSV_FIELDS}
-        fields |= {name: getattr(test, name, None) for name in ("top1", "top5", "loss")}
+        fields |= {name: getattr(summary.test, name, None) for name in ("top1", "top5", "loss")}
         return fields | {
             "run": str(self.path),
-            "seed": self.recipe["seed"],
+            "seed": metadata.recipe.seed,
             "images_per_second": images / seconds if seconds else None,
-            "recipe": self.config.get("recipe_name"),
-            "dataset": Path(self.config["dataset"]["name"]).name,
-            "git_commit": self.config.get("git_commit"),
+            "recipe": metadata.recipe_name,
+            "dataset": Path(metadata.dataset.name).name,
+            "git_commit": metadata.git_commit,
         }
 
 
-def read_run(path: Path, name: str = "") -> ReportedRun:
+def read_run(path: Path, name: str) -> ReportedRun:
     """Read the results of a run. Raise UserError if there are none."""
     directory = RunDirectory(path)
     try:
-        summary, records, config = directory.read_summary(), directory.read_records(), directory.read_config()
+        summary, records, metadata = directory.read_summary(), directory.read_records(), directory.read_metadata()
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
     if summary is None:
         raise UserError(f"the run in {path} has no summary.json: it has not begun to train")
-    for section, field in ((config["recipe"], "seed"), (config["recipe"], "epochs"), (config["dataset"], "name")):
-        if field not in section:
-            raise UserError(f"run configuration {directory.config} is damaged: it lacks '{field}'")
     if summary.status == "running" and records:  # summary.json is from the start of the run
         seconds = max(summary.train_seconds, sum(record.epoch_seconds for record in records))
         summary = replace(summary, epochs=records[-1].epoch, train_seconds=seconds)
-    name = name or path.name
-    return ReportedRun(name=name, path=path, config=config, recipe=config["recipe"], summary=summary, records=records)
+    return ReportedRun(name=name, path=path, metadata=metadata, summary=summary, records=records)
 
 
 def comparison_rows(runs: Sequence[ReportedRun]) -> list[list[str]]:
@@ -105,7 +102,7 @@ def comparison_rows(runs: Sequence[ReportedRun]) -> list[list[str]]:
     for run in runs:
         row = run.row
         numbers = [_format_mean([row[field]], digits, factor) for _, digits, factor, field in _MEASURES]
-        epochs = f"{run.summary.epochs}/{run.recipe['epochs']}"
+        epochs = f"{run.summary.epochs}/{run.metadata.recipe.epochs}"
         rows.append([run.name, run.summary.status, str(row["seed"]), epochs, *numbers])
     for label, count, values in _seed_groups(runs):
         numbers = [_format_mean(values[field], digits, factor) for _, digits, factor, field in _MEASURES]
@@ -117,12 +114,8 @@ def comparison_notes(runs: Sequence[ReportedRun]) -> list[str]:
     """Return what a reader of the table must know: which runs are in no mean, and why."""
     notes = []
     for group in _same_experiment(runs):
-        seeds = [run.recipe["seed"] for run in group]
-        repeated = [
-            f"{run.name} (seed {seed})" for run, seed in zip(group, seeds, strict=True) if seeds.count(seed) > 1
-        ]
-        if repeated:
-            names = ", ".join(repeated)
+        count = Counter(run.metadata.recipe.seed for run in group)
+        if names := ", ".join(f"{run.name} (seed {s})" for run in group if count[s := run.metadata.recipe.seed] > 1):
             notes.append(f"no mean over these runs, which have the same recipe and the same seed: {names}")
     notes += [f"{run.name}, in no mean, is {untested_note(run)}" for run in runs if run.summary.test is None]
     if differing := _differing_fields(runs):
@@ -173,7 +166,7 @@ def write_run(run: ReportedRun, saved: Mapping[str, NDArray[Any]] | None, figure
     standard = flatten(recipe_to_mapping(Recipe.load()))
     changed = [
         f"{name}: {json.dumps(value)}  (standard: {json.dumps(standard.get(name))})"
-        for name, value in flatten(run.recipe).items()
+        for name, value in flatten(recipe_to_mapping(run.metadata.recipe)).items()
         if value != standard.get(name)
     ]
     texts = {
@@ -183,7 +176,7 @@ def write_run(run: ReportedRun, saved: Mapping[str, NDArray[Any]] | None, figure
         "config.yaml": RunDirectory(run.path).config.read_text(encoding="utf-8"),
     }
     notes = [
-        f"{format_outcome(summary, total_epochs=run.recipe['epochs'])}.",
+        f"{format_outcome(summary, total_epochs=run.metadata.recipe.epochs)}.",
         f"device: {summary.device}, precision: {summary.precision}, processes: {summary.world_size},"
         f" threads of each: {summary.num_threads}",
         *([untested_note(run)] if test is None else []),
@@ -215,9 +208,8 @@ def _write_page(path: Path, figures: Sequence[Path], **content: Any) -> None:
 
 
 def _command_to_repeat(run: ReportedRun) -> str:
-    data, summary = run.config["dataset"], run.summary
-    words = ["--recipe", run.path / "config.yaml", "--dataset", data["name"]]
-    words += ["--data-dir", data["data_dir"]] if "data_dir" in data else []
+    data, summary = run.metadata.dataset, run.summary
+    words = ["--recipe", run.path / "config.yaml", "--dataset", data.name, "--data-dir", data.data_dir]
     words += ["--num-processes", summary.world_size] if summary.world_size > 1 else []
     return command_line(*words, "--precision", summary.precision)
 
@@ -233,7 +225,9 @@ def _same_experiment(runs: Sequence[ReportedRun]) -> list[list[ReportedRun]]:
 
 def _seed_groups(runs: Sequence[ReportedRun]) -> list[tuple[str, int, dict[str, list[float]]]]:
     """Return a label, the number of runs and the values by field for each experiment with several seeds."""
-    groups = [group for group in _same_experiment(runs) if len({run.recipe["seed"] for run in group}) == len(group) > 1]
+    groups = [
+        group for group in _same_experiment(runs) if len({run.metadata.recipe.seed for run in group}) == len(group) > 1
+    ]
     differing, found = _differing_fields([group[0] for group in groups])[:3], []
     for group in groups:
         label = ", ".join(f"{name}={group[0].experiment.get(name)}" for name in differing)

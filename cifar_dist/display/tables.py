@@ -7,9 +7,6 @@ from rich.cells import cell_len
 
 from cifar_dist.run.results import EpochRecord, Evaluation, Summary
 
-_BAR_WIDTH = 20
-_NUM_WORST = 10
-
 
 def format_percent(fraction: float | None) -> str:
     """Return a fraction of 1 as a percentage with two decimals, or a dash for None."""
@@ -63,11 +60,11 @@ def format_evaluation(evaluation: Evaluation, *, split: str = "") -> list[str]:
     names = list(accuracies)
     if len(names) > 20:
         known = [name for name in names if accuracies[name] is not None]
-        names = sorted(known, key=lambda name: accuracies[name] or 0.0)[:_NUM_WORST]
+        names = sorted(known, key=lambda name: accuracies[name] or 0.0)[:10]
         lines.append(f"the {len(names)} worst of {len(accuracies)} classes:")
     width = max(map(cell_len, names))
     for name in names:
-        bar = "█" * round(_BAR_WIDTH * (accuracies[name] or 0.0))
+        bar = "█" * round(20 * (accuracies[name] or 0.0))
         line = f"{name}{' ' * (width - cell_len(name))}  {format_percent(accuracies[name]):>7}  {bar}"
         lines.append(line.rstrip())
     confusions = format_confusions(evaluation, count=3)
@@ -99,30 +96,21 @@ def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def format_bench(result: Mapping[str, Any]) -> list[str]:
     """Return what `bench` measured: rates, our loop over the bare step with its spread, and the parts of a step."""
-    spread = f"{result['loop_over_bare_min']:.3f} to {result['loop_over_bare_max']:.3f}"
+    ratio = f"{result['loop_over_bare']:.3f} x as fast ({result['loop_over_bare_min']:.3f} to"
     rows = [
-        ["", "images/s", "our loop is", "in rounds"],
-        [
-            "bare step",
-            f"{result['bare_step_images_per_second']:,.0f}",
-            f"{result['loop_over_bare']:.3f} x as fast",
-            spread,
-        ],
-        ["our loop", f"{result['loop_images_per_second']:,.0f}", "", ""],
+        ["bare step", f"{result['bare_step_images_per_second']:,.0f} images/s"],
+        ["our loop", f"{result['loop_images_per_second']:,.0f} images/s"],
     ]
-    parts: Mapping[str, float] = result["seconds_by_part"]
-    total = sum(parts.values())
     work = f"{result['flops_per_image'] * result['loop_images_per_second'] / 1e12:.3g} TFLOP/s of the model"
     if result["model_flop_utilisation"] is not None:
         work += f", {result['model_flop_utilisation']:.1%} of the device's peak"
     how = "each given to the GPU by itself, not replayed, and" if result["compiler"] == "CUDAGRAPHS" else "each"
+    parts: Mapping[str, float] = result["seconds_by_part"]
     return [
         *format_table(rows),
-        "",
-        f"medians of {result['rounds']} rounds; {work}",
+        f"our loop is {ratio} {result['loop_over_bare_max']:.3f} in {result['rounds']} rounds); {work}",
         "",
         f"milliseconds a step, by part, {how} waited for:",
-        *(f"{name:<14}{1000 * each:>9.2f}  {each / total:>6.1%}" for name, each in parts.items()),
-        "",
+        *(f"{name:<14}{1000 * each:>9.2f}  {each / sum(parts.values()):>6.1%}" for name, each in parts.items()),
         *([f"peak memory: {result['peak_memory_mib']:,} MiB"] if result["peak_memory_mib"] is not None else []),
     ]

@@ -35,8 +35,9 @@ def print_error(text: str) -> None:
 
 
 def print_notes(console: Console, notes: Iterable[str | None]) -> None:
-    """Print each note as one line, without wrapping; None prints nothing."""
-    _print_plain(console, filter(None, notes))
+    """Print each note as one line, without wrapping; None and an empty note print nothing."""
+    for note in filter(None, notes):
+        console.print(Text(printable(note)), soft_wrap=True)
 
 
 def print_lines(console: Console, lines: Sequence[str], *, title: str) -> None:
@@ -44,14 +45,15 @@ def print_lines(console: Console, lines: Sequence[str], *, title: str) -> None:
     if can_draw(console):
         text = Group(*(Text(printable(line)) for line in lines))
         console.print(Panel(text, title=Text(printable(title)), border_style="green", expand=False))
-    else:
-        _print_plain(console, lines)
+        return
+    for line in lines:
+        console.print(Text(printable(line)), soft_wrap=True)
 
 
 def print_table(console: Console, rows: Sequence[Sequence[str]]) -> None:
     """Print rows of cells below a row of headings; a narrow terminal wraps cells, not rows."""
     if not can_draw(console):
-        _print_plain(console, format_table(rows))
+        print_notes(console, format_table(rows))
         return
     table = Table(*rows[0], box=None, pad_edge=False)
     for column in table.columns[1:]:
@@ -65,7 +67,7 @@ def print_header(console: Console, values: Mapping[str, str]) -> None:
     """Print aligned names and values; a terminal wraps a long value and indents it."""
     if not can_draw(console):
         width = max(map(len, values)) + 2
-        _print_plain(console, [f"{name:<{width}}{value}" for name, value in values.items()])
+        print_notes(console, [f"{name:<{width}}{value}" for name, value in values.items()])
         return
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
@@ -86,8 +88,3 @@ def print_result(console: Console, summary: Summary, total_epochs: int, director
         ["export", "--ckpt", directory, "--out", "model.pth"],
     )
     print_notes(console, ["next:", *(f"  {command_line(*words)}" for words in commands)])  # no panel: to be copied
-
-
-def _print_plain(console: Console, lines: Iterable[str]) -> None:
-    for line in lines:
-        console.print(Text(printable(line)), soft_wrap=True)

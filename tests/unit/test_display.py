@@ -4,18 +4,16 @@ import dataclasses
 import io
 import re
 import sys
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import pytest
 from rich.console import Console
 
 from cifar_dist.config.plan import KNOWN_SIZES, make_plan
 from cifar_dist.display.progress import (
-    Display,
+    CountProgress,
     LiveTraining,
     PlainTraining,
-    evaluation_display,
-    format_end,
     loading_progress,
     training_display,
 )
@@ -66,8 +64,7 @@ def clock(monkeypatch) -> list[float]:
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
-        (1.234, "1.2 s"), (9.96, "10 s"), (59.4, "59 s"), (59.7, "1 min 0 s"), (3599, "59 min 59 s"),
-        (3599.8, "1 h 0 min"), (7260, "2 h 1 min"),
+        (1.234, "1.2 s"), (9.96, "10 s"), (59.7, "1 min 0 s"), (3599, "59 min 59 s"), (3599.8, "1 h 0 min"),
     ],
 )  # fmt: skip
 def test_durations(seconds, text):
@@ -135,37 +132,33 @@ def test_headers_and_tables_are_aligned_and_a_narrow_terminal_wraps_their_cells(
 # Plain lines
 
 
-def test_the_view_fits_the_console(monkeypatch):
+def test_the_view_fits_the_console():
     assert isinstance(training_display(console(True), PLAN, quiet=False), LiveTraining)
     assert isinstance(training_display(console(False), PLAN, quiet=False), PlainTraining)
-    assert type(training_display(console(True), PLAN, quiet=True)) is Display
     dumb = Console(file=io.StringIO(), force_terminal=True, _environ={"TERM": "dumb"})
     assert isinstance(training_display(dumb, PLAN, quiet=False), PlainTraining)
 
 
-def test_plain_training_prints_an_epoch_a_line_and_signs_of_life(clock, monkeypatch):
-    monkeypatch.setattr("cifar_dist.display.progress.format_end", lambda seconds, now: f"in {seconds:.0f} s")
+def test_plain_training_prints_an_epoch_a_line_and_signs_of_life(clock):
     shown = console(False)
     with training_display(shown, PLAN, quiet=False) as view:
         view.on_epoch_start(2, 0.1)
         for clock[0], step in ((10.0, 101), (20.0, 102), (40.0, 103)):  # a resumed run
             view.on_step(step, 2.0 if step == 102 else None)
+        expected = datetime.now() + timedelta(seconds=(7820 - 782) * 40 / 3)
         view.on_epoch_end(record(2, step=782), True)
         for clock[0], done in ((69.0, 10), (70.0, 15), (110.0, 20)):
             view.on_evaluation(done, 20)
+        clock[0] = 1e15
+        view.on_epoch_end(record(3, step=1173), False)
         view.on_epoch_end(record(20, step=7820), False)
-    lines = text_of(shown).splitlines()
-    assert lines[0] == f"epoch 2/20  step 103/391  loss 2.000  end in {(7820 - 391 - 103) * 40 / 3:.0f} s"
-    assert lines[1].startswith("epoch  2/20  loss 1.000") and lines[1].endswith(f"  end in {7038 * 40 / 3:.0f} s  best")
-    assert lines[2] == "evaluating 15/20 images"
-    assert lines[3].startswith("epoch 20/20") and "end" not in lines[3]
-
-
-def test_the_expected_end_has_a_date_on_another_day():
-    now = datetime(2026, 1, 1, 23, 0)
-    assert format_end(1800, now) == "23:30"
-    assert format_end(7800, now) == "2026-01-02 01:10"
-    assert format_end(1e15, now).startswith("5"), "no calendar goes so far"
+    step, first, evaluation, second, last = text_of(shown).splitlines()
+    assert re.fullmatch(r"epoch 2/20  step 103/391  loss 2.000  end \w{3} \d\d \d\d:\d\d", step)
+    assert first.startswith("epoch  2/20  loss 1.000") and first.endswith("  best")
+    end = datetime.strptime(f"{expected.year} {re.search('end (.+)  best', first)[1]}", "%Y %b %d %H:%M")
+    assert abs(end - expected) < timedelta(minutes=2)
+    assert evaluation == "evaluating 15/20 images"
+    assert "  end " in second and "end" not in last, "no calendar goes so far"
 
 
 def test_quiet_shows_notes_only():
@@ -180,10 +173,9 @@ def test_quiet_shows_notes_only():
 @pytest.mark.parametrize(
     ("make_view", "calls", "expected"),
     [
-        (lambda shown: loading_progress(shown, "cifar10"), [(10 * 2**20, 200 * 2**20)], ["downloading cifar10", "10"]),
         (lambda shown: loading_progress(shown, "cifar10"), [(50 * 2**20, None)], ["downloading cifar10", "50", "MiB"]),
         (lambda shown: loading_progress(shown, "a[/b]c[red]d"), [(1, 2), (2, 2)], ["decoding a[/b]c[red]d"]),
-        (evaluation_display, [(250, 1000)], ["evaluating", "250"]),
+        (lambda shown: CountProgress(shown, "evaluating", unit="images"), [(250, 1000)], ["evaluating", "250"]),
     ],
 )
 def test_a_count_is_shown_as_a_bar_or_as_lines(terminal, make_view, calls, expected, monkeypatch):
@@ -239,6 +231,8 @@ def test_it_shows_progress_rates_and_the_device(clock):
     _, facts, *heading, first, second, _, run, steps = drawn(view)
     assert facts.rstrip() == "loss 1.250  lr 0.05 · 256 images/s · 1,210 MiB · cpu, bf16 · 2 processes"
     assert " ".join(heading).split() == "train train val val images epoch loss acc loss acc lr /s time".split()
+    view.plan = PLAIN
+    assert "val" not in "".join(drawn(view)), "without a validation split its columns are left out"
     assert first.split() == ["1", "1.000", "50.00%", "0.500", "1.00%", "0.1", "100", "0:00:02"]
     assert second.split()[-1] == "best"
     assert run.split()[0] == "run" and "792/7820" in run
@@ -267,13 +261,6 @@ def test_each_evaluation_has_a_bar_until_it_ends():
             assert (f"{done}/5000" in "".join(drawn(view))) == (done < 5000)
 
 
-def test_without_a_validation_split_its_columns_are_left_out():
-    view = training_display(console(True), PLAIN, quiet=False)
-    view.on_epoch_start(1, 0.1)
-    view.on_epoch_end(record(1), False)
-    assert "train" in "".join(drawn(view)) and "val" not in "".join(drawn(view))
-
-
 def test_the_best_epoch_stays_in_sight_and_a_low_terminal_shows_less():
     view = view_on(console(True))
     train(view, 12)
@@ -282,7 +269,7 @@ def test_the_best_epoch_stays_in_sight_and_a_low_terminal_shows_less():
     assert len(drawn(view, height=14)) == 12 and len(drawn(view, height=9)) == 8
 
 
-@pytest.mark.parametrize("width", [30, 40, 60, 80])
+@pytest.mark.parametrize("width", [40, 60, 80])
 def test_nothing_is_wider_than_the_terminal_and_from_60_columns_nothing_is_left_out(width):
     view = view_on(console(True, width))
     train(view, 3)
@@ -290,7 +277,6 @@ def test_nothing_is_wider_than_the_terminal_and_from_60_columns_nothing_is_left_
     lines = drawn(view, width)
     assert max(map(len, lines)) <= width
     assert len(lines) == 10, "a line was broken"
-    assert epochs_in(lines)["2"] == "best"
     assert ({"0.01234", "12,345", "0:02:03"} <= set(lines[4].split())) == (width >= 60)
 
 
