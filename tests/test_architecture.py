@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "training": {"training", "data", "model", "runtime", "config"},
     "run": {"run", "training", "data", "model", "runtime", "config"},
     "commands": {"data", "model", "runtime", "training", "run", "display", "config"},
-    "cli": {"config", "run", "__init__"},
+    "cli": {"config", "run", "runtime", "__init__"},
     "api": {"commands", "run", "display", "config"},
     "__init__": {"api", "config"},
     "__main__": {"cli"},
@@ -35,7 +35,7 @@ NO_TORCH_FILES = {
     "run/lock.py",
     "run/checks.py",
     "runtime/launch.py",
-    "runtime/interrupt.py",
+    "runtime/signals.py",
     "runtime/output.py",
     "data/official_files.py",
     "data/download.py",
@@ -137,7 +137,7 @@ for command in ([], ["train"], ["eval"], ["predict"], ["report"], ["export"], ["
         require_absent("torch", "torchvision", "accelerate", "numpy", "matplotlib", "rich")
 from cifar_dist.data import cifar
 from cifar_dist.display import progress
-from cifar_dist.runtime import interrupt, launch
+from cifar_dist.runtime import launch, signals
 require_absent("torch", "torchvision", "accelerate", "matplotlib")
 from cifar_dist.commands import report
 from cifar_dist.display import report

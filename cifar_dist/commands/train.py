@@ -39,8 +39,8 @@ from cifar_dist.run.results import Evaluation, Status, Summary
 from cifar_dist.run.tracking import Trackers
 from cifar_dist.runtime.device import ComputeSettings, check_world, choose_compute
 from cifar_dist.runtime.distributed import Runtime, connect, start
-from cifar_dist.runtime.interrupt import Interrupt
 from cifar_dist.runtime.ranks import Ranks
+from cifar_dist.runtime.signals import Interrupt
 from cifar_dist.training.evaluation import EvaluationSet, figure_arrays
 from cifar_dist.training.metrics import summarize
 from cifar_dist.training.setup import build_trainer

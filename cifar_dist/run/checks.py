@@ -13,11 +13,12 @@ from cifar_dist.config.options import (
     Options,
     PredictOptions,
     ReportOptions,
+    TrainOptions,
 )
 from cifar_dist.config.plan import KNOWN_SIZES, make_plan
 from cifar_dist.config.recipe import Recipe, read_recipe, resolve_recipe
-from cifar_dist.run.directory import RunDirectory, check_json, check_output, find_checkpoint
-from cifar_dist.run.resolve import check_dataset_name
+from cifar_dist.run.directory import RunDirectory, check_json, check_output, find_checkpoint, load_newest, verify
+from cifar_dist.run.resolve import RunSpec, check_before_launch, check_dataset_name, check_plan
 
 EXPORT_PACKAGES = {".pth": (), ".safetensors": (), ".onnx": ("onnx", "onnxscript", "onnxruntime")}
 """The suffixes of formats that `export` writes, and the packages that each needs."""
@@ -29,16 +30,27 @@ FOR_SPEED: dict[str, Any] = {
     "image_size_schedule": None,  # all loops see images of one size
     "freeze_epochs": 0,
 }
-"""Fields of a recipe whose loop `bench` measures: an endless run of equal steps."""
+"""Fields of the recipe whose loop `bench` measures: an endless run of equal steps."""
 
 
-def check_options(options: Options, *, world_size: int) -> None:
-    """Check the options of a command other than `train`. Raises UserError."""
+def check_before_torch(options: Options, *, world_size: int, machine_rank: int) -> RunSpec | None:
+    """Raise UserError for what is known to be wrong. Return the request of a training that has something to do."""
+    if isinstance(options, TrainOptions):
+        return _check_training(options, world_size, machine_rank)
+    if machine_rank > 0:  # the first machine alone reads and writes
+        return None
     if isinstance(options, EvalOptions):
         check_evaluation(options)
+        if options.dataset is not None and options.dataset not in KNOWN_SIZES:
+            from cifar_dist.data.folder import list_folder
+
+            list_folder(Path(options.dataset), for_training=False)
     elif isinstance(options, PredictOptions):
+        from cifar_dist.data.folder import find_images
+
         check_json(options.json, options.checkpoint, options.recipe, options.config)
         _check_weights(options.checkpoint, options.recipe)
+        find_images(options.images)
     elif isinstance(options, ExportOptions):
         _check_export(options)
     elif isinstance(options, ReportOptions):
@@ -50,10 +62,11 @@ def check_options(options: Options, *, world_size: int) -> None:
         make_plan(recipe_for_speed(options), world_size=world_size, sizes=KNOWN_SIZES["cifar10"], device_type="cpu")
     elif isinstance(options, DoctorOptions) and options.recipe is not None:
         resolve_recipe(read_recipe(options.recipe))
+    return None
 
 
 def check_evaluation(options: EvalOptions) -> None:
-    """Check the paths and names that were typed for `eval`. Raises UserError."""
+    """Raise UserError for a path or name of `eval` that cannot be used."""
     check_json(options.json, options.checkpoint, options.recipe, options.config)
     if options.figures is not None and options.figures.exists() and not options.figures.is_dir():
         raise UserError(f"--figures {options.figures} is a file: name a folder")
@@ -65,6 +78,24 @@ def check_evaluation(options: EvalOptions) -> None:
 def recipe_for_speed(options: BenchOptions) -> Recipe:
     """Return the recipe whose training loop is measured. Raises UserError."""
     return resolve_recipe(read_recipe(options.recipe), FOR_SPEED, options.assignments)
+
+
+def _check_training(options: TrainOptions, world_size: int, machine_rank: int) -> RunSpec | None:
+    request = check_before_launch(options, world_size=world_size, machine_rank=machine_rank)
+    if request is None:
+        return None
+    if options.resume and not options.dry_run:
+        run = RunDirectory(options.resume_dir or options.run_dir or Path())
+        if run.finished(request.recipe.epochs) is not None:
+            return None
+        load_newest(run, verify)
+    if request.dataset not in KNOWN_SIZES:
+        from cifar_dist.data.folder import check_memory, folder_sizes
+
+        sizes = folder_sizes(Path(request.dataset))
+        check_plan(request, world_size=world_size, sizes=sizes)
+        check_memory(sizes.num_train + sizes.num_test + sizes.num_validation, request.recipe.image_size)
+    return request
 
 
 def _check_weights(checkpoint: Path, recipe: str | None) -> None:

@@ -1,4 +1,4 @@
-"""Standard streams whose write errors end no training. No torch and no Rich here: `--help` loads this."""
+"""Standard streams whose write errors end no training. Without torch and Rich: `--help` imports this."""
 
 import contextlib
 import io
@@ -10,12 +10,12 @@ from cifar_dist.config.errors import UserError
 
 
 class _SteadyFile(io.FileIO):
-    """A file that takes everything: what cannot be written is dropped, and the first error is kept."""
+    """A file that drops what cannot be written, and keeps the first error."""
 
     error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """Write bytes, and return how many were written or dropped."""
+        """Write bytes. Return how many were written or dropped."""
         try:
             return os.write(self.fileno(), data)
         except OSError as error:  # a full log disk, a closed terminal, a reader that has ended
@@ -24,7 +24,7 @@ class _SteadyFile(io.FileIO):
 
 
 def make_output_steady() -> None:
-    """Replace this process's own stdout and stderr by streams that raise neither for the disk nor for a character."""
+    """Replace stdout and stderr by streams that raise neither for the disk nor for a character."""
     for name in ("stdout", "stderr"):
         stream: TextIO = getattr(sys, name)
         buffer = getattr(stream, "buffer", None)
@@ -38,7 +38,7 @@ def make_output_steady() -> None:
 
 
 def check_output_written() -> None:
-    """Raise if stdout, which a command was run for, could not be written: UserError, or BrokenPipeError."""
+    """Raise UserError, or BrokenPipeError, if stdout could not be written."""
     if sys.stdout is not None:
         sys.stdout.flush()
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)

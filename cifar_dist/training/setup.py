@@ -18,7 +18,7 @@ from cifar_dist.model.resnet import build_resnet
 from cifar_dist.model.stochastic import HeadDropout
 from cifar_dist.run.results import Observer
 from cifar_dist.runtime.distributed import Runtime
-from cifar_dist.runtime.interrupt import Interrupt
+from cifar_dist.runtime.signals import Interrupt
 from cifar_dist.training.cuda_graphs import CudaGraphStep
 from cifar_dist.training.early_stopping import EarlyStopping
 from cifar_dist.training.evaluation import EvaluationSet

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from cifar_dist.runtime.interrupt import Interrupt, StoppedBeforeTraining, UntilTraining
+from cifar_dist.runtime.signals import Interrupt, InterruptBeforeTraining, StoppedBeforeTraining
 
 NAMES = ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"]
 
@@ -41,9 +41,9 @@ def test_a_second_ctrl_c_ends_it_and_a_second_sigterm_does_not():
 
 
 def test_before_training_a_signal_ends_it():
-    with pytest.raises(StoppedBeforeTraining), UntilTraining():
+    with pytest.raises(StoppedBeforeTraining), InterruptBeforeTraining():
         signal.raise_signal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), UntilTraining():
+    with pytest.raises(KeyboardInterrupt), InterruptBeforeTraining():
         signal.raise_signal(signal.SIGINT)
 
 
@@ -59,7 +59,7 @@ def test_an_ignored_signal_stays_ignored_and_a_missing_one_is_skipped(monkeypatc
 
 def test_when_all_is_saved_signals_are_ignored_to_the_end():
     """Slurm ends the other processes as soon as one of them has left."""
-    with UntilTraining():
+    with InterruptBeforeTraining():
         with Interrupt() as interrupt:
             signal.raise_signal(signal.SIGUSR2)
             interrupt.ignore()

@@ -89,14 +89,17 @@ def test_the_code_is_the_first_process_s(scripts, code, line, monkeypatch, capfd
     assert capfd.readouterr().err.splitlines() == ([line] if line else [])
 
 
-# As a process of ours: signals are blocked until it has handlers. It signals its launcher early, and after Ctrl-C.
+# As a process of ours: signals are blocked until it has handlers, which takes rank 0 a while. Rank 1 signals its
+# launcher meanwhile, and after each Ctrl-C.
 PROCESS = """
 import os, signal, sys, time
 def signal_launcher(number, frame=None):
     os.kill(int(sys.argv[1]), number)
+if sys.argv[3] == "1":
+    signal_launcher(getattr(signal, sys.argv[2]))
+time.sleep(0.5)
 signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
 signal.signal(signal.SIGINT, signal_launcher)
-signal_launcher(getattr(signal, sys.argv[2]))
 signal.pthread_sigmask(signal.SIG_SETMASK, ())
 time.sleep(60)
 """
@@ -104,14 +107,12 @@ time.sleep(60)
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGQUIT", 130), ("SIGINT", 130)])
 def test_signals_reach_processes_that_have_hardly_begun(name, code):
-    """Also one that comes while others are still started. A second Ctrl-C, and SIGQUIT, kill all."""
+    """A second Ctrl-C, and SIGQUIT, kill all."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
-    command = [sys.executable, "-c", PROCESS, str(os.getpid()), name]
     try:
         with _Processes() as processes:
-            processes.start(command, os.environ, [])
-            os.kill(os.getpid(), getattr(signal, name))
-            processes.start(command, os.environ, [])
+            for rank in "01":
+                processes.start([sys.executable, "-c", PROCESS, str(os.getpid()), name, rank], os.environ, [])
             assert processes.wait() == code
     finally:
         signal.signal(signal.SIGINT, before)
@@ -129,9 +130,8 @@ def test_ctrl_z_stops_the_processes_too(monkeypatch):
     with _Processes() as processes:
         processes.start(["sleep", "60"], os.environ, [])
         child = psutil.Process(processes._started[0].pid)
-        raise_signal = signal.raise_signal
         monkeypatch.setattr(signal, "raise_signal", stop)
-        raise_signal(signal.SIGTSTP)
+        processes._suspend(signal.SIGTSTP, None)
         assert seen == [signal.SIGSTOP]
         while child.status() == psutil.STATUS_STOPPED:
             assert child.is_running()

@@ -1,4 +1,4 @@
-"""How a run is told to stop: a signal sets a flag, and the ranks look at their flags together at the end of a step.
+"""Signals that stop a run: they set a flag, and the ranks agree on their flags at the end of a step.
 
 Nothing is saved inside a signal handler: it may run in the middle of a write (Lightning#21406).
 """
@@ -10,38 +10,36 @@ import time
 from types import FrameType
 from typing import Any, Self
 
-# SIGUSR2 is what Slurm is told to send before the time limit; some clusters send only SIGTERM; SIGHUP comes when a
-# terminal is closed: all are treated alike.
+# Slurm sends SIGUSR2 before the time limit (slurm/train.sh), some clusters SIGTERM; SIGHUP comes of a closed terminal.
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 
 
 class Interrupt:
-    """The context in which signals are noted instead of ending the process; a second Ctrl-C ends it at once."""
+    """Context in which signals only set a flag; a second Ctrl-C raises KeyboardInterrupt."""
 
     def __init__(self, *, seconds: float | None = None) -> None:
         """Ask to stop after so many seconds, also without a signal."""
         self.requested: str | None = None
-        """The name of the first signal that came; None: none did."""
+        """The name of the first signal."""
         self._deadline = math.inf if seconds is None else time.monotonic() + seconds
         self._before: dict[int, Any] = {}
         self._interrupts = 0
 
     @property
     def wanted(self) -> bool:
-        """Whether this process was told to stop, or its time is over."""
+        """Whether a signal came, or the time is over."""
         return self.requested is not None or time.monotonic() >= self._deadline
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            for name in _NAMES:
-                number = getattr(signal, name, None)  # Windows lacks some
-                if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            for number in (getattr(signal, name) for name in _NAMES if hasattr(signal, name)):  # Windows lacks some
+                if signal.getsignal(number) is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
-            if signal.getsignal(number) == self._note:  # else they are ignored by now
+            if signal.getsignal(number) == self._note:  # else `ignore` was called
                 signal.signal(number, handler)
         self._before.clear()
 
@@ -61,11 +59,11 @@ class StoppedBeforeTraining(BaseException):
     """A signal came before there was anything to save."""
 
 
-class UntilTraining(Interrupt):
-    """The context of what comes before training: a signal ends it, and Ctrl-C is Python's own."""
+class InterruptBeforeTraining(Interrupt):
+    """Context in which a signal raises StoppedBeforeTraining, and Ctrl-C KeyboardInterrupt."""
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = self.requested or signal.Signals(number).name
-        raise StoppedBeforeTraining(signal.Signals(number).name)
+        raise StoppedBeforeTraining
