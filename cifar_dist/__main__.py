@@ -1,4 +1,4 @@
-"""`python -m cifar_dist` does what `python launch.py` does."""
+"""`python -m cifar_dist` is `python launch.py`."""
 
 import sys
 

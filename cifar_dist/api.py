@@ -1,4 +1,4 @@
-"""The launcher from Python: what the commands do, as functions. See docs/api.md."""
+"""The commands as Python functions. See docs/api.md."""
 
 import os
 import re
@@ -53,33 +53,32 @@ def train(
     trackers: str | Sequence[str] = (),
     quiet: bool = False,
 ) -> Summary:
-    """Train a recipe (a name, a file, or a `Recipe`), test it once, and give what became of it.
+    """Train a recipe (a name, a file, or a `Recipe`), test it once, and return the summary of the run.
 
-    `run_dir` is where the run is written (default: a new folder in `runs/`); with `resume` it goes on where it was.
-    What is not given is `standard` on CIFAR-10 in `data`, or comes from the run that goes on.
-    In a process group's process (under `accelerate.notebook_launcher` or torchrun) it is one of the ranks.
-    With `quiet` nothing is printed. Raises UserError for a mistake, and RuntimeError, which gives the reason, where
-    training was interrupted or failed.
+    `run_dir` is where the run is written (default: a new folder in `runs/`); `resume` continues the run there.
+    Defaults are `standard` on CIFAR-10 in `data`, or those of the resumed run. In a process group's process (under
+    `accelerate.notebook_launcher` or torchrun) it is one of the ranks. With `quiet` nothing is printed.
+    Raises UserError for a mistake, and RuntimeError with the reason if training was interrupted or failed.
     """
     if resume and run_dir is None:
         raise UserError("resume=True needs run_dir: the run's folder")
     options = TrainOptions(
         recipe=recipe if isinstance(recipe, Recipe) else _text("recipe", recipe, "a name, a file or a Recipe"),
-        dataset=_name_or_folder(dataset),
-        data_dir=_path("data_dir", data_dir),
-        run_dir=_path("run_dir", run_dir),
+        dataset=_dataset(dataset),
+        data_dir=_folder("data_dir", data_dir),
+        run_dir=_folder("run_dir", run_dir),
         resume=resume,
         precision=precision,
         config=_text("config", config, "a file"),
         trackers=_several("trackers", trackers, "names of trackers"),
         quiet=quiet,
     )
-    world, asked = World.from_environment(os.environ), _read_config(options.config)
-    if (count := processes_to_start(world, asked)) > 1:
+    world, accelerate_config = World.from_environment(os.environ), _load_config(options.config)
+    if (count := processes_to_start(world, accelerate_config)) > 1:
         raise UserError(f"{config} asks for {count} processes, and this is one: start them by notebook_launcher")
     reasons: list[str] = []
     console = make_console(quiet=quiet or world.rank > 0)
-    code, summary = train_command.train(options, world, asked, console, reasons.append)
+    code, summary = train_command.train(options, world, accelerate_config, console, reasons.append)
     if code != EXIT_DONE or summary is None:
         raise RuntimeError(": ".join([f"training did not come to its end (exit code {code})", *reasons]))
     return summary
@@ -100,12 +99,12 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a run directory, a checkpoint or a bare state dict; each image is counted once.
 
-    What is not given comes from the checkpoint. Raises UserError.
+    Defaults are those of the checkpoint. Raises UserError.
     """
     options = EvalOptions(
-        checkpoint=_given("checkpoint", checkpoint, "a run directory or a file"),
-        dataset=_name_or_folder(dataset),
-        data_dir=_path("data_dir", data_dir),
+        checkpoint=_path("checkpoint", checkpoint, "a run directory or a file"),
+        dataset=_dataset(dataset),
+        data_dir=_folder("data_dir", data_dir),
         split=split,
         recipe=_text("recipe", recipe, "a name or a file"),
         tta=tta,
@@ -114,7 +113,7 @@ def evaluate(
     )
     world = World.from_environment(os.environ)
     console = make_console(quiet=quiet or world.rank > 0)
-    return evaluate_command.evaluate(options, world, _read_config(options.config), console)
+    return evaluate_command.evaluate(options, world, _load_config(options.config), console)
 
 
 @_arguments_by_name()
@@ -131,16 +130,14 @@ def predict(
     """Predict the `top` most likely classes of image files, or of all images in folders.
 
     `checkpoint` is a run directory, a checkpoint or a bare state dict, whose classes are numbered. Files that could
-    not be read come last, with the reason. Raises UserError where none could be read.
+    not be read come last, with the reason. Raises UserError if none could be read.
     """
-    if not isinstance(top, int):
-        raise UserError(f"top is of type {type(top).__name__}: it must be a number of classes")
-    named = _several("images", images, "paths of files or folders")
-    if not named:
+    paths = _several("images", images, "paths of files or folders")
+    if not paths:
         raise UserError("images is empty: it must be paths of files or folders")
     options = PredictOptions(
-        checkpoint=_given("checkpoint", checkpoint, "a run directory or a file"),
-        images=[_given("images", each, "paths of files or folders") for each in named],
+        checkpoint=_path("checkpoint", checkpoint, "a run directory or a file"),
+        images=[_path("images", each, "paths of files or folders") for each in paths],
         recipe=_text("recipe", recipe, "a name or a file"),
         top=top,
         precision=precision,
@@ -149,46 +146,22 @@ def predict(
     world = World.from_environment(os.environ)
     console = make_console(quiet=quiet or world.rank > 0)
     on_failure = (lambda text: None) if quiet else print_error
-    return predict_command.predict(options, world, _read_config(options.config), console, on_failure)
+    return predict_command.predict(options, world, _load_config(options.config), console, on_failure)
 
 
 @_arguments_by_name()
 def load_model(checkpoint: PathLike, *, recipe: PathLike | None = None) -> nn.Module:
     """Load the network of a run directory, a checkpoint or a bare state dict: torchvision's ResNet-18, on the CPU.
 
-    It is in evaluation mode and takes normalised images (N, 3, S, S) (`model.recipe.normalization`, `.image_size`).
-    `model.class_names` are those of the logits (N, classes); None for a bare state dict. Raises UserError.
+    It is in evaluation mode. Its input are normalised images (N, 3, S, S) (`model.recipe.normalization`,
+    `.image_size`), its output logits (N, classes) of `model.class_names`; None for a bare state dict.
+    Raises UserError.
     """
-    weights = read_weights(
-        _given("checkpoint", checkpoint, "a run directory or a file"), _text("recipe", recipe, "a name or a file")
-    )
+    path = _path("checkpoint", checkpoint, "a run directory or a file")
+    weights = read_weights(path, _text("recipe", recipe, "a name or a file"))
     model = weights.build(torch.device("cpu"), torch.contiguous_format)
     vars(model).update(class_names=weights.class_names, recipe=weights.recipe)
     return model
-
-
-def _name_or_folder(dataset: PathLike | None) -> str | None:
-    """Return a dataset as it is typed; `Path("./shapes")` is a folder, and as text it would be a dataset's name."""
-    text = _text("dataset", dataset, "the name of a dataset or a folder of images")
-    return text if text is None or isinstance(dataset, str) else str(Path(text).absolute())
-
-
-def _given(name: str, value: PathLike, what: str) -> Path:
-    return Path(_text(name, "" if value is None else value, what) or "")
-
-
-def _several(name: str, value: Any, what: str) -> tuple[Any, ...]:
-    """Return one value or several as a tuple. Raises UserError for another type."""
-    if isinstance(value, str | os.PathLike):
-        return (value,)
-    if not isinstance(value, Iterable):
-        raise UserError(f"{name} is of type {type(value).__name__}: it must be {what}")
-    return tuple(value)
-
-
-def _path(name: str, value: PathLike | None) -> Path | None:
-    text = _text(name, value, "a folder")
-    return None if text is None else Path(text)
 
 
 def _text(name: str, value: Any, what: str) -> str | None:
@@ -201,8 +174,28 @@ def _text(name: str, value: Any, what: str) -> str | None:
     raise UserError(f"{name} is {given}: it must be {what}")
 
 
-def _read_config(path: str | None) -> AccelerateConfig:
-    """Read an Accelerate config, and choose its GPUs. Raises UserError where that is too late."""
+def _path(name: str, value: Any, what: str) -> Path:
+    return Path(_text(name, "" if value is None else value, what) or "")
+
+
+def _folder(name: str, value: Any) -> Path | None:
+    return None if value is None else _path(name, value, "a folder")
+
+
+def _several(name: str, value: Any, what: str) -> tuple[Any, ...]:
+    if isinstance(value, Iterable):
+        return (value,) if isinstance(value, str) else tuple(value)
+    return (_path(name, value, what),)
+
+
+def _dataset(dataset: Any) -> str | None:
+    """Return a dataset as it is typed. `Path("./shapes")` is a folder, and as text it would be a dataset's name."""
+    text = _text("dataset", dataset, "the name of a dataset or a folder of images")
+    return text if text is None or isinstance(dataset, str) else str(Path(text).absolute())
+
+
+def _load_config(path: str | None) -> AccelerateConfig:
+    """Load an Accelerate config, and choose its GPUs. Raises UserError where that is too late."""
     config = load_accelerate_config(path)
     if config.gpu_ids is not None and os.environ.get("CUDA_VISIBLE_DEVICES") != config.gpu_ids:
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to see, and the exit codes of the launcher."""
+"""The exception that a user is meant to see, and the exit codes of the launcher."""
 
 import re
 
@@ -16,19 +16,19 @@ def printable(text: str) -> str:
 
 
 class UserError(Exception):
-    """Something only the user can mend. Raised anywhere, caught in `cli` alone, shown as one line.
+    """A mistake that the user can correct. Raised anywhere, caught in `cli` alone, shown as one line.
 
-    The text says what is wrong and what to do about it; it has no trailing newline and no traceback.
+    The text says what is wrong and what to do about it.
     """
 
     def __str__(self) -> str:
-        """Give the message as one line, whatever was put into it (file contents, other exceptions)."""
+        """Return the message as one line, whatever it contains (file contents, other exceptions)."""
         return printable(" ".join(super().__str__().split()))
 
 
 class SharedError(UserError):
-    """A mistake that one process found and all were told of: each ends with it, and rank 0 says it."""
+    """A mistake that all ranks know: each ends with it, and rank 0 prints it."""
 
 
 class PeerFailedError(Exception):
-    """Another process failed. It says why; this one has nothing to add."""
+    """Another rank failed, and prints why."""

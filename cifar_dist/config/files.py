@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and what a command was asked to write."""
+"""Files that are written whole or not at all."""
 
 import errno
 import json
@@ -16,7 +16,7 @@ STANDARD_OUTPUT = Path("-")
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file under a temporary name in the same folder, fsync it, and put it in place in one step."""
+    """Write a file under a temporary name in the same folder, fsync it, and rename it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -27,12 +27,22 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    try:  # make the rename durable, where folders can be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):  # of file systems that know no such thing
+            raise
+    finally:
+        os.close(folder)
 
 
 @contextmanager
 def writing(path: Path, advice: str = "name another place") -> Iterator[None]:
-    """Turn what the disk refuses into a UserError that names `path` and what to do."""
+    """Raise an OSError of the context as UserError that names `path` and what to do."""
     try:
         yield
     except OSError as error:
@@ -40,30 +50,15 @@ def writing(path: Path, advice: str = "name another place") -> Iterator[None]:
 
 
 def write_output(path: Path, content: bytes) -> None:
-    """Write a file that was asked for, atomically. Raises UserError where that cannot be."""
+    """Write a file atomically. Raises UserError."""
     with writing(path):
         write_atomically(path, lambda file: file.write(content))
 
 
 def write_json(path: Path | None, content: Mapping[str, Any]) -> None:
-    """Write what `--json` asks for, where it was typed. Raises UserError where that cannot be."""
+    """Write what `--json` asks for, if it was typed. Raises UserError."""
     text = json.dumps(content, allow_nan=False) + "\n"
     if path == STANDARD_OUTPUT:
         sys.stdout.write(text)
     elif path is not None:
         write_output(path, text.encode())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable; Windows has no such call on a folder and needs none."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):  # a file system that knows no such thing
-            raise
-    finally:
-        os.close(descriptor)
