@@ -34,6 +34,7 @@ NO_TORCH_FILES = {
     "run/metadata.py",
     "run/lock.py",
     "run/checks.py",
+    "run/slurm.py",
     "runtime/launch.py",
     "runtime/signals.py",
     "runtime/output.py",
