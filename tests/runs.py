@@ -6,9 +6,8 @@ from types import SimpleNamespace
 from cifar_dist.config.recipe import Recipe
 from cifar_dist.run.checkpoint import load_checkpoint
 from cifar_dist.run.directory import RunDirectory, UnwrittenRunDirectory
-from cifar_dist.run.metadata import DatasetMetadata, RunMetadata
 from cifar_dist.run.prepare import PreparedRun, RunRecorder, restore
-from cifar_dist.run.results import Observer
+from cifar_dist.run.results import DatasetMetadata, Observer, RunMetadata
 from cifar_dist.run.tracking import Trackers
 
 

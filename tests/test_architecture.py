@@ -31,7 +31,6 @@ NO_TORCH_FILES = {
     "run/results.py",
     "run/resolve.py",
     "run/directory.py",
-    "run/metadata.py",
     "run/lock.py",
     "run/checks.py",
     "run/slurm.py",

@@ -31,7 +31,7 @@ from cifar_dist.run.checks import recipe_for_speed
 from cifar_dist.run.directory import check_json
 from cifar_dist.runtime.distributed import Runtime, connect, start
 from cifar_dist.training.cuda_graphs import WARMUP_STEPS, capture
-from cifar_dist.training.metrics import RunningSums, batch_loss
+from cifar_dist.training.evaluation import RunningSums, batch_loss
 from cifar_dist.training.setup import build_trainer
 from cifar_dist.training.trainer import Trainer
 

@@ -22,8 +22,7 @@ from cifar_dist.run.results import Evaluation
 from cifar_dist.run.weights import SavedWeights, read_weights
 from cifar_dist.runtime.device import FULL_NAMES
 from cifar_dist.runtime.distributed import connect, start
-from cifar_dist.training.evaluation import EvaluationSet, figure_arrays
-from cifar_dist.training.metrics import summarize
+from cifar_dist.training.evaluation import EvaluationSet, figure_arrays, summarize
 
 
 def run(options: EvalOptions, world: World, config: AccelerateConfig) -> int:

@@ -32,17 +32,15 @@ from cifar_dist.display.terminal import (
 from cifar_dist.model.schedule import learning_rate_line
 from cifar_dist.run.directory import RunDirectory, UnwrittenRunDirectory, numbered_names
 from cifar_dist.run.lock import RunLock
-from cifar_dist.run.metadata import DatasetMetadata, RunMetadata
 from cifar_dist.run.prepare import RunRecorder, prepare_run, restore
 from cifar_dist.run.resolve import RunSpec, resolve, seconds_allowed
-from cifar_dist.run.results import Evaluation, Status, Summary
+from cifar_dist.run.results import DatasetMetadata, Evaluation, RunMetadata, Status, Summary
 from cifar_dist.run.tracking import Trackers
 from cifar_dist.runtime.device import ComputeSettings, check_world, choose_compute
 from cifar_dist.runtime.distributed import Runtime, connect, start
 from cifar_dist.runtime.ranks import Ranks
 from cifar_dist.runtime.signals import Interrupt
-from cifar_dist.training.evaluation import EvaluationSet, figure_arrays
-from cifar_dist.training.metrics import summarize
+from cifar_dist.training.evaluation import EvaluationSet, figure_arrays, summarize
 from cifar_dist.training.setup import build_trainer
 from cifar_dist.training.trainer import DivergedError, InterruptedRun, Trainer
 

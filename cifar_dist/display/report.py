@@ -21,8 +21,7 @@ from cifar_dist.config.recipe import Recipe, recipe_to_mapping
 from cifar_dist.config.schema import flatten
 from cifar_dist.display.tables import format_confusions, format_outcome
 from cifar_dist.run.directory import RunDirectory
-from cifar_dist.run.metadata import RunMetadata
-from cifar_dist.run.results import EpochRecord, Summary
+from cifar_dist.run.results import EpochRecord, RunMetadata, Summary
 
 _LEADING = ("run", "status", "seed", "epochs")
 # Columns of the table: heading, digits after the point, factor, and the field of the CSV.

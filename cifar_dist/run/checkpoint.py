@@ -23,7 +23,7 @@ from safetensors.torch import load as load_safetensors
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.files import write_atomically
 from cifar_dist.run.directory import RunDirectory, verify_checksums
-from cifar_dist.run.metadata import FORMAT_VERSION, RunMetadata, check_format
+from cifar_dist.run.results import FORMAT_VERSION, RunMetadata, check_format
 from cifar_dist.training.state import Best, TrainState
 
 

@@ -14,8 +14,7 @@ import yaml
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.files import STANDARD_OUTPUT, write_atomically
 from cifar_dist.config.schema import read_yaml
-from cifar_dist.run.metadata import FORMAT_VERSION, RunMetadata, check_format
-from cifar_dist.run.results import EpochRecord, Summary
+from cifar_dist.run.results import FORMAT_VERSION, EpochRecord, RunMetadata, Summary, check_format
 
 T = TypeVar("T")
 

@@ -15,9 +15,8 @@ from cifar_dist.config.world import SlurmJob
 from cifar_dist.run.checkpoint import CheckpointWriter, load_checkpoint, refusing_foreign_content
 from cifar_dist.run.directory import RunDirectory, load_newest, numbered_names
 from cifar_dist.run.lock import RunLock
-from cifar_dist.run.metadata import RunMetadata
 from cifar_dist.run.resolve import RunSpec, check_plan, resolve
-from cifar_dist.run.results import EpochRecord, Evaluation, Status, Summary
+from cifar_dist.run.results import EpochRecord, Evaluation, RunMetadata, Status, Summary
 from cifar_dist.run.tracking import Trackers
 from cifar_dist.run.weights import pretrained_weights
 from cifar_dist.runtime.distributed import Runtime

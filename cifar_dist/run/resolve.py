@@ -13,7 +13,7 @@ from cifar_dist.config.recipe import Recipe, read_recipe, recipe_label, recipe_t
 from cifar_dist.config.schema import nearest
 from cifar_dist.config.world import SlurmJob
 from cifar_dist.run.directory import RunDirectory, numbered_names, verify
-from cifar_dist.run.metadata import RunMetadata
+from cifar_dist.run.results import RunMetadata
 
 DEFAULT_RECIPE, DEFAULT_DATASET, DEFAULT_DATA_DIR = "standard", "cifar10", Path("data")
 DEFAULT_RUNS = Path("runs")

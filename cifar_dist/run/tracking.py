@@ -11,8 +11,7 @@ from PIL import Image
 
 from cifar_dist.config.recipe import recipe_to_mapping
 from cifar_dist.config.schema import flatten
-from cifar_dist.run.metadata import RunMetadata
-from cifar_dist.run.results import EpochRecord, Summary
+from cifar_dist.run.results import EpochRecord, RunMetadata, Summary
 from cifar_dist.runtime.distributed import tracker_class
 
 

@@ -14,7 +14,7 @@ from cifar_dist.model.pretrained import find_state_dict, imagenet_weights
 from cifar_dist.model.resnet import build_resnet, infer_architecture, load_weights
 from cifar_dist.run.checkpoint import is_bare_weights, load_checkpoint, refusing_foreign_content
 from cifar_dist.run.directory import RunDirectory, find_checkpoint
-from cifar_dist.run.metadata import RunMetadata
+from cifar_dist.run.results import RunMetadata
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -20,10 +20,8 @@ from cifar_dist.run.results import Observer
 from cifar_dist.runtime.distributed import Runtime
 from cifar_dist.runtime.signals import Interrupt
 from cifar_dist.training.cuda_graphs import CudaGraphStep
-from cifar_dist.training.early_stopping import EarlyStopping
-from cifar_dist.training.evaluation import EvaluationSet
-from cifar_dist.training.metrics import RunningSums
-from cifar_dist.training.state import TrainState
+from cifar_dist.training.evaluation import EvaluationSet, RunningSums
+from cifar_dist.training.state import EarlyStopping, TrainState
 from cifar_dist.training.step import TrainingStep
 from cifar_dist.training.trainer import Recorder, Trainer
 

@@ -15,7 +15,7 @@ from cifar_dist.model.schedule import learning_rate
 from cifar_dist.model.stochastic import HeadDropout
 from cifar_dist.runtime.distributed import Runtime
 from cifar_dist.training.cuda_graphs import CudaGraphStep
-from cifar_dist.training.metrics import batch_loss
+from cifar_dist.training.evaluation import batch_loss
 from cifar_dist.training.state import TrainState
 
 

@@ -14,9 +14,8 @@ from cifar_dist.model.schedule import learning_rate
 from cifar_dist.run.results import EpochRecord, Evaluation, Observer
 from cifar_dist.runtime.distributed import Runtime
 from cifar_dist.runtime.signals import Interrupt
-from cifar_dist.training.early_stopping import monitored_value
 from cifar_dist.training.evaluation import EvaluationSet
-from cifar_dist.training.state import Best, TrainState, copy_weights
+from cifar_dist.training.state import Best, TrainState, copy_weights, monitored_value
 from cifar_dist.training.step import TrainingStep
 
 

@@ -14,7 +14,7 @@ from torchvision.models import resnet18
 from cifar_dist.cli import main
 from cifar_dist.commands import evaluate
 from cifar_dist.commands import predict as command
-from cifar_dist.training.metrics import summarize
+from cifar_dist.training.evaluation import summarize
 from tests.commands.test_train import NarrowResNet
 from tests.conftest import ROOT, make_images
 

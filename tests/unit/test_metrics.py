@@ -8,8 +8,8 @@ from torch.nn import functional
 
 from cifar_dist.config.recipe import EarlyStoppingConfig
 from cifar_dist.run.results import EpochRecord, Evaluation, Summary
-from cifar_dist.training.early_stopping import EarlyStopping, monitored_value
-from cifar_dist.training.metrics import RunningSums, confident_mistakes, summarize
+from cifar_dist.training.evaluation import RunningSums, confident_mistakes, summarize
+from cifar_dist.training.state import EarlyStopping, monitored_value
 
 
 def record(epoch: int = 1, **changes) -> EpochRecord:

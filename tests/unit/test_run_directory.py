@@ -14,9 +14,8 @@ from cifar_dist.config.recipe import EarlyStoppingConfig
 from cifar_dist.run.checkpoint import CheckpointWriter, load_checkpoint
 from cifar_dist.run.directory import RunDirectory
 from cifar_dist.run.results import Summary
-from cifar_dist.training.early_stopping import EarlyStopping
-from cifar_dist.training.metrics import RunningSums
-from cifar_dist.training.state import Best, TrainState
+from cifar_dist.training.evaluation import RunningSums
+from cifar_dist.training.state import Best, EarlyStopping, TrainState
 from tests.runs import make_metadata
 from tests.unit.test_metrics import record
 

@@ -27,8 +27,7 @@ from cifar_dist.model.batch_norm import (
 )
 from cifar_dist.run.results import Observer
 from cifar_dist.runtime.distributed import _common_precision
-from cifar_dist.training.evaluation import EvaluationSet
-from cifar_dist.training.metrics import summarize
+from cifar_dist.training.evaluation import EvaluationSet, summarize
 from cifar_dist.training.setup import build_trainer
 from cifar_dist.training.trainer import DivergedError, InterruptedRun
 from tests.conftest import make_dataset, make_images, make_recipe
