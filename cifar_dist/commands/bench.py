@@ -171,11 +171,10 @@ class Loop:
         """Run one step."""
         if next(self._steps, None) is None:
             self.epoch += 1
-            trainer = self.trainer
-            trainer.observer.on_epoch_start(self.epoch, trainer.recipe.optimizer.learning_rate)
-            trainer.state.step = (self.epoch - 1) * trainer.plan.steps_per_epoch
-            trainer.state.sums.set(0, 0, 0)
-            self._steps = trainer.steps(self.epoch)
+            state = self.trainer.state
+            state.step = (self.epoch - 1) * self.trainer.plan.steps_per_epoch
+            state.sums.set(0, 0, 0)
+            self._steps = self.trainer.steps(self.epoch)
             next(self._steps)
 
 

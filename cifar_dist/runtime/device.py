@@ -115,9 +115,9 @@ def choose_compute(
     elif compiler and doing == "training":
         notes.append("the first step compiles the model, which takes half a minute or more")
     has_steps = doing in ("training", "measuring")
-    obstacle = _replay_obstacle(facts.type, precision, world, micro_batches)
-    if backend == "CUDAGRAPHS" and obstacle and has_steps:
-        notes.append(f"{obstacle}: steps are not replayed")
+    can_replay = facts.type == "cuda" and world.size == 1 and micro_batches == 1 and precision != "fp16"
+    if backend == "CUDAGRAPHS" and has_steps and not can_replay:
+        notes.append("CUDAGRAPHS needs CUDA, one process, one micro-batch and no fp16: steps are not replayed")
     if num_threads is None:
         num_threads = choose_num_threads(
             environ, local_processes=world.local_size, torch_threads=torch.get_num_threads()
@@ -128,7 +128,7 @@ def choose_compute(
         precision_reason=reason,
         num_threads=num_threads,
         compiler=compiler,
-        replays=has_steps and obstacle is None and backend in (None, "CUDAGRAPHS") and config.dynamo_backend != "NO",
+        replays=has_steps and can_replay and backend in (None, "CUDAGRAPHS") and config.dynamo_backend != "NO",
         notes=tuple(notes),
     )
 
@@ -156,16 +156,6 @@ def _supported_precisions(facts: DeviceFacts) -> tuple[Precision, str, tuple[str
     if facts.cuda_capability >= (7, 0):
         return "fp16", f"{capability} has fp16 tensor cores and no bf16", ("no", "fp16")
     return "no", f"{capability} has no tensor cores", ("no", "fp16")
-
-
-def _replay_obstacle(device_type: str, precision: str, world: World, micro_batches: int) -> str | None:
-    if device_type != "cuda":
-        return "CUDAGRAPHS needs a CUDA device"
-    if world.size > 1:
-        return f"CUDAGRAPHS replays the steps of one process, and there are {world.size}"
-    if micro_batches > 1:
-        return f"CUDAGRAPHS replays steps of one micro-batch, and they have {micro_batches}"
-    return "CUDAGRAPHS cannot replay fp16's scaler, which asks the device" if precision == "fp16" else None
 
 
 def probe(*, use_cpu: bool) -> DeviceFacts:

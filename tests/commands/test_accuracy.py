@@ -45,7 +45,7 @@ def test_a_programme_continues_and_does_no_run_twice(capsys, monkeypatch, tmp_pa
     assert shown["val_acc"] is None and 0 <= shown["plain"] <= 1 and 0 <= shown["mirror"] <= 1
     assert (shown["epochs"], shown["at_once"], shown["torch"]) == (1, 1, torch.__version__.split("+")[0])
     said = capsys.readouterr()
-    assert said.out.count("CUDAGRAPHS needs a CUDA device") == 1, "the row's own config, and no other's"
+    assert said.out.count("CUDAGRAPHS needs CUDA, one process") == 1, "the row's own config, and no other's"
 
     for _ in range(2):  # the second time nothing is left
         assert accuracy(monkeypatch, *run) == 0
