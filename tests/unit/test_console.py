@@ -85,7 +85,6 @@ def test_a_copy_in_somebodys_checkout_has_no_commit_of_theirs(tmp_path):
         ("/a b/launch.py", "python '/a b/launch.py'"),
         ("/x/bin/cifar-dist", "cifar-dist"),
         ("/x/cifar_dist/__main__.py", "python -m cifar_dist"),
-        ("/x/pytest/__main__.py", "python launch.py"),
     ],
 )
 def test_a_command_is_told_as_this_one_was_typed(monkeypatch, path, name):
