@@ -80,9 +80,3 @@ def test_the_plan_of_a_config(capsys, tmp_path, command, config, batch, starts):
     assert lines["batch"] == f"global_batch_size {batch} x 1 accumulation"
     assert lines["would start"] == starts
     assert list(tmp_path.iterdir()) == []
-
-
-def test_without_dry_run_processes_are_started(monkeypatch):
-    """So that the tests above would notice."""
-    monkeypatch.setattr("cifar_dist.runtime.launch.launch", lambda *arguments: 75)
-    assert main(["--num-processes", "2", "--dataset", "shapes", "--recipe", "original"]) == 75
