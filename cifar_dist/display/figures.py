@@ -148,7 +148,8 @@ def draw_images(images: NDArray[np.uint8], captions: Sequence[str], path: Path, 
     """Draw up to 24 images (N, 3, H, W) with captions; one that starts with ✗ is red."""
     images = images[:_NUM_IMAGES]
     rows = -(-len(images) // 8)
-    figure = _figure(12, 1 + 1.75 * rows, f"{title}\ntrue class; ✗ marks a mistake: true class → predicted class")
+    legend = "the true class; ✗ marks a mistake: true class → predicted class with its probability"
+    figure = _figure(12, 1 + 1.75 * rows, f"{_shorten(title, 100)}\n{legend}")
     grid = figure.subplots(rows, 8, squeeze=False).ravel()
     for axes in grid:
         axes.set_axis_off()
