@@ -107,13 +107,12 @@ def provide(archive: Archive, data_dir: Path, *, progress: Progress | None = Non
     `data_dir` is the folder that torchvision calls `root`, or the files' own folder. Existing files are never changed.
     `progress` is called with the downloaded and the total bytes. Raises UserError.
     """
-    data_dir = _root(archive, data_dir)
-    folder, tarball = data_dir / archive.folder, data_dir / archive.tarball
+    folder, tarball = _places(archive, data_dir)
     if not _missing(archive, folder):
         return folder
-    with writing_data(data_dir):
-        data_dir.mkdir(parents=True, exist_ok=True)
-    with writing_data(data_dir), FileLock(data_dir / f".{archive.tarball}.lock"):
+    with writing_data(tarball.parent):
+        tarball.parent.mkdir(parents=True, exist_ok=True)
+    with writing_data(tarball.parent), FileLock(tarball.with_name(f".{tarball.name}.lock")):
         if missing := _missing(archive, folder):  # no other process has provided them meanwhile
             _provide_tarball(archive, tarball, progress, missing)
             _unpack(archive, tarball, folder)
@@ -122,20 +121,21 @@ def provide(archive: Archive, data_dir: Path, *, progress: Progress | None = Non
 
 def where_found(archive: Archive, data_dir: Path) -> str:
     """Describe where the files are, or what `provide` would do for them, without checking their md5."""
-    data_dir = _root(archive, data_dir)
-    folder, tarball = data_dir / archive.folder, data_dir / archive.tarball
+    folder, tarball = _places(archive, data_dir)
     if not (missing := _missing(archive, folder)):
         return f"found: {folder}"
     if tarball.exists():
         return f"found: {tarball}, to be unpacked"
-    if not data_dir.exists():
-        return f"the folder {data_dir} does not exist: it would be made, and the files downloaded"
+    if not tarball.parent.exists():
+        return f"the folder {tarball.parent} does not exist: it would be made, and the files downloaded"
     names = f"{', '.join(missing)} " if folder.exists() else ""
     return f"{names}missing in {folder}: would be downloaded"
 
 
-def _root(archive: Archive, data_dir: Path) -> Path:
-    return data_dir.parent if data_dir.name in (archive.folder, archive.tarball) else data_dir
+def _places(archive: Archive, data_dir: Path) -> tuple[Path, Path]:
+    """Return the paths of folder and tarball, either of which may be named instead of `data_dir`."""
+    root = data_dir.parent if data_dir.name in (archive.folder, archive.tarball) else data_dir
+    return root / archive.folder, root / archive.tarball
 
 
 def _missing(archive: Archive, folder: Path) -> list[str]:

@@ -68,31 +68,17 @@ def download(urls: Sequence[str], target: Path, md5: str, *, progress: Progress 
 
 
 def _download_from(url: str, target: Path, md5: str, progress: Progress | None) -> None:
+    """Complete `NAME.part` from one address, over several connections as long as they bring new bytes."""
     part = target.with_name(target.name + ".part")
-    while True:
-        was_resumed = _size(part) > 0
-        _complete(url, part, progress)
-        with writing_data(part):
-            if md5_of(part) == md5:
-                part.replace(target)
-                return
-            part.unlink()
-        if not was_resumed:  # else the wrong bytes may be another mirror's: ask this one for the whole file
-            raise DownloadError("wrong content (its md5 differs)")
-
-
-def _complete(url: str, part: Path, progress: Progress | None) -> None:
-    """Continue `part` to its end, over several connections as long as they bring new bytes."""
     before = furthest = _size(part)
-    idle = 0
+    was_resumed, idle = before > 0, 0
     while True:
         try:
-            return _receive(url, part, progress)
+            _receive(url, part, progress)
         except HTTPError as error:
             error.close()
-            if error.code == 416 and _size(part):  # nothing follows `part`; its md5 is checked next
-                return None
-            raise DownloadError(f"HTTP status {error.code}") from error
+            if error.code != 416 or not _size(part):  # 416: nothing follows `part`
+                raise DownloadError(f"HTTP status {error.code}") from error
         except (OSError, HTTPException, ValueError) as error:  # ValueError: an impossible host name
             size = _size(part)
             furthest, idle = max(size, furthest), 0 if size > furthest else idle + 1
@@ -100,6 +86,15 @@ def _complete(url: str, part: Path, progress: Progress | None) -> None:
             if idle == _MAX_IDLE_ATTEMPTS or (isinstance(error, (URLError, ValueError)) and furthest == before):
                 raise DownloadError(reason_of(error)) from error
             time.sleep(_PAUSE_SECONDS * idle)
+            continue
+        with writing_data(part):
+            if md5_of(part) == md5:
+                part.replace(target)
+                return
+            part.unlink()
+        if not was_resumed:
+            raise DownloadError("wrong content (its md5 differs)")
+        was_resumed = False  # the wrong bytes may be another mirror's: ask this one once for the whole file
 
 
 def _receive(url: str, part: Path, progress: Progress | None) -> None:
