@@ -51,10 +51,10 @@ class Display(Observer):
         self.console.print(Text(printable(text)), soft_wrap=not can_draw(self.console))
         self._last_line = time.monotonic()
 
-    def heartbeat(self, text: str) -> None:
-        """Print a line if none was printed for 30 s."""
+    def heartbeat(self, text: Callable[[], str]) -> None:
+        """Print a line if none was printed for 30 s. The text is built only then."""
         if time.monotonic() - self._last_line >= _HEARTBEAT_SECONDS:
-            self.on_note(text)
+            self.on_note(text())
 
 
 class CountProgress(Display):
@@ -75,7 +75,7 @@ class CountProgress(Display):
         """Show that `done` of `total` are done; `total` is None where it is unknown."""
         done, total = done // self.scale, None if total is None else total // self.scale
         if not can_draw(self.console):
-            self.heartbeat(f"{self.task}: {done:,}{'' if total is None else f' of {total:,}'} {self.unit}")
+            self.heartbeat(lambda: f"{self.task}: {done:,}{'' if total is None else f' of {total:,}'} {self.unit}")
             return
         if not self._bar.tasks:
             self._bar.start()
@@ -109,19 +109,22 @@ class PlainTraining(Display):
         self._epoch_steps += 1
         if loss is not None:
             self._loss = f"  loss {loss:.3f}"
-        place = f"epoch {self.epoch}/{self.plan.epochs}  step {step_in_epoch}/{self.plan.steps_per_epoch}"
-        end = self._expected_end((self.epoch - 1) * self.plan.steps_per_epoch + step_in_epoch)
-        self.heartbeat(f"{place}{self._loss}  end {end}")
+        self.heartbeat(lambda: self._place(step_in_epoch))
 
     def on_evaluation(self, done: int, total: int) -> None:
         """Print that the evaluation goes on."""
         if done < total:
-            self.heartbeat(f"evaluating {done:,}/{total:,} images")
+            self.heartbeat(lambda: f"evaluating {done:,}/{total:,} images")
 
     def on_epoch_end(self, record: EpochRecord, is_best: bool) -> None:
         """Print the epoch."""
         end = self._expected_end(record.step) if record.step < self.plan.total_steps else ""
         self.on_note(format_epoch(record, self.plan.epochs, is_best=is_best, end=end))
+
+    def _place(self, step_in_epoch: int) -> str:
+        place = f"epoch {self.epoch}/{self.plan.epochs}  step {step_in_epoch}/{self.plan.steps_per_epoch}"
+        end = self._expected_end((self.epoch - 1) * self.plan.steps_per_epoch + step_in_epoch)
+        return f"{place}{self._loss}  end {end}"
 
     def _expected_end(self, steps_done: int) -> str:
         """Return when the run ends at the pace of this epoch; its evaluation counts once it is done."""
@@ -222,12 +225,7 @@ class LiveTraining(Display):
 
 
 def training_display(
-    console: Console,
-    plan: RunPlan,
-    *,
-    quiet: bool,
-    facts: str = "",
-    memory: Callable[[], int | None] = lambda: None,
+    console: Console, plan: RunPlan, *, quiet: bool, facts: str = "", memory: Callable[[], int | None] = lambda: None
 ) -> Display:
     """Build the view of a training for this console; `facts` and `memory` are shown on a terminal."""
     if quiet:

@@ -43,9 +43,8 @@ SUMMARY = Summary(
 
 
 def console(terminal: bool, width: int = 100, height: int = 30) -> Console:
-    return Console(
-        file=io.StringIO(), force_terminal=terminal, width=width, height=height, color_system=None, _environ={}
-    )
+    size = {"width": width, "height": height}
+    return Console(file=io.StringIO(), force_terminal=terminal, color_system=None, _environ={}, **size)
 
 
 def text_of(shown: Console) -> str:
