@@ -3,7 +3,7 @@
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from cifar_dist.display.terminal import (
 from cifar_dist.model.schedule import learning_rate_line
 from cifar_dist.run.directory import RunDirectory, UnwrittenRunDirectory, numbered_names
 from cifar_dist.run.lock import RunLock
-from cifar_dist.run.prepare import RunRecorder, prepare_run, restore
+from cifar_dist.run.prepare import PreparedRun, RunRecorder, prepare_run, restore
 from cifar_dist.run.resolve import RunSpec, resolve, seconds_allowed
 from cifar_dist.run.results import DatasetMetadata, Evaluation, RunMetadata, Status, Summary
 from cifar_dist.run.tracking import Trackers
@@ -68,95 +68,100 @@ def train(
         prepared = ranks.broadcast_from_main(
             lambda: prepare_run(options, world.size, job, lock, lambda text: print_notes(console, [text]))
         )
-        spec = prepared.spec
         if prepared.finished is not None:
             print_notes(console, [prepared.finished])
             return EXIT_DONE, ranks.broadcast_from_main(RunDirectory(prepared.directory).read_summary)
-        dataset, fingerprint = _load_dataset(console, spec, ranks)
-        micro_batches = spec.recipe.gradient_accumulation_steps
-        runtime = start(ranks, config, **spec.compute_settings(world.size), micro_batches=micro_batches)
-        with ranks.together():
-            recipe = fit_to_dataset(spec.recipe, dataset.sizes)
-            plan = make_plan(recipe, world_size=world.size, sizes=dataset.sizes, device_type=runtime.device.type)
-        if not options.quiet:
-            step = (prepared.checkpoint or {}).get("step")
-            where = f"{prepared.directory}" + (f", going on after {plan.place_of(step)}" if step else "")
-            lines = _header(where, spec, runtime.compute, plan, recipe, [prepared.damage])
-            print_header(console, lines | _data_lines(dataset, recipe))
-        display = training_display(
-            console,
-            plan,
-            quiet=options.quiet or not ranks.is_main,
-            facts=f"{runtime.compute.short} · {world.size} process{'es' if world.size > 1 else ''}",
-            memory=runtime.peak_memory_mib,
-        )
-        directory = (RunDirectory if ranks.is_main else UnwrittenRunDirectory)(prepared.directory)
-        metadata = _metadata(spec, recipe, dataset, fingerprint, plan, runtime)
-        recorder = RunRecorder(directory, metadata, runtime, Trackers(display.on_note))
-        trainer = build_trainer(
-            recipe,
-            plan,
-            dataset,
-            runtime,
-            display,
-            interrupt=interrupt,
-            recorder=recorder,
-            pretrained=prepared.pretrained,
-        )
-        with ranks.together():
-            restore(prepared, trainer, metadata)
-            records = recorder.begin(trainer.state, prepared.damage)
-        best = trainer.state.best
-        display.on_earlier_epochs(records, None if best is None else best.epoch)
-        if ranks.is_main:
-            recorder.trackers.start(metadata, directory.path, trainer.state.step)
-        resume_command = _resume_command(options, directory.path)
-        return _train_and_test(console, display, trainer, recorder, dataset, resume_command, on_failure)
-
-
-def _train_and_test(
-    console: Console,
-    display: Display,
-    trainer: Trainer,
-    recorder: RunRecorder,
-    dataset: Dataset,
-    resume_command: str,
-    on_failure: Callable[[str], None],
-) -> tuple[int, Summary | None]:
-    directory, ranks = recorder.directory, trainer.runtime.ranks
-    try:
-        with trainer.interrupt:
-            try:
-                with display:
-                    trainer.fit()
-                    recorder.save(trainer.state)
-                    evaluation, arrays = _test(trainer, dataset)
-            except (DivergedError, InterruptedRun) as end:
-                return _end_early(trainer, recorder, end, resume_command, on_failure), None
-            directory.write_predictions(**arrays)
-            memory = ranks.all_gather([trainer.runtime.peak_memory_mib() or 0])
-            status: Status = "early_stopped" if trainer.stopped_early else "completed"
-            # With the summary the run is done, whatever becomes of its figures.
-            summary = recorder.write_summary(
-                status, trainer.state, evaluation, peak_memory_mib=int(max(peak for (peak,) in memory)) or None
-            )
-            if ranks.is_main:
-                _draw_figures(directory, arrays, display.on_note)
-                recorder.trackers.log_test(summary, trainer.state.step, directory.figures)
-    except OSError as error:  # a full or vanished disk
-        text, code = directory.explain_write_error(error, resume_command), EXIT_FAILED
-    except KeyboardInterrupt:
-        recorder.write_summary("interrupted", trainer.state)
-        text, code = f"interrupted; go on with: {resume_command}", EXIT_KEYBOARD_INTERRUPT
-    else:
+        dataset, fingerprint = _load_dataset(console, prepared.spec, ranks)
+        settings = prepared.spec.compute_settings(world.size)
+        runtime = start(ranks, config, **settings, micro_batches=prepared.spec.recipe.gradient_accumulation_steps)
+        trainer, recorder, display = _build(console, prepared, dataset, fingerprint, runtime, interrupt, options.quiet)
+        resume_command = _resume_command(options, prepared.directory)
+        try:
+            with interrupt:
+                try:
+                    with display:
+                        trainer.fit()
+                        recorder.save(trainer.state)
+                        evaluation, arrays = _test(trainer, dataset)
+                except (DivergedError, InterruptedRun) as end:
+                    return _end_early(trainer, recorder, end, resume_command, on_failure), None
+                summary = _write_results(trainer, recorder, evaluation, arrays)
+        except OSError as error:  # a full or vanished disk
+            text, code = recorder.directory.explain_write_error(error, resume_command), EXIT_FAILED
+        except KeyboardInterrupt:
+            recorder.write_summary("interrupted", trainer.state)
+            text, code = f"interrupted; go on with: {resume_command}", EXIT_KEYBOARD_INTERRUPT
+        else:
+            recorder.trackers.finish()
+            print_result(console, summary, trainer.plan.epochs, prepared.directory)
+            return EXIT_DONE, summary
+        ranks.abandoned = True
         recorder.trackers.finish()
-        print_result(console, summary, trainer.plan.epochs, directory.path)
-        return EXIT_DONE, summary
-    ranks.abandoned = True
-    recorder.trackers.finish()
+        if ranks.is_main:
+            on_failure(text)
+        return code, None
+
+
+def _build(
+    console: Console,
+    prepared: PreparedRun,
+    dataset: Dataset,
+    fingerprint: str,
+    runtime: Runtime,
+    interrupt: Interrupt,
+    quiet: bool,
+) -> tuple[Trainer, RunRecorder, Display]:
+    """Print the plan, build the trainer, restore it, and begin to record. Raises UserError on all ranks."""
+    spec, ranks, size = prepared.spec, runtime.ranks, runtime.world.size
+    with ranks.together():
+        recipe = fit_to_dataset(spec.recipe, dataset.sizes)
+        plan = make_plan(recipe, world_size=size, sizes=dataset.sizes, device_type=runtime.device.type)
+    if not quiet:
+        step = (prepared.checkpoint or {}).get("step")
+        where = f"{prepared.directory}" + (f", going on after {plan.place_of(step)}" if step else "")
+        lines = _header(where, spec, runtime.compute, plan, recipe, prepared.damage)
+        if dataset.origin is not None:
+            mean, std = list(recipe.normalization.mean), list(recipe.normalization.std)
+            lines |= {"files": dataset.origin, "normalization": f"mean {mean}, std {std}"}
+        print_header(console, lines)
+    processes = f"{size} process{'es' if size > 1 else ''}"
+    display = training_display(
+        console,
+        plan,
+        quiet=quiet or not ranks.is_main,
+        facts=f"{runtime.compute.short} · {processes}",
+        memory=runtime.peak_memory_mib,
+    )
+    directory = (RunDirectory if ranks.is_main else UnwrittenRunDirectory)(prepared.directory)
+    metadata = RunMetadata(
+        recipe_name=spec.recipe_name,
+        recipe=recipe,
+        dataset=DatasetMetadata(name=spec.dataset, data_dir=str(spec.data_dir), fingerprint=fingerprint),
+        class_names=dataset.class_names,
+        world_size=size,
+        device=runtime.device.type,
+        precision=runtime.precision,
+        num_threads=runtime.num_threads,
+        checkpoint_every_minutes=spec.checkpoint_every_minutes,
+        checkpoint_every_steps=spec.checkpoint_every_steps,
+        trackers=spec.trackers,
+        plan=to_mapping(plan),
+        versions=package_versions(),
+        git_commit=git_commit(),
+        slurm_job=spec.slurm_job,
+    )
+    recorder = RunRecorder(directory, metadata, runtime, Trackers(display.on_note))
+    trainer = build_trainer(
+        recipe, plan, dataset, runtime, display, interrupt=interrupt, recorder=recorder, pretrained=prepared.pretrained
+    )
+    with ranks.together():
+        restore(prepared, trainer, metadata)
+        records = recorder.begin(trainer.state, prepared.damage)
+    best = trainer.state.best
+    display.on_earlier_epochs(records, None if best is None else best.epoch)
     if ranks.is_main:
-        on_failure(text)
-    return code, None
+        recorder.trackers.start(metadata, directory.path, trainer.state.step)
+    return trainer, recorder, display
 
 
 def _test(trainer: Trainer, dataset: Dataset) -> tuple[Evaluation, dict[str, NDArray[Any]]]:
@@ -200,18 +205,29 @@ def _end_early(
     return code
 
 
-def _draw_figures(directory: RunDirectory, arrays: Mapping[str, NDArray[Any]], note: Callable[[str], None]) -> None:
-    """Draw the figures, and renew the page if `report` has written one. A failure is a note."""
+def _write_results(
+    trainer: Trainer, recorder: RunRecorder, evaluation: Evaluation, arrays: Mapping[str, NDArray[Any]]
+) -> Summary:
+    """Write the summary, with which the run is done, then the figures. Figures that cannot be drawn are a note."""
+    directory, ranks = recorder.directory, trainer.runtime.ranks
+    directory.write_predictions(**arrays)
+    memory = ranks.all_gather([trainer.runtime.peak_memory_mib() or 0])
+    largest = int(max(peak for (peak,) in memory)) or None
+    status: Status = "early_stopped" if trainer.stopped_early else "completed"
+    summary = recorder.write_summary(status, trainer.state, evaluation, peak_memory_mib=largest)
+    if not ranks.is_main:
+        return summary
     page = directory.path / "report.html"
     try:
-        from cifar_dist.display.report import read_run, write_run
+        from cifar_dist.display.report import read_run, write_run  # imports matplotlib
 
-        run = read_run(directory.path, directory.path.name)
-        write_run(run, arrays, directory.figures, page if page.exists() else None)
-    except Exception as error:  # a backend, fonts, the disk: the result matters more than its figures
+        write_run(read_run(directory.path, directory.path.name), arrays, directory.figures, page if page.exists() else None)
+    except Exception as error:  # a backend, fonts, the disk: the result matters more
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         again = command_line("report", directory.path)
-        note(f"the figures could not be drawn: {reason}; draw them with: {again}")
+        trainer.observer.on_note(f"the figures could not be drawn: {reason}; draw them with: {again}")
+    recorder.trackers.log_test(summary, trainer.state.step, directory.figures)
+    return summary
 
 
 def _dry_run(console: Console, options: TrainOptions, world: World, config: AccelerateConfig) -> int:
@@ -249,35 +265,13 @@ def _load_dataset(console: Console, spec: RunSpec, ranks: Ranks) -> tuple[Datase
     return dataset, fingerprint
 
 
-def _metadata(
-    spec: RunSpec, recipe: Recipe, dataset: Dataset, fingerprint: str, plan: RunPlan, runtime: Runtime
-) -> RunMetadata:
-    return RunMetadata(
-        recipe_name=spec.recipe_name,
-        recipe=recipe,
-        dataset=DatasetMetadata(name=spec.dataset, data_dir=str(spec.data_dir), fingerprint=fingerprint),
-        class_names=dataset.class_names,
-        world_size=runtime.world.size,
-        device=runtime.device.type,
-        precision=runtime.precision,
-        num_threads=runtime.num_threads,
-        checkpoint_every_minutes=spec.checkpoint_every_minutes,
-        checkpoint_every_steps=spec.checkpoint_every_steps,
-        trackers=spec.trackers,
-        plan=to_mapping(plan),
-        versions=package_versions(),
-        git_commit=git_commit(),
-        slurm_job=spec.slurm_job,
-    )
-
-
 def _header(
     where: str,
     spec: RunSpec,
     compute: ComputeSettings,
     plan: RunPlan,
     recipe: Recipe,
-    notes: Sequence[str | None] = (),
+    damage: str | None = None,
 ) -> dict[str, str]:
     """Return the lines above a run: names and values."""
     lines = {
@@ -288,16 +282,8 @@ def _header(
         "learning rate": learning_rate_line(recipe, plan),
     }
     own = plan.few_steps_note if spec.stored is None else version_note(spec.stored.versions)
-    told = "; ".join(note for note in (*compute.notes, *notes, own) if note)
+    told = "; ".join(note for note in (*compute.notes, damage, own) if note)
     return lines | {"note": told} if told else lines
-
-
-def _data_lines(dataset: Dataset, recipe: Recipe) -> dict[str, str]:
-    """Return where the images of a folder come from, and how they are normalized."""
-    if dataset.origin is None:
-        return {}
-    mean, std = recipe.normalization.mean, recipe.normalization.std
-    return {"files": dataset.origin, "normalization": f"mean {list(mean)}, std {list(std)}"}
 
 
 def _resume_command(options: TrainOptions, directory: Path) -> str:
