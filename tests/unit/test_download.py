@@ -142,9 +142,7 @@ def part_of(target: Path) -> Path:
         *("after a stuck one", "after a missing one", "after a lie", "after half a lie"),
     ],
 )
-def test_download_resumes_with_the_fewest_bytes(
-    server: Server, target: Path, paths: list[str], part: bytes, requests: list[tuple[str, int]]
-) -> None:
+def test_download_resumes_with_the_fewest_bytes(server, target, paths, part, requests):
     if part:
         part_of(target).write_bytes(part)
     download(server.urls(*paths), target, MD5)
@@ -163,9 +161,7 @@ def test_download_resumes_with_the_fewest_bytes(
     ],
     ids=["stuck", "another range", "lie", "missing"],
 )
-def test_failed_download_keeps_only_useful_bytes(
-    server: Server, target: Path, path: str, part: bytes, reason: str, part_after: bytes, num_requests: int
-) -> None:
+def test_failed_download_keeps_only_useful_bytes(server, target, path, part, reason, part_after, num_requests):
     if part:
         part_of(target).write_bytes(part)
     with pytest.raises(DownloadError) as caught:
@@ -176,9 +172,7 @@ def test_failed_download_keeps_only_useful_bytes(
     assert len(server.requests) == num_requests
 
 
-def test_silent_server_is_given_up_after_two_attempts(
-    server: Server, target: Path, pauses: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_silent_server_is_given_up_after_two_attempts(server, target, pauses, monkeypatch):
     monkeypatch.setattr(download_module, "_TIMEOUT_SECONDS", 0.1)
     with pytest.raises(DownloadError, match="timed out"):
         download(server.urls("silent"), target, MD5)
@@ -193,7 +187,7 @@ def test_stalled_connection_is_resumed_and_progress_reported(server, target, mon
     assert progress == sorted(progress) and progress[-1] == (len(GOOD), len(GOOD))
 
 
-def test_refused_connection_goes_to_the_next_address_at_once(server: Server, target: Path, pauses: list[float]) -> None:
+def test_refused_connection_goes_to_the_next_address_at_once(server, target, pauses):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # does not listen, so it refuses
         download([f"http://127.0.0.1:{unused.getsockname()[1]}/good", *server.urls("good")], target, MD5)
@@ -201,7 +195,7 @@ def test_refused_connection_goes_to_the_next_address_at_once(server: Server, tar
     assert pauses == []
 
 
-def test_every_address_and_its_reason_is_named(server: Server, target: Path) -> None:
+def test_every_address_and_its_reason_is_named(server, target):
     missing, lies = server.urls("missing", "lies")
     with pytest.raises(DownloadError) as caught:
         download([missing, "http://a..b/", "http://host:port/", lies], target, MD5)
@@ -218,7 +212,7 @@ def test_other_schemes_are_refused_before_any_request(server, target):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_full_disk_is_one_line_and_ends_the_download(server: Server, target: Path) -> None:
+def test_full_disk_is_one_line_and_ends_the_download(server, target):
     part_of(target).symlink_to("/dev/full")
     with pytest.raises(UserError) as caught:
         download(server.urls("good", "good"), target, MD5)
