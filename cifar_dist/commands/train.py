@@ -221,7 +221,9 @@ def _write_results(
     try:
         from cifar_dist.display.report import read_run, write_run  # imports matplotlib
 
-        write_run(read_run(directory.path, directory.path.name), arrays, directory.figures, page if page.exists() else None)
+        write_run(
+            read_run(directory.path, directory.path.name), arrays, directory.figures, page if page.exists() else None
+        )
     except Exception as error:  # a backend, fonts, the disk: the result matters more
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         again = command_line("report", directory.path)
