@@ -223,7 +223,7 @@ def outcome(row: Row, seed: int, folder: Path, typed: argparse.Namespace) -> dic
 def measure(rows: list[Row], results: Path, typed: argparse.Namespace) -> int:
     """Time each row's loop at each of its image sizes against the script's epoch, in turns."""
     from benchmarks.baselines import ScriptLoop, fair_seconds_of
-    from cifar_dist.commands.bench import Loop, alternate, random_dataset
+    from cifar_dist.commands.bench import alternate, endless_steps, random_dataset
     from cifar_dist.config.accelerate_config import AccelerateConfig
     from cifar_dist.config.plan import make_plan
     from cifar_dist.config.world import World
@@ -247,7 +247,7 @@ def measure(rows: list[Row], results: Path, typed: argparse.Namespace) -> int:
                 endless = {"epochs": 1_000_000, "validation_size": 0, "image_size": side, "image_size_schedule": None}
                 one = resolve_recipe(recipe_to_mapping(recipe), endless)
                 plan = make_plan(one, world_size=1, sizes=dataset.sizes, device_type=runtime.device.type)
-                loop = Loop(build_trainer(one, plan, dataset, runtime, Observer()))
+                loop = endless_steps(build_trainer(one, plan, dataset, runtime, Observer()))
                 rounds = alternate([loop, other], 1, typed.seconds, runtime, timer=fair_seconds_of)
                 # Seconds an image of ours over those of the script, in each round.
                 ratios = [theirs * SCRIPT_BATCH / (ours * recipe.global_batch_size) for ours, theirs in rounds]

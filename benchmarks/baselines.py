@@ -34,7 +34,7 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from cifar_dist.commands.bench import NUM_CLASSES, Loop, alternate, random_dataset, seconds_of
+from cifar_dist.commands.bench import NUM_CLASSES, alternate, endless_steps, random_dataset, seconds_of
 from cifar_dist.config.accelerate_config import load_accelerate_config
 from cifar_dist.config.options import BenchOptions
 from cifar_dist.config.plan import make_plan
@@ -92,7 +92,7 @@ class ScriptLoop:
     def __init__(
         self, model: nn.Module, images: Tensor, labels: Tensor, *, batch_size: int, device: torch.device
     ) -> None:
-        """Take `images` (N, 3, H, W) uint8 and `labels` (N,); the samples are those of torchvision's CIFAR10."""
+        """Prepare `images` (N, 3, H, W) uint8 and `labels` (N,) as torchvision's CIFAR10 has them."""
         transform = transforms.Compose(
             [
                 Image.fromarray,
@@ -128,7 +128,7 @@ class PeerLoop:
     """The training step of a common program on Accelerate, one per call; Accelerate chooses device and precision."""
 
     def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, *, batch_size: int) -> None:
-        """Take `images` (N, 3, H, W) uint8 and `labels` (N,); the transforms are the script's, on tensors."""
+        """Prepare `images` (N, 3, H, W) uint8 and `labels` (N,); the transforms are the script's, on tensors."""
         transform = v2.Compose(
             [
                 v2.RandomCrop(images.shape[-1], padding=4),
@@ -198,7 +198,7 @@ def main() -> None:
         plan = make_plan(recipe, world_size=1, sizes=dataset.sizes, device_type=runtime.device.type)
         models = [build_resnet(recipe.stem, NUM_CLASSES, seed=recipe.seed) for _ in range(2)]
         loops: dict[str, Callable[[], object]] = {
-            "our loop": Loop(build_trainer(recipe, plan, dataset, runtime, Observer())),
+            "our loop": endless_steps(build_trainer(recipe, plan, dataset, runtime, Observer())),
             "original script": ScriptLoop(models[0], images, labels, batch_size=batch, device=runtime.device),
             "common peer": PeerLoop(models[1], images, labels, batch_size=batch),
         }

@@ -44,7 +44,7 @@ def twenty_lines(stem: str, batch: int, precision: str) -> Callable[[], None]:
 def bare_step(stem: str, batch: int, precision: str) -> Callable[[], None]:
     """Give the step that `bench` calls the floor."""
     sys.path.insert(0, str(Path(__file__).parent.parent))
-    from cifar_dist.commands.bench import BareStep
+    from cifar_dist.commands import bench
     from cifar_dist.config.recipe import parse_assignments, read_recipe, resolve_recipe
     from cifar_dist.model.convolution import use_dense_products
     from cifar_dist.model.optimizer import build_optimizer
@@ -55,7 +55,7 @@ def bare_step(stem: str, batch: int, precision: str) -> Callable[[], None]:
     model = build_resnet(stem, 10, seed=0).to(memory_format=torch.channels_last)
     use_dense_products(model)
     images = torch.rand(batch, 3, 32, 32).to(memory_format=torch.channels_last)
-    return BareStep(model, build_optimizer(model, optimizer), images, torch.arange(batch) % 10, precision)
+    return bench.bare_step(model, build_optimizer(model, optimizer), images, torch.arange(batch) % 10, precision)
 
 
 def main() -> None:

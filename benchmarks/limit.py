@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cifar_dist.commands.bench import BareStep, captured, flops_per_image
+from cifar_dist.commands.bench import bare_step, captured, flops_per_image
 from cifar_dist.config.recipe import read_recipe, resolve_recipe
 from cifar_dist.model.optimizer import build_optimizer
 from cifar_dist.model.resnet import build_resnet
@@ -103,9 +103,9 @@ def main() -> None:
     images, labels = images.to(memory_format=torch.channels_last), torch.arange(batch, device=device) % 10
     optimizer = build_optimizer(model, recipe.optimizer)
 
-    def bare(network: nn.Module) -> BareStep:
+    def bare(network: nn.Module) -> Callable[[], object]:
         """Give the training step of a network."""
-        return BareStep(network, optimizer, images, labels, typed.precision)
+        return bare_step(network, optimizer, images, labels, typed.precision)
 
     step = bare(model)
     step()

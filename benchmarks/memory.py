@@ -4,7 +4,7 @@
 
 On a CPU: the largest resident set that the system counted for each process (Linux and macOS). The training process is
 `launch.py` on CIFAR-10, with validation, checkpoints and, where it is not stopped before, the test; the bare process
-imports what the package imports, and does ten steps. On CUDA `bench --json` says both by the allocator's count.
+imports what the package imports, and does ten steps. On CUDA `bench --json` has the allocator's peak.
 """
 
 import argparse

@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from cifar_dist.commands.bench import NUM_CLASSES, BareStep, alternate, captured, seconds_of
+from cifar_dist.commands.bench import NUM_CLASSES, alternate, bare_step, captured, seconds_of
 from cifar_dist.config.accelerate_config import load_accelerate_config
 from cifar_dist.config.options import BenchOptions
 from cifar_dist.config.recipe import Recipe, parse_assignments
@@ -67,7 +67,7 @@ def build_step(recipe: Recipe, device: torch.device, choice: dict[str, Any]) -> 
         model = torch.compile(model, backend=choice["compiler"].lower(), dynamic=False)
     images = torch.rand(batch, 3, recipe.image_size, recipe.image_size).to(device, memory_format=layout)
     labels = (torch.arange(batch) % NUM_CLASSES).to(device)
-    step = BareStep(model, optimizer, images, labels, choice["precision"])
+    step = bare_step(model, optimizer, images, labels, choice["precision"])
     return captured(step) if choice["compiler"] == "CUDAGRAPHS" else step
 
 

@@ -1,10 +1,12 @@
 """`bench`: measure the training loop against the bare training step, in turns, and the parts of a step."""
 
+import functools
 import io
+import itertools
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -85,12 +87,13 @@ def _measure(recipe: Recipe, runtime: Runtime, seconds: float, console: Console)
     unseen, facts = Console(file=io.StringIO(), force_terminal=True), runtime.compute.line
     display = training_display(unseen, plan, quiet=False, facts=facts, memory=runtime.peak_memory_mib)
     with display:
-        loop = Loop(build_trainer(recipe, plan, dataset, runtime, display))
+        trainer = build_trainer(recipe, plan, dataset, runtime, display)
+        loop = endless_steps(trainer)
         for _ in range(WARMUP_STEPS + 1 if runtime.compute.replays else 0):
             loop()
-        steps: list[Callable[[], object]] = [build_bare_step(recipe, runtime), loop]
+        steps = [build_bare_step(recipe, runtime), loop]
         rounds = alternate(steps, recipe.global_batch_size, seconds, runtime, announce)
-        parts = seconds_by_part(loop.trainer)
+        parts = seconds_by_part(trainer)
     bare_rate, loop_rate = (statistics.median(rates) for rates in zip(*rounds, strict=True))
     ratios = [ours / bare for bare, ours in rounds]
     flops, peak = flops_per_image(recipe), peak_flops(runtime)
@@ -114,22 +117,21 @@ def _measure(recipe: Recipe, runtime: Runtime, seconds: float, console: Console)
     }
 
 
-class BareStep:
-    """Forward, backward and optimizer on one fixed batch on the device: the floor for any training loop."""
+def bare_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, precision: str
+) -> Callable[[], object]:
+    """Return a step of forward, backward and optimizer on one fixed batch on the device: the floor for any loop."""
+    dtype, device_type = _DTYPES[precision], images.device.type
+    model.train()
 
-    def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, precision: str
-    ) -> None:
-        self.model, self.optimizer = model.train(), optimizer
-        self.images, self.labels, self.dtype = images, labels, _DTYPES[precision]
+    def step() -> None:
+        with torch.autocast(device_type, dtype=dtype, enabled=dtype is not None):
+            logits = model(images)
+        functional.cross_entropy(logits.float(), labels).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
 
-    def __call__(self) -> None:
-        """Run one step."""
-        with torch.autocast(self.images.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-            logits = self.model(self.images)
-        functional.cross_entropy(logits.float(), self.labels).backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+    return step
 
 
 def build_bare_step(recipe: Recipe, runtime: Runtime) -> Callable[[], object]:
@@ -143,7 +145,7 @@ def build_bare_step(recipe: Recipe, runtime: Runtime) -> Callable[[], object]:
         model = runtime.compile(model, runtime.compute.compiler)
     images = torch.rand(batch, 3, recipe.image_size, recipe.image_size).to(device, memory_format=layout)
     labels = (torch.arange(batch) % NUM_CLASSES).to(device)
-    step = BareStep(model, optimizer, images, labels, runtime.precision)
+    step = bare_step(model, optimizer, images, labels, runtime.precision)
     return captured(step) if runtime.compute.replays else step
 
 
@@ -159,23 +161,9 @@ def captured(step: Callable[[], object]) -> Callable[[], object]:
     return replay_step
 
 
-class Loop:
-    """The training loop, one step per call, epoch after epoch."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        self.epoch = 0
-        self._steps: Iterator[int] = iter(())
-
-    def __call__(self) -> None:
-        """Run one step."""
-        if next(self._steps, None) is None:
-            self.epoch += 1
-            state = self.trainer.state
-            state.step = (self.epoch - 1) * self.trainer.plan.steps_per_epoch
-            state.sums.set(0, 0, 0)
-            self._steps = self.trainer.steps(self.epoch)
-            next(self._steps)
+def endless_steps(trainer: Trainer) -> Callable[[], object]:
+    """Return a function that runs the training loop by one step, epoch after epoch."""
+    return functools.partial(next, itertools.chain.from_iterable(map(trainer.steps, itertools.count(1))))
 
 
 def random_dataset(size: int, batch: int) -> Dataset:
