@@ -57,31 +57,26 @@ class Augmentation:
         """
         draw, config, size = _Draw(self.seed, epoch, num_samples), self.config, self.image_size
         angle, affine_angle = math.radians(config.rotation_degrees), math.radians(config.affine_degrees)
-        farthest = config.affine_translate * size  # rounded below: torchvision's RandomAffine moves by whole pixels
-        share, is_box = self._draw_mix(draw)
-        columns = {
-            "crop_y": draw.integers("crop_y", 2 * config.crop_padding + 1),
-            "crop_x": draw.integers("crop_x", 2 * config.crop_padding + 1),
-            "flip": self._draw_flip(draw, epoch),
-            "angle": draw.uniform("angle", -angle, angle),
-            "affine_angle": draw.uniform("affine_angle", -affine_angle, affine_angle),
-            "affine_y": draw.uniform("affine_y", -farthest, farthest).round(),
-            "affine_x": draw.uniform("affine_x", -farthest, farthest).round(),
-            "affine_scale": draw.factor("affine_scale", config.affine_scale),
-            "brightness": draw.factor("brightness", config.brightness),
-            "contrast": draw.factor("contrast", config.contrast),
-            "saturation": draw.factor("saturation", config.saturation),
-            "hue": draw.uniform("hue", -config.hue, config.hue),
-            "jitter_order": draw.integers("jitter_order", len(JITTER_ORDERS)),
-            "cutout_y": draw.integers("cutout_y", size if config.cutout else 1),
-            "cutout_x": draw.integers("cutout_x", size if config.cutout else 1),
-            "partner": draw.integers("partner", num_partners if self.mixes else 1),
-            "share": share,
-            "is_box": is_box,
-            "box_y": draw.integers("box_y", size if config.cutmix else 1),
-            "box_x": draw.integers("box_x", size if config.cutmix else 1),
-        }
-        return torch.stack([columns[name] for name in COLUMNS], dim=1)
+        farthest = config.affine_translate * size
+        columns = (  # in the order of COLUMNS
+            *(draw.integers(name, 2 * config.crop_padding + 1) for name in ("crop_y", "crop_x")),
+            self._draw_flip(draw, epoch),
+            draw.uniform("angle", -angle, angle),
+            draw.uniform("affine_angle", -affine_angle, affine_angle),
+            # Whole pixels, as in torchvision's RandomAffine.
+            *(draw.uniform(name, -farthest, farthest).round() for name in ("affine_y", "affine_x")),
+            draw.factor("affine_scale", config.affine_scale),
+            draw.factor("brightness", config.brightness),
+            draw.factor("contrast", config.contrast),
+            draw.factor("saturation", config.saturation),
+            draw.uniform("hue", -config.hue, config.hue),
+            draw.integers("jitter_order", len(JITTER_ORDERS)),
+            *(draw.integers(name, size if config.cutout else 1) for name in ("cutout_y", "cutout_x")),
+            draw.integers("partner", num_partners if self.mixes else 1),
+            *self._draw_mix(draw),
+            *(draw.integers(name, size if config.cutmix else 1) for name in ("box_y", "box_x")),
+        )
+        return torch.stack(columns, dim=1)
 
     def _draw_flip(self, draw: "_Draw", epoch: int) -> Tensor:
         """Draw flips; alternating ones at random in epoch 1 and inverted in each later epoch (arXiv 2404.00498)."""
