@@ -1,7 +1,7 @@
 """The experiment: every choice that changes what is learned, in frozen dataclasses, and how it is read from YAML.
 
-A `Recipe` says nothing of devices or processes (that is the world, `config/world.py`). Its fields have no defaults:
-the recipes in `config/recipes/*.yaml` are complete, and a user's file overrides `standard`.
+A `Recipe` says nothing of devices or processes (that is the world, `config/world.py`). docs/recipes.md describes its
+fields. They have no defaults: `config/recipes/*.yaml` are complete, and a user's file overrides `standard`.
 """
 
 import functools
@@ -39,12 +39,10 @@ class OptimizerConfig:
 
     name: Literal["sgd", "adamw", "muon"]
     learning_rate: Positive
-    """The peak of the schedule."""
     momentum: FractionBelow1
     nesterov: bool
     weight_decay: NonNegative
     decay_norm_and_bias: bool
-    """Whether weight decay applies to BatchNorm's parameters and the biases too, as in torch by default."""
     sgd_learning_rate: Positive | None
     """For `muon`: the peak for the parameters that SGD steps, which are all but filters; null: as for the filters."""
     normalize_filters: bool
@@ -60,9 +58,7 @@ class ScheduleConfig:
 
     name: Literal["constant", "cosine", "step", "triangular"]
     warmup_fraction: FractionBelow1
-    """Part of all steps in which the rate rises linearly from 0."""
     step_epochs: Count | None
-    """For `step`: the rate is multiplied by `gamma` every so many epochs."""
     gamma: Annotated[float, Check(lambda value: 0 < value <= 1, "in (0, 1]")] | None
 
     def __post_init__(self) -> None:
@@ -79,17 +75,17 @@ class EarlyStoppingConfig:
     enabled: bool
     monitor: Literal["val_loss", "val_acc", "train_loss"]
     patience: Count
-    """Epochs in a row without an improvement after which training stops."""
     min_delta: NonNegative
-    """The improvement must be larger than this."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AugmentationConfig:
-    """Random operations on a training image. 0 (or `none`) switches one off."""
+    """Random operations on a training image; 0 (or `none`) switches one off.
+
+    Cutout: arXiv 1708.04552; mixup: 1710.09412, CutMix: 1905.04899, both by the Beta distribution's alpha.
+    """
 
     crop_padding: Natural
-    """Pixels added on each side before a random crop of the image's own size."""
     crop_mode: Literal["zeros", "reflect"]
     flip: Literal["none", "random", "alternating"]
     rotation_degrees: Degrees
@@ -99,16 +95,12 @@ class AugmentationConfig:
     contrast: NonNegative
     saturation: NonNegative
     hue: Annotated[float, Check(lambda value: 0 <= value <= 0.5, "in [0, 0.5]")]
-    """A shift from [-h, h] of a full turn."""
     affine_degrees: Degrees
     affine_translate: Fraction
     affine_scale: FractionBelow1
     cutout: Natural
-    """Side of the blanked square in pixels (arXiv 1708.04552)."""
     mixup: NonNegative
-    """The Beta distribution's alpha (arXiv 1710.09412)."""
     cutmix: NonNegative
-    """The Beta distribution's alpha (arXiv 1905.04899)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,21 +117,15 @@ class Recipe:
 
     model: Literal["resnet18"]
     stem: Literal["cifar", "small", "imagenet"]
-    """cifar: 3x3, stride 1, no max-pool; small: 3x3, stride 2, no max-pool; imagenet: torchvision's own."""
     pretrained: str | None
-    """`imagenet`, or the path of a state dict."""
     freeze_epochs: Natural
-    """Epochs in which only the head of a pretrained model is trained."""
     dropout: FractionBelow1
-    """Before the head."""
     batch_norm_group_size: Size | None
     """Samples that share BatchNorm statistics; null: the global batch."""
     epochs: Count
     global_batch_size: Size
-    """Images in one optimizer step, over all ranks."""
     gradient_accumulation_steps: Count
     image_size: Count
-    """Side of the model's input in pixels."""
     image_size_schedule: tuple[tuple[float, float], ...] | None
     """(side as a fraction of `image_size`, fraction of the steps at which it ends), the last (1, 1); null: no change.
 
@@ -147,14 +133,11 @@ class Recipe:
     """
     label_smoothing: FractionBelow1
     ema_decay: FractionBelow1
-    """Of the averaged weights; 0: none."""
     gradient_clipping: Positive | None
-    """Largest norm of the whole gradient."""
     seed: Annotated[int, Check(lambda value: 0 <= value < 2**32, "in [0, 2^32)")]
     validation_size: Literal["auto"] | Natural
     """Images held out of the training set, in equal parts of its classes; 0: none; auto: see `plan.num_held_out`."""
     selection: Literal["best", "last"]
-    """Which weights are tested; without a validation split always the last."""
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     early_stopping: EarlyStoppingConfig

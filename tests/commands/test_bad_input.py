@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ from PIL import Image
 from cifar_dist.cli import main
 from cifar_dist.config.recipe import recipe_to_mapping
 from cifar_dist.config.schema import flatten
-from cifar_dist.run.directory import check_json
 from tests.conftest import make_dataset, make_recipe
 
 FIELDS = sorted(flatten(recipe_to_mapping(make_recipe())))
@@ -140,32 +138,16 @@ def test_any_content_of_a_checkpoint(document):
 CASES = {
     "trian": "unknown command 'trian', did you mean 'train'?"
     " (commands: train, eval, predict, report, export, bench, doctor)",
-    "--epoch 3": "unknown argument '--epoch', did you mean '--epochs'?",
-    "bench --data-dir x": "unknown argument '--data-dir' (see launch.py bench --help)",
     "--epochs ten": "argument --epochs: invalid int value: 'ten' (see launch.py train --help)",
     "--precision fp8": "argument --precision: invalid choice: 'fp8' (choose from ",
     "eval": "the following arguments are required: --ckpt (see launch.py eval --help)",
-    "--recipe quik": "unknown recipe 'quik', did you mean 'quick'? (recipes: ",
-    "--dataset cifar11": "unknown dataset 'cifar11', did you mean 'cifar10'?"
-    " (datasets: cifar10, cifar100, shapes, or a folder of class folders)",
     "--set epochs": "--set takes FIELD=VALUE, not 'epochs'",
     "--set stem=!!python/name:os.system": "--set stem: '!!python/name:os.system' is not valid YAML",
-    "--set lr=0.1": "unknown recipe field 'lr'",
     "--set optimizer.foo=0.1": "unknown recipe field 'optimizer.foo' (known are name, learning_rate, ",
-    "--set learning_rate=0.1": "unknown recipe field 'learning_rate', did you mean 'optimizer.learning_rate'?",
-    "--set epochs=0": "epochs must be 1 or more, not 0",
-    "--set validation_size=60000": "validation_size=60000 leaves a class without an image to train on:"
-    " the training set has 50000 images of 10 classes, set it to at most 49990",
     "--set gradient_accumulation_steps=3": "global_batch_size=512 does not divide by 1 processes x 3 accumulation:"
     " set it to 510 or 513",
-    "--num-processes 3": "global_batch_size=512 does not divide by 3 processes",
-    "doctor --recipe no": "unknown recipe 'no'",
-    "--set batch_norm_group_size=7": "batch_norm_group_size=7 must cut the",
-    "--config nowhere.yaml": "cannot read Accelerate config nowhere.yaml: No such file or directory",
     "--resume": "--resume needs to know the run: type --resume DIR, or --run-dir DIR --resume",
     "--resume a --run-dir b": "--resume a and --run-dir b name two runs: type one of them",
-    "--resume nowhere": "there is no run in nowhere to resume",
-    "eval --ckpt nowhere.pt": "there is no checkpoint nowhere.pt",
     "bench --seconds 0": "--seconds must be above 0, not 0.0",
     "--num-processes 0": "--num-processes must be 1 or more, not 0",
     "predict --ckpt x a.png --top 0": "--top must be 1 or more, not 0",
@@ -208,18 +190,6 @@ def test_files_that_are_read_or_belong_to_a_run_are_not_overwritten(command):
             assert code == 2 and line.startswith(f"--json {place} would overwrite ") and why in line
 
 
-def test_other_files_may_be_overwritten():
-    """Also in a run directory, and under the name of a run's file elsewhere."""
-    for name in ("summary.json", "metrics.jsonl", "config.yaml"):
-        Path(name).write_text("{}")
-        check_json(Path(name), "absent")
-        Path(name).unlink()
-    Path("run").mkdir()
-    for name in ("config.yaml", "eval.json"):
-        Path("run", name).write_text("{}")
-    check_json(Path("run/eval.json"), "absent")
-
-
 @pytest.mark.parametrize(
     "argv", [["--dataset", ""], ["--recipe="], ["--resume", ""], ["predict", "--ckpt", "run", ""], ["eval", "--ckpt="]]
 )
@@ -244,16 +214,3 @@ def test_weights_that_are_missing_are_one_line(monkeypatch):
     place = Path("nowhere/checkpoints/resnet18-f37072fd.pth")
     assert code == 2
     assert line.startswith(f"the ImageNet weights {place} could not be downloaded (no network here):")
-
-
-@pytest.mark.parametrize("fault", ["file", "code", "lines"])
-def test_the_invariant_itself_can_fail(monkeypatch, fault):
-    def misbehave(argv):
-        if fault == "file":
-            Path("left behind").touch()
-        print("error: mistake", *["\n"] * (fault == "lines"), file=sys.stderr)
-        return 1 if fault == "code" else 2
-
-    monkeypatch.setattr(sys.modules[__name__], "main", misbehave)
-    with pytest.raises(AssertionError):
-        run("anything")

@@ -1,21 +1,28 @@
 """An Accelerate config means the same by `--config` and under `accelerate launch`, or a note or a refusal says why."""
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
 from cifar_dist.config.accelerate_config import (
     AccelerateConfig,
+    cpu_requested,
     load_accelerate_config,
     precision_requested,
+    process_count_note,
+    processes_to_start,
     requested_compiler,
+    with_processes,
 )
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.world import World
 from cifar_dist.runtime import device
 from cifar_dist.runtime.device import DeviceFacts
-from cifar_dist.runtime.launch import child_environment
+from tests.conftest import ROOT
 
+CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+ALONE, OUTER = World(), World(size=2, local_size=2, launcher="torchrun")
 SINGLE, MULTI = "distributed_type: 'NO'\n", "distributed_type: MULTI_GPU\nnum_processes: 2\nmain_process_port: 0\n"
 
 
@@ -150,12 +157,112 @@ def test_mixed_precision_no_is_float32_by_config_and_noted_under_accelerate_laun
     assert choose(outer, environ, monkeypatch, capability=(6, 0)).notes == ()
 
 
-def test_notes_reach_the_user(tmp_path, monkeypatch):
-    config = AccelerateConfig(notes=("x.yaml: ignored here: debug",))
-    assert "x.yaml: ignored here: debug" in choose(config, {}, monkeypatch).notes
+def test_who_starts_processes():
+    two = AccelerateConfig(path="two.yaml", num_processes=2)
+    assert processes_to_start(ALONE, AccelerateConfig()) == 1
+    assert processes_to_start(ALONE, two) == 2
+    assert processes_to_start(ALONE, with_processes(two, None, ALONE)) == 2
+    assert processes_to_start(ALONE, with_processes(two, 3, ALONE)) == 3
+    assert processes_to_start(ALONE, with_processes(AccelerateConfig(), 3, ALONE)) == 3
+    assert processes_to_start(OUTER, with_processes(two, 3, OUTER)) == 1, "that world is there already"
+    assert processes_to_start(World(launcher="torchrun"), two) == 1, "WORLD_SIZE=1 is a world too"
+    nodes = AccelerateConfig(path="n.yaml", num_processes=8, num_machines=2)
+    assert with_processes(nodes, 8, ALONE).num_processes == 8
+    assert with_processes(nodes, 4, OUTER).num_processes == 4, "nothing is started"
+    with pytest.raises(UserError, match="contradict each other"):
+        with_processes(nodes, 4, ALONE)
 
 
-def test_what_compiles_is_handed_down_to_processes_that_are_started():
-    environ = {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "ACCELERATE_DYNAMO_MODE": "max-autotune"}
-    child = child_environment(environ, load_accelerate_config(None, environ), 2)
-    assert environ.items() <= child.items()
+def test_one_line_says_which_number_of_processes_counts():
+    four = AccelerateConfig(path="four.yaml", num_processes=4)
+    says = "WORLD_SIZE says that there are 2 processes: that counts, and not "
+    assert process_count_note(OUTER, four) == says + "four.yaml (4 processes)"
+    assert process_count_note(OUTER, with_processes(four, 3, OUTER)) == says + "--num-processes 3"
+    assert process_count_note(OUTER, with_processes(AccelerateConfig(), 1, OUTER)) == says + "--num-processes 1"
+    agreed = [(OUTER, with_processes(four, 2, OUTER)), (OUTER, AccelerateConfig()), (ALONE, four)]
+    assert [process_count_note(*each) for each in agreed] == [None] * 3
+    assert process_count_note(World(size=2, launcher="slurm"), four).startswith("Slurm says")
+    assert "says that there is one process:" in process_count_note(World(launcher="torchrun"), four)
+
+
+@pytest.mark.parametrize(
+    ("environ", "path", "wanted"),
+    [
+        ({}, None, False),
+        ({"ACCELERATE_USE_CPU": "true"}, None, True),
+        ({"ACCELERATE_USE_CPU": "true"}, "x.yaml", True),  # typed before torchrun: the user's word
+        ({"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no"}, None, True),  # accelerate launch --cpu
+        ({"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no"}, "x.yaml", False),
+        ({"ACCELERATE_USE_CPU": "False"}, None, False),
+    ],
+)
+def test_who_asks_for_the_cpu(environ, path, wanted):
+    assert cpu_requested(AccelerateConfig(path=path), environ) is wanted
+    assert cpu_requested(AccelerateConfig(path=path, use_cpu=True), environ)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_each_config_is_a_genuine_accelerate_config(path):
+    theirs, ours = load_config_from_file(str(path)), load_accelerate_config(str(path))
+    counts = {"multi_cpu": (2, 1), "multi_gpu": (2, 1), "multi_node": (8, 2)}.get(path.stem, (1, 1))
+    assert (theirs.num_processes, theirs.num_machines) == (ours.num_processes, ours.num_machines) == counts
+    assert theirs.use_cpu == ours.use_cpu == (path.stem in ("cpu", "multi_cpu"))
+    assert ours.mixed_precision is None
+    comment = path.read_text().split("compute_environment")[0]
+    assert f"python launch.py --config accelerate_configs/{path.name}" in comment
+    assert "accelerate launch" in comment
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epochs: 3", "unknown key 'epochs'"),
+        ("use_cpuu: true", "unknown key 'use_cpuu', did you mean 'use_cpu'?"),
+        ("distributed_type: NO", "quote it"),
+        ("distributed_type: FSDP", "must be one of NO, MULTI_GPU, MULTI_CPU, not 'FSDP'"),
+        ("dynamo_config: {dynamo_backend: FX2TRT}", "dynamo_backend must be one of NO, EAGER,"),
+        ("dynamo_config: {dynamo_use_fullgraph: true}", "dynamo_use_fullgraph is not served"),
+        ("dynamo_config: {dynamo_backend: false}", "quote it"),
+        ("dynamo_config: INDUCTOR", "dynamo_config must be a mapping, not 'INDUCTOR'"),
+        ("gpu_ids: [0, 1]", "gpu_ids must be text, not [0, 1]"),
+        ("mixed_precision: fp8", "must be one of no, fp16, bf16"),
+        ("num_processes: -1", "num_processes must be 1 or more, not -1"),
+        ("num_processes: two", "num_processes must be a whole number, not 'two'"),
+        ("num_processes: 3\nnum_machines: 2", "num_processes=3 of all machines does not divide by"),
+        ("num_processes: 4\nnum_machines: 2", "several machines need main_process_ip"),
+        ("num_processes: 4\nnum_machines: 2\nmachine_rank: 2", "machine_rank=2 must be below num_machines=2"),
+    ],
+)
+def test_a_bad_config_is_refused(tmp_path, text, message):
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as refusal:
+        load_accelerate_config(str(file))
+    assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("typed", "config", "outer", "precision"),
+    [
+        ("no", "fp16", "bf16", "no"), (None, "fp16", "bf16", "fp16"), (None, None, "bf16", "bf16"),
+        (None, None, "no", "auto"), (None, None, None, "auto"),
+    ],
+)  # fmt: skip
+def test_the_flag_wins_over_the_config_over_the_environment(typed, config, outer, precision):
+    environ = {} if outer is None else {"ACCELERATE_MIXED_PRECISION": outer}
+    assert precision_requested(typed, AccelerateConfig(mixed_precision=config), environ) == precision
+
+
+def test_the_config_says_what_compiles_else_the_environment(tmp_path):
+    file, outer = tmp_path / "config.yaml", {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}
+    file.write_text("dynamo_config: {dynamo_backend: inductor, dynamo_mode: max-autotune}")
+    config = load_accelerate_config(str(file))
+    assert (requested_compiler(config, {}), config.dynamo_mode) == ("INDUCTOR", "max-autotune")
+    switched_off = ", ".join(f"dynamo_use_{what}: false" for what in ("dynamic", "fullgraph", "regional_compilation"))
+    file.write_text(f"dynamo_config: {{dynamo_backend: INDUCTOR, {switched_off}}}")  # as `accelerate config` writes it
+    assert load_accelerate_config(str(file)).dynamo_backend == "INDUCTOR"
+    file.write_text("use_cpu: true")
+    assert requested_compiler(load_accelerate_config(str(file)), outer) is None
+    assert requested_compiler(AccelerateConfig(), outer) == "INDUCTOR"
+    assert requested_compiler(AccelerateConfig(), {"ACCELERATE_DYNAMO_BACKEND": "no"}) is None
+    assert requested_compiler(AccelerateConfig(), {}) is None

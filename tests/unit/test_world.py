@@ -1,4 +1,4 @@
-"""Mistakes in the environment of a world are one line; while ranks are awaited, signals act and a line says so."""
+"""The world is read once from the environment; its ranks meet at rank 0's store, and signals act meanwhile."""
 
 import contextlib
 import itertools
@@ -16,13 +16,67 @@ from cifar_dist import cli
 from cifar_dist.config.accelerate_config import AccelerateConfig
 from cifar_dist.config.errors import PeerFailedError, UserError
 from cifar_dist.config.world import World, first_host
-from cifar_dist.runtime import rendezvous as meeting
+from cifar_dist.runtime import rendezvous as module
 from cifar_dist.runtime.distributed import connect, start
 from cifar_dist.runtime.rendezvous import rendezvous
 
 TWO = World(rank=0, size=2, local_rank=0, local_size=1, launcher="torchrun")
 OTHER = World(rank=1, size=2, local_rank=0, local_size=1, launcher="torchrun")
 STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_STEP_NODELIST": "n[1-2]"}
+SLURM = {"SLURM_STEP_ID": "2", "SLURM_JOB_ID": "71", "SLURM_STEP_NODELIST": "gpu[07-09,12]"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "world"),
+    [
+        ({}, World()),
+        ({"WORLD_SIZE": "1", "RANK": "0"}, World(launcher="torchrun")),
+        (
+            {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
+            World(rank=3, size=4, local_rank=1, local_size=2, launcher="torchrun"),
+        ),
+        (
+            {**SLURM, "SLURM_PROCID": "4", "SLURM_NTASKS": "5", "SLURM_LOCALID": "0", "SLURM_NODEID": "2"}
+            | {"SLURM_STEP_TASKS_PER_NODE": "2(x2),1"},
+            World(
+                rank=4, size=5, local_rank=0, local_size=1, launcher="slurm",
+                main_address="gpu07", main_port=12_000 + 71 * 31 + 2,
+            ),
+        ),
+        (
+            {**SLURM, "SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1", "MASTER_ADDR": "a"}
+            | {"SLURM_STEP_TASKS_PER_NODE": "2", "MASTER_PORT": "1234"},
+            World(rank=1, size=2, local_rank=1, local_size=2, launcher="slurm"),
+        ),
+        (
+            {**SLURM, "SLURM_PROCID": "2", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_NODEID": "1"}
+            | {"SLURM_STEP_TASKS_PER_NODE": "1,3", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+            World(rank=2, size=4, local_rank=1, local_size=3, launcher="slurm"),
+        ),
+        ({**SLURM, "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, World()),  # one task may start processes itself
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "3"}, World()),  # a salloc shell is no task
+        ({**SLURM, "SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}, World()),  # nor is this one
+    ],
+)  # fmt: skip
+def test_the_world_is_read_from_the_environment(environ, world):
+    assert World.from_environment(environ) == world
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"WORLD_SIZE": "two"},
+        {"WORLD_SIZE": "2", "RANK": "2", "LOCAL_WORLD_SIZE": "2"},
+        {"WORLD_SIZE": "2", "RANK": "-1"},
+        {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+        {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"},  # would wait without a word
+        {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"},  # ranks would not agree on how many share a machine
+        {"OMPI_COMM_WORLD_SIZE": "2"},  # two worlds of one
+    ],
+)
+def test_a_broken_world_is_refused(environ):
+    with pytest.raises(UserError, match=r"RANK|WORLD_SIZE"):
+        World.from_environment(environ)
 
 
 @pytest.mark.parametrize(
@@ -53,11 +107,11 @@ def test_ranks_of_mpirun_are_refused_in_a_slurm_job_too(environ, size):
 @pytest.mark.parametrize(
     ("nodelist", "host"),
     [
-        ("rack[0-1]node[0-3]", "rack0node0"), ("r[01,3]n[7-9]x,b", "r01n7x"), ("a[1-2]b,c[3-4]", "a1b"),
-        ("a,b[1]", "a"), ("n[2-3]-[05-06]-ib[1],z", "n2-05-ib1"),
+        ("n1", "n1"), ("gpu[003-005,9],cpu1", "gpu003"), ("a,b[1-2]", "a"), ("", ""), ("a[1-2]b,c[3-4]", "a1b"),
+        ("rack[0-1]node[0-3]", "rack0node0"), ("n[2-3]-[05-06]-ib[1],z", "n2-05-ib1"),
     ],
 )  # fmt: skip
-def test_the_first_host_of_a_list_with_several_brackets(nodelist, host):
+def test_the_first_host_of_a_slurm_step(nodelist, host):
     assert first_host(nodelist) == host
 
 
@@ -68,8 +122,8 @@ def port(monkeypatch) -> Iterator[int]:
         number = server.getsockname()[1]
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(number)}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(meeting, "ANSWER_SECONDS", 0.5)
-    monkeypatch.setattr(meeting, "_WORLDS", itertools.repeat(0))
+    monkeypatch.setattr(module, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(module, "_WORLDS", itertools.repeat(0))
     yield number
     for thread in threading.enumerate():
         if thread.name == "rendezvous":
@@ -95,7 +149,7 @@ def test_a_mistake_in_the_environment_is_one_line(port, environ, message, monkey
 
 
 def test_an_unknown_host_name_has_time_to_become_known(port, monkeypatch):
-    monkeypatch.setattr(meeting, "FIRST_NOTE_SECONDS", 0.0)
+    monkeypatch.setattr(module, "FIRST_NOTE_SECONDS", 0.0)
     tried = []
 
     def resolve(*_, **__):
@@ -106,11 +160,6 @@ def test_an_unknown_host_name_has_time_to_become_known(port, monkeypatch):
     with pytest.raises(UserError, match=r"cannot reach MASTER_ADDR=127.0.0.1 \(rank 0\): .*Name or service not known"):
         rendezvous(OTHER, "gloo")
     assert len(tried) > 1 and tried[-1] - tried[0] > 0.4
-
-
-def test_a_port_in_use_is_named(port):
-    with socket.create_server(("", port)), pytest.raises(UserError, match=f"port {port} of .* is in use: set MASTER_P"):
-        rendezvous(TWO, "gloo")
 
 
 def test_another_program_at_the_address_is_not_waited_for(port):
@@ -146,8 +195,8 @@ def test_two_processes_of_one_rank_both_end(port):
     ],
 )
 def test_who_is_awaited_is_said_and_ctrl_c_acts(world, line, port, monkeypatch, capsys):
-    monkeypatch.setattr(meeting, "FIRST_NOTE_SECONDS", 0.0)
-    monkeypatch.setattr(meeting, "NOTE_EVERY_SECONDS", 0.2)
+    monkeypatch.setattr(module, "FIRST_NOTE_SECONDS", 0.0)
+    monkeypatch.setattr(module, "NOTE_EVERY_SECONDS", 0.2)
     printed = []
 
     def note(text, **_):
@@ -155,7 +204,7 @@ def test_who_is_awaited_is_said_and_ctrl_c_acts(world, line, port, monkeypatch, 
         if len(printed) == 3:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(meeting, "print", note, raising=False)
+    monkeypatch.setattr(module, "print", note, raising=False)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -163,6 +212,16 @@ def test_who_is_awaited_is_said_and_ctrl_c_acts(world, line, port, monkeypatch, 
     finally:
         signal.signal(signal.SIGINT, before)
     assert re.fullmatch(line.format(port), printed[2]), printed
+
+
+def test_restarted_processes_do_not_find_the_keys_of_those_before(monkeypatch):
+    def keys(restarts):
+        monkeypatch.setattr(module, "_WORLDS", itertools.count())  # as in a new process
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+        return {module._prefix(), module._prefix()}
+
+    assert keys("0") == keys("0")
+    assert len(keys("0") | keys("1")) == 4
 
 
 def test_variables_of_others_are_left_alone_while_a_run_trains(monkeypatch):
@@ -226,13 +285,3 @@ def test_only_a_lost_peer_is_taken_for_one(error, is_lost_peer, monkeypatch, cap
     assert end.value.code == 1
     assert shown.startswith("rank 1 ends: another process is gone (") == is_lost_peer
     assert ("Traceback" in shown) != is_lost_peer
-
-
-def test_restarted_processes_do_not_find_the_keys_of_those_before(monkeypatch):
-    def keys(restarts):
-        monkeypatch.setattr(meeting, "_WORLDS", itertools.count())  # as in a new process
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
-        return {meeting._prefix(), meeting._prefix()}
-
-    assert keys("0") == keys("0")
-    assert len(keys("0") | keys("1")) == 4
