@@ -169,7 +169,8 @@ def _unpack(archive: Archive, tarball: Path, folder: Path) -> None:
     """Unpack what `folder` lacks; each file is moved into place when it is whole."""
     folder.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary, tarfile.open(tarball, "r:gz") as tar:
-        tar.extractall(temporary, filter="data")
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)  # new in Python 3.11.4
+        tar.extractall(temporary)
         for file in Path(temporary, archive.folder).iterdir():
             if not os.path.lexists(folder / file.name):
                 file.replace(folder / file.name)
