@@ -71,6 +71,8 @@ def digest(recipe: Recipe) -> str:
     values = recipe_to_mapping(recipe)
     if recipe.image_size_schedule is not None:  # in pixels, as it was when the first results were recorded
         values["image_size_schedule"] = [[round(s * recipe.image_size), end] for s, end in recipe.image_size_schedule]
+    if recipe.validation_size == "auto":  # likewise
+        values["validation_size"] = 5000
     text = json.dumps(switched_on(values), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
