@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # The scripts of this folder source it, with `project` set: it enters the project and activates its environment.
-# docs/slurm.md has its settings; what follows is done by cifar_dist/run/slurm.py.
+# docs/slurm.md has its settings; job.py does what follows.
 # shellcheck disable=SC2154 # set there
 
 fail() { echo "error: $*" >&2; exit 2; }

@@ -21,4 +21,4 @@ project=${SLURM_SUBMIT_DIR:-$PWD}
 [[ -f $project/launch.py ]] || { echo "error: there is no launch.py in $project: submit from its folder" >&2; exit 2; }
 # shellcheck source=slurm/setup.sh
 source "$project/slurm/setup.sh"
-exec python -m cifar_dist.run.slurm train "$@"
+exec python slurm/job.py train "$@"

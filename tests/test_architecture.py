@@ -33,7 +33,6 @@ NO_TORCH_FILES = {
     "run/directory.py",
     "run/lock.py",
     "run/checks.py",
-    "run/slurm.py",
     "runtime/launch.py",
     "runtime/signals.py",
     "runtime/output.py",

@@ -11,13 +11,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import distributed
+from torch.utils.data import TensorDataset
 
 import cifar_dist
-from cifar_dist import Recipe, evaluate, load_model, train
+from cifar_dist import Recipe, evaluate, load_model, predict, train
 from cifar_dist.config.errors import UserError
+from cifar_dist.run.directory import RunDirectory
 from cifar_dist.run.results import Summary
-from tests.commands.test_train import small_world_in
-from tests.conftest import ROOT
+from tests.commands.test_train import NarrowResNet, small_world_in
+from tests.conftest import ROOT, make_images
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "api.md").read_text(), re.DOTALL)
 
@@ -64,21 +66,10 @@ def test_the_first_blocks_train_evaluate_and_load(small, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_path_is_shown_as_it_is(monkeypatch, capsys):
-    def shown(options, world, config, console):
-        console.print(f"{options.checkpoint}")
-
-    monkeypatch.setattr("cifar_dist.api.evaluate_command.evaluate", shown)
-    evaluate("runs/:100:")
-    assert capsys.readouterr().out == "runs/:100:\n"
-
-
 def test_mistakes_are_exceptions(small):
     assert issubclass(cifar_dist.UserError, Exception) and "UserError" in dir(cifar_dist)
     with pytest.raises(UserError, match="unknown recipe 'quik'"):
         train("quik")
-    with pytest.raises(UserError, match="there is no checkpoint"):
-        load_model("nowhere")
     with pytest.raises(UserError, match="asks for 2 processes, and this is one"):
         train("original", dataset="shapes", config=str(ROOT / "accelerate_configs" / "multi_cpu.yaml"))
     for wrong in ({"split": "train"}, {"tta": "Mirror"}, {"precision": "fp32"}):
@@ -86,8 +77,6 @@ def test_mistakes_are_exceptions(small):
             evaluate("x", **wrong)
     with pytest.raises(UserError, match="run_dir is empty"):
         train("original", dataset="shapes", run_dir="")
-    with pytest.raises(UserError, match="unknown tracker 'tensorbord'"):
-        train("original", dataset="shapes", trackers="tensorbord")
     diverging = Recipe.load("original", epochs=1, **{"optimizer.learning_rate": 1e30})
     with pytest.raises(RuntimeError, match="exit code 1"):
         train(diverging, dataset="shapes", run_dir="diverged", quiet=True)
@@ -163,3 +152,82 @@ def test_a_process_group_of_the_caller_stays(small):
 def test_the_callers_number_of_threads_stays(small):
     torch.set_num_threads(3)
     assert train_briefly().num_threads != 3 and torch.get_num_threads() == 3
+
+
+BRIEF = Recipe.load("original", epochs=2, validation_size=24, global_batch_size=24)
+
+
+@pytest.fixture
+def images(small) -> list[str]:
+    """Five image files and one that is none; in the current folder, a state dict of two classes."""
+    make_images(Path("images"))
+    torch.save(NarrowResNet(num_classes=2).state_dict(), "bare.pth")
+    Path("broken.png").write_bytes(b"no image")
+    return ["images/test/dark", "images/test/light/0.png", "broken.png"]
+
+
+def test_what_is_quiet_prints_nothing(images, capfd):
+    summary = train(BRIEF, dataset="shapes", run_dir="x", quiet=True)
+    assert train(BRIEF, dataset="shapes", run_dir="x", resume=True, quiet=True) == summary
+    evaluate("x", quiet=True)
+    predict("x", images, quiet=True)
+    load_model("x")
+    with pytest.raises(RuntimeError, match=r"\(exit code 1\): diverged: the loss is not finite in epoch 1"):
+        train(Recipe.load("original", **{"optimizer.learning_rate": 1e30}), dataset="shapes", run_dir="y", quiet=True)
+    assert capfd.readouterr() == ("", "")
+    train(BRIEF, dataset="shapes", run_dir="z")
+    assert "epoch 2/2" in capfd.readouterr().out
+
+
+def test_a_summary_has_the_validation_accuracy_of_the_best_epoch(small):
+    summary = train(BRIEF, dataset="shapes", run_dir="x", quiet=True)
+    best = RunDirectory(Path("x")).read_records()[summary.best_epoch - 1]
+    assert summary.best_val_acc == best.val_acc
+    assert RunDirectory(Path("x")).read_summary() == summary
+    assert train("original", dataset="shapes", run_dir="y", quiet=True).best_val_acc is None, "it has no validation"
+
+
+def test_predictions_are_records(images, capfd):
+    *read, broken = predict("bare.pth", images, top=1)
+    assert [each.file for each in read] == [*(f"images/test/dark/{i}.png" for i in range(4)), images[1]]
+    assert all(each.error is None and len(each.classes) == 1 and each.classes[0][0] in "01" for each in read)
+    assert (broken.file, broken.classes) == ("broken.png", ()) and "damaged" in broken.error
+    assert "error: broken.png cannot be read" in capfd.readouterr().err
+    (one,) = predict("bare.pth", Path(images[1]), quiet=True)
+    assert sum(probability for _, probability in one.classes) == pytest.approx(1, abs=1e-4)
+
+
+def test_the_block_on_images_runs(images):
+    train(BRIEF, dataset="shapes", run_dir="runs/mine", quiet=True)
+    Path("cat.png").write_bytes(Path(images[1]).read_bytes())
+    Path("photos").symlink_to(images[0])
+    (block,) = (each for each in BLOCKS if "predict(" in each)
+    exec(block, {})
+    model = load_model("runs/mine")
+    assert model.class_names == tuple(f"class{i}" for i in range(10))
+    assert model.recipe.normalization.mean == (0.5, 0.5, 0.5)
+    assert load_model("bare.pth").class_names is None
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: train("quick", dataset="shapes", run_dir="held"), "add resume=True to go on .* name another run_dir"),
+        (lambda: train("quick", resume=True), "resume=True needs run_dir"),
+        (lambda: train("quick", dataset=TensorDataset(torch.ones(1))), "dataset is of type TensorDataset: it must be"),
+        (lambda: train(Path("my.yaml"), dataset="shapes"), "recipe file my.yaml does not exist"),
+        (lambda: evaluate(None), "checkpoint is empty: it must be"),
+        (lambda: predict("bare.pth", [torch.ones(3, 32, 32)]), "images is of type Tensor: it must be paths"),
+        (lambda: predict("bare.pth", "images", top=0), "^top must be 1 or more"),
+        (lambda: predict("bare.pth", "images", top="3"), "top must be a whole number, not .3"),
+        (lambda: predict("bare.pth", []), "images is empty: it must be"),
+        (lambda: train("quick", trackers=5), "trackers is of type int: it must be"),
+        (lambda: load_model(torch.nn.Identity()), "checkpoint is of type Identity: it must be"),
+    ],
+)
+def test_errors_name_arguments_of_python(images, call, message):
+    Path("held").mkdir()
+    Path("held/metrics.jsonl").touch()
+    with pytest.raises(UserError, match=message) as error:
+        call()
+    assert "--" not in str(error.value)

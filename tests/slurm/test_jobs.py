@@ -236,13 +236,6 @@ def test_an_agent_a_node(cluster, submit, project, launcher):
     assert summary_of(run_of(project, job_id))["status"] == "interrupted"
 
 
-@pytest.mark.parametrize("script", [TRAIN, EVAL, ARRAY])
-def test_the_scripts_are_accepted(cluster, project, script):
-    for more in ((), ("--nodes=2", "--gpus-per-node=2"), ("--gpus=3",), ("--ntasks=4", "--gpus-per-task=1")):
-        tested = cluster.run("sbatch", "--test-only", *more, script, cwd=project)
-        assert tested.returncode == 0, tested.stderr
-
-
 def commands() -> list[str]:
     """What README and docs/slurm.md have a reader submit; there are two nodes here."""
     text = "\n".join((ROOT / name).read_text() for name in ("README.md", "docs/slurm.md"))

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cifar_dist.config.errors import UserError
-from cifar_dist.run.slurm import job_end, split_run_dir, step_command
+from slurm.job import JobError, job_end, split_run_dir, step_command
 from tests.conftest import ROOT
 
 # Writes its arguments down, leaves the summary that it is told to, and ends as it is told to.
@@ -39,7 +38,7 @@ RUN = "runs/cifar-dist-71"
 @pytest.fixture
 def project(tmp_path) -> Path:
     (tmp_path / "bin").mkdir()
-    python = f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -S -P "$@"\n'  # the module needs no other package
+    python = f'#!/bin/sh\nexec {sys.executable} -S "$@"\n'  # the module needs no other package
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("python", python)):
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
@@ -142,7 +141,7 @@ def test_an_agent_a_node(launcher, command):
     ],
 )
 def test_what_cannot_be_started_is_refused(environ, host, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(JobError, match=message):
         step_command(environ, host)
 
 

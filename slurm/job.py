@@ -1,6 +1,6 @@
 """A Slurm job: the layout of its tasks, the command that starts them, and what becomes of the job afterwards.
 
-Run by the scripts of slurm/ as `python -m cifar_dist.run.slurm train|eval ARGUMENTS`. Without torch.
+Run by the scripts of this folder as `python slurm/job.py train|eval ARGUMENTS`. It needs Python alone.
 """
 
 import json
@@ -13,11 +13,15 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from cifar_dist.config.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
-
+EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 75
+"""As cifar_dist/config/errors.py has them."""
 _MOST_RESTARTS = 3
 """Restarts in a row that did not train any further."""
 _COPY = 'mkdir -p "$1" && cp -ru "$0"/cifar-*-* "$1"'
+
+
+class JobError(Exception):
+    """A job that cannot be started as it was asked for."""
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
@@ -30,7 +34,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
         if command == "eval":
             os.execvpe(step[0], [*step, "eval", *arguments], child)
         return _train(step, arguments, child)
-    except UserError as error:
+    except JobError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
 
@@ -59,7 +63,7 @@ def child_environment(environ: Mapping[str, str], host: str) -> dict[str, str]:
 
 
 def step_command(environ: Mapping[str, str], host: str) -> list[str]:
-    """Return the command that starts launch.py in all processes of the job. Raises UserError.
+    """Return the command that starts launch.py in all processes of the job. Raises JobError.
 
     There is a task for each GPU of a node, else one a node; a typed number of tasks wins. srun is told all of it, and
     the CPUs: for `--gpus-per-node=8` alone it would start one task with one CPU a node.
@@ -84,11 +88,11 @@ def step_command(environ: Mapping[str, str], host: str) -> list[str]:
     if launcher == "srun":  # each process is a task, and gets every signal itself
         return ["srun", *layout, f"--cpus-per-task={cpus or 1}", "--kill-on-bad-exit=1", "python", "launch.py"]
     if launcher not in ("torchrun", "accelerate"):
-        raise UserError(f"CIFAR_DIST_LAUNCHER must be srun, torchrun or accelerate, not {launcher}")
+        raise JobError(f"CIFAR_DIST_LAUNCHER must be srun, torchrun or accelerate, not {launcher}")
     if not is_even:
-        raise UserError(f"{launcher} starts equally many processes a node: type --ntasks-per-node")
+        raise JobError(f"{launcher} starts equally many processes a node: type --ntasks-per-node")
     if not host:
-        raise UserError(f"{launcher} needs scontrol to find the first node")
+        raise JobError(f"{launcher} needs scontrol to find the first node")
     step = [*_one_task_a_node(nodes, node_cpus), "--kill-on-bad-exit=1"]
     port = _port(environ)
     if launcher == "torchrun":
@@ -118,7 +122,7 @@ def _train(step: list[str], typed: list[str], environ: Mapping[str, str]) -> int
         data_dir = following.get("--data-dir", "data")
         copy = [*_one_task_a_node(int(environ.get("SLURM_JOB_NUM_NODES", 1)), 1), "bash", "-c", _COPY, data_dir, stage]
         if subprocess.run(copy, env=environ, check=False).returncode:
-            raise UserError(f"cannot copy {data_dir}/cifar-* to {stage}")
+            raise JobError(f"cannot copy {data_dir}/cifar-* to {stage}")
         arguments += ["--data-dir", stage]
 
     signals: list[int] = []
