@@ -294,3 +294,10 @@ def test_shellcheck():
     scripts = [*(ROOT / "slurm").glob("*.sh"), *(ROOT / "benchmarks").glob("*.sh"), ROOT / "tests/slurm/cluster.sh"]
     checked = subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.parametrize("script", ["train.sh", "array.sh", "eval.sh"])
+def test_a_job_asks_for_nothing_that_a_node_may_lack(script):
+    lines = (ROOT / "slurm" / script).read_text().splitlines()
+    asked = {line.split()[1].partition("=")[0] for line in lines if line.startswith("#SBATCH")}
+    assert asked <= {"--job-name", "--output", "--open-mode", "--time", "--array", "--requeue", "--signal"}
