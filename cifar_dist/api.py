@@ -2,10 +2,11 @@
 
 import os
 import re
+import typing
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
 
@@ -26,6 +27,8 @@ from cifar_dist.run.weights import read_weights
 
 PathLike = str | os.PathLike[str]
 Precision = Literal["auto", "no", "fp16", "bf16"]
+T = TypeVar("T")
+_SEVERAL = ("images", "trackers")
 _NAMES = {"ckpt": "checkpoint", "resume": "resume=True", "tracker": "trackers"}
 
 
@@ -62,16 +65,9 @@ def train(
     """
     if resume and run_dir is None:
         raise UserError("resume=True needs run_dir: the run's folder")
-    options = TrainOptions(
-        recipe=recipe if isinstance(recipe, Recipe) else _text("recipe", recipe, "a name, a file or a Recipe"),
-        dataset=_dataset(dataset),
-        data_dir=_folder("data_dir", data_dir),
-        run_dir=_folder("run_dir", run_dir),
-        resume=resume,
-        precision=precision,
-        config=_text("config", config, "a file"),
-        trackers=_several("trackers", trackers, "names of trackers"),
-        quiet=quiet,
+    places = {"dataset": dataset, "data_dir": data_dir, "run_dir": run_dir, "config": config}
+    options = _options(
+        TrainOptions, recipe=recipe, **places, resume=resume, precision=precision, trackers=trackers, quiet=quiet
     )
     world, accelerate_config = World.from_environment(os.environ), _load_config(options.config)
     if (count := processes_to_start(world, accelerate_config)) > 1:
@@ -101,16 +97,8 @@ def evaluate(
 
     Defaults are those of the checkpoint. Raises UserError.
     """
-    options = EvalOptions(
-        checkpoint=_path("checkpoint", checkpoint, "a run directory or a file"),
-        dataset=_dataset(dataset),
-        data_dir=_folder("data_dir", data_dir),
-        split=split,
-        recipe=_text("recipe", recipe, "a name or a file"),
-        tta=tta,
-        precision=precision,
-        config=_text("config", config, "a file"),
-    )
+    places = {"checkpoint": checkpoint, "dataset": dataset, "data_dir": data_dir, "config": config}
+    options = _options(EvalOptions, **places, split=split, recipe=recipe, tta=tta, precision=precision)
     world = World.from_environment(os.environ)
     console = make_console(quiet=quiet or world.rank > 0)
     return evaluate_command.evaluate(options, world, _load_config(options.config), console)
@@ -132,17 +120,11 @@ def predict(
     `checkpoint` is a run directory, a checkpoint or a bare state dict, whose classes are numbered. Files that could
     not be read come last, with the reason. Raises UserError if none could be read.
     """
-    paths = _several("images", images, "paths of files or folders")
-    if not paths:
-        raise UserError("images is empty: it must be paths of files or folders")
-    options = PredictOptions(
-        checkpoint=_path("checkpoint", checkpoint, "a run directory or a file"),
-        images=[_path("images", each, "paths of files or folders") for each in paths],
-        recipe=_text("recipe", recipe, "a name or a file"),
-        top=top,
-        precision=precision,
-        config=_text("config", config, "a file"),
+    options = _options(
+        PredictOptions, checkpoint=checkpoint, images=images, recipe=recipe, top=top, precision=precision, config=config
     )
+    if not options.images:
+        raise UserError("images is empty: it must be paths of files or folders")
     world = World.from_environment(os.environ)
     console = make_console(quiet=quiet or world.rank > 0)
     on_failure = (lambda text: None) if quiet else print_error
@@ -157,41 +139,35 @@ def load_model(checkpoint: PathLike, *, recipe: PathLike | None = None) -> nn.Mo
     `.image_size`), its output logits (N, classes) of `model.class_names`; None for a bare state dict.
     Raises UserError.
     """
-    path = _path("checkpoint", checkpoint, "a run directory or a file")
-    weights = read_weights(path, _text("recipe", recipe, "a name or a file"))
+    options = _options(EvalOptions, checkpoint=checkpoint, recipe=recipe)
+    weights = read_weights(options.checkpoint, options.recipe)
     model = weights.build(torch.device("cpu"), torch.contiguous_format)
     vars(model).update(class_names=weights.class_names, recipe=weights.recipe)
     return model
 
 
-def _text(name: str, value: Any, what: str) -> str | None:
-    """Return a path or a name as text. Raises UserError for another type, and for an empty one."""
-    if value is None:
-        return None
+def _options(cls: type[T], **values: Any) -> T:
+    """Build a command's options from a function's arguments. Raises UserError for a value of another type."""
+    hints = typing.get_type_hints(cls)
+    for name, value in values.items():
+        hint, kinds = hints[name], {hints[name], *typing.get_args(hints[name])}
+        if isinstance(value, Recipe) or not {str, Path} & kinds or (value is None and type(None) in kinds):
+            continue
+        is_several = typing.get_origin(hint) is Sequence
+        given = value if is_several and isinstance(value, Iterable) and not isinstance(value, str) else [value]
+        texts = [_text(name, each) for each in given]
+        if name == "dataset" and not isinstance(value, str):  # `Path("shapes")` is a folder, "shapes" a dataset
+            texts = [str(Path(texts[0]).absolute())]
+        converted = [Path(text) if Path in kinds else text for text in texts]
+        values[name] = tuple(converted) if is_several else converted[0]
+    return cls(**values)
+
+
+def _text(name: str, value: Any) -> str:
     if isinstance(value, str | os.PathLike) and str(value):
         return os.fspath(value)
-    given = "empty" if value == "" else f"of type {type(value).__name__}"
-    raise UserError(f"{name} is {given}: it must be {what}")
-
-
-def _path(name: str, value: Any, what: str) -> Path:
-    return Path(_text(name, "" if value is None else value, what) or "")
-
-
-def _folder(name: str, value: Any) -> Path | None:
-    return None if value is None else _path(name, value, "a folder")
-
-
-def _several(name: str, value: Any, what: str) -> tuple[Any, ...]:
-    if isinstance(value, Iterable):
-        return (value,) if isinstance(value, str) else tuple(value)
-    return (_path(name, value, what),)
-
-
-def _dataset(dataset: Any) -> str | None:
-    """Return a dataset as it is typed. `Path("./shapes")` is a folder, and as text it would be a dataset's name."""
-    text = _text("dataset", dataset, "the name of a dataset or a folder of images")
-    return text if text is None or isinstance(dataset, str) else str(Path(text).absolute())
+    given = "empty" if value in ("", None) else f"of type {type(value).__name__}"
+    raise UserError(f"{name} is {given}: it must be a path or a name{', or several' if name in _SEVERAL else ''}")
 
 
 def _load_config(path: str | None) -> AccelerateConfig:
