@@ -84,13 +84,10 @@ def test_openmp_spins_briefly_unless_the_user_chose(environ, expected, monkeypat
     ("typed", "offered"),
     [
         (("",), {"train", "eval", "predict", "export", "doctor"}),
-        (("ev",), {"eval"}),
         (("eval", "--t"), {"--tta"}),
-        (("--rec",), {"--recipe"}),
         (("train", "--recipe", "s"), {"standard", "strong"}),
         (("--set", "epochs=1", "optimizer.m"), {"optimizer.momentum="}),
         (("--tracker", "w"), {"wandb"}),
-        (("--v",), {"--version"}),
         (("eval", "--tta", ""), {"none", "mirror"}),
     ],
 )

@@ -19,12 +19,12 @@ from tests.unit.test_run_directory import state_at
 class Disk:
     """Counts the calls by which something is written, and has the one of a number fail: with an error, or by dying.
 
-    `only` counts the calls of one name alone; with `stays` all later calls fail, too.
+    With `stays` all later calls fail, too.
     """
 
-    def __init__(self, monkeypatch, fail_at=None, error=None, *, stays: bool = False, only: str | None = None):
+    def __init__(self, monkeypatch, fail_at=None, error=None, *, stays: bool = False):
         self.calls: list[str] = []
-        self.fail_at, self.error, self.stays, self.only = fail_at, error, stays, only
+        self.fail_at, self.error, self.stays = fail_at, error, stays
         for target, name in ((os, "fsync"), (os, "link"), (os, "open"), (Path, "replace"), (Path, "unlink")):
             monkeypatch.setattr(target, name, self.counted(name, getattr(target, name)))
         opened = Path.open
@@ -45,8 +45,6 @@ class Disk:
         return File(self, opened(path, mode, *arguments, **named))
 
     def count(self, name: str) -> None:
-        if self.only not in (None, name):
-            return
         number = len(self.calls)
         self.calls.append(name)
         if self.fail_at is None or number < self.fail_at or (number > self.fail_at and not self.stays):

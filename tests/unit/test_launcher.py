@@ -8,7 +8,7 @@ import sys
 import psutil
 import pytest
 
-from cifar_dist.config.accelerate_config import AccelerateConfig
+from cifar_dist.config.accelerate_config import AccelerateConfig, load_accelerate_config
 from cifar_dist.runtime import launch as launcher
 from cifar_dist.runtime.launch import _Processes, child_environment, launch
 
@@ -58,6 +58,8 @@ def test_what_somebody_wished_is_handed_down():
     assert (child["OMP_NUM_THREADS"], child["ACCELERATE_USE_CPU"]) == ("1", "true")
     child = child_environment({"ACCELERATE_MIXED_PRECISION": "bf16", "OMP_NUM_THREADS": "3"}, CONFIG, 2)
     assert (child["OMP_NUM_THREADS"], child["ACCELERATE_MIXED_PRECISION"]) == ("3", "bf16")
+    compiled = {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "ACCELERATE_DYNAMO_MODE": "max-autotune"}
+    assert compiled.items() <= child_environment(compiled, load_accelerate_config(None, compiled), 2).items()
     config = AccelerateConfig(path="x.yaml", use_cpu=True, mixed_precision="fp16")
     child = child_environment({"PYTHONPATH": "/mine", "GLOO_SOCKET_IFNAME": "eth7"}, config, 2)
     assert (child["ACCELERATE_USE_CPU"], child["ACCELERATE_MIXED_PRECISION"]) == ("true", "fp16")
