@@ -80,7 +80,7 @@ class TrainState:
     epoch: int = 0
     """Epochs done."""
     step: int = 0
-    """Optimiser steps done."""
+    """Optimizer steps done."""
     train_seconds: float = 0.0
     """Of the epochs done, over all starts of the run."""
     epoch_seconds: float = 0.0
