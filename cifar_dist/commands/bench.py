@@ -30,7 +30,7 @@ from cifar_dist.model.convolution import use_dense_products
 from cifar_dist.model.optimizer import build_optimizer
 from cifar_dist.model.resnet import build_resnet
 from cifar_dist.run.checks import recipe_for_speed
-from cifar_dist.run.directory import check_json
+from cifar_dist.run.directory import check_output
 from cifar_dist.runtime.distributed import Runtime, connect, start
 from cifar_dist.training.cuda_graphs import WARMUP_STEPS, capture
 from cifar_dist.training.evaluation import RunningSums, batch_loss
@@ -60,7 +60,7 @@ _PEAK_TERAFLOPS = {
 def run(options: BenchOptions, world: World, config: AccelerateConfig) -> int:
     """Measure, print and write the result; return the exit code."""
     console = make_console(quiet=world.rank > 0, stderr=options.json == STANDARD_OUTPUT)
-    check_json(options.json, options.recipe, options.config)
+    check_output("--json", options.json, options.recipe, options.config)
     recipe = recipe_for_speed(options)
     micro_batches, typed = recipe.gradient_accumulation_steps, options.precision
     with connect(world, config) as ranks:

@@ -18,7 +18,7 @@ from cifar_dist.data.loader import Normalizer
 from cifar_dist.display.progress import CountProgress
 from cifar_dist.display.tables import format_table
 from cifar_dist.display.terminal import make_console, print_error, print_notes
-from cifar_dist.run.directory import check_json
+from cifar_dist.run.directory import check_output
 from cifar_dist.run.results import Observer, Prediction
 from cifar_dist.run.weights import SavedWeights, read_weights
 from cifar_dist.runtime.distributed import Runtime, connect, start
@@ -74,10 +74,10 @@ def predict(
 
 def _read(options: PredictOptions) -> tuple[SavedWeights, list[ImageFile], dict[str, str], str]:
     """Return the weights, the images, those files, with the reason, that cannot be looked at, and what was skipped."""
-    check_json(options.json, options.checkpoint, options.recipe, options.config)
+    check_output("--json", options.json, options.checkpoint, options.recipe, options.config)
     weights = read_weights(options.checkpoint, options.recipe)
     files, unreadable, skipped = find_images(options.images)
-    check_json(options.json, *(file.path for file in files))
+    check_output("--json", options.json, *(file.path for file in files))
     return weights, files, unreadable, skipped
 
 

@@ -17,7 +17,7 @@ from cifar_dist.config.options import (
 )
 from cifar_dist.config.plan import KNOWN_SIZES, make_plan
 from cifar_dist.config.recipe import Recipe, read_recipe, resolve_recipe
-from cifar_dist.run.directory import RunDirectory, check_json, check_output, find_checkpoint, load_newest, verify
+from cifar_dist.run.directory import RunDirectory, check_output, find_checkpoint, load_newest, verify
 from cifar_dist.run.resolve import RunSpec, check_before_launch, check_dataset_name, check_plan
 
 EXPORT_PACKAGES = {".pth": (), ".safetensors": (), ".onnx": ("onnx", "onnxscript", "onnxruntime")}
@@ -48,7 +48,7 @@ def check_before_torch(options: Options, *, world_size: int, machine_rank: int) 
     elif isinstance(options, PredictOptions):
         from cifar_dist.data.folder import find_images
 
-        check_json(options.json, options.checkpoint, options.recipe, options.config)
+        check_output("--json", options.json, options.checkpoint, options.recipe, options.config)
         _check_weights(options.checkpoint, options.recipe)
         find_images(options.images)
     elif isinstance(options, ExportOptions):
@@ -58,7 +58,7 @@ def check_before_torch(options: Options, *, world_size: int, machine_rank: int) 
             if not RunDirectory(path).holds_run:
                 raise UserError(f"there is no run in {path}: name the folder that holds its summary.json")
     elif isinstance(options, BenchOptions):
-        check_json(options.json, options.recipe, options.config)
+        check_output("--json", options.json, options.recipe, options.config)
         make_plan(recipe_for_speed(options), world_size=world_size, sizes=KNOWN_SIZES["cifar10"], device_type="cpu")
     elif isinstance(options, DoctorOptions) and options.recipe is not None:
         resolve_recipe(read_recipe(options.recipe))
@@ -67,7 +67,7 @@ def check_before_torch(options: Options, *, world_size: int, machine_rank: int) 
 
 def check_evaluation(options: EvalOptions) -> None:
     """Raise UserError for a path or name of `eval` that cannot be used."""
-    check_json(options.json, options.checkpoint, options.recipe, options.config)
+    check_output("--json", options.json, options.checkpoint, options.recipe, options.config)
     if options.figures is not None and options.figures.exists() and not options.figures.is_dir():
         raise UserError(f"--figures {options.figures} is a file: name a folder")
     _check_weights(options.checkpoint, options.recipe)

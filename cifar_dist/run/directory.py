@@ -3,7 +3,7 @@
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -250,16 +250,18 @@ def load_newest(run: RunDirectory, load: Callable[[Path], T]) -> tuple[T | None,
             raise UserError(f"{error}; and {second}") from None
 
 
-def check_output(option: str, path: Path, inputs: Sequence[Path] = ()) -> None:
+def check_output(option: str, path: Path | None, *inputs: str | Path | None) -> None:
     """Refuse an output file that cannot be written, that is one of the inputs, or that belongs to a run.
 
     Raises UserError.
     """
+    if path is None or path == STANDARD_OUTPUT:
+        return
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise UserError(f"{option} {path} cannot be written: name a file in a folder that exists")
     if not path.exists():
         return
-    if any(os.path.exists(each) and path.samefile(each) for each in inputs):  # noqa: PTH110 - a Path raises EACCES
+    if any(each is not None and os.path.exists(each) and path.samefile(each) for each in inputs):  # noqa: PTH110 - a Path raises EACCES
         raise UserError(f"{option} {path} would overwrite what is read: name another file")
     run = RunDirectory(path.resolve().parent)
     files = (
@@ -267,9 +269,3 @@ def check_output(option: str, path: Path, inputs: Sequence[Path] = ()) -> None:
     )
     if path.resolve() in files or path.suffix == ".pt":
         raise UserError(f"{option} {path} would overwrite a run's own file: name another file")
-
-
-def check_json(path: Path | None, *inputs: str | Path | None) -> None:
-    """Refuse a `--json` file as `check_output` does. Raises UserError."""
-    if path is not None and path != STANDARD_OUTPUT:
-        check_output("--json", path, [Path(each) for each in inputs if each is not None])

@@ -3,13 +3,13 @@
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self, get_args
 
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.plan import KNOWN_SIZES
-from cifar_dist.config.recipe import Recipe, recipe_to_mapping, resolve_recipe
-from cifar_dist.config.schema import convert, flatten, to_mapping
+from cifar_dist.config.recipe import Count, Positive, Recipe, recipe_to_mapping
+from cifar_dist.config.schema import build, flatten, to_mapping
 
 Status = Literal["running", "completed", "early_stopped", "interrupted", "diverged"]
 
@@ -174,32 +174,26 @@ class RunMetadata:
     recipe: Recipe
     dataset: DatasetMetadata
     class_names: tuple[str, ...]
-    world_size: int
+    world_size: Count
     device: str
     precision: Literal["no", "fp16", "bf16"]
-    num_threads: int
-    checkpoint_every_minutes: float | None = None
-    checkpoint_every_steps: int | None = None
-    trackers: tuple[str, ...] = ()
-    plan: Mapping[str, Any] = field(default_factory=dict)
-    versions: Mapping[str, Any] = field(default_factory=dict)
-    git_commit: str | None = None
+    num_threads: Count
+    checkpoint_every_minutes: Positive | None
+    checkpoint_every_steps: Count | None
+    trackers: tuple[str, ...]
+    plan: dict  # type: ignore[type-arg]
+    versions: dict  # type: ignore[type-arg]
+    git_commit: str | None
     slurm_job: str | None = None
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str) -> Self:
         """Validate stored metadata. Raises UserError that names the file (`where`) and the field."""
-        hints, converted = get_type_hints(cls), dict[str, Any]()
-        for each in fields(cls):
-            if each.name in values:
-                converted[each.name] = _converted(hints[each.name], values[each.name], where, each.name)
-            elif each.default is MISSING and each.default_factory is MISSING:
-                raise UserError(f"{where} is damaged: {each.name} is missing")
-        for name in ("world_size", "num_threads", "checkpoint_every_minutes", "checkpoint_every_steps"):
-            number = converted.get(name)
-            if number is not None and not number > 0:
-                raise UserError(f"{where} is damaged: {name} must be a number above 0, not {number!r}")
-        return cls(**converted)
+        known = {each.name: values[each.name] for each in fields(cls) if each.name in values}
+        try:
+            return build(cls, known, kind="field")
+        except UserError as error:
+            raise UserError(f"{where} is damaged: {error}") from None
 
     def to_mapping(self) -> dict[str, Any]:
         """Return plain values for YAML and for `torch.load(weights_only=True)`."""
@@ -231,21 +225,6 @@ class RunMetadata:
             _refuse([f"names of classes {', '.join(pairs)}"])
         if self.dataset.fingerprint != now.dataset.fingerprint:
             _refuse([f"content of the dataset {now.dataset.name}"])
-
-
-def _converted(hint: Any, value: Any, where: str, name: str) -> Any:
-    """Return one field, checked against its type. Raises UserError that names it."""
-    what = f"{where} is damaged: {name}"
-    if hint is Recipe:
-        try:
-            return resolve_recipe(convert(dict, value, what))
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-    if hint is DatasetMetadata:
-        stored = convert(dict, value, what)
-        named = {each.name: convert(str, stored.get(each.name), f"{what}.{each.name}") for each in fields(hint)}
-        return DatasetMetadata(**named)
-    return convert(dict if get_origin(hint) is Mapping else hint, value, what)
 
 
 def _refuse(changed: list[str]) -> None:

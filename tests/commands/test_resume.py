@@ -300,8 +300,8 @@ def test_an_edited_config_is_refused(capsys):
     values = yaml.safe_load(config.read_text())
     optimizer = {**values["recipe"]["optimizer"], "momentum": 0.8}
     for changed, message in (
-        ({"recipe": {**values["recipe"], "stemm": 1}}, f"run configuration {config}: unknown recipe field 'stemm'"),
-        ({"num_threads": -1}, f"run configuration {config} is damaged: num_threads must be a number above 0, not -1"),
+        ({"recipe": {**values["recipe"], "stemm": 1}}, f"run configuration {config} is damaged: unknown recipe field 'recipe.stemm'"),
+        ({"num_threads": -1}, f"run configuration {config} is damaged: num_threads must be 1 or more, not -1"),
         ({"recipe": {**values["recipe"], "optimizer": optimizer}}, "this differs: optimizer.momentum 0.9 -> 0.8"),
     ):
         config.write_text(yaml.safe_dump({**values, **changed}))
@@ -312,9 +312,9 @@ def test_an_edited_checkpoint_is_refused(capsys):
     train("--epochs", "1", "--run-dir", "x")
     last, content = Path("x/checkpoints/last.pt"), saved()
     for changed, message in (
-        ({"recipe": {**content["recipe"], "stemm": 1}}, ": unknown recipe field 'stemm'"),
-        ({"num_threads": -1}, " is damaged: num_threads must be a number above 0, not -1"),
-        ({"dataset": None}, " is damaged: dataset must be a mapping, not None"),
+        ({"recipe": {**content["recipe"], "stemm": 1}}, " is damaged: unknown recipe field 'recipe.stemm'"),
+        ({"num_threads": -1}, " is damaged: num_threads must be 1 or more, not -1"),
+        ({"dataset": None}, " is damaged: dataset must be a mapping of its fields, not None"),
     ):
         torch.save({**content, **changed}, last)
         line = refused(capsys, "eval", "--ckpt", str(last))

@@ -104,11 +104,11 @@ def test_the_metadata_comes_back(run):
     ("change", "message"),
     [
         ({"recipe_name": 3}, "recipe_name must be text, not 3"),
-        ({"dataset": {}}, "dataset.name must be text, not None"),
+        ({"dataset": {}}, "recipe field 'dataset.name' is missing"),
         ({"dataset": {"name": "shapes", "data_dir": "d", "fingerprint": []}}, "dataset.fingerprint must be text"),
         ({"class_names": [1]}, r"class_names\[0\] must be text, not 1"),
         ({"world_size": True}, "world_size must be a whole number, not True"),
-        ({"num_threads": -1}, "num_threads must be a number above 0, not -1"),
+        ({"num_threads": -1}, "num_threads must be 1 or more, not -1"),
         ({"precision": "half"}, "precision must be one of no, fp16, bf16, not 'half'"),
         ({"checkpoint_every_minutes": float("inf")}, "checkpoint_every_minutes must be a finite number"),
         ({"trackers": "wandb"}, "trackers must be a list, not 'wandb'"),
