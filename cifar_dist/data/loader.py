@@ -81,10 +81,11 @@ class TrainingBatches:
 
     def epoch(self, epoch: int, *, steps_done: int = 0) -> Iterator[Batch]:
         """Iterate over an epoch's batches after its first `steps_done` steps."""
+        self.sampler.set_epoch(epoch)
         table = self._table(epoch)
         enough = max(1, _PIXELS_TOGETHER[self.data.images.device.type] // self.data.images[0, 0].numel())
         step, window, num_images = 1, [], 0
-        for micro_batch in self.sampler.micro_batches(epoch):
+        for micro_batch in self.sampler.micro_batches():
             if step > steps_done:
                 window.append((micro_batch, self.image_size(epoch, step)))
                 num_images += len(micro_batch.positions)

@@ -2,10 +2,11 @@
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.data import DistributedSampler
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -14,6 +15,9 @@ class Shard:
 
     index: int = 0
     count: int = 1
+
+
+_WHOLE = Shard()
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -36,37 +40,55 @@ class MicroBatch:
     """Whether the optimizer steps after this one."""
 
 
-@dataclass(frozen=True, slots=True)
-class GlobalBatchSampler:
-    """Cuts an epoch's order into global batches, the same at every world size; it neither pads nor drops."""
+class GlobalBatchSampler(DistributedSampler[int]):
+    """A DistributedSampler that neither pads nor drops: global batches are the same at every world size.
 
-    num_samples: int
-    global_batch_size: int
-    _: KW_ONLY
-    seed: int
-    shard: Shard = Shard()
-    num_used: int | None = None
-    """RunPlan.images_per_epoch, which leaves out the order's tail; None uses all samples."""
-    accumulation_steps: int = 1
+    `set_epoch` chooses the order. Seed and epoch are hashed; torch adds them, so that neighbouring seeds share orders.
+    """
 
-    def order(self, epoch: int) -> Tensor:
-        """Return an epoch's order of all samples, (num_used,) int64."""
-        generator = torch.Generator().manual_seed(derive_seed("order", self.seed, epoch))
-        return torch.randperm(self.num_samples, generator=generator)[: self.num_used]
+    def __init__(
+        self,
+        num_samples: int,
+        global_batch_size: int,
+        *,
+        seed: int,
+        shard: Shard = _WHOLE,
+        num_used: int | None = None,
+        accumulation_steps: int = 1,
+    ) -> None:
+        """`num_used` (`RunPlan.images_per_epoch`) leaves out the order's tail; None uses all samples."""
+        samples = range(num_samples)
+        super().__init__(samples, num_replicas=shard.count, rank=shard.index, seed=seed)  # type: ignore[arg-type]
+        self.num_samples_of_all = num_samples
+        self.global_batch_size = global_batch_size
+        self.num_used = num_used
+        self.accumulation_steps = accumulation_steps
 
-    def micro_batches(self, epoch: int) -> Iterator[MicroBatch]:
-        """Iterate over this shard's parts of an epoch.
+    def order(self) -> Tensor:
+        """Return the epoch's order of all samples, (num_used,) int64."""
+        generator = torch.Generator().manual_seed(derive_seed("order", self.seed, self.epoch))
+        return torch.randperm(self.num_samples_of_all, generator=generator)[: self.num_used]
+
+    def micro_batches(self) -> Iterator[MicroBatch]:
+        """Iterate over this shard's parts of the epoch.
 
         Micro-batch a of A holds positions [aB/A, (a+1)B/A) of a global batch of B. A short last batch has fewer, so
         that each has the two samples that BatchNorm needs. A shard's part may be empty.
         """
-        for batch in torch.split(self.order(epoch), self.global_batch_size):
+        for batch in torch.split(self.order(), self.global_batch_size):
             parts = max(1, min(self.accumulation_steps, len(batch) // 2))
             for number in range(parts):
                 part = batch[number * len(batch) // parts : (number + 1) * len(batch) // parts]
                 yield MicroBatch(
-                    positions=part[self.shard.index :: self.shard.count],
+                    positions=part[self.rank :: self.num_replicas],
                     images_together=len(part),
                     images_in_step=len(batch),
                     ends_step=number == parts - 1,
                 )
+
+    def __iter__(self) -> Iterator[int]:
+        for micro_batch in self.micro_batches():
+            yield from micro_batch.positions.tolist()
+
+    def __len__(self) -> int:
+        return sum(len(micro_batch.positions) for micro_batch in self.micro_batches())

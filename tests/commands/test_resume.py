@@ -300,7 +300,10 @@ def test_an_edited_config_is_refused(capsys):
     values = yaml.safe_load(config.read_text())
     optimizer = {**values["recipe"]["optimizer"], "momentum": 0.8}
     for changed, message in (
-        ({"recipe": {**values["recipe"], "stemm": 1}}, f"run configuration {config} is damaged: unknown recipe field 'recipe.stemm'"),
+        (
+            {"recipe": {**values["recipe"], "stemm": 1}},
+            f"run configuration {config} is damaged: unknown recipe field 'recipe.stemm'",
+        ),
         ({"num_threads": -1}, f"run configuration {config} is damaged: num_threads must be 1 or more, not -1"),
         ({"recipe": {**values["recipe"], "optimizer": optimizer}}, "this differs: optimizer.momentum 0.9 -> 0.8"),
     ):

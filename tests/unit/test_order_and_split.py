@@ -21,8 +21,10 @@ def global_batches(
         )
         for rank in range(world_size)
     ]
+    for sampler in samplers:
+        sampler.set_epoch(epoch)
     steps, step = [], []
-    for shares in zip(*(sampler.micro_batches(epoch) for sampler in samplers), strict=True):
+    for shares in zip(*(sampler.micro_batches() for sampler in samplers), strict=True):
         together = torch.full((sum(len(share.positions) for share in shares),), -1)
         for rank, share in enumerate(shares):
             together[rank::world_size] = share.positions
@@ -63,13 +65,15 @@ def test_no_two_seeds_and_epochs_share_an_order():
     for seed in range(10):
         sampler = GlobalBatchSampler(50, 10, seed=seed)
         for epoch in range(1, 21):
-            orders.add(tuple(sampler.order(epoch).tolist()))
+            sampler.set_epoch(epoch)
+            orders.add(tuple(sampler.order().tolist()))
     assert len(orders) == 200
 
 
 def test_the_tail_that_is_not_used_is_left_out():
     sampler = GlobalBatchSampler(65, 64, seed=0, num_used=64)
-    assert [len(batch.positions) for batch in sampler.micro_batches(1)] == [64]
+    assert [len(batch.positions) for batch in sampler.micro_batches()] == [64]
+    assert len(sampler) == len(set(sampler)) == 64, "it is a DistributedSampler for others, too"
 
 
 def test_derived_seeds_differ_and_stay():
