@@ -10,7 +10,7 @@ import psutil
 
 from cifar_dist.config.accelerate_config import has_outer_launcher
 
-_OWN_GROUP, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+_OWN_GROUPS, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def usable_cpus() -> int:
@@ -26,13 +26,18 @@ def usable_cores() -> int:
 
 
 def cpu_quota() -> float:
-    """Return the CPUs' time that control groups (v2) allow, for example in a container; infinity: no limit."""
-    quota, own = math.inf, _OWN_GROUP.read_text().rstrip().rpartition("::/")[2] if _OWN_GROUP.exists() else ""
-    # A container sees its group at the top, and may know its path outside.
-    for group in (_GROUPS / own, *(_GROUPS / own).parents):
-        with suppress(OSError, ValueError):  # there is no such file, or "max 100000" in it
-            limit, period = map(int, (group / "cpu.max").read_text().split())
-            quota = min(quota, limit / period)
+    """Return the CPUs' time that control groups (v1 and v2) allow, for example in a container; infinity: no limit."""
+    quota = math.inf
+    for line in _OWN_GROUPS.read_text().splitlines() if _OWN_GROUPS.exists() else ():
+        _, controllers, path = line.split(":", 2)  # v2: "0::/user.slice"; v1: "4:cpu,cpuacct:/docker/3f"
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+        own = _GROUPS / ("cpu" if controllers else "") / path.lstrip("/")
+        for group in (own, *own.parents):  # a container sees its group at the top, and may know its path outside
+            with suppress(OSError, ValueError):  # there is no such file, or "max 100000" in it
+                limit, period = map(int, " ".join((group / name).read_text() for name in names).split())
+                quota = min(quota, limit / period if limit > 0 else math.inf)
     return quota
 
 

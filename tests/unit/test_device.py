@@ -120,6 +120,7 @@ def test_threads_are_the_users_or_a_share_of_the_cores(monkeypatch, environ, pro
     assert choose_num_threads(environ, local_processes=processes, torch_threads=6) == threads
 
 
+V1 = "4:cpu,cpuacct:/docker/3f\n3:cpuset:/\n1:name=systemd:/docker/3f\n"
 QUOTAS = {
     "own": ("0::/jobs/mine\n", {"jobs/mine/cpu.max": "200000 100000\n"}, 2),
     "of the group above": (
@@ -127,7 +128,8 @@ QUOTAS = {
     ),
     "in a container": ("0::/../../jobs\n", {"cpu.max": "50000 100000\n"}, 0.5),
     "none": ("0::/jobs/mine\n", {"jobs/mine/cpu.max": "max 100000\n"}, float("inf")),
-    "cgroup v1": ("4:cpu,cpuacct:/docker/3f\n1:name=systemd:/docker/3f\n", {}, float("inf")),
+    "v1": (V1, {"cpu/docker/3f/cpu.cfs_quota_us": "400000\n", "cpu/docker/3f/cpu.cfs_period_us": "100000\n"}, 4),
+    "v1, none": (V1, {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, float("inf")),
     "no groups": (None, {}, float("inf")),
 }  # fmt: skip
 
@@ -141,7 +143,7 @@ def control_groups(tmp_path, monkeypatch):
         if own is not None:
             (tmp_path / "own").write_text(own)
 
-    monkeypatch.setattr(cpus, "_OWN_GROUP", tmp_path / "own")
+    monkeypatch.setattr(cpus, "_OWN_GROUPS", tmp_path / "own")
     monkeypatch.setattr(cpus, "_GROUPS", tmp_path / "groups")
     return make
 
