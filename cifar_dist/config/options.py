@@ -68,19 +68,14 @@ class Options:
 
     def __post_init__(self) -> None:
         """Raise UserError for a value that a field's type does not allow, from Python too."""
-        hints = typing.get_type_hints(type(self), include_extras=True)
-        for each in fields(self):
-            is_limited = any(
-                typing.get_origin(hint) in (Annotated, Literal) for hint in _alternatives(hints[each.name])
-            )
-            if is_limited:
-                convert(hints[each.name], getattr(self, each.name), f"--{each.name.replace('_', '-')}")
+        for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
+            if typing.get_origin(_without_none(hint)) in (Annotated, Literal):
+                convert(hint, getattr(self, name), f"--{name.replace('_', '-')}")
 
 
-def _alternatives(hint: Any) -> list[Any]:
-    """Return the types of which a field may be, without None."""
-    is_union = typing.get_origin(hint) not in (None, Annotated, Literal) and type(None) in typing.get_args(hint)
-    return [each for each in typing.get_args(hint) if each is not type(None)] if is_union else [hint]
+def _without_none(hint: Any) -> Any:
+    """Return the first type of a union with None, else the type itself."""
+    return typing.get_args(hint)[0] if type(None) in typing.get_args(hint) else hint
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -260,7 +255,7 @@ def _add_arguments(parser: argparse.ArgumentParser, command: str) -> list[argpar
     for each in fields(COMMANDS[command]):
         if not each.metadata:
             continue
-        (kind, *_), names = _alternatives(hints[each.name]), each.metadata["names"]
+        kind, names = _without_none(hints[each.name]), each.metadata["names"]
         arguments: dict[str, Any] = {"default": argparse.SUPPRESS, **each.metadata["arguments"]}
         if names:
             arguments |= {"dest": each.name, "required": each.default is each.default_factory is MISSING}

@@ -5,7 +5,6 @@ import platform
 import shlex
 import subprocess
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from cifar_dist import __version__
@@ -29,6 +28,8 @@ def command_line(*words: object) -> str:
 
 def package_versions() -> dict[str, str]:
     """Return the versions of Python, this package, and those that decide what is computed."""
+    from importlib.metadata import PackageNotFoundError, version  # which takes 10 ms, and --help needs none of it
+
     versions = {"python": platform.python_version(), "cifar_dist": __version__}
     for name in ("torch", "torchvision", "accelerate", "numpy"):
         try:
