@@ -122,11 +122,6 @@ class Cluster:
                 pytest.fail(f"no {what} after {waited:.0f} s" + "".join(map(story, others)))
             time.sleep(0.1)
 
-    @property
-    def own_hostnames(self) -> bool:
-        """Whether each node has its name as hostname; else the nodes' names are addresses."""
-        return "NodeHostname=localhost" not in (self.folder / "slurm.conf").read_text()
-
     def crash(self, node: str) -> None:
         """Kill all that runs on a node, its daemon too, as a power cut would."""
         self.crashed.add(node)

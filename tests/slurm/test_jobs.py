@@ -1,7 +1,6 @@
 """The scripts of slurm/ on a real cluster of two nodes: trained, warned, preempted, killed, cancelled, requeued."""
 
 import json
-import os
 import re
 import shlex
 import sys
@@ -94,17 +93,6 @@ def wait_for_training(cluster: Cluster, job_id: str, starts: int = 1) -> None:
         return len(parts) > starts and len(re.findall(r"^epoch +\d", parts[starts], re.MULTILINE)) >= 2
 
     cluster.wait_until(job_id, f"training after start {starts}", trains, timeout=300)
-
-
-def test_the_cluster_lays_tasks_out_and_pretends_to_have_gpus(cluster, tmp_path):
-    resolves = "$(getent ahostsv4 $0 | grep -c STREAM)"
-    task = f"echo $SLURM_PROCID $SLURM_NTASKS $SLURM_LOCALID $SLURMD_NODENAME $(hostname) {resolves}"
-    ran = cluster.run("srun", "--nodes=2", "--ntasks-per-node=2", "sh", "-c", task, cluster.nodes[0], cwd=tmp_path)
-    hosts = cluster.nodes if cluster.own_hostnames else [os.uname().nodename] * 2
-    expected = [f"{rank} 4 {rank % 2} {cluster.nodes[rank // 2]} {hosts[rank // 2]} 1" for rank in range(4)]
-    assert sorted(ran.stdout.splitlines()) == expected, ran.stderr
-    command = ("sh", "-c", "echo $CUDA_VISIBLE_DEVICES")
-    assert cluster.run("srun", "--nodes=2", "--gpus-per-node=2", *command, cwd=tmp_path).stdout == "0,1\n" * 2
 
 
 def test_two_nodes_of_two_tasks_train_as_one_process(cluster, trained, project):

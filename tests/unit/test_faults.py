@@ -2,7 +2,6 @@
 
 import errno
 import os
-import traceback
 from itertools import groupby
 from pathlib import Path
 
@@ -49,8 +48,6 @@ class Disk:
         self.calls.append(name)
         if self.fail_at is None or number < self.fail_at or (number > self.fail_at and not self.stays):
             return
-        if self.error is None:
-            os._exit(9)
         raise OSError(self.error, os.strerror(self.error))
 
 
@@ -145,32 +142,6 @@ def test_a_call_that_fails_loses_nothing(tmp_path, stays):
         assert load_checkpoint(run.last)["epoch"] == 4
     # Without links the file is renamed, and a folder that cannot be opened is not synced: these two are borne.
     assert failed >= {"creat", "write", "flush", "fsync", "close", "replace"}
-
-
-@pytest.mark.full
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_process_that_dies_in_any_call_loses_nothing(tmp_path):
-    for number, call in calls_of_an_epoch(tmp_path / "count"):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        run, writer = begin(folder)
-        child = os.fork()
-        if child == 0:
-            try:
-                with pytest.MonkeyPatch.context() as patch:
-                    Disk(patch, number)
-                    finish_epoch(run, writer, 3)
-            except BaseException:
-                traceback.print_exc()
-            os._exit(1)  # it did not die where it should
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9, call
-        assert_nothing_is_lost(run, f"{number}: {call}")
-        run.create()
-        assert not list(run.path.rglob("*.tmp")), call
-        finish_epoch(run, writer, 4)
-        assert load_checkpoint(run.last)["epoch"] == 4
-        assert not list(run.path.rglob("*.tmp")), call
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
