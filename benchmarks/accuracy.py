@@ -229,7 +229,7 @@ def measure(rows: list[Row], results: Path, typed: argparse.Namespace) -> int:
     from cifar_dist.config.accelerate_config import AccelerateConfig
     from cifar_dist.config.plan import make_plan
     from cifar_dist.config.world import World
-    from cifar_dist.model.resnet import build_resnet
+    from cifar_dist.model.networks import build_resnet
     from cifar_dist.run.results import Observer
     from cifar_dist.runtime.distributed import connect, start
     from cifar_dist.training.setup import build_trainer

@@ -40,8 +40,8 @@ from cifar_dist.config.options import BenchOptions
 from cifar_dist.config.plan import make_plan
 from cifar_dist.config.recipe import parse_assignments
 from cifar_dist.config.world import World
-from cifar_dist.display.tables import format_table
-from cifar_dist.model.resnet import build_resnet
+from cifar_dist.display.terminal import format_table
+from cifar_dist.model.networks import build_resnet
 from cifar_dist.run.checks import recipe_for_speed
 from cifar_dist.run.results import Observer
 from cifar_dist.runtime.distributed import Runtime, connect, start

@@ -46,9 +46,8 @@ def bare_step(stem: str, batch: int, precision: str) -> Callable[[], None]:
     sys.path.insert(0, str(Path(__file__).parent.parent))
     from cifar_dist.commands import bench
     from cifar_dist.config.recipe import parse_assignments, read_recipe, resolve_recipe
-    from cifar_dist.model.convolution import use_dense_products
+    from cifar_dist.model.networks import build_resnet, use_dense_products
     from cifar_dist.model.optimizer import build_optimizer
-    from cifar_dist.model.resnet import build_resnet
 
     assignments = parse_assignments(["optimizer.decay_norm_and_bias=false"])
     optimizer = resolve_recipe(read_recipe("original"), assignments).optimizer

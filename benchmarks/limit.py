@@ -27,8 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cifar_dist.commands.bench import bare_step, captured, flops_per_image
 from cifar_dist.config.recipe import read_recipe, resolve_recipe
+from cifar_dist.model.networks import build_resnet
 from cifar_dist.model.optimizer import build_optimizer
-from cifar_dist.model.resnet import build_resnet
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -25,10 +25,9 @@ from cifar_dist.config.accelerate_config import load_accelerate_config
 from cifar_dist.config.options import BenchOptions
 from cifar_dist.config.recipe import Recipe, parse_assignments
 from cifar_dist.config.world import World
-from cifar_dist.display.tables import format_table
-from cifar_dist.model.convolution import use_dense_products
+from cifar_dist.display.terminal import format_table
+from cifar_dist.model.networks import build_resnet, use_dense_products
 from cifar_dist.model.optimizer import build_optimizer
-from cifar_dist.model.resnet import build_resnet
 from cifar_dist.run.checks import recipe_for_speed
 from cifar_dist.runtime.distributed import Runtime, connect, start
 

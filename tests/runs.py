@@ -21,12 +21,8 @@ def make_metadata(**changes) -> RunMetadata:
         "device": "cpu",
         "precision": "no",
         "num_threads": 1,
-        "checkpoint_every_minutes": None,
-        "checkpoint_every_steps": None,
-        "trackers": (),
         "plan": {},
         "versions": {},
-        "git_commit": None,
     }
     return RunMetadata(**(values | changes))
 

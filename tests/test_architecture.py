@@ -100,8 +100,8 @@ def test_every_folder_and_module_is_a_known_room():
     ("path", "source"),
     [
         ("config/plan.py", "import torch"),
-        ("display/tables.py", "from cifar_dist.training.trainer import Trainer"),
-        ("data/sampler.py", "from cifar_dist.model import resnet"),
+        ("display/terminal.py", "from cifar_dist.training.trainer import Trainer"),
+        ("data/sampler.py", "from cifar_dist.model import networks"),
         ("runtime/launch.py", "import torch.distributed"),
         ("runtime/device.py", "from accelerate import Accelerator"),
         ("training/trainer.py", "from rich.console import Console"),

@@ -24,17 +24,15 @@ from cifar_dist.config.recipe import Recipe, recipe_label
 from cifar_dist.config.world import World
 from cifar_dist.data.dataset import Dataset, LabelledImages
 from cifar_dist.display.progress import training_display
-from cifar_dist.display.tables import format_bench, format_duration
-from cifar_dist.display.terminal import make_console, print_lines, print_notes
-from cifar_dist.model.convolution import use_dense_products
+from cifar_dist.display.terminal import format_bench, format_duration, make_console, print_lines, print_notes
+from cifar_dist.model.networks import build_resnet, use_dense_products
 from cifar_dist.model.optimizer import build_optimizer
-from cifar_dist.model.resnet import build_resnet
 from cifar_dist.run.checks import recipe_for_speed
 from cifar_dist.run.directory import check_output
 from cifar_dist.runtime.distributed import Runtime, connect, start
-from cifar_dist.training.cuda_graphs import WARMUP_STEPS, capture
 from cifar_dist.training.evaluation import RunningSums, batch_loss
 from cifar_dist.training.setup import build_trainer
+from cifar_dist.training.step import WARMUP_STEPS, capture
 from cifar_dist.training.trainer import Trainer
 
 NUM_CLASSES = 10

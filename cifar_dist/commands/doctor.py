@@ -16,8 +16,8 @@ from cifar_dist.data.cifar import CIFAR10, CIFAR100, where_found
 from cifar_dist.data.dataset import load_dataset
 from cifar_dist.display.progress import loading_progress
 from cifar_dist.display.terminal import make_console, print_header, print_notes
-from cifar_dist.model.pretrained import imagenet_weights, imagenet_weights_path
-from cifar_dist.model.schedule import learning_rate_line
+from cifar_dist.model.networks import imagenet_weights, imagenet_weights_path
+from cifar_dist.model.optimizer import learning_rate_line
 from cifar_dist.run.resolve import DEFAULT_DATA_DIR, DEFAULT_DATASET, DEFAULT_RECIPE
 from cifar_dist.runtime.device import check_world, choose_compute, describe_devices
 

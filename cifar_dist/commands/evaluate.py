@@ -14,8 +14,7 @@ from cifar_dist.config.plan import num_held_out
 from cifar_dist.config.world import World
 from cifar_dist.data.dataset import Dataset, LabelledImages, load_dataset, stratified_split
 from cifar_dist.display.progress import CountProgress, loading_progress
-from cifar_dist.display.tables import format_evaluation
-from cifar_dist.display.terminal import make_console, print_lines, print_notes
+from cifar_dist.display.terminal import format_evaluation, make_console, print_lines, print_notes
 from cifar_dist.run.checks import check_evaluation
 from cifar_dist.run.resolve import DEFAULT_DATA_DIR, DEFAULT_DATASET, check_dataset_name
 from cifar_dist.run.results import Evaluation

@@ -16,8 +16,7 @@ from cifar_dist.config.world import World
 from cifar_dist.data.folder import UNREADABLE, ImageFile, decode_images, find_images
 from cifar_dist.data.loader import Normalizer
 from cifar_dist.display.progress import CountProgress
-from cifar_dist.display.tables import format_table
-from cifar_dist.display.terminal import make_console, print_error, print_notes
+from cifar_dist.display.terminal import format_table, make_console, print_error, print_notes
 from cifar_dist.run.directory import check_output
 from cifar_dist.run.results import Observer, Prediction
 from cifar_dist.run.weights import SavedWeights, read_weights

@@ -15,8 +15,14 @@ from cifar_dist.display.report import (
     write_comparison,
     write_run,
 )
-from cifar_dist.display.tables import format_evaluation, format_outcome
-from cifar_dist.display.terminal import make_console, print_lines, print_notes, print_table
+from cifar_dist.display.terminal import (
+    format_evaluation,
+    format_outcome,
+    make_console,
+    print_lines,
+    print_notes,
+    print_table,
+)
 from cifar_dist.run.directory import RunDirectory
 
 

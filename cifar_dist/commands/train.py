@@ -29,7 +29,7 @@ from cifar_dist.display.terminal import (
     print_notes,
     print_result,
 )
-from cifar_dist.model.schedule import learning_rate_line
+from cifar_dist.model.optimizer import learning_rate_line
 from cifar_dist.run.directory import RunDirectory, UnwrittenRunDirectory, numbered_names
 from cifar_dist.run.lock import RunLock
 from cifar_dist.run.prepare import PreparedRun, RunRecorder, prepare_run, restore

@@ -90,7 +90,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "", *, kind: str
             hint = nearest(str(name), fields) or (f" (known are {', '.join(fields)})" if where else "")
             raise UserError(f"unknown {kind} '{where}{name}'{hint}")
     for name, field in fields.items():
-        if name not in values and field.default is dataclasses.MISSING:
+        if name not in values and field.default is field.default_factory is dataclasses.MISSING:
             raise UserError(f"{kind} '{where}{name}' is missing")
     try:
         return cls(**converted)

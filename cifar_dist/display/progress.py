@@ -13,8 +13,7 @@ from rich.text import Text
 
 from cifar_dist.config.errors import printable
 from cifar_dist.config.plan import KNOWN_SIZES, RunPlan
-from cifar_dist.display.tables import format_epoch
-from cifar_dist.display.terminal import can_draw
+from cifar_dist.display.terminal import can_draw, format_epoch
 from cifar_dist.run.results import EpochRecord, Observer
 
 _HEARTBEAT_SECONDS = 30.0

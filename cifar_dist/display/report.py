@@ -19,7 +19,7 @@ from cifar_dist.config.files import write_output
 from cifar_dist.config.provenance import command_line
 from cifar_dist.config.recipe import Recipe, recipe_to_mapping
 from cifar_dist.config.schema import flatten
-from cifar_dist.display.tables import format_confusions, format_outcome
+from cifar_dist.display.terminal import format_confusions, format_outcome
 from cifar_dist.run.directory import RunDirectory
 from cifar_dist.run.results import EpochRecord, RunMetadata, Summary
 

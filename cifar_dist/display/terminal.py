@@ -1,10 +1,12 @@
-"""The console, and what commands print on it: plain lines in a pipe or a file, panels and tables on a terminal."""
+"""What the terminal shows: the console, notes, tables and results."""
 
 import contextlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console, Group
 from rich.panel import Panel
 from rich.table import Table
@@ -12,8 +14,115 @@ from rich.text import Text
 
 from cifar_dist.config.errors import printable
 from cifar_dist.config.provenance import command_line
-from cifar_dist.display.tables import format_evaluation, format_outcome, format_table
-from cifar_dist.run.results import Summary
+from cifar_dist.run.results import EpochRecord, Evaluation, Summary
+
+
+def format_percent(fraction: float | None) -> str:
+    """Return a fraction of 1 as a percentage with two decimals, or a dash for None."""
+    return "-" if fraction is None else f"{fraction:.2%}"
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration in at most two units: `9.8 s`, `5 min 56 s`, `2 h 1 min`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole, minutes = round(seconds), round(seconds / 60)
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def format_epoch(record: EpochRecord, epochs: int, *, is_best: bool, end: str = "") -> str:
+    """Return an epoch as one line; `end` is the expected end of the training."""
+    width = len(str(epochs))
+    parts = [f"epoch {record.epoch:>{width}}/{epochs}", f"loss {record.train_loss:.3f}", f"acc {record.train_acc:6.2%}"]
+    if record.val_loss is not None and record.val_acc is not None:
+        parts += [f"val loss {record.val_loss:.3f}", f"val acc {record.val_acc:6.2%}"]
+    parts += [f"lr {record.lr:.4g}", f"{record.images_per_second:,.0f} images/s", format_duration(record.epoch_seconds)]
+    parts += [f"end {end}"] if end else []
+    return "  ".join(parts) + ("  best" if is_best else "")
+
+
+def format_outcome(summary: Summary, *, total_epochs: int) -> str:
+    """Return how a run ended and how long it trained."""
+    outcome = {
+        "completed": "Training completed",
+        "early_stopped": "Early stopping triggered: training ended",
+        "interrupted": "Interrupted",
+        "diverged": "Diverged",
+        "running": "Running",
+    }[summary.status]
+    best = "" if summary.best_epoch is None else f", best epoch {summary.best_epoch}"
+    epochs = f"{summary.epochs} of {total_epochs} epoch{'s' if total_epochs > 1 else ''}"
+    return f"{outcome} after {epochs} in {format_duration(summary.train_seconds)}{best}"
+
+
+def format_evaluation(evaluation: Evaluation, *, split: str = "") -> list[str]:
+    """Return an evaluation as lines: totals, a bar for each class, and the most frequent confusions.
+
+    Top-5 is shown from 11 classes, and of more than 20 classes only the worst are.
+    """
+    accuracies = dict(evaluation.per_class_accuracy)
+    top5 = f", top-5 {format_percent(evaluation.top5)}" if len(accuracies) > 10 else ""
+    totals = f"accuracy {format_percent(evaluation.top1)}{top5}, loss {evaluation.loss:.4f}"
+    lines = [f"{split}{totals} on {evaluation.num_samples:,} images", ""]
+    names = list(accuracies)
+    if len(names) > 20:
+        known = [name for name in names if accuracies[name] is not None]
+        names = sorted(known, key=lambda name: accuracies[name] or 0.0)[:10]
+        lines.append(f"the {len(names)} worst of {len(accuracies)} classes:")
+    width = max(map(cell_len, names))
+    for name in names:
+        bar = "█" * round(20 * (accuracies[name] or 0.0))
+        line = f"{name}{' ' * (width - cell_len(name))}  {format_percent(accuracies[name]):>7}  {bar}"
+        lines.append(line.rstrip())
+    confusions = format_confusions(evaluation, count=3)
+    return [*lines, "", "most frequent confusions:", *confusions] if confusions else lines
+
+
+def format_confusions(evaluation: Evaluation, *, count: int) -> list[str]:
+    """Return the most frequent confusions of two classes, by the share of the true class's images."""
+    names = list(evaluation.per_class_accuracy)
+    found = []
+    for i, row in enumerate(evaluation.confusion_matrix):
+        found += [(n / sum(row), n, sum(row), names[i], names[j]) for j, n in enumerate(row) if n and i != j]
+    found.sort(key=lambda each: -each[0])
+    return [
+        f"{share:6.1%} of {true} taken for {other} ({n:,} of {of:,})" for share, n, of, true, other in found[:count]
+    ]
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows of cells as aligned lines: the first column to the left, the others to the right."""
+    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        spaces = [" " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)]
+        cells = [space + cell for cell, space in zip(row[1:], spaces[1:], strict=True)]
+        lines.append("  ".join([row[0] + spaces[0], *cells]))
+    return lines
+
+
+def format_bench(result: Mapping[str, Any]) -> list[str]:
+    """Return what `bench` measured: rates, our loop over the bare step with its spread, and the parts of a step."""
+    ratio = f"{result['loop_over_bare']:.3f} x as fast ({result['loop_over_bare_min']:.3f} to"
+    rows = [
+        ["bare step", f"{result['bare_step_images_per_second']:,.0f} images/s"],
+        ["our loop", f"{result['loop_images_per_second']:,.0f} images/s"],
+    ]
+    work = f"{result['flops_per_image'] * result['loop_images_per_second'] / 1e12:.3g} TFLOP/s of the model"
+    if result["model_flop_utilisation"] is not None:
+        work += f", {result['model_flop_utilisation']:.1%} of the device's peak"
+    how = "each given to the GPU by itself, not replayed, and" if result["compiler"] == "CUDAGRAPHS" else "each"
+    parts: Mapping[str, float] = result["seconds_by_part"]
+    return [
+        *format_table(rows),
+        f"our loop is {ratio} {result['loop_over_bare_max']:.3f} in {result['rounds']} rounds); {work}",
+        "",
+        f"milliseconds a step, by part, {how} waited for:",
+        *(f"{name:<14}{1000 * each:>9.2f}  {each / sum(parts.values()):>6.1%}" for name, each in parts.items()),
+        *([f"peak memory: {result['peak_memory_mib']:,} MiB"] if result["peak_memory_mib"] is not None else []),
+    ]
 
 
 def make_console(*, quiet: bool = False, stderr: bool = False) -> Console:

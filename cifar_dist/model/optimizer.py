@@ -1,5 +1,6 @@
-"""The optimizer of a recipe: SGD, AdamW or Muon."""
+"""Update the weights: SGD, AdamW and Muon, the learning rate, and the exponential moving average."""
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cifar_dist.config.recipe import OptimizerConfig
+from cifar_dist.config.plan import RunPlan
+from cifar_dist.config.recipe import OptimizerConfig, Recipe
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, *, fused: bool | None = None) -> torch.optim.Optimizer:
@@ -214,3 +216,64 @@ def _matrix(filters: Tensor) -> Tensor:
     if not filters.is_contiguous() and filters.is_contiguous(memory_format=torch.channels_last):
         filters = filters.permute(0, 2, 3, 1)
     return filters.reshape(len(filters), -1)
+
+
+def learning_rate(recipe: Recipe, plan: RunPlan, step: int) -> float:
+    """Return the learning rate of a step, counted from 0: peak x warm-up x the schedule's factor.
+
+    Warm-up rises linearly to 1 at the last of its steps. Then, with p the fraction of the remaining steps that is done:
+    `constant` is 1, `cosine` (1 + cos(pi p)) / 2 (arXiv 1608.03983, without restarts), `triangular` 1 - p, and `step`
+    gamma to the number of whole `step_epochs` since the start of the run.
+    """
+    schedule = recipe.schedule
+    warmup_steps = round(schedule.warmup_fraction * plan.total_steps)
+    if step < warmup_steps:
+        return recipe.optimizer.learning_rate * (step + 1) / warmup_steps
+    part = (step - warmup_steps) / max(plan.total_steps - warmup_steps, 1)
+    factor = 1.0
+    if schedule.name == "cosine":
+        factor = (1 + math.cos(math.pi * part)) / 2
+    elif schedule.name == "triangular":
+        factor = 1 - part
+    elif schedule.name == "step":
+        assert schedule.step_epochs is not None and schedule.gamma is not None
+        factor = schedule.gamma ** (step // (schedule.step_epochs * plan.steps_per_epoch))
+    return recipe.optimizer.learning_rate * factor
+
+
+def learning_rate_line(recipe: Recipe, plan: RunPlan) -> str:
+    """Describe the learning rate at the start, at its peak and at the end."""
+    last = plan.total_steps - 1
+    peak = round(recipe.schedule.warmup_fraction * plan.total_steps) - 1
+    parts = [f"{learning_rate(recipe, plan, 0):.4g} at the start"]
+    if 0 < peak < last:
+        parts.append(f"{learning_rate(recipe, plan, peak):.4g} at its peak (step {peak + 1:,})")
+    return f"{recipe.schedule.name}, {', '.join(parts)}, {learning_rate(recipe, plan, last):.4g} at the end"
+
+
+class ExponentialMovingAverage:
+    """A second model whose weights follow the trained ones.
+
+    After step t (from 1) the decay is min(decay, (1 + t) / (10 + t)), so that the first weights are soon forgotten
+    (TensorFlow's ExponentialMovingAverage). BatchNorm's running statistics are averaged too, counters are copied.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Average in the model's weights after a step."""
+        averages, values = list[Tensor](), list[Tensor]()
+        for average, value in zip(_tensors(self.model), _tensors(model), strict=True):
+            if average.is_floating_point():
+                averages.append(average)
+                values.append(value)
+            else:
+                average.copy_(value)
+        torch._foreach_lerp_(averages, values, 1 - min(self.decay, (1 + step) / (10 + step)))
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]

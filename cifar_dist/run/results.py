@@ -178,12 +178,12 @@ class RunMetadata:
     device: str
     precision: Literal["no", "fp16", "bf16"]
     num_threads: Count
-    checkpoint_every_minutes: Positive | None
-    checkpoint_every_steps: Count | None
-    trackers: tuple[str, ...]
-    plan: dict  # type: ignore[type-arg]
-    versions: dict  # type: ignore[type-arg]
-    git_commit: str | None
+    checkpoint_every_minutes: Positive | None = None
+    checkpoint_every_steps: Count | None = None
+    trackers: tuple[str, ...] = ()
+    plan: dict = field(default_factory=dict)  # type: ignore[type-arg]
+    versions: dict = field(default_factory=dict)  # type: ignore[type-arg]
+    git_commit: str | None = None
     slurm_job: str | None = None
 
     @classmethod

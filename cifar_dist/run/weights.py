@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.recipe import Recipe, read_recipe, resolve_recipe
-from cifar_dist.model.pretrained import find_state_dict, imagenet_weights
-from cifar_dist.model.resnet import build_resnet, infer_architecture, load_weights
+from cifar_dist.model.networks import build_resnet, find_state_dict, imagenet_weights, infer_architecture, load_weights
 from cifar_dist.run.checkpoint import is_bare_weights, load_checkpoint, refusing_foreign_content
 from cifar_dist.run.directory import RunDirectory, find_checkpoint
 from cifar_dist.run.results import RunMetadata

@@ -9,20 +9,15 @@ from cifar_dist.data.augmentation import Augmentation
 from cifar_dist.data.dataset import Dataset, stratified_split
 from cifar_dist.data.loader import Normalizer, TrainingBatches
 from cifar_dist.data.sampler import GlobalBatchSampler, Shard
-from cifar_dist.model.batch_norm import Groups, share_statistics, use_groups
-from cifar_dist.model.convolution import use_dense_products
-from cifar_dist.model.ema import ExponentialMovingAverage
-from cifar_dist.model.optimizer import build_optimizer
-from cifar_dist.model.pretrained import parts_to_freeze, start_from
-from cifar_dist.model.resnet import build_resnet
-from cifar_dist.model.stochastic import HeadDropout
+from cifar_dist.model.layers import Groups, HeadDropout, share_statistics, use_groups
+from cifar_dist.model.networks import build_resnet, parts_to_freeze, start_from, use_dense_products
+from cifar_dist.model.optimizer import ExponentialMovingAverage, build_optimizer
 from cifar_dist.run.results import Observer
 from cifar_dist.runtime.distributed import Runtime
 from cifar_dist.runtime.signals import Interrupt
-from cifar_dist.training.cuda_graphs import CudaGraphStep
 from cifar_dist.training.evaluation import EvaluationSet, RunningSums
 from cifar_dist.training.state import EarlyStopping, TrainState
-from cifar_dist.training.step import TrainingStep
+from cifar_dist.training.step import CudaGraphStep, TrainingStep
 from cifar_dist.training.trainer import Recorder, Trainer
 
 

@@ -10,7 +10,7 @@ import torch
 from cifar_dist.config.plan import RunPlan
 from cifar_dist.config.recipe import Recipe
 from cifar_dist.data.loader import TrainingBatches
-from cifar_dist.model.schedule import learning_rate
+from cifar_dist.model.optimizer import learning_rate
 from cifar_dist.run.results import EpochRecord, Evaluation, Observer
 from cifar_dist.runtime.distributed import Runtime
 from cifar_dist.runtime.signals import Interrupt

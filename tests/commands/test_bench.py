@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cifar_dist.cli import main
 from cifar_dist.commands import bench
 from cifar_dist.config.options import BenchOptions
-from cifar_dist.display.tables import format_bench
+from cifar_dist.display.terminal import format_bench
 from tests.commands.test_train import NarrowResNet, small_world_in
 from tests.conftest import ROOT, make_dataset, make_recipe
 
@@ -66,7 +66,7 @@ def test_the_floor_of_replayed_steps_keeps_its_model(monkeypatch, runtime):
         return lambda: done.append(alive() is not None)
 
     monkeypatch.setattr(bench, "capture", capture)
-    monkeypatch.setattr("cifar_dist.model.resnet.resnet18", NarrowResNet)
+    monkeypatch.setattr("cifar_dist.model.networks.resnet18", NarrowResNet)
     recipe = make_recipe("global_batch_size=8")
     monkeypatch.setattr(runtime, "compute", replace(runtime.compute, replays=True))
     step = bench.build_bare_step(recipe, runtime)

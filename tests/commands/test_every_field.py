@@ -91,7 +91,7 @@ def small_resnet(weights: None = None, num_classes: int = 10) -> nn.Module:
 @pytest.fixture(autouse=True)
 def small_network(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("cifar_dist.model.resnet.resnet18", small_resnet)
+    monkeypatch.setattr("cifar_dist.model.networks.resnet18", small_resnet)
 
 
 @pytest.mark.parametrize("field", CHANGES)

@@ -9,7 +9,7 @@ import torch
 
 from cifar_dist.cli import main
 from cifar_dist.commands import export
-from cifar_dist.model.resnet import build_resnet
+from cifar_dist.model.networks import build_resnet
 from cifar_dist.run.weights import read_weights
 from tests.commands.test_train import NarrowResNet, small_world_in, train
 from tests.conftest import ROOT, make_recipe

@@ -23,7 +23,7 @@ QUICK = ["--recipe", "original", "--precision", "no", "--epochs", "1"]
 def small_world(tmp_path, monkeypatch):
     """A folder of this test, a narrow network and no figures."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("cifar_dist.model.resnet.resnet18", NarrowResNet)
+    monkeypatch.setattr("cifar_dist.model.networks.resnet18", NarrowResNet)
     monkeypatch.setattr("cifar_dist.display.figures._save", lambda figure, path: path.touch())
     threads = torch.get_num_threads()
     yield
@@ -144,7 +144,7 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr("cifar_dist.display.figures._save", lambda figure, path: path.touch())
-        patch.setattr("cifar_dist.model.resnet.resnet18", NarrowResNet)
+        patch.setattr("cifar_dist.model.networks.resnet18", NarrowResNet)
         put(folder / "own", 20)
         put(folder / "foreign", 5, first=50)
         put(folder / "tested/test", 3, first=60)

@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("predict")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("cifar_dist.model.resnet.resnet18", NarrowResNet)
+        patch.setattr("cifar_dist.model.networks.resnet18", NarrowResNet)
         patch.setattr("cifar_dist.display.figures._save", lambda figure, path: path.touch())
         make_images(folder / "images")
         assert main(["--recipe", "plain", "--dataset", "images", "--run-dir", "run", *SETTINGS]) == 0
@@ -171,7 +171,7 @@ def test_a_mistake_is_one_line(folder, capsys, words, message):
 @pytest.mark.full
 def test_two_processes_predict_each_image_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("cifar_dist.model.resnet.resnet18", resnet18)  # the processes have no other
+    monkeypatch.setattr("cifar_dist.model.networks.resnet18", resnet18)  # the processes have no other
     make_images(tmp_path / "images")
     make_others(tmp_path / "others")
     assert (

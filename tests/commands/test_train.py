@@ -66,7 +66,7 @@ def small_world_in(folder: Path) -> Iterator[None]:
         patch.setattr(os, "fsync", lambda descriptor: None)
         for command in ("train", "evaluate"):
             patch.setattr(f"cifar_dist.commands.{command}.load_dataset", lambda *_, **__: make_dataset())
-        patch.setattr("cifar_dist.model.resnet.resnet18", NarrowResNet)
+        patch.setattr("cifar_dist.model.networks.resnet18", NarrowResNet)
         patch.setattr("cifar_dist.commands.train.git_commit", lambda: "abc")  # it starts git twice
         for kind in ("curves", "confusion", "per_class", "images"):
             patch.setattr(f"cifar_dist.display.figures.draw_{kind}", save_empty_figure)

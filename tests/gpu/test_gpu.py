@@ -17,12 +17,12 @@ from torch import distributed, nn
 from cifar_dist.config.accelerate_config import AccelerateConfig
 from cifar_dist.config.plan import make_plan
 from cifar_dist.config.world import World
-from cifar_dist.model.batch_norm import GroupedBatchNorm2d, Groups, share_statistics, use_groups
+from cifar_dist.model.layers import GroupedBatchNorm2d, Groups, share_statistics, use_groups
 from cifar_dist.model.optimizer import orthogonalized
 from cifar_dist.run.results import Observer
 from cifar_dist.runtime.distributed import connect, start
-from cifar_dist.training.cuda_graphs import WARMUP_STEPS
 from cifar_dist.training.setup import build_trainer
+from cifar_dist.training.step import WARMUP_STEPS
 from tests.conftest import ROOT, make_dataset, make_recipe
 from tests.worlds.harness import ON_CPU, models_in_float64, run_world
 

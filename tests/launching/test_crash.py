@@ -3,7 +3,7 @@
 import random
 import time
 
-from cifar_dist.model import resnet
+from cifar_dist.model import networks
 from cifar_dist.run.checkpoint import load_checkpoint
 from tests.commands.test_train import assert_same_run
 from tests.conftest import ROOT, make_images
@@ -17,7 +17,7 @@ COMMAND = [
 
 
 def thin_models() -> None:
-    resnet.resnet18 = ThinResNet18
+    networks.resnet18 = ThinResNet18
 
 
 def wait_for(condition, program: Program) -> None:

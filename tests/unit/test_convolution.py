@@ -8,8 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from cifar_dist.config.plan import make_plan
-from cifar_dist.model.convolution import SmallImageConv2d, use_dense_products
-from cifar_dist.model.resnet import build_resnet
+from cifar_dist.model.networks import SmallImageConv2d, build_resnet, use_dense_products
 from cifar_dist.run.results import Observer
 from cifar_dist.training.setup import build_trainer
 from tests.conftest import make_dataset, make_recipe

@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cifar_dist.config.plan import make_plan
-from cifar_dist.model.schedule import learning_rate
+from cifar_dist.model.optimizer import learning_rate
 from cifar_dist.run.results import Observer
-from cifar_dist.training import cuda_graphs, setup, step
+from cifar_dist.training import setup, step
 from cifar_dist.training.setup import build_trainer
 from cifar_dist.training.trainer import DivergedError
 from tests.conftest import make_dataset, make_recipe
@@ -85,7 +85,7 @@ class Recorder:
 def trained(runtime, monkeypatch, recipe, *assignments, record=None, spoil=None, stop_after=0):
     """Train 84 images; with `stop_after`, by a trainer that is left after so many steps and another that goes on."""
     monkeypatch.setattr(runtime, "compute", replace(runtime.compute, replays=record is not None))
-    monkeypatch.setattr(cuda_graphs, "capture", record)
+    monkeypatch.setattr(step, "capture", record)
     monkeypatch.setattr(setup, "build_resnet", narrow_resnet)
     # Of few digits, so that nothing is rounded where it becomes a float32 on the device: what is equal has equal bits.
     monkeypatch.setattr(step, "learning_rate", lambda *now: float(torch.tensor(learning_rate(*now)).bfloat16()))

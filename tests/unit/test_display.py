@@ -18,14 +18,16 @@ from cifar_dist.display.progress import (
     loading_progress,
     training_display,
 )
-from cifar_dist.display.tables import (
+from cifar_dist.display.terminal import (
     format_confusions,
     format_duration,
     format_epoch,
     format_evaluation,
     format_outcome,
+    print_header,
+    print_result,
+    print_table,
 )
-from cifar_dist.display.terminal import print_header, print_result, print_table
 from cifar_dist.run.results import Evaluation, Summary
 from tests.conftest import make_recipe
 from tests.unit.test_metrics import record

@@ -15,19 +15,25 @@ from cifar_dist.config.errors import UserError
 from cifar_dist.config.plan import DatasetSizes, make_plan
 from cifar_dist.data.sampler import derive_seed
 from cifar_dist.model import optimizer as optimizer_module
-from cifar_dist.model.batch_norm import Groups
-from cifar_dist.model.ema import ExponentialMovingAverage
+from cifar_dist.model.layers import Groups, HeadDropout, uniform_hash
+from cifar_dist.model.networks import (
+    build_resnet,
+    imagenet_weights,
+    infer_architecture,
+    load_weights,
+    parts_to_freeze,
+    start_from,
+)
 from cifar_dist.model.optimizer import (
+    ExponentialMovingAverage,
     MuonWithSGD,
     build_optimizer,
+    learning_rate,
+    learning_rate_line,
     load_optimizer_state,
     orthogonalized,
     set_learning_rate,
 )
-from cifar_dist.model.pretrained import imagenet_weights, parts_to_freeze, start_from
-from cifar_dist.model.resnet import build_resnet, infer_architecture, load_weights
-from cifar_dist.model.schedule import learning_rate, learning_rate_line
-from cifar_dist.model.stochastic import HeadDropout, uniform_hash
 from tests.conftest import make_recipe
 
 

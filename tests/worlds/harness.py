@@ -25,7 +25,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from cifar_dist.cli import main
 from cifar_dist.config.accelerate_config import AccelerateConfig
 from cifar_dist.config.world import World
-from cifar_dist.model import resnet
+from cifar_dist.model import networks
 from cifar_dist.runtime.device import SHARE_GPU
 from cifar_dist.runtime.distributed import Runtime, connect, start
 from cifar_dist.training import setup
@@ -182,11 +182,11 @@ class ThinResNet18(ResNet):
 @contextmanager
 def thin_models() -> Iterator[None]:
     """Build models with a quarter of the channels."""
-    original, resnet.resnet18 = resnet.resnet18, ThinResNet18
+    original, networks.resnet18 = networks.resnet18, ThinResNet18
     try:
         yield
     finally:
-        resnet.resnet18 = original
+        networks.resnet18 = original
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch import distributed, nn
 from cifar_dist.config.errors import PeerFailedError, SharedError, UserError
 from cifar_dist.config.plan import fit_to_dataset, make_plan
 from cifar_dist.data.dataset import Dataset, LabelledImages
-from cifar_dist.model.batch_norm import (
+from cifar_dist.model.layers import (
     GroupedBatchNorm2d,
     Groups,
     running_statistics,
