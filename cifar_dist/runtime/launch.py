@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Self
+from typing import Any, Self
 
 from cifar_dist.config.accelerate_config import (
     AccelerateConfig,
@@ -91,18 +91,29 @@ def child_environment(environ: Mapping[str, str], config: AccelerateConfig, num_
 
 
 class _Processes:
-    """The processes of this machine. `wait` forwards signals; a second Ctrl-C, or SIGQUIT, kills them all."""
+    """The processes of this machine. Signals are forwarded to them; a second Ctrl-C, or SIGQUIT, kills them all.
+
+    Signals that come before all are started are forwarded by `wait`: raising one here could lose a started process.
+    """
 
     def __init__(self) -> None:
         self._started: list[subprocess.Popen[bytes]] = []
+        self._early: list[int] | None = []
         self._num_interrupts = 0
         self._killed = False
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
+        for number in _FORWARDED:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._forward)
+        self._before[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, self._suspend)
         return self
 
     def __exit__(self, *error: object) -> None:
         self._signal_all(signal.SIGKILL)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def start(self, command: Sequence[str], environ: Mapping[str, str], descriptors: Sequence[int]) -> None:
         """Start a process that inherits open file descriptors, in a session of its own: Ctrl-C reaches us alone.
@@ -117,20 +128,16 @@ class _Processes:
 
     def wait(self) -> int:
         """Wait for all processes. Return the exit code of the whole."""
-        handlers = {number: self._forward for number in _FORWARDED if signal.getsignal(number) is not signal.SIG_IGN}
-        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        before[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, self._suspend)
+        early, self._early = self._early, None
+        for number in early or ():
+            self._forward(number, None)
         failed, deadline = None, 0.0
-        try:
-            while None in [process.poll() for process in self._started]:
-                if failed is None and (failed := self._first_failed()):
-                    deadline = time.monotonic() + _GRACE_SECONDS
-                elif failed is not None and time.monotonic() > deadline:
-                    self._signal_all(signal.SIGKILL)
-                time.sleep(0.05)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        while None in [process.poll() for process in self._started]:
+            if failed is None and (failed := self._first_failed()):
+                deadline = time.monotonic() + _GRACE_SECONDS
+            elif failed is not None and time.monotonic() > deadline:
+                self._signal_all(signal.SIGKILL)
+            time.sleep(0.05)
         if self._killed:
             return EXIT_KEYBOARD_INTERRUPT
         codes = [self._started[0].returncode, (failed or self._started[0]).returncode, EXIT_FAILED]
@@ -145,6 +152,9 @@ class _Processes:
         return failed
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
+        if self._early is not None:
+            self._early.append(number)
+            return
         self._num_interrupts += number == signal.SIGINT
         if self._num_interrupts > 1 or number == signal.SIGQUIT:
             self._killed = True

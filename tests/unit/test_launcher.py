@@ -109,12 +109,14 @@ time.sleep(60)
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGQUIT", 130), ("SIGINT", 130)])
 def test_signals_reach_processes_that_have_hardly_begun(name, code):
-    """A second Ctrl-C, and SIGQUIT, kill all."""
+    """Also one that comes while others are still started. A second Ctrl-C, and SIGQUIT, kill all."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
     try:
         with _Processes() as processes:
             for rank in "01":
                 processes.start([sys.executable, "-c", PROCESS, str(os.getpid()), name, rank], os.environ, [])
+                if rank == "0" and name == "SIGTERM":
+                    os.kill(os.getpid(), signal.SIGTERM)
             assert processes.wait() == code
     finally:
         signal.signal(signal.SIGINT, before)
