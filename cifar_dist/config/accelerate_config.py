@@ -179,10 +179,9 @@ def process_count_note(world: World, config: AccelerateConfig) -> str | None:
     count, is_default = config.num_processes, config.path is None and not config.processes_typed
     if world.launcher == "none" or count == world.size or is_default:
         return None
-    who = "Slurm" if world.launcher == "slurm" else "WORLD_SIZE"
+    who = "Slurm started" if world.launcher == "slurm" else "WORLD_SIZE says"
     what = f"--num-processes {count}" if config.processes_typed else f"{config.path} ({count} processes)"
-    there = "is one process" if world.size == 1 else f"are {world.size} processes"
-    return f"{who} says that there {there}: that counts, and not {what}"
+    return f"{who} {world.size} process{'es' if world.size > 1 else ''}: that counts, and not {what}"
 
 
 def planned_world(world: World, config: AccelerateConfig) -> World:
@@ -194,9 +193,7 @@ def planned_world(world: World, config: AccelerateConfig) -> World:
 def planned_processes(world: World, config: AccelerateConfig) -> str:
     """Return in words which processes would be started."""
     count, machines = processes_to_start(world, config), config.num_machines
-    if count > 1:
-        where = "here" if machines == 1 else f"on each of {machines} machines"
-        return f"{count // machines} processes {where}"
     if world.size > 1:
         return f"nothing more: this is rank {world.rank} of {world.size} processes, started by {world.launcher}"
-    return "one process: this one"
+    where = "here" if machines == 1 else f"on each of {machines} machines"
+    return f"{count // machines} processes {where}" if count > 1 else "one process: this one"

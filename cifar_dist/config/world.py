@@ -92,24 +92,18 @@ class World:
 class SlurmJob:
     """The Slurm job of a process, as one of its tasks or from a shell in it."""
 
-    id: str
+    name: str
+    """Job and step, by which the restarted job finds its run."""
     restarts: int
     """How often it was requeued."""
-    step: str | None = None
-    """The number of the step, which is the same after a requeue; None in a batch script or a shell."""
-
-    @property
-    def name(self) -> str:
-        """The name by which the restarted job finds its run."""
-        return f"{self.id}.{self.step or 'batch'}"
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> "SlurmJob | None":
         """Read Slurm's variables; None outside a job. Raises UserError."""
-        job = environ.get("SLURM_JOB_ID")
-        if not job:
+        if not (job := environ.get("SLURM_JOB_ID")):
             return None
-        return cls(id=job, restarts=read_number(environ, "SLURM_RESTART_COUNT", 0), step=environ.get("SLURM_STEP_ID"))
+        name = f"{job}.{environ.get('SLURM_STEP_ID') or 'batch'}"
+        return cls(name=name, restarts=read_number(environ, "SLURM_RESTART_COUNT", 0))
 
 
 def _slurm_tasks(environ: Mapping[str, str]) -> int:

@@ -175,14 +175,14 @@ def test_who_starts_processes():
 
 def test_one_line_says_which_number_of_processes_counts():
     four = AccelerateConfig(path="four.yaml", num_processes=4)
-    says = "WORLD_SIZE says that there are 2 processes: that counts, and not "
+    says = "WORLD_SIZE says 2 processes: that counts, and not "
     assert process_count_note(OUTER, four) == says + "four.yaml (4 processes)"
     assert process_count_note(OUTER, with_processes(four, 3, OUTER)) == says + "--num-processes 3"
     assert process_count_note(OUTER, with_processes(AccelerateConfig(), 1, OUTER)) == says + "--num-processes 1"
     agreed = [(OUTER, with_processes(four, 2, OUTER)), (OUTER, AccelerateConfig()), (ALONE, four)]
     assert [process_count_note(*each) for each in agreed] == [None] * 3
-    assert process_count_note(World(size=2, launcher="slurm"), four).startswith("Slurm says")
-    assert "says that there is one process:" in process_count_note(World(launcher="torchrun"), four)
+    assert process_count_note(World(size=2, launcher="slurm"), four).startswith("Slurm started 2 processes")
+    assert "WORLD_SIZE says 1 process:" in process_count_note(World(launcher="torchrun"), four)
 
 
 @pytest.mark.parametrize(

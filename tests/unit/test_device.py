@@ -40,7 +40,7 @@ def test_a_model_is_compiled_or_a_note_gives_the_reason(monkeypatch, facts, is_c
 
 def test_a_note_tells_which_number_of_processes_counts():
     four, world = AccelerateConfig(path="four.yaml", num_processes=4), World(size=2, local_size=2, launcher="torchrun")
-    assert choose_compute(four, {}, world).notes[0].startswith("WORLD_SIZE says that there are 2 processes")
+    assert choose_compute(four, {}, world).notes[0].startswith("WORLD_SIZE says 2 processes")
 
 
 @pytest.mark.parametrize(
