@@ -40,15 +40,6 @@ def step_saved_last(run: str) -> int:
     return load_checkpoint(Path(run) / "checkpoints" / "last.pt")["step"]
 
 
-def test_assert_same_run_compares_every_value(whole):
-    shutil.copytree(whole, "other")
-    content = load_checkpoint(Path("other/checkpoints/last.pt"))
-    content["optimizer"]["state"][0]["momentum_buffer"][0, 0, 0, 0] += 1
-    torch.save(content, "other/checkpoints/last.pt")
-    with pytest.raises(AssertionError):
-        assert_same_run(whole, "other")
-
-
 @pytest.mark.parametrize(
     ("options", "saved_at"), [(("--checkpoint-every-steps", "2"), 6), (("--checkpoint-every-minutes", "0.00001"), 7)]
 )
@@ -145,10 +136,10 @@ def test_without_a_good_checkpoint_nothing_is_changed(capsys, two_epochs):
     assert files_of("x") == before
 
 
-@pytest.mark.parametrize("call", ["creat", "write", "flush", "fsync", "close", "replace"])
+@pytest.mark.parametrize("call", ["creat", "fsync", "replace"])
 def test_a_disk_that_fails_before_training_is_one_line_and_code_2(capsys, monkeypatch, call):
     with monkeypatch.context() as patch:
-        disk = Disk(patch, 0, errno.EROFS, stays=True, only=call)
+        disk = Disk(patch, errno.EROFS, fails=lambda _, name: name == call)
         train("--epochs", "1", "--run-dir", "x", code=2)
     assert disk.calls
     line = f"cannot write x: {os.strerror(errno.EROFS)}; free space or mend the rights there"
@@ -157,7 +148,7 @@ def test_a_disk_that_fails_before_training_is_one_line_and_code_2(capsys, monkey
     train("--epochs", "1", "--run-dir", "x", "--resume")
 
 
-@pytest.mark.parametrize("call", ["creat", "write", "flush", "fsync", "close", "replace"])
+@pytest.mark.parametrize("call", ["write", "close", "replace"])
 def test_a_disk_that_fails_during_training_is_one_line_and_code_1(capsys, monkeypatch, call):
     save, disks = RunDirectory.write_checkpoint, []
     with monkeypatch.context() as patch:
@@ -165,7 +156,7 @@ def test_a_disk_that_fails_during_training_is_one_line_and_code_1(capsys, monkey
         def save_and_break(self, path, content, **named):
             save(self, path, content, **named)
             if not disks:
-                disks.append(Disk(patch, 0, errno.ENOSPC, stays=True, only=call))
+                disks.append(Disk(patch, errno.ENOSPC, fails=lambda _, name: name == call))
 
         patch.setattr(RunDirectory, "write_checkpoint", save_and_break)
         train("--epochs", "1", "--run-dir", "x", "--checkpoint-every-steps", "1", code=1)
@@ -191,17 +182,18 @@ def test_a_run_directory_that_vanishes_is_one_line_and_code_1(capsys, monkeypatc
     assert not Path("x").exists()
 
 
-def test_figures_that_cannot_be_written_are_a_note(capsys, monkeypatch):
+def test_figures_that_cannot_be_drawn_are_a_note(capsys, monkeypatch):
     def fail(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device", "x/figures/curves.png")
+        raise RuntimeError("latex was not able to\nprocess this")
 
     monkeypatch.setattr(figures, "draw_curves", fail)
     train("--epochs", "1", "--run-dir", "x")
     shown = capsys.readouterr()
-    reason = "OSError: [Errno 28] No space left on device: 'x/figures/curves.png'"
+    reason = "RuntimeError: latex was not able to process this"
     assert f"the figures could not be drawn: {reason}; draw them with: python launch.py report x\n" in shown.out
     assert not shown.err
-    assert RunDirectory(Path("x")).read_summary().status == "completed"
+    summary = RunDirectory(Path("x")).read_summary()
+    assert summary.status == "completed" and summary.test is not None
 
 
 def test_a_signal_while_figures_are_drawn_does_not_end_a_trained_run(capsys, monkeypatch):

@@ -322,16 +322,6 @@ def test_weights_that_are_not_finite_are_not_saved(monkeypatch, often):
     assert all(bool(tensor.isfinite().all()) for content in saved for tensor in content["model"].values())
 
 
-def test_figures_that_cannot_be_drawn_cost_no_result(capsys, monkeypatch):
-    def no_latex(*_):
-        raise RuntimeError("latex was not able to\nprocess this")
-
-    monkeypatch.setattr("cifar_dist.display.report.write_run", no_latex)
-    train("--epochs", "1", "--run-dir", "x")
-    assert "the figures could not be drawn: RuntimeError: latex was not able to process this" in capsys.readouterr().out
-    assert RunDirectory(Path("x")).read_summary().test is not None
-
-
 def test_an_interrupted_rank_prints_before_the_others_may_end_it():
     calls = []
     plan = make_plan(make_recipe(), world_size=1, sizes=SIZES, device_type="cpu")

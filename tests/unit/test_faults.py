@@ -16,14 +16,11 @@ from tests.unit.test_run_directory import state_at
 
 
 class Disk:
-    """Counts the calls by which something is written, and has the one of a number fail: with an error, or by dying.
+    """Counts the calls by which something is written. A call fails if `fails(number, name)`."""
 
-    With `stays` all later calls fail, too.
-    """
-
-    def __init__(self, monkeypatch, fail_at=None, error=None, *, stays: bool = False):
+    def __init__(self, monkeypatch, error=None, *, fails=lambda number, name: False):
         self.calls: list[str] = []
-        self.fail_at, self.error, self.stays = fail_at, error, stays
+        self.error, self.fails = error, fails
         for target, name in ((os, "fsync"), (os, "link"), (os, "open"), (Path, "replace"), (Path, "unlink")):
             monkeypatch.setattr(target, name, self.counted(name, getattr(target, name)))
         opened = Path.open
@@ -46,9 +43,8 @@ class Disk:
     def count(self, name: str) -> None:
         number = len(self.calls)
         self.calls.append(name)
-        if self.fail_at is None or number < self.fail_at or (number > self.fail_at and not self.stays):
-            return
-        raise OSError(self.error, os.strerror(self.error))
+        if self.fails(number, name):
+            raise OSError(self.error, os.strerror(self.error))
 
 
 class File:
@@ -129,7 +125,7 @@ def test_a_call_that_fails_loses_nothing(tmp_path, stays):
         folder.mkdir()
         run, writer = begin(folder)
         with pytest.MonkeyPatch.context() as patch:
-            Disk(patch, number, errno.ENOSPC, stays=stays)
+            Disk(patch, errno.ENOSPC, fails=lambda now, _, at=number: now == at or (stays and now > at))
             try:
                 finish_epoch(run, writer, 3)
             except OSError as raised:
