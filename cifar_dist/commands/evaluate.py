@@ -21,7 +21,7 @@ from cifar_dist.run.results import Evaluation
 from cifar_dist.run.weights import SavedWeights, read_weights
 from cifar_dist.runtime.device import FULL_NAMES
 from cifar_dist.runtime.distributed import connect, start
-from cifar_dist.training.evaluation import EvaluationSet, figure_arrays, summarize
+from cifar_dist.training.evaluation import EvaluationSet
 
 
 def run(options: EvalOptions, world: World, config: AccelerateConfig) -> int:
@@ -44,8 +44,8 @@ def evaluate(options: EvalOptions, world: World, config: AccelerateConfig, conso
         names, model = dataset.class_names, weights.build(runtime.device, runtime.memory_format)
         split = EvaluationSet(data=data, indices=indices, class_names=names, recipe=weights.recipe, runtime=runtime)
         with CountProgress(console, "evaluating", unit="images") as observer:
-            predictions = split.predict(model, observer, mirror=options.tta == "mirror")
-        evaluation = summarize(predictions.logits, predictions.labels, names)
+            logits = split.predict(model, observer, mirror=options.tta == "mirror")
+        evaluation = split.summarize(logits)
         with ranks.together():
             weights.check_finite(torch.tensor(evaluation.loss), runtime.precision)
         how = f"tta {options.tta}, {FULL_NAMES[runtime.precision]}"
@@ -66,7 +66,7 @@ def evaluate(options: EvalOptions, world: World, config: AccelerateConfig, conso
 
                 with writing(options.figures, "name another folder"):
                     options.figures.mkdir(parents=True, exist_ok=True)
-                    draw_evaluation(options.figures, evaluation, figure_arrays(predictions, data, names), title=title)
+                    draw_evaluation(options.figures, evaluation, split.figure_arrays(logits), title=title)
     return evaluation
 
 

@@ -40,7 +40,7 @@ from cifar_dist.runtime.device import ComputeSettings, check_world, choose_compu
 from cifar_dist.runtime.distributed import Runtime, connect, start
 from cifar_dist.runtime.ranks import Ranks
 from cifar_dist.runtime.signals import Interrupt
-from cifar_dist.training.evaluation import EvaluationSet, figure_arrays, summarize
+from cifar_dist.training.evaluation import EvaluationSet
 from cifar_dist.training.setup import build_trainer
 from cifar_dist.training.trainer import DivergedError, InterruptedRun, Trainer
 
@@ -166,17 +166,20 @@ def _build(
 
 def _test(trainer: Trainer, dataset: Dataset) -> tuple[Evaluation, dict[str, NDArray[Any]]]:
     """Evaluate the selected weights on the test images. Return the result, and what the figures need."""
-    state, recipe, data, names = trainer.state, trainer.recipe, dataset.test, dataset.class_names
-    model = state.evaluated_model
-    if recipe.selection == "best" and state.best is not None:
-        model.load_state_dict(state.best.weights)
+    state, data = trainer.state, dataset.test
+    if trainer.recipe.selection == "best" and state.best is not None:
+        state.evaluated_model.load_state_dict(state.best.weights)
     test_set = EvaluationSet(
-        data=data, indices=torch.arange(len(data)), class_names=names, recipe=recipe, runtime=trainer.runtime
+        data=data,
+        indices=torch.arange(len(data)),
+        class_names=dataset.class_names,
+        recipe=trainer.recipe,
+        runtime=trainer.runtime,
     )
-    predictions = test_set.predict(model, trainer.observer)
-    evaluation = summarize(predictions.logits, predictions.labels, names)
+    logits = test_set.predict(state.evaluated_model, trainer.observer)
+    evaluation = test_set.summarize(logits)
     trainer.check_finite(evaluation.loss)
-    return evaluation, figure_arrays(predictions, data, names)
+    return evaluation, test_set.figure_arrays(logits)
 
 
 def _end_early(

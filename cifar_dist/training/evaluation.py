@@ -83,7 +83,7 @@ def summarize(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> Eva
     num_classes = len(class_names)
     predicted = logits.argmax(1)
     confusion = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, -1)
-    totals, hits = confusion.sum(1), confusion.diag()
+    totals, correct = confusion.sum(1), confusion.diag()
     top5 = None
     if num_classes > 5:
         best5 = logits.topk(5, dim=1).indices
@@ -91,11 +91,11 @@ def summarize(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> Eva
     return Evaluation(
         num_samples=len(labels),
         loss=float(functional.cross_entropy(logits.double(), labels)),
-        top1=int(hits.sum()) / len(labels),
+        top1=int(correct.sum()) / len(labels),
         top5=top5,
         per_class_accuracy={
-            name: hit / total if total else None
-            for name, hit, total in zip(class_names, hits.tolist(), totals.tolist(), strict=True)
+            name: count / total if total else None
+            for name, count, total in zip(class_names, correct.tolist(), totals.tolist(), strict=True)
         },
         confusion_matrix=confusion.tolist(),
     )
@@ -104,40 +104,32 @@ def summarize(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> Eva
 def batch_size_for(image_size: int) -> int:
     """Return the batch size of an evaluation: 250 images of 32 pixels, fewer of larger ones.
 
-    It depends on nothing else, so that evaluations of the same weights on one machine give the same bits.
+    It depends on nothing else, so that evaluations of the same weights on one machine have the same bits.
     """
     return max(8, min(250, 250 * 32**2 // image_size**2))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Predictions:
-    """The logits for a set of samples, on the CPU."""
-
-    indices: Tensor
-    """(N,) int64: which samples of the dataset."""
-    labels: Tensor
-    """(N,) int64."""
-    logits: Tensor
-    """(N, num_classes) float32."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class EvaluationSet:
-    """The images that weights are evaluated on, and how they are normalized and resized."""
+    """The images that weights are evaluated on. The recipe sets their normalization and size."""
 
     data: LabelledImages
     indices: Tensor
     """(N,) int64: which of the images."""
     class_names: tuple[str, ...]
     recipe: Recipe
-    """Gives image size and normalization."""
     runtime: Runtime
 
-    def predict(self, model: nn.Module, observer: Observer, *, mirror: bool = False) -> Predictions:
-        """Run the (unwrapped) model over the images, in evaluation mode.
+    @property
+    def labels(self) -> Tensor:
+        """(N,) int64, on the CPU."""
+        return self.data.labels.cpu()[self.indices]
 
-        With `mirror`, the logits are the mean over an image and its mirror image. Each rank fills in the rows of its
-        own samples, and one sum joins them: nothing is padded, so no sample counts twice.
+    def predict(self, model: nn.Module, observer: Observer, *, mirror: bool = False) -> Tensor:
+        """Return the logits (N, num_classes) float32 of the unwrapped model, on the CPU. A collective.
+
+        With `mirror`, they are the mean over an image and its mirror image. Each rank fills in the rows of its own
+        samples, and one sum joins them: nothing is padded, so no sample counts twice.
         """
         runtime, indices, image_size = self.runtime, self.indices, self.recipe.image_size
         shard = Shard(index=runtime.world.rank, count=runtime.world.size)
@@ -161,27 +153,23 @@ class EvaluationSet:
         everything = torch.zeros(len(indices), len(self.class_names), device=runtime.device)
         if own:
             everything[shard.index :: shard.count] = torch.cat(own)
-        everything = runtime.sum_over_ranks(everything)
-        return Predictions(indices=indices, labels=self.data.labels.cpu()[indices], logits=everything.cpu())
+        return runtime.sum_over_ranks(everything).cpu()
 
-    def evaluate(self, model: nn.Module, observer: Observer) -> Evaluation:
-        """Evaluate the (unwrapped) model on them."""
-        predictions = self.predict(model, observer)
-        return summarize(predictions.logits, predictions.labels, self.class_names)
+    def summarize(self, logits: Tensor) -> Evaluation:
+        """Return the metrics of what `predict` returned."""
+        return summarize(logits, self.labels, self.class_names)
 
-
-def figure_arrays(
-    predictions: Predictions, data: LabelledImages, class_names: Sequence[str]
-) -> dict[str, NDArray[Any]]:
-    """Return the arrays of test_predictions.npz for predictions on `data`, on the CPU (docs/outputs.md)."""
-    mistakes, indices = confident_mistakes(predictions.logits, predictions.labels), predictions.indices
-    return {
-        "indices": indices.numpy(),
-        "labels": predictions.labels.numpy(),
-        # A model that hardly trained can have logits that float16 cannot hold.
-        "logits": predictions.logits.clamp(-65504, 65504).numpy().astype(np.float16),
-        "images": data.images[indices[:64]].numpy(),
-        "mistakes": mistakes.numpy(),
-        "mistaken_images": data.images[indices[mistakes]].numpy(),
-        "class_names": np.array(class_names),
-    }
+    def figure_arrays(self, logits: Tensor) -> dict[str, NDArray[Any]]:
+        """Return the arrays of test_predictions.npz (docs/outputs.md)."""
+        labels, images = self.labels, self.data.images
+        mistakes = confident_mistakes(logits, labels)
+        return {
+            "indices": self.indices.numpy(),
+            "labels": labels.numpy(),
+            # A model that hardly trained can have logits that float16 cannot hold.
+            "logits": logits.clamp(-65504, 65504).numpy().astype(np.float16),
+            "images": images[self.indices[:64]].numpy(),
+            "mistakes": mistakes.numpy(),
+            "mistaken_images": images[self.indices[mistakes]].numpy(),
+            "class_names": np.array(self.class_names),
+        }

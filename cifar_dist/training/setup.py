@@ -1,7 +1,7 @@
 """Build a trainer from a recipe, a plan and a dataset."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cifar_dist.config.plan import RunPlan
 from cifar_dist.config.recipe import Recipe
@@ -44,7 +44,11 @@ def build_trainer(
     model = model.to(runtime.device, memory_format=runtime.memory_format)  # type: ignore[call-overload]
     # The average is only evaluated, so it keeps torch's own BatchNorm.
     ema = ExponentialMovingAverage(model, recipe.ema_decay) if recipe.ema_decay else None
-    model, groups = _with_statistics(model, recipe, plan)
+    if recipe.batch_norm_group_size is None:
+        model, groups = share_statistics(model, num_ranks=plan.world_size), None
+    else:
+        groups = Groups(count=plan.batch_norm_groups, num_ranks=plan.world_size)
+        model = use_groups(model, groups)
     state = TrainState(
         model=model,
         optimizer=build_optimizer(model, recipe.optimizer),
@@ -53,39 +57,28 @@ def build_trainer(
         groups=groups,
         sums=RunningSums(runtime.device),
     )
+    replays = runtime.compute.replays and plan.gradient_accumulation_steps == 1
+    step = TrainingStep(
+        recipe=recipe,
+        plan=plan,
+        runtime=runtime,
+        state=state,
+        frozen=parts_to_freeze(model, recipe.stem) if recipe.freeze_epochs else (),
+        dropout=HeadDropout(model, recipe.dropout) if recipe.dropout else None,
+        cuda_graph=CudaGraphStep(state.optimizer) if replays else None,
+    )
     batches, validation = _data_path(recipe, plan, dataset, runtime)
     return Trainer(
         recipe=recipe,
         plan=plan,
         runtime=runtime,
-        step=_training_step(recipe, plan, runtime, state),
+        step=step,
         batches=batches,
         validation=validation,
         observer=observer,
         interrupt=interrupt or Interrupt(),
         recorder=recorder or Recorder(),
     )
-
-
-def _training_step(recipe: Recipe, plan: RunPlan, runtime: Runtime, state: TrainState) -> TrainingStep:
-    replays = runtime.compute.replays and plan.gradient_accumulation_steps == 1
-    return TrainingStep(
-        recipe=recipe,
-        plan=plan,
-        runtime=runtime,
-        state=state,
-        frozen=parts_to_freeze(state.model, recipe.stem) if recipe.freeze_epochs else (),
-        dropout=HeadDropout(state.model, recipe.dropout) if recipe.dropout else None,
-        cuda_graph=CudaGraphStep(state.optimizer) if replays else None,
-    )
-
-
-def _with_statistics(model: nn.Module, recipe: Recipe, plan: RunPlan) -> tuple[nn.Module, Groups | None]:
-    """Replace BatchNorm by layers whose statistics are over the global batch, or over ghost groups."""
-    if recipe.batch_norm_group_size is None:
-        return share_statistics(model, num_ranks=plan.world_size), None
-    groups = Groups(count=plan.batch_norm_groups, num_ranks=plan.world_size)
-    return use_groups(model, groups), groups
 
 
 def _data_path(

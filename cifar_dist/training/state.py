@@ -45,14 +45,12 @@ class EarlyStopping:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint."""
-        names = ("best", "epochs_without_improvement", "stopped")
-        return {name: getattr(self, name) for name in names}
+        return {name: value for name, value in vars(self).items() if name != "config"}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self.best = state["best"]
-        self.epochs_without_improvement = state["epochs_without_improvement"]
-        self.stopped = state["stopped"]
+        for name in self.state_dict():
+            setattr(self, name, state[name])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -140,5 +138,5 @@ class TrainState:
 
 
 def copy_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Copy a model's state dict to the CPU."""
+    """Return a copy of a model's state dict on the CPU."""
     return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}

@@ -27,7 +27,7 @@ class DivergedError(Exception):
 
 
 class InterruptedRun(Exception):
-    """All ranks stopped after the same step, because one of them was told to, and the run is saved."""
+    """One rank got a signal, so all ranks stopped after the same step, and the run is saved."""
 
 
 class Recorder:
@@ -91,7 +91,11 @@ class Trainer:
 
     def steps(self, epoch: int) -> Iterator[int]:
         """Train the rest of an epoch. Yield the number of each optimizer step, from 1, once it is done."""
-        self._begin_epoch(epoch)
+        self._clock = time.perf_counter()
+        self.observer.on_epoch_start(epoch, learning_rate(self.recipe, self.plan, self.state.step))
+        self.step.begin_epoch(epoch)
+        loss, _, images = self._agree() if self._step_of(epoch) else (0.0, 0.0, 0.0)
+        self._shown = (loss, images)  # a resumed epoch has sums of its steps so far
         for batch in self.batches.epoch(epoch, steps_done=self._step_of(epoch)):
             self.step.train_on(batch, is_frozen=epoch <= self.recipe.freeze_epochs)
             if batch.ends_step:
@@ -106,13 +110,6 @@ class Trainer:
     def _step_of(self, epoch: int) -> int:
         """Return how many steps of the epoch are done."""
         return self.state.step - (epoch - 1) * self.plan.steps_per_epoch
-
-    def _begin_epoch(self, epoch: int) -> None:
-        self._clock = time.perf_counter()
-        self.observer.on_epoch_start(epoch, learning_rate(self.recipe, self.plan, self.state.step))
-        self.step.begin_epoch(epoch)
-        loss, _, images = self._agree() if self._step_of(epoch) else (0.0, 0.0, 0.0)
-        self._shown = (loss, images)  # a resumed epoch has sums of its steps so far
 
     def _end_step(self, epoch: int) -> None:
         """Count a step. From time to time, agree with the other ranks, show the loss, and save."""
@@ -207,7 +204,7 @@ class Trainer:
     def _validate(self) -> Evaluation | None:
         if self.validation is None:
             return None
-        return self.validation.evaluate(self.state.evaluated_model, self.observer)
+        return self.validation.summarize(self.validation.predict(self.state.evaluated_model, self.observer))
 
     def _record(
         self, epoch: int, loss: float, accuracy: float, images: float, validation: Evaluation | None

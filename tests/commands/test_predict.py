@@ -12,8 +12,8 @@ from PIL import Image
 from torchvision.models import resnet18
 
 from cifar_dist.cli import main
-from cifar_dist.commands import evaluate
 from cifar_dist.commands import predict as command
+from cifar_dist.training import evaluation
 from cifar_dist.training.evaluation import summarize
 from tests.commands.test_train import NarrowResNet
 from tests.conftest import ROOT, make_images
@@ -71,7 +71,7 @@ def test_images_of_every_mode_are_classified_in_any_folder(folder, capsys):
 
 def test_predictions_have_the_bits_of_the_evaluation_however_many_are_decoded_at_once(folder, capsys, monkeypatch):
     seen, at_once, decode = [], [], command.decode_images
-    monkeypatch.setattr(evaluate, "summarize", lambda *words: seen.append(words) or summarize(*words))
+    monkeypatch.setattr(evaluation, "summarize", lambda *words: seen.append(words) or summarize(*words))
     assert main(["eval", "--ckpt", "run"]) == 0
     capsys.readouterr()
     ((logits, _, names),) = seen

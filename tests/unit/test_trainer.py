@@ -250,11 +250,11 @@ def test_evaluation_counts_each_image_once(runtime, count, mirror):
         data=dataset.test, indices=indices, class_names=dataset.class_names, recipe=trainer.recipe, runtime=runtime
     )
     result = images.predict(model, listener, mirror=mirror)
-    assert torch.equal(result.labels, dataset.test.labels[indices])
+    assert torch.equal(images.labels, dataset.test.labels[indices])
     pixels = normalizer(trainer)(dataset.test.images[indices].float() / 255)
     with torch.no_grad():
         expected = (model(pixels) + model(pixels.flip(3))) / 2 if mirror else model(pixels)
-    torch.testing.assert_close(result.logits, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
     assert listener.events[-1] == ("evaluation", count, count)
 
 
@@ -289,7 +289,8 @@ def test_the_average_is_what_is_validated_kept_and_resumed(runtime):
     records = trainer.fit()
     average = trainer.state.ema.model.state_dict()
     assert not torch.equal(average["fc.weight"], trainer.state.model.state_dict()["fc.weight"])
-    assert trainer.validation.evaluate(trainer.state.ema.model, Observer()).loss == records[-1].val_loss
+    logits = trainer.validation.predict(trainer.state.ema.model, Observer())
+    assert trainer.validation.summarize(logits).loss == records[-1].val_loss
     assert torch.equal(trainer.state.best.weights["fc.weight"], averages[trainer.state.best.epoch - 1])
     content = copy.deepcopy(trainer.state.to_mapping())
     again = trainer_for(runtime, *fields)

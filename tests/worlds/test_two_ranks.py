@@ -27,7 +27,7 @@ from cifar_dist.model.layers import (
 )
 from cifar_dist.run.results import Observer
 from cifar_dist.runtime.distributed import _common_precision
-from cifar_dist.training.evaluation import EvaluationSet, summarize
+from cifar_dist.training.evaluation import EvaluationSet
 from cifar_dist.training.setup import build_trainer
 from cifar_dist.training.trainer import DivergedError, InterruptedRun
 from tests.conftest import make_dataset, make_images, make_recipe
@@ -84,9 +84,9 @@ def evaluations(runtime):
             data=data, indices=torch.arange(number), class_names=tuple("abcdefghij"), recipe=make_recipe(),
             runtime=runtime,
         )  # fmt: skip
-        predictions = held_out.predict(model, Observer())
-        result = summarize(predictions.logits, predictions.labels, held_out.class_names)
-        sums = [result.loss, *predictions.logits.sum(0).tolist()]
+        logits = held_out.predict(model, Observer())
+        result = held_out.summarize(logits)
+        sums = [result.loss, *logits.sum(0).tolist()]
         results[number] = (result.num_samples, sum(map(sum, result.confusion_matrix)), result.top1, sums)
     return results
 
