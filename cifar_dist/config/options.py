@@ -6,6 +6,7 @@ The docstring of a class is the description of its command. A flag's type and ch
 
 import argparse
 import importlib.util
+import os
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -310,7 +311,7 @@ first steps:
 
 
 def completion_script() -> str:
-    """Return a bash script that completes `cifar-dist`. Raises UserError without the package shtab."""
+    """Return a script that completes `cifar-dist` in the shell of `$SHELL`, bash or zsh. Raises UserError."""
     try:
         import shtab
     except ImportError:
@@ -330,4 +331,4 @@ def completion_script() -> str:
             action.choices = words.get(action.dest, action.choices)
             if action.type is Path:
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
-    return shtab.complete(parser, "bash")
+    return shtab.complete(parser, "zsh" if os.environ.get("SHELL", "").endswith("zsh") else "bash")

@@ -91,8 +91,9 @@ def test_openmp_spins_briefly_unless_the_user_chose(environ, expected, monkeypat
         (("eval", "--tta", ""), {"none", "mirror"}),
     ],
 )
-def test_a_shell_completes_commands_flags_and_values(typed, offered, capsys):
+def test_a_shell_completes_commands_flags_and_values(typed, offered, capsys, monkeypatch):
     pytest.importorskip("shtab")
+    monkeypatch.setenv("SHELL", "/bin/bash")
     with pytest.raises(SystemExit):
         cli.main(["--completion"])
     script = capsys.readouterr().out
@@ -101,6 +102,15 @@ def test_a_shell_completes_commands_flags_and_values(typed, offered, capsys):
     words = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert offered <= set(words)
     assert all(word.startswith(typed[-1]) for word in words)
+
+
+def test_completion_is_for_zsh_too(monkeypatch, capsys):
+    pytest.importorskip("shtab")
+    monkeypatch.setenv("SHELL", "/usr/bin/zsh")
+    with pytest.raises(SystemExit):
+        cli.main(["--completion"])
+    script = capsys.readouterr().out
+    assert "compdef" in script and "--tta[" in script and "(none mirror)" in script
 
 
 def test_completion_names_the_package_that_it_needs(monkeypatch, capsys):
