@@ -18,7 +18,7 @@ from cifar_dist.commands import predict as predict_command
 from cifar_dist.commands import train as train_command
 from cifar_dist.config.accelerate_config import AccelerateConfig, load_accelerate_config, processes_to_start
 from cifar_dist.config.errors import EXIT_DONE, UserError
-from cifar_dist.config.options import EvalOptions, PredictOptions, TrainOptions
+from cifar_dist.config.options import EvalOptions, Precision, PredictOptions, TrainOptions
 from cifar_dist.config.recipe import Recipe
 from cifar_dist.config.world import World
 from cifar_dist.display.terminal import make_console, print_error
@@ -26,7 +26,6 @@ from cifar_dist.run.results import Evaluation, Prediction, Summary
 from cifar_dist.run.weights import read_weights
 
 PathLike = str | os.PathLike[str]
-Precision = Literal["auto", "no", "fp16", "bf16"]
 T = TypeVar("T")
 _SEVERAL = ("images", "trackers")
 _NAMES = {"ckpt": "checkpoint", "resume": "resume=True", "tracker": "trackers"}

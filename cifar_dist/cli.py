@@ -135,7 +135,10 @@ def _report(error: BaseException, world: World, interrupt: InterruptBeforeTraini
         return EXIT_KEYBOARD_INTERRUPT if isinstance(error, KeyboardInterrupt) else EXIT_INTERRUPTED
     if world.size == 1:
         return None
-    if _is_lost_peer(error):
+    # A collective failed because of another process; gloo's and NCCL's errors, and the store's, have no class for it.
+    lost = ("gloo/transport/", "ncclRemoteError")
+    is_lost_peer = isinstance(error, PeerFailedError) or type(error).__name__ == "DistNetworkError"
+    if is_lost_peer or any(word in str(error) for word in lost):
         reason = " ".join(str(error).split("\n")[0].split())
         print(f"rank {world.rank} ends: another process is gone ({reason})", file=sys.stderr)
     else:
@@ -148,13 +151,6 @@ def _wait_for_the_end() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: _exit_now(EXIT_USER_ERROR))
     time.sleep(15)
-
-
-def _is_lost_peer(error: BaseException) -> bool:
-    """Return whether a collective failed because of another process; gloo's and NCCL's errors have no class for it."""
-    lost = ("gloo/transport/", "ncclRemoteError")
-    is_store = type(error).__name__ == "DistNetworkError"  # the connection to rank 0's store
-    return isinstance(error, PeerFailedError) or is_store or any(word in str(error) for word in lost)
 
 
 def _exit_now(code: int) -> NoReturn:

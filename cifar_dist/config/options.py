@@ -55,6 +55,7 @@ _DATASET = ("cifar10 (default), cifar100, shapes (needs no files), or a folder o
 _DATA_DIR = ("holds the CIFAR files (default: data)", "DIR")
 _RECIPE = (f"{', '.join(recipe_names())} (default {DEFAULT_RECIPE}), or YAML", "NAME|FILE")
 _RECIPE_OF_WEIGHTS = ("for bare weights: whose stem and normalisation they have", "NAME|FILE")
+_TRACKER = ("log to tensorboard, wandb, mlflow or another of Accelerate's trackers; may be repeated", "NAME")
 _JSON = ("write the result there; - for the standard output", "FILE")
 _SET = ("set fields of the recipe, e.g. optimizer.learning_rate=0.1; wins over flags and files", "KEY=VALUE")
 _SEVERAL: dict[str, Any] = {"default": dict, "nargs": "+", "action": "extend"}
@@ -79,14 +80,15 @@ def _without_none(hint: Any) -> Any:
     return typing.get_args(hint)[0] if type(None) in typing.get_args(hint) else hint
 
 
+Precision = Literal["auto", "no", "fp16", "bf16"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceOptions(Options):
     """What every command has that computes."""
 
     config: str | None = flag("--config", "an Accelerate config: device, processes, mixed precision", "YAML")
-    precision: Literal["auto", "no", "fp16", "bf16"] | None = flag(
-        "--precision", "auto: what the device does best (the default); no: float32"
-    )
+    precision: Precision | None = flag("--precision", "auto: what the device does best (the default); no: float32")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,13 +114,7 @@ class TrainOptions(DeviceOptions):
         "--checkpoint-every-minutes", "default: 1, at the ends of epochs", "M"
     )
     max_minutes: Positive | None = flag("--max-minutes", "stop and save after so long (exit code 75)", "M")
-    trackers: Sequence[str] = flag(
-        "--tracker",
-        "log to tensorboard, wandb, mlflow or another of Accelerate's trackers; may be repeated",
-        "NAME",
-        default=(),
-        action="append",
-    )
+    trackers: Sequence[str] = flag("--tracker", *_TRACKER, default=(), action="append")
     quiet: bool = flag("--quiet", "no progress, only the result", default=False)
 
     def __post_init__(self) -> None:
@@ -318,12 +314,8 @@ def completion_script() -> str:
         raise UserError("--completion needs the package shtab: pip install shtab") from None
     parser = _top_parser()
     parser.prog = "cifar-dist"
-    words = {
-        "recipe": recipe_names(),
-        "dataset": list(KNOWN_SIZES),
-        "trackers": TRACKERS,
-        "assignments": [f"{name}=" for name in RECIPE_FIELDS],
-    }
+    words = {"recipe": recipe_names(), "dataset": list(KNOWN_SIZES), "trackers": TRACKERS}
+    words["assignments"] = [f"{name}=" for name in RECIPE_FIELDS]
     commands = parser.add_subparsers()
     parsers = [("train", parser), *((name, commands.add_parser(name, help=name)) for name in COMMANDS)]
     for name, each in parsers:

@@ -76,11 +76,8 @@ class _Joining(threading.Thread):
             if world.rank == 0 and not self._has_agent:
                 _SERVERS.append(_serve(self._port))
             self._find_rank_0()
-            self._begin(
-                f"waiting for an answer of rank 0 at {self._address}",
-                ANSWER_SECONDS,
-                "another program has the port, set MASTER_PORT to a free one",
-            )
+            advice = "another program has the port, set MASTER_PORT to a free one"
+            self._begin(f"waiting for an answer of rank 0 at {self._address}", ANSWER_SECONDS, advice)
             answer = timedelta(seconds=ANSWER_SECONDS)
             server = TCPStore(self._host, self._port, is_master=False, wait_for_workers=False, timeout=answer)
             server.set_timeout(timedelta(minutes=30))  # torch's default for a group
