@@ -32,7 +32,7 @@ class Breakage:
     old: str
     new: str
     test: str
-    tier: str
+    tier: str = "fast"
 
 
 def read_breakages() -> list[Breakage]:

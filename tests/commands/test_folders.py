@@ -30,12 +30,12 @@ def small_world(tmp_path, monkeypatch):
     torch.set_num_threads(threads)
 
 
-def write_images(folder: str, count: int, *, size: tuple[int, int] = (32, 32)) -> None:
-    Path(folder).mkdir(parents=True)
-    generator = torch.Generator().manual_seed(len(folder) + count)
-    for index in range(count):
-        pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(f"{folder}/{index:04}.png")
+def put(folder: str, *, first: int = 0, size: tuple[int, int] = (32, 32), **counts: int) -> None:
+    """Write images of each class; no two are alike."""
+    for index, (name, count) in enumerate(counts.items()):
+        Path(folder, name).mkdir(parents=True)
+        for number in range(first, first + count):
+            Image.new("L", size, 120 * index + number).save(Path(folder, name, f"{number:02}.png"))
 
 
 def train(*argv: str, code: int = 0) -> None:
@@ -48,14 +48,13 @@ def evaluate(*argv: str) -> dict:
 
 
 def test_folder_that_changed_since_the_training_is_reported(capsys):
-    for name in ("ant", "bee"):
-        write_images(f"zoo/{name}", 20)
+    put("zoo", ant=20, bee=20)
     train("--dataset", "zoo", "--run-dir", "run", "--set", "global_batch_size=8", "validation_size=4")
     capsys.readouterr()
     for typed in ((), ("--dataset", "zoo"), ("--split", "validation")):
         evaluate("--ckpt", "run", *typed)
     assert "has changed" not in capsys.readouterr().out
-    Path("zoo/ant/0000.png").unlink()
+    Path("zoo/ant/00.png").unlink()
     for typed in ((), ("--dataset", "zoo")):
         evaluate("--ckpt", "run", *typed)
         assert "zoo has changed since the training, which may have seen these images" in capsys.readouterr().out
@@ -64,14 +63,13 @@ def test_folder_that_changed_since_the_training_is_reported(capsys):
 
 
 def test_classes_of_any_size_and_number_of_images(capsys):
-    counts = {"ant": 3, "bee": 19, "cow": 21}
-    for name, count in counts.items():
-        write_images(f"zoo/{name}", count, size=(32, 32) if name != "bee" else (40, 36))
+    put("zoo", ant=3, cow=21)
+    put("zoo", bee=19, size=(40, 36), first=60)
     train("--dataset", "zoo", "--run-dir", "run")
     output = capsys.readouterr().out
     assert "43 image files, resized and cropped to 32x32 pixels" in output
     test = RunDirectory(Path("run")).read_summary().test
-    assert list(test.per_class_accuracy) == sorted(counts)
+    assert list(test.per_class_accuracy) == ["ant", "bee", "cow"]
     assert [sum(row) for row in test.confusion_matrix] == [1, 4, 4]
 
     Path("elsewhere").mkdir()
@@ -82,8 +80,7 @@ def test_classes_of_any_size_and_number_of_images(capsys):
 
 def test_validation_folder_is_the_validation_set(capsys):
     for part, count in (("train", 20), ("val", 6), ("test", 4)):
-        for name in ("left", "right"):
-            write_images(f"data/{part}/{name}", count)
+        put(f"data/{part}", left=count, right=count)
     train("--dataset", "data", "--set", "validation_size=3", code=2)
     assert "validation_size=3, but the dataset brings its own 12: leave it out" in capsys.readouterr().err
     train("--dataset", "data", "--dry-run")
@@ -129,14 +126,6 @@ def test_folders_give_the_results_of_the_dataset_they_were_made_from(monkeypatch
 # Evaluated by weights that were, or were not, trained on them
 
 
-def put(folder: Path, count: int, first: int = 0) -> None:
-    """Write images of two classes; no two are alike."""
-    for name, grey in (("a", 0), ("b", 120)):
-        (folder / name).mkdir(parents=True)
-        for number in range(first, first + count):
-            Image.new("L", (16, 16), grey + number).save(folder / name / f"{number:02}.png")
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The folder of a run on a folder without parts, and of other folders."""
@@ -145,13 +134,12 @@ def trained(tmp_path_factory):
         patch.chdir(folder)
         patch.setattr("cifar_dist.display.figures._save", lambda figure, path: path.touch())
         patch.setattr("cifar_dist.model.networks.resnet18", NarrowResNet)
-        put(folder / "own", 20)
-        put(folder / "foreign", 5, first=50)
-        put(folder / "tested/test", 3, first=60)
-        put(folder / "validated/val", 4, first=70)
-        fields = ["--set", "global_batch_size=8", "stem=small", "image_size=16", "validation_size=4"]
-        argv = ["--recipe", "original", "--precision", "no", "--epochs", "1", "--dataset", "own", "--run-dir", "run"]
-        assert main([*argv, *fields]) == 0
+        put("own", a=20, b=20)
+        put("foreign", first=50, a=5, b=5)
+        put("tested/test", first=60, a=3, b=3)
+        put("validated/val", first=70, a=4, b=4)
+        fields = ["global_batch_size=8", "stem=small", "image_size=16", "validation_size=4"]
+        train("--dataset", "own", "--run-dir", "run", "--set", *fields)
         torch.save(load_checkpoint(Path("run/checkpoints/last.pt"))["model"], "bare.pth")
     return folder
 
@@ -161,10 +149,6 @@ def folder(trained, monkeypatch):
     monkeypatch.chdir(trained)
 
 
-def count_evaluated(*argv: str) -> int:
-    return int(evaluate(*argv)["num_samples"])
-
-
 WHOLE = "has no test/ of its own: all its images are evaluated"
 
 
@@ -172,7 +156,7 @@ WHOLE = "has no test/ of its own: all its images are evaluated"
 @pytest.mark.parametrize("weights", [["--ckpt", "run"], ["--ckpt", "bare.pth", "--recipe", "mine.yaml"]])
 def test_a_foreign_folder_is_evaluated_whole(folder, capsys, dataset, count, weights):
     Path("mine.yaml").write_text("stem: small\nimage_size: 16\nimage_size_schedule: null\n")
-    assert count_evaluated(*weights, "--dataset", dataset) == count
+    assert evaluate(*weights, "--dataset", dataset)["num_samples"] == count
     shown = capsys.readouterr().out
     assert (WHOLE in shown) == (dataset in ("foreign", "tested/test"))
     assert f"{count} image files, resized and cropped to 16x16 pixels" in shown
@@ -180,8 +164,8 @@ def test_a_foreign_folder_is_evaluated_whole(folder, capsys, dataset, count, wei
 
 def test_of_the_runs_own_folder_only_the_test_images_are_evaluated_also_from_elsewhere(folder, capsys):
     shutil.copytree("own", "moved")
-    assert count_evaluated("--ckpt", "run") == count_evaluated("--ckpt", "run", "--dataset", "moved") == 8
-    assert count_evaluated("--ckpt", "run", "--split", "validation", "--dataset", "moved") == 4
+    for argv, count in (([], 8), (["--dataset", "moved"], 8), (["--split", "validation", "--dataset", "moved"], 4)):
+        assert evaluate("--ckpt", "run", *argv)["num_samples"] == count
     assert WHOLE not in capsys.readouterr().out
 
 

@@ -172,17 +172,6 @@ def test_a_config_of_a_run_runs_it_again():
     assert torch.equal(saved("y")["model"]["fc.weight"], saved()["model"]["fc.weight"])
 
 
-def test_the_intervals_of_checkpoints_are_stored():
-    def interval() -> int:
-        return RunDirectory(Path("x")).read_metadata().checkpoint_every_steps
-
-    train("--epochs", "1", "--run-dir", "x", "--checkpoint-every-steps", "2")
-    assert interval() == 2
-    assert main(["--resume", "x", "--epochs", "2", "--checkpoint-every-steps", "5"]) == 0
-    assert main(["--resume", "x", "--epochs", "3"]) == 0
-    assert interval() == 5
-
-
 def test_run_dir_with_resume_starts_where_there_is_no_checkpoint_yet():
     train("--epochs", "1", "--run-dir", "x", "--resume")
     expected = saved()["model"]
@@ -293,55 +282,41 @@ def test_other_data_is_refused_on_resume(capsys, monkeypatch, checkpoint):
         assert files_of("x") == files
 
 
-def test_an_edited_config_is_refused(capsys):
-    """A field of another version, one of a wrong type, and one that differs from the checkpoint's."""
+def test_an_edited_config_or_checkpoint_is_refused(capsys):
+    """tests/unit/test_run_directory.py has more edits. The error names the file that is used."""
     train("--epochs", "1", "--run-dir", "x")
-    config = Path("x/config.yaml")
-    values = yaml.safe_load(config.read_text())
+    config, last, previous = Path("x/config.yaml"), Path("x/checkpoints/last.pt"), Path("x/checkpoints/previous.pt")
+    values, content = yaml.safe_load(config.read_text()), saved()
     optimizer = {**values["recipe"]["optimizer"], "momentum": 0.8}
     for changed, message in (
-        (
-            {"recipe": {**values["recipe"], "stemm": 1}},
-            f"run configuration {config} is damaged: unknown recipe field 'recipe.stemm'",
-        ),
         ({"num_threads": -1}, f"run configuration {config} is damaged: num_threads must be 1 or more, not -1"),
         ({"recipe": {**values["recipe"], "optimizer": optimizer}}, "this differs: optimizer.momentum 0.9 -> 0.8"),
     ):
         config.write_text(yaml.safe_dump({**values, **changed}))
         assert message in refused(capsys, "--resume", "x", "--epochs", "2")
-
-
-def test_an_edited_checkpoint_is_refused(capsys):
-    train("--epochs", "1", "--run-dir", "x")
-    last, content = Path("x/checkpoints/last.pt"), saved()
-    for changed, message in (
-        ({"recipe": {**content["recipe"], "stemm": 1}}, " is damaged: unknown recipe field 'recipe.stemm'"),
-        ({"num_threads": -1}, " is damaged: num_threads must be 1 or more, not -1"),
-        ({"dataset": None}, " is damaged: dataset must be a mapping of its fields, not None"),
+    config.write_text(yaml.safe_dump(values))
+    torch.save({**content, "recipe": {**content["recipe"], "stemm": 1}}, last)
+    line = f"checkpoint {last} is damaged: unknown recipe field 'recipe.stemm'"
+    assert refused(capsys, "eval", "--ckpt", str(last)).startswith(line)
+    for file, changed, message in (
+        (last, {"dataset": None}, "is damaged: dataset must be a mapping of its fields, not None"),
+        (previous, {"num_threads": -1}, "is damaged: num_threads"),
+        (previous, {"statistics": None}, "does not hold what this program writes"),
     ):
-        torch.save({**content, **changed}, last)
-        line = refused(capsys, "eval", "--ckpt", str(last))
-        assert line.startswith(f"checkpoint {last}{message}")
-        if "recipe" not in changed:  # --resume compares the two recipes first
-            assert refused(capsys, "--resume", "x", "--epochs", "2") == line
-    # The error names the previous checkpoint where that one is used.
-    for damaged, changed, message in (
-        (b"", {"num_threads": -1}, " is damaged: num_threads"),
-        (b"", {"statistics": None}, " does not hold what this program writes"),
-        (None, {"num_threads": -1}, " is damaged: num_threads"),
-    ):
-        torch.save({**content, **changed}, last.with_name("previous.pt"))
-        last.unlink() if damaged is None else last.write_bytes(damaged)
-        line = refused(capsys, "--resume", "x", "--epochs", "2")
-        assert line.startswith(f"checkpoint x/checkpoints/previous.pt{message}")
+        torch.save({**content, **changed}, file)
+        assert refused(capsys, "--resume", "x", "--epochs", "2").startswith(f"checkpoint {file} {message}")
+        last.write_bytes(b"")
 
 
-def test_epochs_precision_and_places_may_change():
-    train("--epochs", "1", "--run-dir", "x")
+def test_epochs_precision_intervals_and_places_may_change():
+    train("--epochs", "1", "--run-dir", "x", "--checkpoint-every-steps", "2")
+    assert saved()["checkpoint_every_steps"] == 2
     Path("x").rename("moved")
-    assert main(["--resume", "moved", "--epochs", "2", "--precision", "bf16", "--data-dir", "elsewhere"]) == 0
+    changes = ["--precision", "bf16", "--data-dir", "elsewhere", "--checkpoint-every-steps", "5"]
+    assert main(["--resume", "moved", "--epochs", "2", *changes]) == 0
+    assert main(["--resume", "moved", "--epochs", "3"]) == 0, "with the changes, which are stored"
     content = saved("moved")
-    assert (content["epoch"], content["precision"]) == (2, "bf16")
+    assert (content["epoch"], content["precision"], content["checkpoint_every_steps"]) == (3, "bf16", 5)
     assert content["dataset"]["data_dir"] == str(Path("elsewhere").absolute())
     assert not Path("x").exists()
 

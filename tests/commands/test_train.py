@@ -184,6 +184,7 @@ def test_a_run_directory_is_complete(finished):
         assert (saved["images"].dtype, saved["images"].shape) == (np.uint8, (40, 3, 32, 32))
         right = (saved["logits"].argmax(1) == saved["labels"]).mean()
         assert saved["indices"].tolist() == list(range(40))
+        assert saved["class_names"].tolist() == [f"class{i}" for i in range(10)]
     assert right == pytest.approx(summary["test"]["top1"], abs=0.03)
 
     config = yaml.safe_load(run.config.read_text())

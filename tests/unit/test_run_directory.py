@@ -3,7 +3,6 @@
 import dataclasses
 import json
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -103,16 +102,11 @@ def test_the_metadata_comes_back(run):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"recipe_name": 3}, "recipe_name must be text, not 3"),
         ({"dataset": {}}, "recipe field 'dataset.name' is missing"),
-        ({"dataset": {"name": "shapes", "data_dir": "d", "fingerprint": []}}, "dataset.fingerprint must be text"),
         ({"class_names": [1]}, r"class_names\[0\] must be text, not 1"),
         ({"world_size": True}, "world_size must be a whole number, not True"),
         ({"num_threads": -1}, "num_threads must be 1 or more, not -1"),
-        ({"precision": "half"}, "precision must be one of no, fp16, bf16, not 'half'"),
         ({"checkpoint_every_minutes": float("inf")}, "checkpoint_every_minutes must be a finite number"),
-        ({"trackers": "wandb"}, "trackers must be a list, not 'wandb'"),
-        ({"plan": None}, "plan must be a mapping, not None"),
     ],
 )
 def test_edited_metadata_is_refused(run, change, message):
@@ -126,12 +120,6 @@ def test_a_run_of_another_format_is_refused(run):
     run.config.write_text(yaml.safe_dump({"format_version": 1, **make_metadata().to_mapping()}))
     with pytest.raises(UserError, match=r"config\.yaml has format 1, and this version reads 2: use the version of"):
         run.read_metadata()
-
-
-def test_predictions_need_no_pickle(run):
-    run.write_predictions(labels=np.arange(3), class_names=np.array(["a", "b"]))
-    with np.load(run.predictions, allow_pickle=False) as loaded:
-        assert loaded["class_names"].tolist() == ["a", "b"]
 
 
 def save_if_due(writer: CheckpointWriter, state: TrainState) -> None:

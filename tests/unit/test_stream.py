@@ -57,16 +57,18 @@ def test_every_world_sees_the_same_bytes(num_images, world_size):
 
 
 def test_labels_and_shares_belong_to_the_mixed_images():
-    """Without augmentation but mixup, each image is `share` of its own and the rest of an image of the partner."""
+    """Each image is `share` of its own and the rest of a partner's, from the training set: here each second image."""
     batches = batches_of(30, batch=10)
     recipe = make_recipe("augmentation.mixup=1", base="plain")
     batches.augmentation = Augmentation(recipe.augmentation, seed=3)
     batches.normalize = lambda pixels: pixels
+    batches.indices = torch.arange(1, 60, 2)
     batches.data = LabelledImages(
-        images=torch.arange(30, dtype=torch.uint8).view(-1, 1, 1, 1).expand(30, 3, 32, 32).contiguous(),
-        labels=torch.arange(30),
+        images=torch.arange(60, dtype=torch.uint8).view(-1, 1, 1, 1).expand(60, 3, 32, 32).contiguous(),
+        labels=torch.arange(60),
     )
     for batch in batches.epoch(1):
+        assert batch.partner_labels.remainder(2).all()
         mixed = batch.shares * batch.labels + (1 - batch.shares) * batch.partner_labels
         torch.testing.assert_close(batch.images[:, 0, 0, 0] * 255, mixed)
         assert torch.equal(batch.labels, batch.samples)

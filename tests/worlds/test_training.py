@@ -105,7 +105,7 @@ def test_each_image_is_trained_on_once_an_epoch_in_an_order_of_its_own(worlds, s
 MIDDLE = ("epochs=2", "global_batch_size=16", "batch_norm_group_size=4")
 
 
-def run_part(runtime, *, folder: Path, stop_after: int | None = None):
+def run_part(runtime, *, folder: Path, stop_after: int | None = None, every: int | None = None):
     """Train, from a checkpoint in the folder if there is one, to the end or to a step in which a signal comes."""
     trainer = in_float64(runtime, MIDDLE)
     object.__setattr__(trainer.plan, "report_every_steps", 1)
@@ -116,10 +116,11 @@ def run_part(runtime, *, folder: Path, stop_after: int | None = None):
         end(epoch)
 
     trainer._end_step = signalled
-    begin(trainer, folder)
+    begin(trainer, folder, checkpoint_every_steps=every)
     with contextlib.suppress(InterruptedRun):
         trainer.fit()
         trainer.recorder.save(trainer.state)
+    runtime.ranks.all_gather([0])  # the others read what rank 0 has written
     return trainer.state.step
 
 
@@ -140,3 +141,18 @@ def test_a_run_goes_on_in_another_world(tmp_path, uninterrupted, first, second):
         assert_same_weights(ours[part], theirs[part])
     losses = [[record.train_loss for record in run.read_records()] for run in (parts, whole)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_an_interrupted_run_with_ghost_groups_ends_with_the_bits_of_one_that_only_saves(tmp_path):
+    whole, parts = (RunDirectory(tmp_path / name) for name in ("whole", "parts"))
+    run_world(
+        2,
+        functools.partial(run_part, folder=whole.path, every=2),
+        functools.partial(run_part, folder=parts.path, stop_after=4),
+        functools.partial(run_part, folder=parts.path),
+    )
+    ours, theirs = load_checkpoint(parts.last), load_checkpoint(whole.last)
+    for part in ("model", "model_ema"):
+        assert all(torch.equal(*pair) for pair in zip(ours[part].values(), theirs[part].values(), strict=True))
+    losses = [[record.train_loss for record in run.read_records()] for run in (whole, parts)]
+    assert losses[0] == losses[1] and len(losses[0]) == 2

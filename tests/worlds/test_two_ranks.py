@@ -326,6 +326,14 @@ def assert_evaluated_once(results, alone):
             assert sums == pytest.approx(alone[number][3], rel=1e-4, abs=1e-3)
 
 
+@pytest.mark.full
+def test_three_ranks_of_which_one_may_have_no_images(runtime):
+    told, evaluated, differences = run_world(3, conversation, evaluations, batch_norm)
+    assert_conversation(told)
+    assert_evaluated_once(evaluated, evaluations(runtime))
+    assert max(differences) < 1e-10
+
+
 def test_ranks_communicate_and_fail_together(world):
     assert_conversation(world["conversation"])
 
