@@ -27,6 +27,11 @@ def make_metadata(**changes) -> RunMetadata:
     return RunMetadata(**(values | changes))
 
 
+def make_recorder(directory: RunDirectory, metadata: RunMetadata) -> RunRecorder:
+    """A recorder without a trainer, whose process has no state."""
+    return RunRecorder(directory, metadata, SimpleNamespace(state=dict), Trackers(print))
+
+
 def begin(trainer, folder: Path, **changes) -> RunDirectory:
     """Have a trainer record a run in a folder, which it goes on with if there is a checkpoint."""
     directory = (RunDirectory if trainer.runtime.is_main else UnwrittenRunDirectory)(folder)

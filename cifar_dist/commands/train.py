@@ -34,7 +34,7 @@ from cifar_dist.run.directory import RunDirectory, UnwrittenRunDirectory, number
 from cifar_dist.run.lock import RunLock
 from cifar_dist.run.prepare import PreparedRun, RunRecorder, prepare_run, restore
 from cifar_dist.run.resolve import RunSpec, resolve, seconds_allowed
-from cifar_dist.run.results import DatasetMetadata, Evaluation, RunMetadata, Status, Summary
+from cifar_dist.run.results import DatasetMetadata, Evaluation, RunMetadata, Status, Summary, stored_threads
 from cifar_dist.run.tracking import Trackers
 from cifar_dist.runtime.device import ComputeSettings, check_world, choose_compute
 from cifar_dist.runtime.distributed import Runtime, connect, start
@@ -71,9 +71,15 @@ def train(
         if prepared.finished is not None:
             print_notes(console, [prepared.finished])
             return EXIT_DONE, ranks.broadcast_from_main(RunDirectory(prepared.directory).read_summary)
-        dataset, fingerprint = _load_dataset(console, prepared.spec, ranks)
-        settings = prepared.spec.compute_settings(world.size)
-        runtime = start(ranks, config, **settings, micro_batches=prepared.spec.recipe.gradient_accumulation_steps)
+        spec = prepared.spec
+        dataset, fingerprint = _load_dataset(console, spec, ranks)
+        runtime = start(
+            ranks,
+            config,
+            requested_precision=spec.requested_precision,
+            num_threads=stored_threads(spec.stored, world.size),
+            micro_batches=spec.recipe.gradient_accumulation_steps,
+        )
         trainer, recorder, display = _build(console, prepared, dataset, fingerprint, runtime, interrupt, options.quiet)
         resume_command = _resume_command(options, prepared.directory)
         try:
@@ -239,9 +245,14 @@ def _dry_run(console: Console, options: TrainOptions, world: World, config: Acce
     """Print what would be done. Starts, reads and writes nothing, and needs no data."""
     spec = resolve(options)
     future = planned_world(world, config)
-    micro_batches = spec.recipe.gradient_accumulation_steps
-    settings = spec.compute_settings(future.size)
-    compute = choose_compute(config, os.environ, future, **settings, micro_batches=micro_batches)
+    compute = choose_compute(
+        config,
+        os.environ,
+        future,
+        requested_precision=spec.requested_precision,
+        num_threads=stored_threads(spec.stored, future.size),
+        micro_batches=spec.recipe.gradient_accumulation_steps,
+    )
     check_world(future, compute.device_type, os.environ)
     sizes = known_sizes(spec.dataset)
     recipe = fit_to_dataset(spec.recipe, sizes)

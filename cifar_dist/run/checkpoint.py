@@ -6,12 +6,10 @@ states do not survive a change of world size.
 
 import io
 import json
-import math
 import os
 import re
-import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,75 +20,8 @@ from safetensors.torch import load as load_safetensors
 
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.files import write_atomically
-from cifar_dist.run.directory import RunDirectory, verify_checksums
-from cifar_dist.run.results import FORMAT_VERSION, RunMetadata, check_format
-from cifar_dist.training.state import Best, TrainState
-
-
-class CheckpointWriter:
-    """Write the checkpoints of a run when they are due.
-
-    Without `checkpoint_every_minutes` one is due at the end of an epoch, at most once a minute, and so rarely that
-    saving takes at most 1 % of the time.
-    """
-
-    def __init__(self, directory: RunDirectory, metadata: RunMetadata) -> None:
-        self._directory = directory
-        self._metadata = metadata.to_mapping()
-        minutes = metadata.checkpoint_every_minutes
-        self._saves_within_epochs = minutes is not None
-        self._every_seconds = 60 * (1 if minutes is None else minutes)
-        self._largest_share = 0.01 if minutes is None else math.inf
-        self._every_steps = metadata.checkpoint_every_steps
-        self._written_at = time.monotonic()
-        self._save_seconds = 0.0
-        self._written_step: int | None = None
-        self._best_epoch: int | None = None
-
-    def is_due(self, step: int) -> bool:
-        """Return whether a checkpoint is due at the end of an epoch, after this step of the run."""
-        return self._time_is_over() or self.is_due_by_step(step)
-
-    def is_due_by_step(self, step: int) -> bool:
-        """Return whether a checkpoint is due after this step, within an epoch too."""
-        return self._every_steps is not None and step % self._every_steps == 0
-
-    def is_due_by_time(self) -> bool:
-        """Return whether a checkpoint is due now, within an epoch."""
-        return self._saves_within_epochs and self._time_is_over()
-
-    def save(
-        self,
-        state: TrainState,
-        process_state: dict[str, Any],
-        *,
-        epoch_sums: Sequence[Sequence[float]] = (),
-        statistics: Sequence[Sequence[float]] = (),
-    ) -> None:
-        """Write last.pt (the former one becomes previous.pt), and best.pt if the best epoch has changed.
-
-        `process_state` is `Runtime.state()`. Within an epoch there is a row for each rank: its sums and, with ghost
-        groups, its running statistics.
-        """
-        if self._written_step == state.step:
-            return
-        begun = time.monotonic()
-        rows = {"epoch_sums": [list(row) for row in epoch_sums], "statistics": [list(row) for row in statistics]}
-        content = {**self._metadata, **process_state, **rows, **state.to_mapping()}
-        self._directory.write_checkpoint(self._directory.last, content, previous=self._directory.previous)
-        if state.best is not None and state.best.epoch != self._best_epoch:
-            self._save_best(state.best)
-        self._written_at, self._written_step = time.monotonic(), state.step
-        self._save_seconds = self._written_at - begun
-
-    def _time_is_over(self) -> bool:
-        interval_seconds = max(self._every_seconds, self._save_seconds / self._largest_share)
-        return time.monotonic() - self._written_at >= interval_seconds
-
-    def _save_best(self, best: Best) -> None:
-        content = {**self._metadata, "epoch": best.epoch, "record": best.record, "model": best.weights}
-        self._directory.write_checkpoint(self._directory.best, content)
-        self._best_epoch = best.epoch
+from cifar_dist.run.directory import verify_checksums
+from cifar_dist.run.results import FORMAT_VERSION, check_format
 
 
 def save_checkpoint(path: Path, content: dict[str, Any], *, previous: Path | None = None) -> None:

@@ -1,6 +1,7 @@
 """What can be refused before torch is imported, which takes seconds: paths, recipes and plans that were typed."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from cifar_dist.config.options import (
 from cifar_dist.config.plan import KNOWN_SIZES, make_plan
 from cifar_dist.config.recipe import Recipe, read_recipe, resolve_recipe
 from cifar_dist.run.directory import RunDirectory, check_output, find_checkpoint, load_newest, verify
-from cifar_dist.run.resolve import RunSpec, check_before_launch, check_dataset_name, check_plan
+from cifar_dist.run.resolve import RunSpec, check_dataset_name, check_plan, resolve
 
 EXPORT_PACKAGES = {".pth": (), ".safetensors": (), ".onnx": ("onnx", "onnxscript", "onnxruntime")}
 """The suffixes of formats that `export` writes, and the packages that each needs."""
@@ -34,9 +35,9 @@ FOR_SPEED: dict[str, Any] = {
 
 
 def check_before_torch(options: Options, *, world_size: int, machine_rank: int) -> RunSpec | None:
-    """Raise UserError for what is known to be wrong. Return the request of a training that has something to do."""
+    """Raise UserError for what is known to be wrong. Return the run of `train` if it has something to do."""
     if isinstance(options, TrainOptions):
-        return _check_training(options, world_size, machine_rank)
+        return check_training(options, world_size=world_size, machine_rank=machine_rank)
     if machine_rank > 0:  # the first machine alone reads and writes
         return None
     if isinstance(options, EvalOptions):
@@ -80,22 +81,33 @@ def recipe_for_speed(options: BenchOptions) -> Recipe:
     return resolve_recipe(read_recipe(options.recipe), FOR_SPEED, options.assignments)
 
 
-def _check_training(options: TrainOptions, world_size: int, machine_rank: int) -> RunSpec | None:
-    request = check_before_launch(options, world_size=world_size, machine_rank=machine_rank)
-    if request is None:
+def check_training(options: TrainOptions, *, world_size: int, machine_rank: int = 0) -> RunSpec | None:
+    """Return the run if it has something to do. Raises UserError for a mistake that needs neither torch nor archives.
+
+    Another machine than the first ignores a new run's directory, which the first may have made by now. It returns
+    None if it cannot see the run directory to resume.
+    """
+    if machine_rank > 0 and not options.resume:
+        options = replace(options, run_dir=None)
+    elif machine_rank > 0 and not RunDirectory(options.resume_dir or options.run_dir or Path()).config.exists():
         return None
-    if options.resume and not options.dry_run:
-        run = RunDirectory(options.resume_dir or options.run_dir or Path())
-        if run.finished(request.recipe.epochs) is not None:
+    spec = resolve(options)
+    check_plan(spec, world_size=world_size)
+    pretrained = spec.recipe.pretrained
+    if spec.stored is None and machine_rank == 0 and pretrained not in (None, "imagenet"):
+        verify(Path(pretrained))
+    if spec.stored is not None and spec.directory is not None and not options.dry_run:
+        run = RunDirectory(spec.directory)
+        if run.finished(spec.recipe.epochs) is not None:
             return None
         load_newest(run, verify)
-    if request.dataset not in KNOWN_SIZES:
+    if spec.dataset not in KNOWN_SIZES:
         from cifar_dist.data.folder import check_memory, folder_sizes
 
-        sizes = folder_sizes(Path(request.dataset))
-        check_plan(request, world_size=world_size, sizes=sizes)
-        check_memory(sizes.num_train + sizes.num_test + sizes.num_validation, request.recipe.image_size)
-    return request
+        sizes = folder_sizes(Path(spec.dataset))
+        check_plan(spec, world_size=world_size, sizes=sizes)
+        check_memory(sizes.num_train + sizes.num_test + sizes.num_validation, spec.recipe.image_size)
+    return spec
 
 
 def _check_weights(checkpoint: Path, recipe: str | None) -> None:

@@ -1,6 +1,7 @@
 """Open a run: lock its directory, load its checkpoint, and restore the state. A recorder then saves what happens."""
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from cifar_dist.config.errors import UserError
 from cifar_dist.config.files import writing
 from cifar_dist.config.options import TrainOptions
 from cifar_dist.config.world import SlurmJob
-from cifar_dist.run.checkpoint import CheckpointWriter, load_checkpoint, refusing_foreign_content
+from cifar_dist.run.checkpoint import load_checkpoint, refusing_foreign_content
 from cifar_dist.run.directory import RunDirectory, load_newest, numbered_names
 from cifar_dist.run.lock import RunLock
 from cifar_dist.run.resolve import RunSpec, check_plan, resolve
@@ -22,6 +23,8 @@ from cifar_dist.run.weights import pretrained_weights
 from cifar_dist.runtime.distributed import Runtime
 from cifar_dist.training.state import TrainState
 from cifar_dist.training.trainer import Recorder, Trainer
+
+_DISK_ADVICE = "free space or mend the rights there"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -60,7 +63,7 @@ def prepare_run(
     run = RunDirectory(spec.directory)
     if (finished := run.finished(spec.recipe.epochs)) is not None:
         return PreparedRun(spec=spec, directory=run.path, finished=finished)
-    with writing(run.path, "free space or mend the rights there"):
+    with writing(run.path, _DISK_ADVICE):
         lock.acquire(run.path)
     checkpoint, damage = load_newest(run, load_checkpoint)
     if checkpoint is None:
@@ -75,10 +78,10 @@ def prepare_run(
 
 
 def _new_directory(spec: RunSpec, lock: RunLock) -> Path:
-    if spec.directory is None:
-        with writing(spec.default_directory.parent, "free space or mend the rights there, or name another --run-dir"):
+    """Create and lock the directory of a new run. Raises UserError."""
+    with writing(spec.directory or spec.default_directory.parent, f"{_DISK_ADVICE}, or name another --run-dir"):
+        if spec.directory is None:
             return lock.acquire_first_free(numbered_names(spec.default_directory))
-    with writing(spec.directory, "free space or mend the rights there, or name another --run-dir"):
         lock.acquire(spec.directory)
     if RunDirectory(spec.directory).holds_run:
         raise UserError(f"{spec.directory} holds a run by now: name another --run-dir")
@@ -120,14 +123,21 @@ def _restore_sums(state: TrainState, rows: Sequence[Sequence[float]], rank: int,
 
 
 class RunRecorder(Recorder):
-    """Save a run: records, checkpoints, summary and trackers. All ranks call it, and rank 0 writes."""
+    """Save a run: records, checkpoints, summary and trackers. All ranks call it, and rank 0 writes.
+
+    Without `checkpoint_every_minutes` a checkpoint is due at the end of an epoch, at most once a minute, and so rarely
+    that saving takes at most 1 % of the time.
+    """
 
     def __init__(self, directory: RunDirectory, metadata: RunMetadata, runtime: Runtime, trackers: Trackers) -> None:
         self.directory = directory
         self.trackers = trackers
         self._metadata = metadata
         self._runtime = runtime
-        self._writer = CheckpointWriter(directory, metadata)
+        self._saved_at = time.monotonic()
+        self._save_seconds = 0.0
+        self._saved_step: int | None = None
+        self._best_epoch: int | None = None
 
     def begin(self, state: TrainState, damage: str | None) -> list[EpochRecord]:
         """Create the files before the first step. Return the records of earlier epochs. Raises UserError.
@@ -135,7 +145,7 @@ class RunRecorder(Recorder):
         If the last checkpoint is damaged (`damage`), it is set aside.
         """
         directory = self.directory
-        with writing(directory.path, "free space or mend the rights there"):
+        with writing(directory.path, _DISK_ADVICE):
             directory.create()
             if damage is not None and directory.last.exists():
                 directory.set_aside(directory.last)
@@ -148,16 +158,17 @@ class RunRecorder(Recorder):
         """Append the record, log it, and save if a checkpoint is due."""
         self.directory.append_record(record)
         self.trackers.log(record)
-        if self._writer.is_due(state.step):
+        if self._is_due_by_time() or self.should_save(state.step):
             self.save(state)
 
     def should_save(self, step: int) -> bool:
         """Return whether `--checkpoint-every-steps` asks for a checkpoint after this step."""
-        return self._writer.is_due_by_step(step)
+        every = self._metadata.checkpoint_every_steps
+        return every is not None and step % every == 0
 
     def should_save_now(self) -> bool:
         """Return whether `--checkpoint-every-minutes` asks for a checkpoint now."""
-        return self._writer.is_due_by_time()
+        return self._metadata.checkpoint_every_minutes is not None and self._is_due_by_time()
 
     def save(
         self,
@@ -166,8 +177,25 @@ class RunRecorder(Recorder):
         epoch_sums: Sequence[Sequence[float]] = (),
         statistics: Sequence[Sequence[float]] = (),
     ) -> None:
-        """Write a checkpoint, unless this step has one."""
-        self._writer.save(state, self._runtime.state(), epoch_sums=epoch_sums, statistics=statistics)
+        """Write last.pt, unless it has this step, and best.pt if the best epoch has changed."""
+        if self._saved_step == state.step:
+            return
+        begun, directory, best = time.monotonic(), self.directory, state.best
+        metadata = self._metadata.to_mapping()
+        rows = {"epoch_sums": [list(row) for row in epoch_sums], "statistics": [list(row) for row in statistics]}
+        content = {**metadata, **self._runtime.state(), **rows, **state.to_mapping()}
+        directory.write_checkpoint(directory.last, content, previous=directory.previous)
+        if best is not None and best.epoch != self._best_epoch:
+            content = {**metadata, "epoch": best.epoch, "record": best.record, "model": best.weights}
+            directory.write_checkpoint(directory.best, content)
+            self._best_epoch = best.epoch
+        self._saved_at, self._saved_step = time.monotonic(), state.step
+        self._save_seconds = self._saved_at - begun
+
+    def _is_due_by_time(self) -> bool:
+        minutes = self._metadata.checkpoint_every_minutes
+        interval_seconds = max(60.0, 100 * self._save_seconds) if minutes is None else 60 * minutes
+        return time.monotonic() - self._saved_at >= interval_seconds
 
     def write_summary(
         self,

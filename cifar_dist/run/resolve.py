@@ -1,6 +1,7 @@
 """Resolve what one training run is: command-line values over a stored run over the defaults. Imports no torch."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -12,7 +13,7 @@ from cifar_dist.config.plan import KNOWN_SIZES, DatasetSizes, fit_to_dataset, ma
 from cifar_dist.config.recipe import Recipe, read_recipe, recipe_label, recipe_to_mapping, resolve_recipe
 from cifar_dist.config.schema import nearest
 from cifar_dist.config.world import SlurmJob
-from cifar_dist.run.directory import RunDirectory, numbered_names, verify
+from cifar_dist.run.directory import RunDirectory, numbered_names
 from cifar_dist.run.results import RunMetadata
 
 DEFAULT_RECIPE, DEFAULT_DATASET, DEFAULT_DATA_DIR = "standard", "cifar10", Path("data")
@@ -30,7 +31,7 @@ class RunSpec:
     data_dir: Path
     """Absolute."""
     directory: Path | None
-    """None for a new run without `--run-dir`: the first free one of `default_directories`."""
+    """None for a new run without `--run-dir`: `default_directory`, numbered if it exists."""
     stored: RunMetadata | None
     """The metadata of the run that is resumed; None for a new run."""
     requested_precision: str | None
@@ -41,16 +42,8 @@ class RunSpec:
 
     @property
     def default_directory(self) -> Path:
-        """Where a new run goes; numbered if it exists."""
+        """`runs/RECIPE-DATASET-seedN`."""
         return DEFAULT_RUNS / f"{self.recipe_name}-{Path(self.dataset).name}-seed{self.recipe.seed}"
-
-    def compute_settings(self, world_size: int) -> dict[str, Any]:
-        """Return `requested_precision` and `num_threads`: the stored threads give the same bits in the same world."""
-        same_world = self.stored is not None and self.stored.world_size == world_size
-        return {
-            "requested_precision": self.requested_precision,
-            "num_threads": self.stored.num_threads if self.stored is not None and same_world else None,
-        }
 
 
 def resolve(options: TrainOptions, job: SlurmJob | None = None) -> RunSpec:
@@ -60,32 +53,39 @@ def resolve(options: TrainOptions, job: SlurmJob | None = None) -> RunSpec:
     """
     run = _find_run(options)
     stored = None if run is None else run.read_metadata()
-    spec = _resolve(options, run, stored, job)
+
+    def stored_value(name: str) -> Any:
+        return None if stored is None else getattr(stored, name)
+
+    name, base = _base_recipe(options, stored)
+    recipe = resolve_recipe(base, options.recipe_flags, options.assignments)
+    if stored is not None and recipe.validation_size == "auto":
+        recipe = replace(recipe, validation_size=stored.recipe.validation_size)
+    dataset = options.dataset or (DEFAULT_DATASET if stored is None else stored.dataset.name)
+    if dataset not in KNOWN_SIZES and Path(dataset).is_dir():  # a resumed run finds it from anywhere
+        dataset = str(Path(dataset).absolute())
+    data_dir = options.data_dir or (DEFAULT_DATA_DIR if stored is None else Path(stored.dataset.data_dir))
+    spec = RunSpec(
+        recipe=recipe,
+        recipe_name=name,
+        dataset=dataset,
+        data_dir=data_dir.absolute(),
+        directory=options.run_dir if run is None else run.path,
+        stored=stored,
+        requested_precision=options.precision or stored_value("precision"),
+        trackers=tuple(dict.fromkeys(options.trackers or stored_value("trackers") or ())),
+        checkpoint_every_minutes=options.checkpoint_every_minutes or stored_value("checkpoint_every_minutes"),
+        checkpoint_every_steps=options.checkpoint_every_steps or stored_value("checkpoint_every_steps"),
+        slurm_job=None if job is None else job.name,
+    )
+    check_trackers(spec.trackers)
+    if stored is not None:
+        stored.refuse_other_recipe(spec.recipe, spec.dataset)
     check_dataset_name(spec.dataset)
     if stored is None and options.run_dir is None and job is not None and job.restarts > 0:
         own = _find_run_of_job(spec.default_directory, job.name)
         if own is not None:
-            return resolve(replace(options, resume=True, resume_dir=own.path))
-    return spec
-
-
-def check_before_launch(options: TrainOptions, *, world_size: int, machine_rank: int = 0) -> RunSpec | None:
-    """Check what needs neither torch nor the data. Raises UserError.
-
-    Another machine than the first ignores a new run's directory, which the first may have made by now. Return None
-    if such a machine cannot see the run directory to resume.
-    """
-    if machine_rank > 0 and not options.resume:
-        options = replace(options, run_dir=None)
-    elif machine_rank > 0:
-        path = options.resume_dir or options.run_dir
-        if path is None or not RunDirectory(path).config.exists():
-            return None
-    spec = resolve(options)
-    check_plan(spec, world_size=world_size)
-    pretrained = spec.recipe.pretrained
-    if spec.stored is None and machine_rank == 0 and pretrained not in (None, "imagenet"):
-        verify(Path(pretrained))
+            return resolve(replace(options, resume=True, resume_dir=own))
     return spec
 
 
@@ -116,37 +116,6 @@ def seconds_allowed(max_minutes: float | None, environ: Mapping[str, str], now: 
     limits = [60 * max_minutes] if max_minutes is not None else []
     limits += [max(0.0, int(end) - now - 60)] if end.isdecimal() and "SLURM_STEP_ID" in environ else []
     return min(limits, default=None)
-
-
-def _resolve(
-    options: TrainOptions, run: RunDirectory | None, stored: RunMetadata | None, job: SlurmJob | None
-) -> RunSpec:
-    name, base = _base_recipe(options, stored)
-    recipe = resolve_recipe(base, options.recipe_flags, options.assignments)
-    if stored is not None and recipe.validation_size == "auto":
-        recipe = replace(recipe, validation_size=stored.recipe.validation_size)
-    trackers = options.trackers or (stored.trackers if stored is not None else ())
-    check_trackers(trackers := tuple(dict.fromkeys(trackers)))
-    default_dataset = stored.dataset.name if stored is not None else DEFAULT_DATASET
-    default_data_dir = Path(stored.dataset.data_dir) if stored is not None else DEFAULT_DATA_DIR
-    spec = RunSpec(
-        recipe=recipe,
-        recipe_name=name,
-        dataset=_absolute_folder(options.dataset or default_dataset),
-        data_dir=(options.data_dir or default_data_dir).absolute(),
-        directory=options.run_dir if run is None else run.path,
-        stored=stored,
-        requested_precision=options.precision or (stored.precision if stored is not None else None),
-        trackers=trackers,
-        checkpoint_every_minutes=options.checkpoint_every_minutes
-        or (stored.checkpoint_every_minutes if stored is not None else None),
-        checkpoint_every_steps=options.checkpoint_every_steps
-        or (stored.checkpoint_every_steps if stored is not None else None),
-        slurm_job=None if job is None else job.name,
-    )
-    if stored is not None:
-        stored.refuse_other_recipe(spec.recipe, spec.dataset)
-    return spec
 
 
 def _base_recipe(options: TrainOptions, stored: RunMetadata | None) -> tuple[str, dict[str, Any]]:
@@ -181,18 +150,10 @@ def _find_run(options: TrainOptions) -> RunDirectory | None:
     return run if run.holds_run else None
 
 
-def _find_run_of_job(path: Path, job: str) -> RunDirectory | None:
-    """Return the run of this name, or of a numbered one, that a Slurm job began before it was requeued."""
+def _find_run_of_job(path: Path, job: str) -> Path | None:
+    """Return `path`, or a numbered one, if a Slurm job began its run there before it was requeued."""
     for candidate in takewhile(Path.exists, numbered_names(path)):
-        try:
-            run = RunDirectory(candidate)
-            if run.read_config().get("slurm_job") == job:
-                return run
-        except UserError:  # another run, damaged
-            continue
+        with suppress(UserError):  # another run, damaged
+            if RunDirectory(candidate).read_config().get("slurm_job") == job:
+                return candidate
     return None
-
-
-def _absolute_folder(dataset: str) -> str:
-    """Return a folder as an absolute path, so that a resumed run finds it from anywhere."""
-    return dataset if dataset in KNOWN_SIZES or not Path(dataset).is_dir() else str(Path(dataset).absolute())

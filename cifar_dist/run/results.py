@@ -227,6 +227,11 @@ class RunMetadata:
             _refuse([f"content of the dataset {now.dataset.name}"])
 
 
+def stored_threads(metadata: RunMetadata | None, world_size: int) -> int | None:
+    """Return the number of threads of a stored run in the same world size, where it gives the same bits; else None."""
+    return metadata.num_threads if metadata is not None and metadata.world_size == world_size else None
+
+
 def _refuse(changed: list[str]) -> None:
     if changed:
         more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""

@@ -13,7 +13,7 @@ from cifar_dist.config.recipe import Recipe, read_recipe, resolve_recipe
 from cifar_dist.model.networks import build_resnet, find_state_dict, imagenet_weights, infer_architecture, load_weights
 from cifar_dist.run.checkpoint import is_bare_weights, load_checkpoint, refusing_foreign_content
 from cifar_dist.run.directory import RunDirectory, find_checkpoint
-from cifar_dist.run.results import RunMetadata
+from cifar_dist.run.results import RunMetadata, stored_threads
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -38,12 +38,10 @@ class SavedWeights:
 
     def compute_settings(self, requested_precision: str | None, world_size: int) -> dict[str, Any]:
         """Return `requested_precision` and `num_threads`: the command line's, else the run's, else float32."""
-        if self.metadata is None:
-            return {"requested_precision": requested_precision or "no", "num_threads": None}
-        same_world = self.metadata.world_size == world_size
+        stored = "no" if self.metadata is None else self.metadata.precision
         return {
-            "requested_precision": requested_precision or self.metadata.precision,
-            "num_threads": self.metadata.num_threads if same_world else None,
+            "requested_precision": requested_precision or stored,
+            "num_threads": stored_threads(self.metadata, world_size),
         }
 
     def check_finite(self, values: Tensor, precision: str) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cifar_dist.run.checkpoint import CheckpointWriter, load_checkpoint, save_checkpoint
+from cifar_dist.run.checkpoint import load_checkpoint, save_checkpoint
 from cifar_dist.run.directory import RunDirectory, load_newest
-from tests.runs import make_metadata
+from cifar_dist.run.prepare import RunRecorder
+from tests.runs import make_metadata, make_recorder
 from tests.unit.test_metrics import record
 from tests.unit.test_run_directory import state_at
 
@@ -73,29 +74,29 @@ class File:
             self.disk.count("close")  # a disk over a network may keep its bad news until then
 
 
-def begin(folder: Path) -> tuple[RunDirectory, CheckpointWriter]:
+def begin(folder: Path) -> tuple[RunDirectory, RunRecorder]:
     """A run with two epochs saved."""
     run = RunDirectory(folder / "run")
     run.path.mkdir()
     run.last.parent.mkdir()
-    writer = CheckpointWriter(run, make_metadata(checkpoint_every_minutes=1e-9))
+    recorder = make_recorder(run, make_metadata(checkpoint_every_minutes=1e-9))
     for epoch in (1, 2):
-        finish_epoch(run, writer, epoch)
-    return run, writer
+        finish_epoch(run, recorder, epoch)
+    return run, recorder
 
 
-def finish_epoch(run: RunDirectory, writer: CheckpointWriter, epoch: int) -> None:
+def finish_epoch(run: RunDirectory, recorder: RunRecorder, epoch: int) -> None:
     run.append_record(record(epoch))
-    writer.save(state_at(epoch, best=epoch), {})
+    recorder.save(state_at(epoch, best=epoch))
 
 
 def calls_of_an_epoch(folder: Path) -> list[tuple[int, str]]:
     """Return the calls of an epoch with their numbers: of a row of equal ones the first and the last."""
     folder.mkdir()
-    run, writer = begin(folder)
+    run, recorder = begin(folder)
     with pytest.MonkeyPatch.context() as patch:
         disk = Disk(patch)
-        finish_epoch(run, writer, 3)
+        finish_epoch(run, recorder, 3)
     rows = [list(row) for _, row in groupby(enumerate(disk.calls), key=lambda each: each[1])]
     return [each for row in rows for each in dict.fromkeys((row[0], row[-1]))]
 
@@ -123,18 +124,18 @@ def test_a_call_that_fails_loses_nothing(tmp_path, stays):
     for number, call in calls_of_an_epoch(tmp_path / "count"):
         folder = tmp_path / str(number)
         folder.mkdir()
-        run, writer = begin(folder)
+        run, recorder = begin(folder)
         with pytest.MonkeyPatch.context() as patch:
             Disk(patch, errno.ENOSPC, fails=lambda now, _, at=number: now == at or (stays and now > at))
             try:
-                finish_epoch(run, writer, 3)
+                finish_epoch(run, recorder, 3)
             except OSError as raised:
                 assert raised.errno == errno.ENOSPC
                 failed.add(call)
         assert_nothing_is_lost(run, f"{number}: {call}")
         assert not list(run.path.rglob("*.tmp")), call
         run.truncate_records(2)
-        finish_epoch(run, writer, 4)  # the disk has room again
+        finish_epoch(run, recorder, 4)  # the disk has room again
         assert load_checkpoint(run.last)["epoch"] == 4
     # Without links the file is renamed, and a folder that cannot be opened is not synced: these two are borne.
     assert failed >= {"creat", "write", "flush", "fsync", "close", "replace"}

@@ -5,8 +5,8 @@ import pytest
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.options import TrainOptions
 from cifar_dist.config.plan import KNOWN_SIZES, DatasetSizes, fit_to_dataset, make_plan
+from cifar_dist.run.checks import check_training
 from cifar_dist.run.directory import RunDirectory
-from cifar_dist.run.resolve import check_before_launch
 from tests.conftest import make_recipe
 from tests.runs import make_metadata
 
@@ -74,15 +74,15 @@ def test_a_split_that_stopping_needs_and_that_has_no_image_is_refused():
 def test_another_machine_asks_nothing_of_a_run_that_is_not_there(tmp_path):
     """It would check, and download the data of, a run that nobody has asked for."""
     options = TrainOptions(resume=True, resume_dir=tmp_path / "run")
-    assert check_before_launch(options, world_size=6, machine_rank=1) is None
+    assert check_training(options, world_size=6, machine_rank=1) is None
     with pytest.raises(UserError, match="there is no run in"):
-        check_before_launch(options, world_size=6)
+        check_training(options, world_size=6)
     (tmp_path / "run").mkdir()
     RunDirectory(tmp_path / "run").write_metadata(make_metadata(recipe=make_recipe("global_batch_size=96")))
-    request = check_before_launch(options, world_size=6, machine_rank=1)
+    request = check_training(options, world_size=6, machine_rank=1)
     assert (request.dataset, request.recipe.global_batch_size) == ("shapes", 96)
     new = TrainOptions(run_dir=tmp_path / "run", dataset="shapes", recipe="original")
-    assert check_before_launch(new, world_size=4, machine_rank=1).dataset == "shapes"
+    assert check_training(new, world_size=4, machine_rank=1).dataset == "shapes"
 
 
 def plan_of(num_train: int, *changes: str, base: str = "quick", world_size: int = 1):

@@ -10,12 +10,12 @@ from torch import nn
 
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.recipe import EarlyStoppingConfig
-from cifar_dist.run.checkpoint import CheckpointWriter, load_checkpoint
+from cifar_dist.run.checkpoint import load_checkpoint
 from cifar_dist.run.directory import RunDirectory
 from cifar_dist.run.results import Summary
 from cifar_dist.training.evaluation import RunningSums
 from cifar_dist.training.state import Best, EarlyStopping, TrainState
-from tests.runs import make_metadata
+from tests.runs import make_metadata, make_recorder
 from tests.unit.test_metrics import record
 
 
@@ -122,56 +122,51 @@ def test_a_run_of_another_format_is_refused(run):
         run.read_metadata()
 
 
-def save_if_due(writer: CheckpointWriter, state: TrainState) -> None:
-    if writer.is_due(state.step):
-        writer.save(state, {})
-
-
 def test_checkpoints_keep_to_their_rhythm(run, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("cifar_dist.run.checkpoint.time.monotonic", lambda: now[0])
-    writer = CheckpointWriter(run, make_metadata())
-    save_if_due(writer, state_at(1))
+    monkeypatch.setattr("cifar_dist.run.prepare.time.monotonic", lambda: now[0])
+    recorder = make_recorder(run, make_metadata())
+    recorder.on_epoch_end(record(1), state_at(1))
     assert not run.last.exists()
     now[0] = 60.0
-    save_if_due(writer, state_at(2))
+    recorder.on_epoch_end(record(2), state_at(2))
     assert load_checkpoint(run.last)["epoch"] == 2
     now[0] = 100.0
-    save_if_due(writer, state_at(3))
+    recorder.on_epoch_end(record(3), state_at(3))
     assert load_checkpoint(run.last)["epoch"] == 2
-    writer.save(state_at(3), {})
+    recorder.save(state_at(3))
     assert (load_checkpoint(run.last)["epoch"], load_checkpoint(run.previous)["epoch"]) == (3, 2)
-    writer.save(state_at(3), {})
+    recorder.save(state_at(3))
     assert load_checkpoint(run.previous)["epoch"] == 2, "an epoch was saved twice"
 
 
 def test_on_a_slow_disk_checkpoints_are_rarer(run, monkeypatch):
     """Each takes two seconds here, and a hundredth of the time is theirs."""
     now = [0.0]
-    monkeypatch.setattr("cifar_dist.run.checkpoint.time.monotonic", lambda: now[0])
-    writer = CheckpointWriter(run, make_metadata())
+    monkeypatch.setattr("cifar_dist.run.prepare.time.monotonic", lambda: now[0])
+    recorder = make_recorder(run, make_metadata())
     save = run.write_checkpoint
     monkeypatch.setattr(run, "write_checkpoint", lambda *a, **k: (save(*a, **k), now.__setitem__(0, now[0] + 2)))
     written = []
     for epoch in range(1, 11):
         now[0] += 60
-        save_if_due(writer, state_at(epoch))
+        recorder.on_epoch_end(record(epoch), state_at(epoch))
         if not written or load_checkpoint(run.last)["epoch"] != written[-1]:
             written.append(load_checkpoint(run.last)["epoch"])
     assert written == [1, 5, 9]
 
 
 def test_the_best_weights_have_a_file_of_their_own(run):
-    writer = CheckpointWriter(run, make_metadata(checkpoint_every_minutes=1e-9))
-    save_if_due(writer, state_at(1))
+    recorder = make_recorder(run, make_metadata(checkpoint_every_minutes=1e-9))
+    recorder.on_epoch_end(record(1), state_at(1))
     assert not run.best.exists()
-    save_if_due(writer, state_at(2, best=1))
+    recorder.on_epoch_end(record(2), state_at(2, best=1))
     best = load_checkpoint(run.best)
     assert (best["epoch"], best["record"]["epoch"], best["recipe_name"]) == (1, 1, "plain")
     assert "optimizer" not in best
     assert torch.equal(best["model"]["bias"], load_checkpoint(run.last)["best"]["weights"]["bias"])
     stamp = run.best.stat().st_mtime_ns
-    save_if_due(writer, state_at(3, best=1))
+    recorder.on_epoch_end(record(3), state_at(3, best=1))
     assert run.best.stat().st_mtime_ns == stamp, "the same best weights were written again"
-    save_if_due(writer, state_at(4, best=4))
+    recorder.on_epoch_end(record(4), state_at(4, best=4))
     assert load_checkpoint(run.best)["epoch"] == 4
