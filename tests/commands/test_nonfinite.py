@@ -42,9 +42,9 @@ def test_a_run_that_diverges_in_its_test_leaves_no_predictions(monkeypatch):
     predict = EvaluationSet.predict
 
     def lost(self, *words):
-        predictions = predict(self, *words)
-        predictions.logits[0] = torch.nan
-        return predictions
+        logits = predict(self, *words)
+        logits[0] = torch.nan
+        return logits
 
     monkeypatch.setattr(EvaluationSet, "predict", lost)
     train("--epochs", "1", "--run-dir", "x", "--set", "validation_size=0", code=1)
