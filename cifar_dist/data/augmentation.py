@@ -8,6 +8,7 @@ CutMix of two finished images.
 
 import itertools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,10 +66,10 @@ class Augmentation:
             draw.uniform("affine_angle", -affine_angle, affine_angle),
             # Whole pixels, as in torchvision's RandomAffine.
             *(draw.uniform(name, -farthest, farthest).round() for name in ("affine_y", "affine_x")),
-            draw.factor("affine_scale", config.affine_scale),
-            draw.factor("brightness", config.brightness),
-            draw.factor("contrast", config.contrast),
-            draw.factor("saturation", config.saturation),
+            *(
+                draw.factor(name, getattr(config, name))
+                for name in ("affine_scale", "brightness", "contrast", "saturation")
+            ),
             draw.uniform("hue", -config.hue, config.hue),
             draw.integers("jitter_order", len(JITTER_ORDERS)),
             *(draw.integers(name, size if config.cutout else 1) for name in ("cutout_y", "cutout_x")),
@@ -131,11 +132,12 @@ def _columns(rows: Tensor, device: torch.device) -> dict[str, Tensor]:
     return dict(zip(COLUMNS, to_device(rows, device).unbind(1), strict=True))
 
 
-class _Draw:
+class _Draw(NamedTuple):
     """Draws of one epoch; each name has its own generator."""
 
-    def __init__(self, seed: int, epoch: int, num_samples: int) -> None:
-        self.seed, self.epoch, self.num_samples = seed, epoch, num_samples
+    seed: int
+    epoch: int
+    num_samples: int
 
     def _generator(self, name: str) -> torch.Generator:
         return torch.Generator().manual_seed(derive_seed("augmentation", self.seed, self.epoch, name))
@@ -145,13 +147,13 @@ class _Draw:
             return torch.full((self.num_samples,), low)
         return low + (high - low) * torch.rand(self.num_samples, generator=self._generator(name))
 
+    def factor(self, name: str, spread: float) -> Tensor:
+        return self.uniform(name, max(0.0, 1 - spread), 1 + spread)
+
     def integers(self, name: str, count: int) -> Tensor:
         if count == 1:
             return torch.zeros(self.num_samples)
         return torch.randint(count, (self.num_samples,), generator=self._generator(name)).float()
-
-    def factor(self, name: str, spread: float) -> Tensor:
-        return self.uniform(name, max(0.0, 1 - spread), 1 + spread)
 
     def beta(self, name: str, alpha: float) -> Tensor:
         # A ratio of Gamma draws, in float64: small alphas give tiny numbers.

@@ -36,14 +36,10 @@ class Archive:
     label_key: bytes
     tarball: str
     tarball_md5: str
-    # PaddlePaddle's mirror has the same bytes; the official server sends 66 to 85 kB/s (pytorch/vision#9536).
-    hosts: tuple[str, ...] = ("https://dataset.bj.bcebos.com/cifar", "https://www.cs.toronto.edu/~kriz")
 
-    @property
-    def urls_variable(self) -> str:
-        """The environment variable that replaces the addresses."""
-        return f"CIFAR_DIST_{self.name.upper()}_URLS"
 
+# PaddlePaddle's mirror has the same bytes; the official server sends 66 to 85 kB/s (pytorch/vision#9536).
+HOSTS = ("https://dataset.bj.bcebos.com/cifar", "https://www.cs.toronto.edu/~kriz")
 
 # The md5 of the tarballs are those on https://www.cs.toronto.edu/~kriz/cifar.html, those of the files torchvision's.
 CIFAR10 = Archive(
@@ -152,7 +148,8 @@ def _check_md5(path: Path, found: str, expected: str) -> None:
 def _provide_tarball(archive: Archive, tarball: Path, progress: Progress | None, missing: list[str]) -> None:
     if tarball.exists():
         return _check_md5(tarball, md5_of(tarball), archive.tarball_md5)
-    urls = os.environ.get(archive.urls_variable, " ".join(f"{host}/{archive.tarball}" for host in archive.hosts))
+    variable = f"CIFAR_DIST_{archive.name.upper()}_URLS"
+    urls = os.environ.get(variable, " ".join(f"{host}/{archive.tarball}" for host in HOSTS))
     try:
         download(re.findall(r"[^\s,]+", urls), tarball, archive.tarball_md5, progress=progress)
     except DownloadError as error:
@@ -160,8 +157,7 @@ def _provide_tarball(archive: Archive, tarball: Path, progress: Progress | None,
         raise UserError(
             f"missing in {data_dir / archive.folder}: {', '.join(missing)}; the download failed ({error}); put"
             f" {archive.tarball} or the folder {archive.folder} into {data_dir}, name another place with --data-dir"
-            f" DIR, set {archive.urls_variable} to addresses of the tarball, or use --dataset shapes, which needs no"
-            " files"
+            f" DIR, set {variable} to addresses of the tarball, or use --dataset shapes, which needs no files"
         ) from error
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 from cifar_dist.config.recipe import NormalizationConfig
 from cifar_dist.data.augmentation import COLUMNS, Augmentation, mix
 from cifar_dist.data.dataset import LabelledImages
-from cifar_dist.data.sampler import GlobalBatchSampler, MicroBatch, Shard
+from cifar_dist.data.sampler import GlobalBatchSampler, MicroBatch
 from cifar_dist.data.transforms import to_device
 
 # Small batches are augmented together: most of their time is calls, not pixels. On a CPU as much as its caches hold,
@@ -28,9 +28,9 @@ class Batch:
     """(B,) int64."""
     samples: Tensor
     """(B,) int64: indices in the dataset."""
-    partner_labels: Tensor | None
+    partner_labels: Tensor | None = None
     """(B,) int64: classes of the mixing partners; None without mixing."""
-    shares: Tensor | None
+    shares: Tensor | None = None
     """(B,): how much of each image is its own."""
     images_together: int
     images_in_step: int
@@ -60,7 +60,7 @@ def resized(pixels: Tensor, size: int) -> Tensor:
 
 @dataclass(eq=False)
 class TrainingBatches:
-    """The training batches of one shard: order -> indices -> rows of the table -> augmented batch."""
+    """The training batches of one rank: order -> indices -> rows of the table -> augmented batch."""
 
     data: LabelledImages
     indices: Tensor
@@ -102,13 +102,13 @@ class TrainingBatches:
         samples = self.indices[torch.cat([micro_batch.positions for micro_batch, _ in window])]
         on_device, rows = to_device(samples, self.data.images.device), table[samples]
         pixels, labels = self._augmented(on_device, rows), self.data.labels[on_device]
-        partner_labels, shares = None, None
+        mixed: dict[str, Tensor] = {}
         if self.augmentation.mixes:
             partners = self.indices[rows[:, COLUMNS.index("partner")].long()]
             partners_on_device = to_device(partners, on_device.device)
             partner_labels = self.data.labels[partners_on_device]
-            other = self._augmented(partners_on_device, table[partners])
-            pixels, shares = mix(pixels, other, rows)
+            pixels, shares = mix(pixels, self._augmented(partners_on_device, table[partners]), rows)
+            mixed = {"partner_labels": partner_labels, "shares": shares}
         start = 0
         for micro_batch, size in window:
             own = slice(start, start := start + len(micro_batch.positions))
@@ -116,8 +116,7 @@ class TrainingBatches:
                 images=self.normalize(resized(pixels[own], size)),
                 labels=labels[own],
                 samples=on_device[own],
-                partner_labels=None if partner_labels is None else partner_labels[own],
-                shares=None if shares is None else shares[own],
+                **{name: values[own] for name, values in mixed.items()},
                 images_together=micro_batch.images_together,
                 images_in_step=micro_batch.images_in_step,
                 ends_step=micro_batch.ends_step,
@@ -129,10 +128,9 @@ class TrainingBatches:
 
 
 def evaluation_batches(
-    data: LabelledImages, indices: Tensor, *, batch_size: int, shard: Shard, normalize: Normalizer, image_size: int
+    data: LabelledImages, indices: Tensor, *, batch_size: int, normalize: Normalizer, image_size: int
 ) -> Iterator[Tensor]:
-    """Iterate once over a shard's samples of `indices` (n,) int64, unpadded: (B, 3, S, S) float32, normalized."""
-    for samples in torch.split(indices[shard.index :: shard.count], batch_size):
+    """Iterate once over the samples `indices` (n,) int64: (B, 3, S, S) float32, normalized."""
+    for samples in torch.split(indices, batch_size):
         images = data.images.index_select(0, to_device(samples, data.images.device))
-        pixels = images.to(torch.float32).div_(255)
-        yield normalize(resized(pixels, image_size))
+        yield normalize(resized(images.to(torch.float32).div_(255), image_size))

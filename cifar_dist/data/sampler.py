@@ -9,17 +9,6 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Shard:
-    """One of `count` strided parts of a batch: positions index, index + count, and so on."""
-
-    index: int = 0
-    count: int = 1
-
-
-_WHOLE = Shard()
-
-
 def derive_seed(*parts: int | str) -> int:
     """Hash the parts into a seed of 63 bits, so that neighbouring seeds and epochs share no stream."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
@@ -28,14 +17,14 @@ def derive_seed(*parts: int | str) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class MicroBatch:
-    """A shard's part of what is forwarded at once."""
+    """A rank's part of what is forwarded at once."""
 
     positions: Tensor
     """(n,) int64: which samples of the training set; n may be 0."""
     images_together: int
-    """Images of the micro-batch over all shards: what BatchNorm sees."""
+    """Images of the micro-batch over all ranks: what BatchNorm sees."""
     images_in_step: int
-    """Images of the step over all shards and micro-batches: what the loss is divided by."""
+    """Images of the step over all ranks and micro-batches: what the loss is divided by."""
     ends_step: bool
     """Whether the optimizer steps after this one."""
 
@@ -52,28 +41,27 @@ class GlobalBatchSampler(DistributedSampler[int]):
         global_batch_size: int,
         *,
         seed: int,
-        shard: Shard = _WHOLE,
+        rank: int = 0,
+        num_replicas: int = 1,
         num_used: int | None = None,
         accumulation_steps: int = 1,
     ) -> None:
         """`num_used` (`RunPlan.images_per_epoch`) leaves out the order's tail; None uses all samples."""
-        samples = range(num_samples)
-        super().__init__(samples, num_replicas=shard.count, rank=shard.index, seed=seed)  # type: ignore[arg-type]
-        self.num_samples_of_all = num_samples
-        self.global_batch_size = global_batch_size
+        super().__init__(range(num_samples), num_replicas=num_replicas, rank=rank, seed=seed)  # type: ignore[arg-type]
+        self.global_batch_size, self.accumulation_steps = global_batch_size, accumulation_steps
         self.num_used = num_used
-        self.accumulation_steps = accumulation_steps
 
     def order(self) -> Tensor:
-        """Return the epoch's order of all samples, (num_used,) int64."""
+        """Return the epoch's samples in order, (num_used,) int64."""
         generator = torch.Generator().manual_seed(derive_seed("order", self.seed, self.epoch))
-        return torch.randperm(self.num_samples_of_all, generator=generator)[: self.num_used]
+        num_samples = len(self.dataset)  # type: ignore[arg-type]
+        return torch.randperm(num_samples, generator=generator)[: self.num_used]
 
     def micro_batches(self) -> Iterator[MicroBatch]:
-        """Iterate over this shard's parts of the epoch.
+        """Iterate over this rank's parts of the epoch.
 
         Micro-batch a of A holds positions [aB/A, (a+1)B/A) of a global batch of B. A short last batch has fewer, so
-        that each has the two samples that BatchNorm needs. A shard's part may be empty.
+        that each has the two samples that BatchNorm needs. A rank's part may be empty.
         """
         for batch in torch.split(self.order(), self.global_batch_size):
             parts = max(1, min(self.accumulation_steps, len(batch) // 2))

@@ -14,7 +14,6 @@ from torch.nn import functional
 from cifar_dist.config.recipe import Recipe
 from cifar_dist.data.dataset import LabelledImages
 from cifar_dist.data.loader import Batch, Normalizer, evaluation_batches
-from cifar_dist.data.sampler import Shard
 from cifar_dist.run.results import Evaluation, Observer
 from cifar_dist.runtime.distributed import Runtime
 
@@ -132,13 +131,12 @@ class EvaluationSet:
         samples, and one sum joins them: nothing is padded, so no sample counts twice.
         """
         runtime, indices, image_size = self.runtime, self.indices, self.recipe.image_size
-        shard = Shard(index=runtime.world.rank, count=runtime.world.size)
+        mine = slice(runtime.world.rank, None, runtime.world.size)
         own, batch_size = [], batch_size_for(image_size)
         batches = evaluation_batches(
             self.data.to(runtime.device),
-            indices,
+            indices[mine],
             batch_size=batch_size,
-            shard=shard,
             normalize=Normalizer(self.recipe.normalization, runtime.device, runtime.memory_format),
             image_size=image_size,
         )
@@ -149,10 +147,10 @@ class EvaluationSet:
                 if mirror:
                     logits = (logits + model(images.flip(3)).float()) / 2
                 own.append(logits)
-                observer.on_evaluation(min(len(indices), len(own) * batch_size * shard.count), len(indices))
+                observer.on_evaluation(min(len(indices), len(own) * batch_size * runtime.world.size), len(indices))
         everything = torch.zeros(len(indices), len(self.class_names), device=runtime.device)
         if own:
-            everything[shard.index :: shard.count] = torch.cat(own)
+            everything[mine] = torch.cat(own)
         return runtime.sum_over_ranks(everything).cpu()
 
     def summarize(self, logits: Tensor) -> Evaluation:

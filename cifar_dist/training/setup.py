@@ -8,7 +8,7 @@ from cifar_dist.config.recipe import Recipe
 from cifar_dist.data.augmentation import Augmentation
 from cifar_dist.data.dataset import Dataset, stratified_split
 from cifar_dist.data.loader import Normalizer, TrainingBatches
-from cifar_dist.data.sampler import GlobalBatchSampler, Shard
+from cifar_dist.data.sampler import GlobalBatchSampler
 from cifar_dist.model.layers import Groups, HeadDropout, share_statistics, use_groups
 from cifar_dist.model.networks import build_resnet, parts_to_freeze, start_from, use_dense_products
 from cifar_dist.model.optimizer import ExponentialMovingAverage, build_optimizer
@@ -93,7 +93,8 @@ def _data_path(
         len(train),
         plan.global_batch_size,
         seed=recipe.seed,
-        shard=Shard(index=runtime.world.rank, count=runtime.world.size),
+        rank=runtime.world.rank,
+        num_replicas=runtime.world.size,
         num_used=plan.images_per_epoch,
         accumulation_steps=plan.gradient_accumulation_steps,
     )

@@ -7,7 +7,7 @@ from PIL import Image
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.plan import DatasetSizes, fit_to_dataset
 from cifar_dist.data.dataset import known_sizes, load_dataset, stratified_split
-from cifar_dist.data.sampler import GlobalBatchSampler, Shard, derive_seed
+from cifar_dist.data.sampler import GlobalBatchSampler, derive_seed
 from tests.conftest import make_recipe
 
 
@@ -16,9 +16,7 @@ def global_batches(
 ) -> list[list[list[int]]]:
     """Return the micro-batches of each step, put together from the parts of all ranks."""
     samplers = [
-        GlobalBatchSampler(
-            num_samples, batch, seed=seed, shard=Shard(index=rank, count=world_size), accumulation_steps=parts
-        )
+        GlobalBatchSampler(num_samples, batch, seed=seed, rank=rank, num_replicas=world_size, accumulation_steps=parts)
         for rank in range(world_size)
     ]
     for sampler in samplers:

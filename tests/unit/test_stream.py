@@ -9,7 +9,7 @@ import torch
 from cifar_dist.data.augmentation import Augmentation
 from cifar_dist.data.dataset import LabelledImages
 from cifar_dist.data.loader import Normalizer, TrainingBatches
-from cifar_dist.data.sampler import GlobalBatchSampler, Shard
+from cifar_dist.data.sampler import GlobalBatchSampler
 from tests.conftest import make_recipe
 
 
@@ -19,11 +19,12 @@ def batches_of(
     recipe = make_recipe("augmentation.mixup=1", "augmentation.cutmix=1", "augmentation.cutout=8")
     generator = torch.Generator().manual_seed(5)
     images = torch.randint(256, (num_images, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    shard = Shard(index=rank, count=world_size)
     return TrainingBatches(
         LabelledImages(images=images, labels=torch.arange(num_images) % 10),
         torch.arange(num_images),
-        sampler=GlobalBatchSampler(num_images, batch, seed=3, shard=shard, accumulation_steps=accumulation_steps),
+        sampler=GlobalBatchSampler(
+            num_images, batch, seed=3, rank=rank, num_replicas=world_size, accumulation_steps=accumulation_steps
+        ),
         augmentation=Augmentation(recipe.augmentation, seed=3),
         normalize=Normalizer(recipe.normalization, torch.device("cpu"), torch.contiguous_format),
         image_size=lambda epoch, step: 32,
