@@ -202,15 +202,3 @@ def test_a_path_that_may_not_be_looked_at_is_one_line(typed):
     """A name that is too long stands for it: whoever runs these tests may be allowed everything."""
     code, line = run(*typed.split(), "x" * 300)
     assert code == 2 and "File name too long" in line
-
-
-def test_weights_that_are_missing_are_one_line(monkeypatch):
-    def no_network(*_, **__):
-        raise OSError("no network here")
-
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: "nowhere")
-    monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
-    code, line = run("--recipe", "finetune", "--dataset", "shapes")
-    place = Path("nowhere/checkpoints/resnet18-f37072fd.pth")
-    assert code == 2
-    assert line.startswith(f"the ImageNet weights {place} could not be downloaded (no network here):")

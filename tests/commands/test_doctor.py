@@ -79,4 +79,5 @@ def test_the_plan_of_a_config(capsys, tmp_path, command, config, batch, starts):
     lines = lines_of(capsys, command, "--config", str(CONFIGS / f"{config}.yaml"))
     assert lines["batch"] == f"global_batch_size {batch} x 1 accumulation"
     assert lines["would start"] == starts
+    assert command == "doctor" or lines["run"] == "runs/standard-cifar10-seed0"
     assert list(tmp_path.iterdir()) == []

@@ -4,9 +4,6 @@ import functools
 
 import pytest
 import torch
-from torch import nn
-from torchvision.models import resnet18
-from torchvision.models.resnet import BasicBlock
 
 from cifar_dist.config.accelerate_config import AccelerateConfig
 from cifar_dist.config.plan import fit_to_dataset, make_plan
@@ -17,6 +14,7 @@ from cifar_dist.run.results import Observer
 from cifar_dist.run.weights import pretrained_weights
 from cifar_dist.runtime.distributed import connect, start
 from cifar_dist.training.setup import build_trainer
+from tests.commands.test_train import NarrowResNet
 from tests.conftest import make_dataset, make_recipe
 
 SMALL = ("epochs=2", "global_batch_size=16", "early_stopping.enabled=false")
@@ -55,7 +53,7 @@ NEEDED = {
     "early_stopping.enabled": STOPPING,
     "early_stopping.monitor": (*HELD_OUT, "early_stopping.monitor=val_loss", "epochs=4"),
     "early_stopping.patience": STOPPING,
-    "early_stopping.min_delta": (*STOPPING, "optimizer.learning_rate=0.001"),
+    "early_stopping.min_delta": STOPPING,
 }
 ELSEWHERE = {"model", "selection"}  # one value; tests/commands
 
@@ -78,26 +76,16 @@ def outcome(*assignments: str) -> tuple:
     return len(records), records[-1].train_loss, records[-1].val_loss, head.sum().item(), head.abs().sum().item(), kept
 
 
-def small_resnet(weights: None = None, num_classes: int = 10) -> nn.Module:
-    """Build a ResNet-18 of its stem, one block and its head."""
-    with torch.device("meta"):
-        model = resnet18()
-    model.conv1, model.bn1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(64)
-    model.layer1, model.fc = BasicBlock(64, 64), nn.Linear(64, num_classes)
-    model.layer2 = model.layer3 = model.layer4 = nn.Identity()
-    return model
-
-
 @pytest.fixture(autouse=True)
-def small_network(tmp_path, monkeypatch):
+def narrow_network(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("cifar_dist.model.networks.resnet18", small_resnet)
+    monkeypatch.setattr("cifar_dist.model.networks.resnet18", NarrowResNet)
 
 
 @pytest.mark.parametrize("field", CHANGES)
 def test_a_field_matters(field):
     torch.manual_seed(1)  # a run begins with 0
-    torch.save(small_resnet().state_dict(), "weights.pth")
+    torch.save(NarrowResNet().state_dict(), "weights.pth")
     needed = NEEDED.get(field, ())
     assert outcome(*needed) != outcome(*needed, f"{field}={CHANGES[field]}")
 

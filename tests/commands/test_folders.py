@@ -1,6 +1,5 @@
 """Class folders through the command line: trained on, and evaluated by weights that may not know them."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -13,21 +12,16 @@ from cifar_dist.cli import main
 from cifar_dist.data.dataset import Dataset
 from cifar_dist.run.checkpoint import load_checkpoint
 from cifar_dist.run.directory import RunDirectory
-from tests.commands.test_train import NarrowResNet
+from tests.commands.test_train import evaluate, small_world_in
 from tests.conftest import make_dataset
 
 QUICK = ["--recipe", "original", "--precision", "no", "--epochs", "1"]
 
 
 @pytest.fixture(autouse=True)
-def small_world(tmp_path, monkeypatch):
-    """A folder of this test, a narrow network and no figures."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("cifar_dist.model.networks.resnet18", NarrowResNet)
-    monkeypatch.setattr("cifar_dist.display.figures._save", lambda figure, path: path.touch())
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+def small_world(tmp_path):
+    with small_world_in(tmp_path, has_images=True):
+        yield
 
 
 def put(folder: str, *, first: int = 0, size: tuple[int, int] = (32, 32), **counts: int) -> None:
@@ -40,11 +34,6 @@ def put(folder: str, *, first: int = 0, size: tuple[int, int] = (32, 32), **coun
 
 def train(*argv: str, code: int = 0) -> None:
     assert main([*QUICK, *argv]) == code
-
-
-def evaluate(*argv: str) -> dict:
-    assert main(["eval", "--json", "result.json", *argv]) == 0
-    return json.loads(Path("result.json").read_text())
 
 
 def test_folder_that_changed_since_the_training_is_reported(capsys):
@@ -130,10 +119,7 @@ def test_folders_give_the_results_of_the_dataset_they_were_made_from(monkeypatch
 def trained(tmp_path_factory):
     """The folder of a run on a folder without parts, and of other folders."""
     folder = tmp_path_factory.mktemp("eval")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr("cifar_dist.display.figures._save", lambda figure, path: path.touch())
-        patch.setattr("cifar_dist.model.networks.resnet18", NarrowResNet)
+    with small_world_in(folder, has_images=True):
         put("own", a=20, b=20)
         put("foreign", first=50, a=5, b=5)
         put("tested/test", first=60, a=3, b=3)

@@ -15,7 +15,7 @@ from cifar_dist.cli import main
 from cifar_dist.commands import predict as command
 from cifar_dist.training import evaluation
 from cifar_dist.training.evaluation import summarize
-from tests.commands.test_train import NarrowResNet
+from tests.commands.test_train import small_world_in
 from tests.conftest import ROOT, make_images
 
 SETTINGS = ["--set", "global_batch_size=13", "epochs=25", "schedule.name=cosine", "early_stopping.enabled=false"]
@@ -25,10 +25,7 @@ SETTINGS = ["--set", "global_batch_size=13", "epochs=25", "schedule.name=cosine"
 def folder(tmp_path_factory):
     """A run that separates dark images from light ones, and images to predict."""
     folder = tmp_path_factory.mktemp("predict")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr("cifar_dist.model.networks.resnet18", NarrowResNet)
-        patch.setattr("cifar_dist.display.figures._save", lambda figure, path: path.touch())
+    with small_world_in(folder, has_images=True):
         make_images(folder / "images")
         assert main(["--recipe", "plain", "--dataset", "images", "--run-dir", "run", *SETTINGS]) == 0
         make_others(folder / "others")
@@ -152,20 +149,6 @@ def test_a_name_of_any_bytes_is_printed(folder, capsys):
         pytest.skip("this file system allows only Unicode")
     result, _ = predict(capsys, name)
     assert result["predictions"][0]["file"] == r"caf\xe9.png"
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--top", "0", "x.png"], "--top must be 1 or more, not 0"),
-        (["--json", "no/such/place.json", "others"], "--json no/such/place.json cannot be written"),
-        ([], "the following arguments are required: IMAGE|DIR"),
-    ],
-)
-def test_a_mistake_is_one_line(folder, capsys, words, message):
-    assert main(["predict", "--ckpt", "run", *words]) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
 
 
 @pytest.mark.full

@@ -97,21 +97,3 @@ def test_a_command_of_the_readme(clone, command):
         assert "64 per device x 2 processes" in out
     if "mps.yaml" in command and not torch.backends.mps.is_available() and not torch.cuda.is_available():
         assert "no MPS or CUDA device here: the CPU computes" in out
-
-
-@pytest.mark.parametrize(
-    "path", sorted(set(re.findall(r"\]\((?!https:)([^)#]+)\)|`((?:docs|accelerate_configs)/[\w./-]*)`", README)))
-)
-def test_a_path_of_the_readme_exists(path):
-    assert (ROOT / (path[0] or path[1])).exists()
-
-
-def test_without_files_and_network_it_ends_in_one_line(tmp_path):
-    folder = tmp_path / "empty"
-    folder.mkdir()
-    code, _, err = Program([], folder, CIFAR_DIST_CIFAR10_URLS="http://127.0.0.1:9/cifar-10-python.tar.gz").finish()
-    assert code == 2
-    assert err.count("\n") == 1
-    for choice in ("--data-dir", "CIFAR_DIST_CIFAR10_URLS", "--dataset shapes", "cifar-10-python.tar.gz"):
-        assert choice in err, choice
-    assert [path for path in folder.iterdir() if not path.name.startswith((".out-", ".err-"))] == []

@@ -10,7 +10,7 @@ import yaml
 from cifar_dist.cli import main
 from cifar_dist.run.directory import RunDirectory
 from cifar_dist.runtime.distributed import tracker_class
-from tests.commands.test_train import small_world, train
+from tests.commands.test_train import error_of, small_world, train
 
 __all__ = ["small_world"]  # a fixture that every test here uses
 
@@ -89,18 +89,10 @@ def test_mlflow_continues_in_the_same_run():
     assert run.data.params["optimizer.learning_rate"] == "0.01"
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("tensorbord", "unknown tracker 'tensorbord', did you mean 'tensorboard'?"),
-        ("swanlab", "--tracker swanlab needs the package swanlab: pip install swanlab"),
-    ],
-)
 @pytest.mark.parametrize("more", [[], ["--num-processes", "2"], ["--dry-run"]])
-def test_an_unusable_tracker_is_refused_before_anything_starts(tmp_path, capsys, name, message, more):
-    start(name, *more, code=2)
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_starts(tmp_path, capsys, more):
+    start("swanlab", *more, code=2)
+    assert error_of(capsys) == "--tracker swanlab needs the package swanlab: pip install swanlab"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -54,8 +54,8 @@ def save_empty_figure(*arguments, **_) -> None:
 
 
 @contextlib.contextmanager
-def small_world_in(folder: Path) -> Iterator[None]:
-    """Make commands in `folder` fast: 96 images for `shapes`, a narrow network, no fsync, empty figures.
+def small_world_in(folder: Path, *, has_images: bool = False) -> Iterator[None]:
+    """Make commands in `folder` fast: 96 images (if it has none), a narrow network, no fsync, empty figures.
 
     tests/unit covers what is left out: test_figures.py the figures, test_faults.py the calls of fsync. With nothing
     left out: test_end_to_end.py.
@@ -64,7 +64,7 @@ def small_world_in(folder: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(os, "fsync", lambda descriptor: None)
-        for command in ("train", "evaluate"):
+        for command in () if has_images else ("train", "evaluate"):
             patch.setattr(f"cifar_dist.commands.{command}.load_dataset", lambda *_, **__: make_dataset())
         patch.setattr("cifar_dist.model.networks.resnet18", NarrowResNet)
         patch.setattr("cifar_dist.commands.train.git_commit", lambda: "abc")  # it starts git twice
@@ -263,23 +263,12 @@ def test_a_code_page_without_bars_is_no_reason_to_fail(finished, monkeypatch):
     assert b"%  ??" in page.buffer.getvalue()
 
 
-def test_a_new_run_takes_a_free_name_and_refuses_a_named_directory(capsys):
+def test_a_new_run_takes_a_free_name(capsys):
     train("--epochs", "1", "--quiet")
     shown = capsys.readouterr().out
     assert "test accuracy" in shown and "epoch 1/1" not in shown and "global_batch_size" not in shown
     train("--epochs", "1")
     assert sorted(path.name for path in Path("runs").iterdir()) == ["original-shapes-seed0", "original-shapes-seed0-2"]
-    capsys.readouterr()
-    train("--epochs", "1", "--run-dir", "runs/original-shapes-seed0", code=2)
-    assert "holds a run already: add --resume to go on with it, or name another --run-dir" in error_of(capsys)
-
-
-def test_a_dry_run_shows_the_plan_and_writes_nothing(capsys, tmp_path):
-    train("--dry-run")
-    shown = capsys.readouterr().out
-    assert "run            runs/original-shapes-seed0" in shown
-    assert "157 an epoch x 800 epochs = 125,600" in shown
-    assert list(tmp_path.iterdir()) == []
 
 
 # `finetune` needs weights: see below.
@@ -386,10 +375,6 @@ def test_bare_weights_of_a_3x3_stem_are_taken_as_cifar_unless_a_recipe_is_named(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--ckpt", "none"], "there is no checkpoint none"),
-        (["--ckpt", "."], "there is no checkpoint in .: checkpoints/last.pt does not exist"),
-        (["--ckpt", "{run}", "--json", "no/where.json"], "--json no/where.json cannot be written"),
-        (["--ckpt", "{run}", "--figures", "script.pth"], "--figures script.pth is a file: name a folder"),
         (["--ckpt", "script.pth", "--split", "validation"], "bare weights do not know which images were held out"),
         (["--ckpt", "script.pth", "--recipe", "standard"], "standard has the stem cifar, and script.pth has imagenet"),
         (["--ckpt", "seven.pth"], "seven.pth knows 7 classes, and cifar10 has 10: name its --dataset"),
@@ -397,7 +382,7 @@ def test_bare_weights_of_a_3x3_stem_are_taken_as_cifar_unless_a_recipe_is_named(
         (["--ckpt", "{run}", "--dataset", "other"], "was trained on other classes than other has"),
     ],
 )
-def test_what_cannot_be_evaluated_is_one_line(finished, capsys, monkeypatch, argv, message):
+def test_weights_that_cannot_be_evaluated_are_one_line(finished, capsys, monkeypatch, argv, message):
     torch.save(NarrowResNet(num_classes=10).state_dict(), "script.pth")
     torch.save(NarrowResNet(num_classes=7).state_dict(), "seven.pth")
     torch.save({"epoch": 3}, "mixed.pth")

@@ -4,7 +4,6 @@ import csv
 import html
 import io
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -203,7 +202,6 @@ def test_runs_of_one_seed_have_no_mean_and_other_worlds_no_mean_of_times(tmp_pat
 
 
 MISTAKES = {
-    "nowhere": ("there is no run in", lambda run: shutil.rmtree(run)),
     "no summary": ("has no summary.json", lambda run: (run / "summary.json").unlink()),
     "damaged predictions": (
         "test_predictions.npz is damaged",
