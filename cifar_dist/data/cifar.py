@@ -10,6 +10,7 @@ import pickle
 import re
 import tarfile
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,12 +107,20 @@ def provide(archive: Archive, data_dir: Path, *, progress: Progress | None = Non
     folder, tarball = _places(archive, data_dir)
     if not _missing(archive, folder):
         return folder
+    lock = tarball.with_name(f".{tarball.name}.lock")
+    created = [each for each in (tarball.parent, *tarball.parent.parents) if not each.exists()]
     with writing_data(tarball.parent):
         tarball.parent.mkdir(parents=True, exist_ok=True)
-    with writing_data(tarball.parent), FileLock(tarball.with_name(f".{tarball.name}.lock")):
-        if missing := _missing(archive, folder):  # no other process has provided them meanwhile
-            _provide_tarball(archive, tarball, progress, missing)
-            _unpack(archive, tarball, folder)
+    try:
+        with writing_data(tarball.parent), FileLock(lock):
+            if missing := _missing(archive, folder):  # no other process has provided them meanwhile
+                _provide_tarball(archive, tarball, progress, missing)
+                _unpack(archive, tarball, folder)
+    finally:  # whoever still waits for the lock finds the files
+        with suppress(OSError):
+            lock.unlink()
+            for each in created:
+                each.rmdir()
     return folder
 
 
