@@ -9,7 +9,7 @@ from torch import Tensor
 from cifar_dist.config.accelerate_config import AccelerateConfig
 from cifar_dist.config.errors import EXIT_DONE, UserError
 from cifar_dist.config.files import STANDARD_OUTPUT, write_json, writing
-from cifar_dist.config.options import EvalOptions
+from cifar_dist.config.options import FULL_NAMES, EvalOptions
 from cifar_dist.config.plan import num_held_out
 from cifar_dist.config.world import World
 from cifar_dist.data.dataset import Dataset, LabelledImages, load_dataset, stratified_split
@@ -19,7 +19,6 @@ from cifar_dist.run.checks import check_evaluation
 from cifar_dist.run.resolve import DEFAULT_DATA_DIR, DEFAULT_DATASET, check_dataset_name
 from cifar_dist.run.results import Evaluation
 from cifar_dist.run.weights import SavedWeights, read_weights
-from cifar_dist.runtime.device import FULL_NAMES
 from cifar_dist.runtime.distributed import connect, start
 from cifar_dist.training.evaluation import EvaluationSet
 

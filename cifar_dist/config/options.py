@@ -81,6 +81,7 @@ def _without_none(hint: Any) -> Any:
 
 
 Precision = Literal["auto", "no", "fp16", "bf16"]
+FULL_NAMES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -170,7 +170,7 @@ def make_plan(recipe: Recipe, *, world_size: int, sizes: DatasetSizes, device_ty
         images_per_epoch=images_per_epoch,
         batch_norm_groups=_batch_norm_groups(recipe.batch_norm_group_size, batch // accumulation, world_size),
         image_sizes=tuple((side, last) for last, side in ends.items() if last > 0),
-        report_every_steps=max(1, images_a_second // batch),
+        report_every_steps=max(1, min(images_a_second // batch, steps_per_epoch)),
     )
 
 

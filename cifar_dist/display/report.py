@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.files import write_output
+from cifar_dist.config.options import FULL_NAMES
 from cifar_dist.config.provenance import command_line
 from cifar_dist.config.recipe import Recipe, recipe_to_mapping
 from cifar_dist.config.schema import flatten
@@ -176,7 +177,7 @@ def write_run(run: ReportedRun, saved: Mapping[str, NDArray[Any]] | None, figure
     }
     notes = [
         f"{format_outcome(summary, total_epochs=run.metadata.recipe.epochs)}.",
-        f"device: {summary.device}, precision: {summary.precision}, processes: {summary.world_size},"
+        f"device: {summary.device}, precision: {FULL_NAMES[summary.precision]}, processes: {summary.world_size},"
         f" threads of each: {summary.num_threads}",
         *([untested_note(run)] if test is None else []),
     ]

@@ -156,9 +156,9 @@ def find_state_dict(path: Path, content: Mapping[str, Any]) -> tuple[dict[str, T
         raise UserError(f"{path} holds a network under '{prefix}' and also {', '.join(others[:3])}: save it alone")
     for pattern, new, change in (
         (rf"^{re.escape(prefix)}", "", f"without '{prefix}'"),  # DataParallel, torch.compile, Lightning
-        (r"\.shortcut\.", ".downsample.", "shortcut as downsample"),  # https://github.com/kuangliu/pytorch-cifar
-        (r"^linear\.", "fc.", "linear as fc"),
-        (r"^fc\.\w+\.(?=weight$|bias$)", "fc.", "the one layer in fc as fc"),  # a Sequential with dropout
+        (r"\.shortcut\.", ".downsample.", "with shortcut as downsample"),  # https://github.com/kuangliu/pytorch-cifar
+        (r"^linear\.", "fc.", "with linear as fc"),
+        (r"^fc\.\w+\.(?=weight$|bias$)", "fc.", "with fc.N as fc"),  # a Sequential with dropout
     ):
         renamed = {re.sub(pattern, new, key): value for key, value in weights.items()}
         if renamed.keys() != weights.keys() and len(renamed) == len(weights):  # all names stay different

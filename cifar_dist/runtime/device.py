@@ -18,11 +18,11 @@ from cifar_dist.config.accelerate_config import (
 )
 from cifar_dist.config.cpus import choose_num_threads
 from cifar_dist.config.errors import UserError
+from cifar_dist.config.options import FULL_NAMES
 from cifar_dist.config.world import World
 
 DeviceType = Literal["cpu", "mps", "cuda"]
 Precision = Literal["no", "fp16", "bf16"]
-FULL_NAMES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 SHARE_GPU = "CIFAR_DIST_SHARE_GPU"
 """Set to 1, this environment variable lets several ranks share a GPU, over gloo, to test DDP with one GPU."""

@@ -37,10 +37,10 @@ FOREIGN = {
     "compiled in Lightning": (prefixed("model._orig_mod."), "without 'model._orig_mod.'"),
     "a training script's": ({"epoch": 3, "model_state_dict": STATE, "optimizer": {"lr": 1}}, "from 'model_state_dict'"),
     "ours by name": ({"model": STATE, "recipe": "mine"}, "from 'model'"),
-    "a head with dropout": (renamed(("fc.", "fc.1.")), "the one layer in fc as fc"),
+    "a head with dropout": (renamed(("fc.", "fc.1.")), "with fc.N as fc"),
     "the CIFAR script": (
         {"net": {f"module.{key}": value for key, value in CIFAR_SCRIPT.items()}, "acc": 95.1, "epoch": 1},
-        "from 'net', without 'module.', shortcut as downsample, linear as fc",
+        "from 'net', without 'module.', with shortcut as downsample, with linear as fc",
     ),
 }
 

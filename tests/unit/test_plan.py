@@ -109,6 +109,11 @@ def test_many_steps_or_no_smaller_batch_have_no_note():
     assert plan_of(12, "global_batch_size=2").few_steps_note is None, "there is no smaller one"
 
 
+def test_each_epoch_shows_a_loss():
+    assert plan_of(50_000, "global_batch_size=16").report_every_steps == 31
+    assert plan_of(160, "global_batch_size=16").report_every_steps == 10
+
+
 def test_a_place_is_an_epoch_and_a_step_in_it():
     plan = plan_of(40 * 512)
     places = {0: "epoch 1, step 0", 1: "epoch 1, step 1", 40: "epoch 1, step 40", 46: "epoch 2, step 6"}

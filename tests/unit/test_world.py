@@ -123,6 +123,7 @@ def port(monkeypatch) -> Iterator[int]:
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(number)}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(module, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(module, "_PEERS_SECONDS", 20.0)
     monkeypatch.setattr(module, "_WORLDS", itertools.repeat(0))
     yield number
     for thread in threading.enumerate():
