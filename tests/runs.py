@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 from cifar_dist.config.recipe import Recipe
 from cifar_dist.run.checkpoint import load_checkpoint
-from cifar_dist.run.directory import RunDirectory, UnwrittenRunDirectory
+from cifar_dist.run.directory import RunDirectory
 from cifar_dist.run.prepare import PreparedRun, RunRecorder, restore
 from cifar_dist.run.results import DatasetMetadata, Observer, RunMetadata
 from cifar_dist.run.tracking import Trackers
@@ -29,12 +29,12 @@ def make_metadata(**changes) -> RunMetadata:
 
 def make_recorder(directory: RunDirectory, metadata: RunMetadata) -> RunRecorder:
     """A recorder without a trainer, whose process has no state."""
-    return RunRecorder(directory, metadata, SimpleNamespace(state=dict), Trackers(print))
+    return RunRecorder(directory, metadata, SimpleNamespace(state=dict, is_main=True), Trackers(print))
 
 
 def begin(trainer, folder: Path, **changes) -> RunDirectory:
     """Have a trainer record a run in a folder, which it goes on with if there is a checkpoint."""
-    directory = (RunDirectory if trainer.runtime.is_main else UnwrittenRunDirectory)(folder)
+    directory = RunDirectory(folder)
     metadata = make_metadata(**changes)
     trainer.recorder = RunRecorder(directory, metadata, trainer.runtime, Trackers(Observer().on_note))
     if directory.last.exists():

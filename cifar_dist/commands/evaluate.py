@@ -1,5 +1,6 @@
 """`eval`: how well saved weights do on a dataset, each image counted once."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -59,7 +60,7 @@ def evaluate(options: EvalOptions, world: World, config: AccelerateConfig, conso
                 "precision": runtime.precision,
                 "world_size": world.size,
             }
-            write_json(options.json, evaluation.to_mapping() | described)
+            write_json(options.json, asdict(evaluation) | described)
             if options.figures is not None:
                 from cifar_dist.display.figures import draw_evaluation  # imports matplotlib
 

@@ -30,7 +30,7 @@ from cifar_dist.display.terminal import (
     print_result,
 )
 from cifar_dist.model.optimizer import learning_rate_line
-from cifar_dist.run.directory import RunDirectory, UnwrittenRunDirectory, numbered_names
+from cifar_dist.run.directory import RunDirectory, numbered_names
 from cifar_dist.run.lock import RunLock
 from cifar_dist.run.prepare import PreparedRun, RunRecorder, prepare_run, restore
 from cifar_dist.run.resolve import RunSpec, resolve, seconds_allowed
@@ -138,7 +138,6 @@ def _build(
         facts=f"{runtime.compute.short} · {processes}",
         memory=runtime.peak_memory_mib,
     )
-    directory = (RunDirectory if ranks.is_main else UnwrittenRunDirectory)(prepared.directory)
     metadata = RunMetadata(
         recipe_name=spec.recipe_name,
         recipe=recipe,
@@ -156,7 +155,7 @@ def _build(
         git_commit=git_commit(),
         slurm_job=spec.slurm_job,
     )
-    recorder = RunRecorder(directory, metadata, runtime, Trackers(display.on_note))
+    recorder = RunRecorder(RunDirectory(prepared.directory), metadata, runtime, Trackers(display.on_note))
     trainer = build_trainer(
         recipe, plan, dataset, runtime, display, interrupt=interrupt, recorder=recorder, pretrained=prepared.pretrained
     )
@@ -166,7 +165,7 @@ def _build(
     best = trainer.state.best
     display.on_earlier_epochs(records, None if best is None else best.epoch)
     if ranks.is_main:
-        recorder.trackers.start(metadata, directory.path, trainer.state.step)
+        recorder.trackers.start(metadata, prepared.directory, trainer.state.step)
     return trainer, recorder, display
 
 
@@ -219,7 +218,8 @@ def _write_results(
 ) -> Summary:
     """Write the summary, with which the run is done, then the figures. Figures that cannot be drawn are a note."""
     directory, ranks = recorder.directory, trainer.runtime.ranks
-    directory.write_predictions(**arrays)
+    if ranks.is_main:
+        directory.write_predictions(**arrays)
     memory = ranks.all_gather([trainer.runtime.peak_memory_mib() or 0])
     largest = int(max(peak for (peak,) in memory)) or None
     status: Status = "early_stopped" if trainer.stopped_early else "completed"

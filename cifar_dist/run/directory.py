@@ -68,7 +68,7 @@ class RunDirectory:
         """Write config.yaml: all that is needed to run it again."""
         content = {"format_version": FORMAT_VERSION, **metadata.to_mapping()}
         text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
-        self._write(self.config, lambda file: file.write(text.encode()))
+        write_atomically(self.config, lambda file: file.write(text.encode()))
 
     def append_record(self, record: EpochRecord) -> None:
         """Append a line to metrics.jsonl and fsync it."""
@@ -84,12 +84,12 @@ class RunDirectory:
     def truncate_records(self, epochs: int) -> list[EpochRecord]:
         """Cut metrics.jsonl back to the first `epochs` epochs. Return what is left."""
         kept = [(record, line) for record, line in self._read_lines() if record.epoch <= epochs]
-        self._write(self.metrics, lambda file: file.writelines(line + b"\n" for _, line in kept))
+        write_atomically(self.metrics, lambda file: file.writelines(line + b"\n" for _, line in kept))
         return [record for record, _ in kept]
 
     def write_summary(self, summary: Summary) -> None:
         """Write summary.json."""
-        self._write(self.summary, lambda file: file.write(summary.to_json().encode()))
+        write_atomically(self.summary, lambda file: file.write(summary.to_json().encode()))
 
     def read_summary(self) -> Summary | None:
         """Read summary.json; None if there is none. Raises UserError if it is damaged."""
@@ -104,7 +104,7 @@ class RunDirectory:
         """Write test_predictions.npz: the arrays that the figures need."""
         import numpy as np
 
-        self._write(self.predictions, lambda file: np.savez(file, **arrays))
+        write_atomically(self.predictions, lambda file: np.savez(file, **arrays))
 
     def read_predictions(self) -> dict[str, Any] | None:
         """Read test_predictions.npz; None if there is none. Raises UserError if it is damaged."""
@@ -153,32 +153,9 @@ class RunDirectory:
         return f"{what}; {left}; go on with: {resume_command}"
 
     def _read_lines(self) -> Iterator[tuple[EpochRecord, bytes]]:
-        lines = self.metrics.read_bytes().splitlines() if self.metrics.exists() else []
-        for line in lines:
+        for line in self.metrics.read_bytes().splitlines() if self.metrics.exists() else ():
             with suppress(ValueError, TypeError):
                 yield EpochRecord.from_json(line.decode()), line
-
-    def _write(self, path: Path, write: Callable[[BinaryIO], Any]) -> None:
-        write_atomically(path, write)
-
-
-class UnwrittenRunDirectory(RunDirectory):
-    """The run directory on ranks other than 0: the same methods, which write nothing."""
-
-    def create(self) -> None:
-        """Create nothing."""
-
-    def append_record(self, record: EpochRecord) -> None:
-        """Write nothing."""
-
-    def write_checkpoint(self, path: Path, content: dict[str, Any], *, previous: Path | None = None) -> None:
-        """Write nothing."""
-
-    def set_aside(self, damaged: Path) -> None:
-        """Rename nothing."""
-
-    def _write(self, path: Path, write: Callable[[BinaryIO], Any]) -> None:
-        """Write nothing."""
 
 
 def numbered_names(path: Path) -> Iterator[Path]:
@@ -264,8 +241,6 @@ def check_output(option: str, path: Path | None, *inputs: str | Path | None) -> 
     if any(each is not None and os.path.exists(each) and path.samefile(each) for each in inputs):  # noqa: PTH110 - a Path raises EACCES
         raise UserError(f"{option} {path} would overwrite what is read: name another file")
     run = RunDirectory(path.resolve().parent)
-    files = (
-        (run.config, run.metrics, run.summary, run.predictions) if run.config.exists() and run.metrics.exists() else ()
-    )
-    if path.resolve() in files or path.suffix == ".pt":
+    is_run = run.config.exists() and run.metrics.exists()
+    if path.suffix == ".pt" or (is_run and path.resolve() in (run.config, run.metrics, run.summary, run.predictions)):
         raise UserError(f"{option} {path} would overwrite a run's own file: name another file")

@@ -123,7 +123,7 @@ def _restore_sums(state: TrainState, rows: Sequence[Sequence[float]], rank: int,
 
 
 class RunRecorder(Recorder):
-    """Save a run: records, checkpoints, summary and trackers. All ranks call it, and rank 0 writes.
+    """Save a run: records, checkpoints, summary and trackers. All ranks call it, and rank 0 alone writes.
 
     Without `checkpoint_every_minutes` a checkpoint is due at the end of an epoch, at most once a minute, and so rarely
     that saving takes at most 1 % of the time.
@@ -140,11 +140,13 @@ class RunRecorder(Recorder):
         self._best_epoch: int | None = None
 
     def begin(self, state: TrainState, damage: str | None) -> list[EpochRecord]:
-        """Create the files before the first step. Return the records of earlier epochs. Raises UserError.
+        """Create the files before the first step. Return the records of earlier epochs on rank 0. Raises UserError.
 
         If the last checkpoint is damaged (`damage`), it is set aside.
         """
         directory = self.directory
+        if not self._runtime.is_main:
+            return []
         with writing(directory.path, _DISK_ADVICE):
             directory.create()
             if damage is not None and directory.last.exists():
@@ -156,7 +158,8 @@ class RunRecorder(Recorder):
 
     def on_epoch_end(self, record: EpochRecord, state: TrainState) -> None:
         """Append the record, log it, and save if a checkpoint is due."""
-        self.directory.append_record(record)
+        if self._runtime.is_main:
+            self.directory.append_record(record)
         self.trackers.log(record)
         if self._is_due_by_time() or self.should_save(state.step):
             self.save(state)
@@ -178,7 +181,7 @@ class RunRecorder(Recorder):
         statistics: Sequence[Sequence[float]] = (),
     ) -> None:
         """Write last.pt, unless it has this step, and best.pt if the best epoch has changed."""
-        if self._saved_step == state.step:
+        if self._saved_step == state.step or not self._runtime.is_main:
             return
         begun, directory, best = time.monotonic(), self.directory, state.best
         metadata = self._metadata.to_mapping()
@@ -220,5 +223,6 @@ class RunRecorder(Recorder):
             peak_memory_mib=peak_memory_mib or runtime.peak_memory_mib(),
             test=test,
         )
-        self.directory.write_summary(summary)
+        if runtime.is_main:
+            self.directory.write_summary(summary)
         return summary

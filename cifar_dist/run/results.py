@@ -57,10 +57,6 @@ class Evaluation:
     confusion_matrix: Sequence[Sequence[int]]
     """Rows are the true classes, columns the predicted ones."""
 
-    def to_mapping(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return dataclasses.asdict(self)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
@@ -168,7 +164,7 @@ class DatasetMetadata:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunMetadata:
-    """What config.yaml and every checkpoint say about their run."""
+    """The metadata of a run, in config.yaml and in every checkpoint."""
 
     recipe_name: str
     recipe: Recipe

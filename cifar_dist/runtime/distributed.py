@@ -43,7 +43,7 @@ class Runtime:
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Wrap a model, which is on the device, and its optimizer for this world and precision."""
         with warnings.catch_warnings():
-            # accelerate 1.15 does not know the name that torch 2.14 prefers.
+            # accelerate 1.15 uses an argument that torch 2.14 deprecates.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             return self.accelerator.prepare(model, optimizer)
 
@@ -112,13 +112,14 @@ def connect(world: World, config: AccelerateConfig) -> Iterator[Ranks]:
     before, threads = _own_variables(), torch.get_num_threads()
     callers_states = [dict(state) for state in _SHARED_STATES]
     callers_group = distributed.is_available() and distributed.is_initialized()
-    _clear_shared_states()
+    for shared in _SHARED_STATES:  # what a caller's own Accelerator would decide for ours
+        shared.clear()
     try:
-        _tell_accelerate(world, cpu=facts.type == "cpu")
+        _set_environment(world, cpu=facts.type == "cpu")
         # Accelerate would take MPI where torch has it, and NCCL where ranks share a GPU, which it refuses.
         gloo = world.size > 1 and (facts.type == "cpu" or bool(os.environ.get(SHARE_GPU)))
-        meets = world.size > 1 and not callers_group
-        ranks = rendezvous(world, "gloo" if gloo else "nccl") if meets else Ranks(world)
+        is_joining = world.size > 1 and not callers_group
+        ranks = rendezvous(world, "gloo" if gloo else "nccl") if is_joining else Ranks(world)
         state = PartialState(cpu=facts.type == "cpu", **({"backend": "gloo"} if gloo else {}))
         if state.num_processes != world.size:
             raise UserError(
@@ -135,8 +136,8 @@ def connect(world: World, config: AccelerateConfig) -> Iterator[Ranks]:
         if not (ranks.abandoned or callers_group):
             state.destroy_process_group()
     finally:
-        _clear_shared_states()
         for shared, values in zip(_SHARED_STATES, callers_states, strict=True):
+            shared.clear()
             shared.update(values)
         torch.set_num_threads(threads)
         for name in _own_variables().keys() - before.keys():
@@ -147,12 +148,6 @@ def connect(world: World, config: AccelerateConfig) -> Iterator[Ranks]:
 def _own_variables() -> dict[str, str]:
     """Return the environment variables that this module, Accelerate and torch set or remove."""
     return {name: value for name, value in os.environ.items() if name in _WORLD or name.startswith("ACCELERATE_")}
-
-
-def _clear_shared_states() -> None:
-    """Clear what a caller's own Accelerator would decide for ours, or ours for that."""
-    for state in _SHARED_STATES:
-        state.clear()
 
 
 def start(
@@ -211,7 +206,7 @@ def _common_precision(compute: ComputeSettings, ranks: Ranks) -> ComputeSettings
     return replace(compute, precision="no", precision_reason=reason, notes=(*compute.notes, note))
 
 
-def _tell_accelerate(world: World, *, cpu: bool) -> None:
+def _set_environment(world: World, *, cpu: bool) -> None:
     """Set the environment variables from which Accelerate and torch read the world."""
     # Accelerate would apply an outer launcher's variables (FSDP, dynamo, a device) in part.
     kept = ("ACCELERATE_MIXED_PRECISION", *(["ACCELERATE_USE_CPU"] if cpu else []))

@@ -16,7 +16,7 @@ from cifar_dist.config.world import World
 from cifar_dist.data import folder
 from cifar_dist.runtime import device
 from cifar_dist.runtime.device import SHARE_GPU, DeviceFacts, choose_compute, probe, resolve_precision
-from cifar_dist.runtime.distributed import _tell_accelerate, connect, start
+from cifar_dist.runtime.distributed import _set_environment, connect, start
 
 CPU = DeviceFacts(type="cpu")
 CPU_BF16 = DeviceFacts(type="cpu", cpu_has_fast_bf16=True)
@@ -248,7 +248,7 @@ def test_the_gpu_of_a_slurm_task(monkeypatch, visible, number):
     monkeypatch.setattr("cifar_dist.config.cpus.usable_cores", lambda: 16)
     monkeypatch.setattr(os, "environ", {"SLURM_STEP_ID": "0", "SLURM_CPUS_PER_TASK": "8"})
     world = World(rank=7, size=8, local_rank=3, local_size=4, launcher="slurm", main_address="gpu07", main_port=12_071)
-    _tell_accelerate(world, cpu=False)
+    _set_environment(world, cpu=False)
     told = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
     assert told == {"RANK": "7", "WORLD_SIZE": "8", "LOCAL_RANK": number, "LOCAL_WORLD_SIZE": "4"}
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("gpu07", "12071")
