@@ -1,4 +1,4 @@
-"""`eval`: how well saved weights do on a dataset, each image counted once."""
+"""`eval`: evaluate saved weights on a dataset, each image counted once."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -74,7 +74,7 @@ def _read(options: EvalOptions) -> SavedWeights:
     check_evaluation(options)
     weights = read_weights(options.checkpoint, options.recipe)
     if weights.class_names is None and options.split == "validation":
-        raise UserError("bare weights do not know which images were held out: use --split test, or a checkpoint")
+        raise UserError("bare weights do not name the images that were held out: use --split test, or a checkpoint")
     return weights
 
 
@@ -93,7 +93,7 @@ def _load_data(console: Console, options: EvalOptions, weights: SavedWeights) ->
         except ValueError as error:
             raise UserError(f"{weights.path} was trained on other classes than {name} has: {error}") from None
     if weights.num_classes != dataset.num_classes:
-        counts = f"{weights.path} knows {weights.num_classes} classes, and {name} has {dataset.num_classes}"
+        counts = f"{weights.path} has {weights.num_classes} classes, and {name} has {dataset.num_classes}"
         raise UserError(f"{counts}: name its --dataset")
     return dataset
 

@@ -1,8 +1,7 @@
-"""`predict`: the most likely classes of images that belong to no dataset."""
+"""`predict`: print the most likely classes of image files."""
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -61,18 +60,26 @@ def predict(
             top = _most_likely(files, probabilities, was_read, names, options.top)
             if ranks.is_main:
                 if options.json is None:
-                    _print_table(console, top)
-                else:
-                    about = {"checkpoint": str(weights.path), "precision": runtime.precision, "world_size": world.size}
-                    listed = [{"file": name, "reason": reason} for name, reason in unreadable.items()]
-                    write_json(options.json, {**about, "predictions": _in_json(top), "unreadable": listed})
+                    rows = [[each.file, *(f"{name} {p:.1%}" for name, p in each.classes)] for each in top]
+                    print_notes(console, format_table(rows) if rows else ())
+                content = {
+                    "checkpoint": str(weights.path),
+                    "precision": runtime.precision,
+                    "world_size": world.size,
+                    "predictions": [
+                        {"file": each.file, "classes": [{"name": name, "probability": p} for name, p in each.classes]}
+                        for each in top
+                    ],
+                    "unreadable": [{"file": name, "reason": reason} for name, reason in unreadable.items()],
+                }
+                write_json(options.json, content)
                 for name, reason in unreadable.items():
                     on_failure(f"error: {name} {reason}")
     return top + [Prediction(file=name, classes=(), error=reason) for name, reason in unreadable.items()]
 
 
 def _read(options: PredictOptions) -> tuple[SavedWeights, list[ImageFile], dict[str, str], str]:
-    """Return the weights, the images, those files, with the reason, that cannot be looked at, and what was skipped."""
+    """Return the weights, the images, the unreadable files with the reason, and a note on skipped files."""
     check_output("--json", options.json, options.checkpoint, options.recipe, options.config)
     weights = read_weights(options.checkpoint, options.recipe)
     files, unreadable, skipped = find_images(options.images)
@@ -111,15 +118,3 @@ def _most_likely(
         for file, shares, places, ok in zip(files, values.tolist(), classes.tolist(), was_read.tolist(), strict=True)
         if ok
     ]
-
-
-def _in_json(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
-    return [
-        {"file": each.file, "classes": [{"name": name, "probability": p} for name, p in each.classes]}
-        for each in predictions
-    ]
-
-
-def _print_table(console: Console, predictions: Sequence[Prediction]) -> None:
-    rows = [[each.file, *(f"{name} {p:.1%}" for name, p in each.classes)] for each in predictions]
-    print_notes(console, format_table(rows) if rows else ())

@@ -23,9 +23,10 @@ class Trackers:
         self._open: dict[str, Any] = {}
 
     def start(self, metadata: RunMetadata, directory: Path, step: int) -> None:
-        """Start the run's trackers in its directory. An id stored there continues the same tracked run after `step`."""
+        """Start the trackers. An id that is stored in the run directory continues the same tracked run after `step`."""
         parameters = flatten(recipe_to_mapping(metadata.recipe))
         parameters |= {name: getattr(metadata, name) for name in ("world_size", "device", "precision")}
+        parameters = {key: value if isinstance(value, int | float) else str(value) for key, value in parameters.items()}
         for name in metadata.trackers:
             folder = directory / "tracking" / name
             self._try(name, partial(self._start, name, folder, directory.name, parameters, step))
@@ -41,11 +42,7 @@ class Trackers:
         tracker.start()
         self._open[name] = tracker
         if resumed_after is None:
-            plain = {
-                key: value if isinstance(value, bool | int | float | str) else str(value)
-                for key, value in parameters.items()
-            }
-            tracker.store_init_configuration(plain)
+            tracker.store_init_configuration(parameters)
             # Last: without this file a resumed run starts anew and stores its parameters.
             id_file.write_text(tracker.tracker.info.run_id if name == "mlflow" else run_id)
 
@@ -67,19 +64,20 @@ class Trackers:
         assert summary.test is not None
         top5 = {} if summary.test.top5 is None else {"test/top5": summary.test.top5}
         self._log({"test/accuracy": summary.test.top1, "test/loss": summary.test.loss, **top5}, step)
-        for name, tracker in list(self._open.items()):
-            for figure in sorted(figures.glob("*.png")):
-                self._try(name, partial(_log_figure, tracker, figure, step))
-
-    def _log(self, values: dict[str, float], step: int) -> None:
-        for name, tracker in list(self._open.items()):
-            self._try(name, partial(tracker.log, values, step=step))
+        for figure in sorted(figures.glob("*.png")):
+            self._on_each(partial(_log_figure, path=figure, step=step))
 
     def finish(self) -> None:
         """Flush and close all trackers."""
-        for name, tracker in list(self._open.items()):
-            self._try(name, tracker.finish)
+        self._on_each(lambda tracker: tracker.finish())
         self._open.clear()
+
+    def _log(self, values: dict[str, float], step: int) -> None:
+        self._on_each(lambda tracker: tracker.log(values, step=step))
+
+    def _on_each(self, action: Callable[[Any], object]) -> None:
+        for name, tracker in list(self._open.items()):
+            self._try(name, partial(action, tracker))
 
     def _try(self, name: str, action: Callable[[], object]) -> None:
         try:
@@ -97,15 +95,9 @@ def _arguments(name: str, folder: Path, run: str, run_id: str, after: int | None
     if name == "wandb":
         import wandb
 
-        quiet = wandb.Settings(silent=True, console="off")
-        return {
-            "run_name": "cifar-dist",
-            "name": run,
-            "dir": folder,
-            "id": run_id,
-            "resume": "allow",
-            "settings": quiet,
-        }
+        settings = wandb.Settings(silent=True, console="off")
+        place = {"name": run, "dir": folder, "id": run_id, "resume": "allow"}
+        return {"run_name": "cifar-dist", **place, "settings": settings}
     if name == "mlflow":
         arguments = {"experiment_name": "cifar-dist", "run_name": run, "run_id": run_id or None}
         if "MLFLOW_TRACKING_URI" not in os.environ:

@@ -20,8 +20,7 @@ from cifar_dist.config.errors import SharedError, UserError
 from cifar_dist.config.world import World
 from cifar_dist.runtime import device as device_module
 from cifar_dist.runtime.device import SHARE_GPU, ComputeSettings
-from cifar_dist.runtime.ranks import Ranks
-from cifar_dist.runtime.rendezvous import rendezvous
+from cifar_dist.runtime.ranks import Ranks, rendezvous
 
 _SHARED_STATES = [kind._shared_state for kind in (PartialState, AcceleratorState, GradientState)]
 """All Accelerators of a process share these."""

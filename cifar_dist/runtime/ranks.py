@@ -1,5 +1,15 @@
-"""Collectives between the processes of a run, on the CPU, so that no device has to synchronize."""
+"""The ranks of a run: how they connect to rank 0's store, and their collectives on the CPU.
 
+A collective on the CPU needs no synchronization of the device. While the ranks connect, signals act.
+"""
+
+import errno
+import itertools
+import os
+import socket
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -7,14 +17,25 @@ from typing import Any, TypeVar
 
 import torch
 from torch import distributed
+from torch.distributed import DistNetworkError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from cifar_dist.config.errors import PeerFailedError, SharedError, UserError
-from cifar_dist.config.world import World
+from cifar_dist.config.world import LISTENING_SOCKET, World
 
 T = TypeVar("T")
 
-# Rank 0 may download a dataset while the others wait: the official server takes up to an hour. A process that dies is
-# noticed at once, whatever stands here, because its connections close.
+FIRST_NOTE_SECONDS, NOTE_EVERY_SECONDS = 10.0, 60.0
+_PEERS_SECONDS = 3 * 3600
+"""The longest wait for other ranks: another machine may still be downloading a dataset."""
+ANSWER_SECONDS = 60.0
+"""The longest wait for a host name (as in Kubernetes), and for an answer of rank 0's store."""
+_SERVERS: list[Store] = []
+"""The stores that this process serves, until it ends: other ranks may still use them."""
+_WORLDS = itertools.count()
+"""The number of the next world that this process joins, perhaps at the same store."""
+
+# The official server may take an hour for a dataset that rank 0 downloads. A dead process is noticed at once, because
+# its connections close.
 _TIMEOUT = timedelta(hours=3)
 
 
@@ -24,7 +45,7 @@ class Ranks:
     def __init__(self, world: World) -> None:
         self.world = world
         self.abandoned = False
-        """Whether this process leaves early, so that it must not wait for the others."""
+        """Whether this process ends early, and must not wait for the others."""
         self._group: Any = distributed.new_group(backend="gloo", timeout=_TIMEOUT) if world.size > 1 else None
 
     @property
@@ -43,7 +64,7 @@ class Ranks:
 
     def barrier(self) -> None:
         """Wait for all ranks. A collective."""
-        self.all_gather([0])  # gloo does not wait if there is nothing to exchange
+        self.all_gather([0])  # gloo does not wait for an empty message
 
     def broadcast_from_main(self, make: Callable[[], T]) -> T:
         """Call `make` on rank 0 and return the result on all ranks. A collective.
@@ -79,7 +100,7 @@ class Ranks:
     def main_process_first(self, make: Callable[[], T]) -> T:
         """Call `make` on rank 0, then on one rank of each other machine, then on the rest. A collective.
 
-        So later ranks find a download of earlier ones, with a shared disk or without.
+        So later ranks find what earlier ones downloaded, on a shared disk or not.
         """
         result: list[T] = []
         for turn in range(3 if self.world.size > 1 else 1):
@@ -108,3 +129,124 @@ class Ranks:
         if first == self.world.rank and failure is not None:
             raise failure
         raise PeerFailedError(f"rank {first} failed")
+
+
+def rendezvous(world: World, backend: str) -> Ranks:
+    """Start torch's process group in a world of several processes. Raises UserError."""
+    joining = _Joining(world, backend)
+    joining.start()
+    note_at = time.monotonic() + FIRST_NOTE_SECONDS
+    try:
+        while joining.is_alive():
+            joining.join(0.1)
+            if time.monotonic() > joining.deadline:
+                raise UserError(f"gave up {joining.state}: {joining.advice}")
+            if time.monotonic() > note_at and world.local_rank == 0 and joining.is_alive():
+                print(joining.state, file=sys.stderr, flush=True)
+                note_at = time.monotonic() + NOTE_EVERY_SECONDS
+    finally:
+        joining.cancelled.set()
+    if joining.error is not None:
+        raise joining.error
+    assert joining.ranks is not None
+    return joining.ranks
+
+
+def _prefix() -> str:
+    """Return the prefix of the next world's keys: the store of torchrun's agent outlives a restart."""
+    return f"cifar-dist-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{next(_WORLDS)}"
+
+
+class _Joining(threading.Thread):
+    """Joins the other ranks, and ends with `ranks` or an `error`. A thread, because torch's waiting blocks signals."""
+
+    def __init__(self, world: World, backend: str) -> None:
+        super().__init__(name="rendezvous", daemon=True)
+        self.ranks: Ranks | None = None
+        self.error: Exception | None = None
+        self.cancelled = threading.Event()
+        self._world, self._backend = world, backend
+        self._host, self._port = world.rendezvous_address(os.environ)
+        self._address = f"{self._host}:{self._port}"
+        _check_interfaces(os.environ.get("GLOO_SOCKET_IFNAME", ""))
+        # torch's agent serves the store of its processes, and chooses their ranks.
+        self._has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self._begin(f"waiting for rank 0 at {self._address}", _PEERS_SECONDS, "is it running?")
+
+    def run(self) -> None:
+        """Join, in this thread."""
+        world = self._world
+        try:
+            if world.rank == 0 and not self._has_agent:
+                _SERVERS.append(_serve(self._port))
+            self._find_rank_0()
+            advice = "another program has the port, set MASTER_PORT to a free one"
+            self._begin(f"waiting for an answer of rank 0 at {self._address}", ANSWER_SECONDS, advice)
+            answer = timedelta(seconds=ANSWER_SECONDS)
+            server = TCPStore(self._host, self._port, is_master=False, wait_for_workers=False, timeout=answer)
+            server.set_timeout(timedelta(minutes=30))  # torch's default for a group
+            store = PrefixStore(_prefix(), server)
+            self._wait_for_all(store)
+            advice = f"can the machines reach each other by {self._backend}?"
+            self._begin(f"waiting for connections between {world.size} processes", _PEERS_SECONDS, advice)
+            distributed.init_process_group(self._backend, store=store, rank=world.rank, world_size=world.size)
+            self.ranks = Ranks(world)
+        except Exception as error:
+            self.error = error
+
+    def _begin(self, state: str, seconds: float, advice: str) -> None:
+        self.state, self.advice, self.deadline = state, advice, time.monotonic() + seconds
+
+    def _find_rank_0(self) -> None:
+        """Wait until rank 0's port is open. With Python's sockets: torch's print each attempt."""
+        known_by = time.monotonic() + ANSWER_SECONDS
+        while True:
+            try:
+                socket.create_connection((self._host, self._port), timeout=10).close()
+                return
+            except (OSError, UnicodeError) as error:
+                unusable = isinstance(error, (socket.gaierror, UnicodeError)) or error.errno == errno.ENETUNREACH
+                if unusable and time.monotonic() > known_by:
+                    raise UserError(f"cannot reach MASTER_ADDR={self._host} (rank 0): {error}") from None
+                self.state = f"waiting for rank 0 at {self._address} ({error})"
+            self._pause(0.2)
+
+    def _wait_for_all(self, store: Store) -> None:
+        rank, size = self._world.rank, self._world.size
+        if store.add(f"rank-{rank}", 1) > 1 and not self._has_agent:
+            store.set("twice", str(rank))
+        else:
+            store.add("arrived", 1)
+        self._begin(f"waiting for others at {self._address}", _PEERS_SECONDS, "are all of them running?")
+        while (arrived := store.add("arrived", 0)) < size:
+            self.state = f"waiting for {size - arrived} of {size} processes at {self._address}"
+            if store.check(["twice"]):
+                twice = store.get("twice").decode()
+                raise UserError(f"two processes have rank {twice}: set another machine_rank, or RANK, for each machine")
+            self._pause(0.1)
+
+    def _pause(self, seconds: float) -> None:
+        if self.cancelled.wait(seconds):
+            raise RuntimeError("cancelled")
+
+
+def _serve(port: int) -> Store:
+    """Serve a store on the socket that our launcher has opened, else on the port. Raises UserError if it is taken."""
+    inherited = os.environ.pop(LISTENING_SOCKET, None)
+    fd = None if inherited is None else int(inherited)
+    try:
+        return TCPStore(
+            "127.0.0.1", port, is_master=True, wait_for_workers=False, multi_tenant=True, master_listen_fd=fd
+        )
+    except DistNetworkError as error:
+        reason = "is in use" if "EADDRINUSE" in str(error) else "cannot be opened"
+        advice = "set MASTER_PORT (main_process_port in a config) to a free one"
+        raise UserError(f"port {port} of {socket.gethostname()} {reason}: {advice}") from None
+
+
+def _check_interfaces(names: str) -> None:
+    """Raise UserError if one of the names, separated by commas, is no network interface of this machine."""
+    known = [name for _, name in socket.if_nameindex()]
+    if unknown := [name for name in names.split(",") if name and name not in known]:
+        there = ", ".join(known)
+        raise UserError(f"GLOO_SOCKET_IFNAME={names}: there is no interface '{unknown[0]}', set one of {there}")

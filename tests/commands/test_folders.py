@@ -168,4 +168,4 @@ def test_validation_images_of_another_dataset_are_refused(folder, capsys):
         assert err.count("\n") == 1 and WHOLE not in out
     bare = ["eval", "--ckpt", "bare.pth", "--split", "validation", "--dataset", "own"]
     assert main([*bare, "--recipe", "run/config.yaml"]) == 2
-    assert "bare weights do not know which images were held out" in capsys.readouterr().err
+    assert "bare weights do not name the images that were held out" in capsys.readouterr().err

@@ -375,9 +375,9 @@ def test_bare_weights_of_a_3x3_stem_are_taken_as_cifar_unless_a_recipe_is_named(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--ckpt", "script.pth", "--split", "validation"], "bare weights do not know which images were held out"),
+        (["--ckpt", "script.pth", "--split", "validation"], "bare weights do not name the images that were held out"),
         (["--ckpt", "script.pth", "--recipe", "standard"], "standard has the stem cifar, and script.pth has imagenet"),
-        (["--ckpt", "seven.pth"], "seven.pth knows 7 classes, and cifar10 has 10: name its --dataset"),
+        (["--ckpt", "seven.pth"], "seven.pth has 7 classes, and cifar10 has 10: name its --dataset"),
         (["--ckpt", "mixed.pth"], "mixed.pth is neither a checkpoint of this program nor a bare state dict"),
         (["--ckpt", "{run}", "--dataset", "other"], "was trained on other classes than other has"),
     ],

@@ -16,9 +16,9 @@ from cifar_dist import cli
 from cifar_dist.config.accelerate_config import AccelerateConfig
 from cifar_dist.config.errors import PeerFailedError, UserError
 from cifar_dist.config.world import World, first_host
-from cifar_dist.runtime import rendezvous as module
+from cifar_dist.runtime import ranks as module
 from cifar_dist.runtime.distributed import connect, start
-from cifar_dist.runtime.rendezvous import rendezvous
+from cifar_dist.runtime.ranks import rendezvous
 
 TWO = World(rank=0, size=2, local_rank=0, local_size=1, launcher="torchrun")
 OTHER = World(rank=1, size=2, local_rank=0, local_size=1, launcher="torchrun")
