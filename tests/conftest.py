@@ -63,7 +63,7 @@ def make_images(folder: Path) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def _return_memory():
-    """Give freed memory back to the system after each file: glibc keeps what once held a network."""
+    """Return freed memory to the system after each file: glibc keeps it."""
     yield
     gc.collect()
     with contextlib.suppress(AttributeError):  # another C library

@@ -1,4 +1,4 @@
-"""What `bench` measures, and that its floor is one; the scripts beside it in benchmarks/."""
+"""The measurements of `bench`, its lower bound, and the scripts in benchmarks/."""
 
 import gc
 import json

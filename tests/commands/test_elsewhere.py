@@ -1,4 +1,4 @@
-"""What a run finds around it: less than on Linux, other versions, a folder that is gone, pipes, no temporary folder."""
+"""Runs on other systems: no links or fsync of folders, other versions, a missing folder, pipes, no TMPDIR."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Weights whose logits are not finite numbers: one line and no accuracy. Large logits are none of them."""
+"""Logits that are not finite numbers are one error line without an accuracy; large logits are not an error."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from tests.conftest import make_images
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path):
-    """The current folder, with finite weights whose logits overflow, and such whose logits are about 100."""
+    """The current folder, with finite weights whose logits overflow (overflow.pth) or are about 100 (large.pth)."""
     with small_world_in(tmp_path):
         state = NarrowResNet(num_classes=10).state_dict()
         state["fc.weight"] *= 1e3 / state["fc.weight"].abs().max()

@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 GPU = AccelerateConfig(path="eager.yaml", dynamo_backend="NO")
-GRAPHS = AccelerateConfig()  # what is done where nobody says anything
+GRAPHS = AccelerateConfig()  # the default
 # A change of 1e-7 in the weights, a rounding of float32, grows to percents of the loss in eight steps of so few images.
 # What must be equal is therefore compared in float64 and after few steps.
 SMALL = ("global_batch_size=64", "early_stopping.enabled=false")
@@ -39,7 +39,7 @@ SLOW, FAST = "optimizer.learning_rate=0.0001", "optimizer.learning_rate=0.02"
 
 
 def train(runtime, *assignments, num_train: int = 512, float64: bool = False, base: str = "original"):
-    """Train on brightness; give the records, the trainer, and by how much each weight changed (float64, on the CPU)."""
+    """Train on brightness; return the records, the trainer and the change of each weight (float64, on the CPU)."""
     dataset, recipe = make_dataset(num_train=num_train, num_test=64), make_recipe(*SMALL, *assignments, base=base)
     plan = make_plan(recipe, world_size=runtime.world.size, sizes=dataset.sizes, device_type=runtime.device.type)
     with models_in_float64() if float64 else nullcontext():
@@ -170,7 +170,7 @@ def test_muon_orthogonalizes_in_tf32_as_the_convolutions_compute(monkeypatch, sh
 
 
 def ranks_on_one_gpu(runtime, *, assignments, precision):
-    """Train on a shared GPU; give losses, statistics that must be equal, and the scaler's state."""
+    """Train on a shared GPU; return losses, a sum that must be equal on all ranks, and the scaler's state."""
     assert (runtime.device.type, distributed.get_backend(), runtime.precision) == ("cuda", "gloo", precision)
     records, trainer, _ = train(runtime, *assignments, num_train=195, float64=precision == "no")
     state = trainer.state.model.state_dict()

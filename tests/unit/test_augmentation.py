@@ -141,13 +141,6 @@ def rows_of(**columns: Tensor) -> Tensor:
     return rows
 
 
-def test_mixup_is_the_papers():
-    first, second, share = torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8), torch.tensor([0.0, 0.3, 0.9, 1.0])
-    mixed, shares = mix(first, second, rows_of(share=share))
-    torch.testing.assert_close(mixed, share.view(-1, 1, 1, 1) * first + (1 - share.view(-1, 1, 1, 1)) * second)
-    assert torch.equal(shares, share)
-
-
 def test_cutmix_is_torchvisions():
     """The box of torchvision.transforms.v2.CutMix, by its definition, and the share that is left of the image."""
     size, count = 32, 200
@@ -253,27 +246,13 @@ def test_each_operation_is_done_where_only_it_is_on(field):
     assert changed.flatten(1).any(1).float().mean() > 0.3
 
 
-def test_pixels_do_not_depend_on_the_batch_or_the_number_of_threads():
-    ours = augmentation()
+def test_pixels_do_not_depend_on_the_number_of_threads():
+    """tests/unit/test_stream.py has the batches, a rank's empty share of one among them."""
+    ours, threads = augmentation(), torch.get_num_threads()
     table = ours.draw_table(1, len(IMAGES))
     whole = ours.apply(IMAGES, table)
-    for size in (3, 7, 32):
-        pieces = [ours.apply(*pair) for pair in zip(IMAGES.split(size), table.split(size), strict=True)]
-        assert torch.equal(torch.cat(pieces), whole), size
-    assert torch.equal(ours.apply(IMAGES.flip(0), table.flip(0)).flip(0), whole)
-    threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3 - min(threads, 2))
         assert torch.equal(ours.apply(IMAGES, table), whole)
     finally:
         torch.set_num_threads(threads)
-
-
-def test_an_empty_share_of_a_batch_is_augmented_too():
-    """A rank may have no image of a short last batch."""
-    ours = augmentation("affine_degrees=10", "cutout=8", "mixup=1", "cutmix=1")
-    rows = ours.draw_table(1, 10)[:0]
-    pixels = ours.apply(IMAGES[:0], rows)
-    mixed, shares = mix(pixels, pixels, rows)
-    assert pixels.shape == mixed.shape == (0, 3, 32, 32)
-    assert shares.shape == (0,)

@@ -20,7 +20,7 @@ from tests.conftest import make_dataset, make_recipe
 from tests.unit.test_model import narrow_resnet
 
 FORBIDDEN = ("aten._local_scalar_dense.default", "aten.lift_fresh.default", "aten.nonzero.default")
-"""What makes the host wait for a device, or brings it a number from the host: neither can be recorded."""
+"""Operations that make the host wait for a device, or copy a number to it. Neither can be captured."""
 
 
 class Operations(TorchDispatchMode):
@@ -58,7 +58,7 @@ def memory(tensor):
 
 
 class Recorder:
-    """What `capture` is to a GPU."""
+    """Stands for `capture`."""
 
     def __init__(self):
         self.recorded, self.replayed = 0, 0

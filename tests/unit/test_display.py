@@ -185,7 +185,7 @@ def view_on(console: Console, memory=lambda: 1210) -> LiveTraining:
 
 
 def drawn(view, width: int = 100, height: int = 30) -> list[str]:
-    """What is drawn in place at this moment, a line each."""
+    """Return the lines that are drawn in place."""
     paper = console(True, width, height)
     view.console.width = width
     paper.print(view)

@@ -1,4 +1,4 @@
-"""Whatever fails while a run is saved, a readable checkpoint remains: each call to the system fails once."""
+"""A readable checkpoint remains if a system call fails while a run is saved: each call fails once."""
 
 import errno
 import os
@@ -137,7 +137,7 @@ def test_a_call_that_fails_loses_nothing(tmp_path, stays):
         run.truncate_records(2)
         finish_epoch(run, recorder, 4)  # the disk has room again
         assert load_checkpoint(run.last)["epoch"] == 4
-    # Without links the file is renamed, and a folder that cannot be opened is not synced: these two are borne.
+    # Without links the file is renamed, and a folder that cannot be opened is not synced: these two may fail.
     assert failed >= {"creat", "write", "flush", "fsync", "close", "replace"}
 
 

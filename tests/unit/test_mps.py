@@ -1,7 +1,7 @@
-"""What a Mac's MPS device would meet, looked for without one.
+"""Nothing that MPS lacks is used, checked without an MPS device.
 
-A dispatch mode listens to every operator of a whole epoch and its evaluation on the CPU. Tensors that would live on
-the device are followed from the weights and images on; an operator on one of them may use nothing that MPS lacks.
+A dispatch mode records every operator of an epoch and its evaluation on the CPU. It follows the tensors that would be
+on the device, from the weights and images on.
 """
 
 import functools
@@ -34,18 +34,14 @@ SERVES = {"MPS", "CompositeImplicitAutograd", "CompositeExplicitAutograd", "Comp
 
 @functools.cache
 def kernels() -> dict[str, set[str]]:
-    """Which dispatch keys each operator has a kernel for, by torch's own table; no key at all: composite."""
+    """Return the dispatch keys of each operator's kernels, from torch's table; without a key it is composite."""
     file = Path(torchgen.__file__).parent / "packaged" / "ATen" / "native" / "native_functions.yaml"
     entries = {entry["func"].split("(")[0]: entry for entry in yaml.load(file.read_text(), yaml.CSafeLoader)}
     found = {}
     for name, entry in entries.items():
         dispatch = entries[entry["structured_delegate"]] if "structured_delegate" in entry else entry
-        keys = {
-            key.strip()
-            for keys in dispatch.get("dispatch", {"CompositeImplicitAutograd": ""})
-            for key in keys.split(",")
-        }
-        found[name] = keys
+        keys = ",".join(dispatch.get("dispatch", ["CompositeImplicitAutograd"]))
+        found[name] = {key.strip() for key in keys.split(",")}
     return found
 
 
@@ -53,8 +49,8 @@ def tensors(values) -> Iterator[Tensor]:
     return (value for value in tree_leaves(values) if isinstance(value, Tensor))
 
 
-class Listening(TorchDispatchMode):
-    """Follows the device's tensors and writes down what MPS could not do with them."""
+class OperatorsOnDevice(TorchDispatchMode):
+    """Follows the device's tensors and records the operators that MPS lacks."""
 
     def __init__(self, *roots: Tensor) -> None:
         super().__init__()
@@ -80,11 +76,8 @@ class Listening(TorchDispatchMode):
             self.on_device[tensor] = True
             if tensor.dtype == torch.float64:
                 self.complaints.add(f"{name}: float64")
-            if (
-                tensor.dim() == 4
-                and tensor.is_contiguous(memory_format=torch.channels_last)
-                and not tensor.is_contiguous()
-            ):
+            is_channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+            if is_channels_last and not tensor.is_contiguous():
                 self.complaints.add(f"{name}: channels_last")
         return result
 
@@ -97,8 +90,8 @@ EVERYTHING = (
 )  # fmt: skip
 
 
-def listen(runtime, monkeypatch, *assignments) -> Listening:
-    """Train an epoch and evaluate as on MPS, and give what was heard."""
+def train_and_evaluate(runtime, monkeypatch, *assignments) -> OperatorsOnDevice:
+    """Train an epoch and evaluate as on MPS; return the operators."""
     dataset = make_dataset(num_train=64, num_test=30)
     recipe = make_recipe(*EVERYTHING, *assignments)
     plan = make_plan(recipe, world_size=1, sizes=dataset.sizes, device_type="mps")
@@ -107,18 +100,13 @@ def listen(runtime, monkeypatch, *assignments) -> Listening:
     monkeypatch.setattr(setup, "use_dense_products", lambda model: None)  # which are taken on a CPU alone
     trainer = build_trainer(recipe, plan, dataset, runtime, Observer())
     test, state = dataset.test, trainer.state
-    roots = [
-        *state.model.parameters(),
-        *state.model.buffers(),
-        *state.ema.model.parameters(),
-        *state.ema.model.buffers(),
-    ]
+    roots = [each for model in (state.model, state.ema.model) for each in (*model.parameters(), *model.buffers())]
     batches = trainer.batches
     roots += [batches.data.images, batches.data.labels, test.images, test.labels, batches.normalize.scale]
-    mode = Listening(*roots, batches.normalize.shift)
+    mode = OperatorsOnDevice(*roots, batches.normalize.shift)
 
     def leave(tensor):
-        """What `Tensor.cpu` is on a Mac: a copy that may do what it likes from then on."""
+        """Copy as `Tensor.cpu` does on a Mac; the copy is no longer followed."""
         copy = tensor.clone()
         mode.on_device.pop(copy, None)
         return copy
@@ -149,14 +137,14 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_an_epoch_uses_nothing_that_mps_lacks(runtime, monkeypatch, optimizer):
-    heard = listen(runtime, monkeypatch, *OPTIMIZERS[optimizer])
-    assert heard.complaints == set()
-    assert {"convolution", "convolution_backward", "index.Tensor", "argmax"} <= heard.operators
+    used = train_and_evaluate(runtime, monkeypatch, *OPTIMIZERS[optimizer])
+    assert used.complaints == set()
+    assert {"convolution", "convolution_backward", "index.Tensor", "argmax"} <= used.operators
 
 
 @pytest.fixture
 def mac(monkeypatch):
-    """A Mac with macOS 14, as far as torch's questions go."""
+    """A Mac with macOS 14, for the functions of torch and platform that are called."""
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(platform, "mac_ver", lambda: ("14.5", ("", "", ""), "arm64"))

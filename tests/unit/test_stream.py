@@ -16,7 +16,7 @@ from tests.conftest import make_recipe
 def batches_of(
     num_images: int, rank: int = 0, world_size: int = 1, *, accumulation_steps: int = 1, batch: int = 120
 ) -> TrainingBatches:
-    recipe = make_recipe("augmentation.mixup=1", "augmentation.cutmix=1", "augmentation.cutout=8")
+    recipe = make_recipe("augmentation={mixup: 1, cutmix: 1, cutout: 8, affine_degrees: 10}")
     generator = torch.Generator().manual_seed(5)
     images = torch.randint(256, (num_images, 3, 32, 32), generator=generator, dtype=torch.uint8)
     return TrainingBatches(

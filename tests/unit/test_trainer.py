@@ -30,7 +30,7 @@ def narrow_network(monkeypatch):
 
 
 class Listener(Observer):
-    """Writes down what it is told."""
+    """Records the calls."""
 
     def __init__(self) -> None:
         self.events = []

@@ -85,7 +85,7 @@ def _rank(
             runtime = start(ranks, config, requested_precision=precision, num_threads=1)
             for check in checks:
                 pipe.send((False, check(runtime)))
-            ranks.all_gather([0])  # nobody leaves while another still talks
+            ranks.all_gather([0])  # no rank leaves while another communicates
     except BaseException:
         pipe.send((True, traceback.format_exc()))
         os._exit(1)

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import socket
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -37,7 +37,7 @@ SHARES = {2: [[0, 1, 2, 3], [4, 5, 6]], 3: [[0, 1, 2, 3], [], [4, 5, 6]]}
 
 
 def conversation(runtime):
-    """Every way in which ranks communicate, and what each rank makes of a failure."""
+    """Communicate in every way; return the results and the error of each failure."""
     ranks, rank, size, makers = runtime.ranks, runtime.world.rank, runtime.world.size, []
 
     def fail(error):
@@ -176,19 +176,19 @@ def ghost_batch_norm(runtime):
 
 
 def precisions(runtime):
-    """What ranks make of machines that would choose different precisions, and of equal ones."""
+    """Return what ranks agree on if they chose different precisions, and if equal ones."""
     compute = runtime.compute
     first = _common_precision(replace(compute, precision="bf16" if runtime.is_main else "fp16"), runtime.ranks)
     second = _common_precision(replace(compute, precision="bf16"), runtime.ranks)
     return first.precision, first.notes, second.precision, second.notes
 
 
-def make_trainer(runtime, *assignments, num_train=72, base="original", thin=True):
-    """A trainer, of a network with a quarter of ResNet-18's channels if it is to be thin."""
+def make_trainer(runtime, *assignments, num_train=72, base="original"):
+    """A trainer of a network with a quarter of ResNet-18's channels."""
     dataset = make_dataset(num_train=num_train, num_test=10)
     recipe = fit_to_dataset(make_recipe(*assignments, base=base), dataset.sizes)
     plan = make_plan(recipe, world_size=runtime.world.size, sizes=dataset.sizes, device_type="cpu")
-    with thin_models() if thin else nullcontext():
+    with thin_models():
         return build_trainer(recipe, plan, dataset, runtime, Observer())
 
 
@@ -292,7 +292,7 @@ def one_interruption(runtime):
 
 @pytest.fixture(scope="module")
 def world():
-    """What each check returned on each of two ranks."""
+    """Run the checks on two ranks; return their results by name and rank."""
     checks = (
         conversation, evaluations, batch_norm, ghost_batch_norm, precisions, default_recipe,
         metrics_that_disagree, one_vote, one_divergence, one_interruption,
@@ -370,7 +370,7 @@ def test_the_default_recipe_trains_the_same_weights_as_one_process(world, runtim
 
 
 def test_ranks_that_disagree_stop_together(world):
-    # Rank 0's metrics count for all: they improve, so nobody stops.
+    # Rank 0's metrics count for all: they improve, so no rank stops.
     assert set(world["metrics_that_disagree"]) == {("ended", 4, 16, False)}
     assert set(world["one_vote"]) == {("ended", 2, 8, True)}
 
