@@ -40,12 +40,10 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}
 _MAX_ROUNDS = 16
 _STEPS_PER_ROUND = 2
 
-# Dense peak of the matrix units in TFLOP/s, for 16 bits and for float32 (TF32 where available, as torch's convolutions
-# use it). Source: NVIDIA's data sheets.
+# Dense peak of the matrix units in TFLOP/s, for 16 bits and for float32 (TF32 if available, as torch's convolutions
+# use it), by a pattern of the name. Source: NVIDIA's data sheets.
 _PEAK_TERAFLOPS = {
-    "GH200": (989.4, 494.7),
-    "H200": (989.4, 494.7),
-    "H100": (989.4, 494.7),
+    "H100|G?H200": (989.4, 494.7),
     "A100": (312.0, 156.0),
     "L40S": (362.0, 183.0),
     "L4": (121.0, 60.0),
@@ -75,10 +73,6 @@ def run(options: BenchOptions, world: World, config: AccelerateConfig) -> int:
 
 def _measure(recipe: Recipe, runtime: Runtime, seconds: float, console: Console) -> dict[str, Any]:
     """Measure each loop for `seconds`; return the content of `bench --json`."""
-
-    def announce(rounds: int, seconds: float) -> None:
-        print_notes(console, [f"{rounds} rounds, in turns: about {format_duration(seconds)}"])
-
     dataset = random_dataset(recipe.image_size, recipe.global_batch_size)
     plan = make_plan(recipe, world_size=runtime.world.size, sizes=dataset.sizes, device_type=runtime.device.type)
     # The live view is part of the loop: drawn on a terminal that nobody sees.
@@ -90,7 +84,7 @@ def _measure(recipe: Recipe, runtime: Runtime, seconds: float, console: Console)
         for _ in range(WARMUP_STEPS + 1 if runtime.compute.replays else 0):
             loop()
         steps = [build_bare_step(recipe, runtime), loop]
-        rounds = alternate(steps, recipe.global_batch_size, seconds, runtime, announce)
+        rounds = alternate(steps, recipe.global_batch_size, seconds, runtime, lambda text: print_notes(console, [text]))
         parts = seconds_by_part(trainer)
     bare_rate, loop_rate = (statistics.median(rates) for rates in zip(*rounds, strict=True))
     ratios = [ours / bare for bare, ours in rounds]
@@ -152,11 +146,7 @@ def captured(step: Callable[[], object]) -> Callable[[], object]:
     for _ in range(WARMUP_STEPS):
         step()
     replay = capture(step)
-
-    def replay_step(kept: object = step) -> None:  # the graph itself does not keep the model's memory
-        replay()
-
-    return replay_step
+    return functools.partial(lambda kept: replay(), step)  # the graph itself does not keep the model's memory
 
 
 def endless_steps(trainer: Trainer) -> Callable[[], object]:
@@ -188,14 +178,13 @@ def alternate(
     batch_size: int,
     seconds: float,
     runtime: Runtime,
-    announce: Callable[[int, float], None] = lambda rounds, seconds: None,
+    announce: Callable[[str], None] = lambda text: None,
     *,
     timer: Callable[[Callable[[], object], int, Runtime], float] = seconds_of,
 ) -> list[tuple[float, ...]]:
     """Run the steps in turns, each for about `seconds`; return each round's images per second, in the order of `steps`.
 
-    In turns, so that a noisy machine slows all of them alike. `announce` is called once, with the number of rounds and
-    their expected seconds.
+    In turns, so that a noisy machine slows all of them alike. `announce` is called with a line on the expected time.
     """
     for step in steps:
         timer(step, 1, runtime)
@@ -203,7 +192,8 @@ def alternate(
     times = runtime.ranks.all_gather([timer(step, 2, runtime) / 2 for step in steps])[0]
     rounds = max(3, min(_MAX_ROUNDS, int(seconds / (_STEPS_PER_ROUND * max(times)))))
     counts = [max(1, round(seconds / rounds / each)) for each in times]
-    announce(rounds, rounds * sum(count * each for count, each in zip(counts, times, strict=True)))
+    expected = rounds * sum(count * each for count, each in zip(counts, times, strict=True))
+    announce(f"{rounds} rounds, in turns: about {format_duration(expected)}")
     result, places = [], range(len(steps))
     for number in range(rounds):
         rates = {}
@@ -261,5 +251,5 @@ def peak_flops(runtime: Runtime) -> float | None:
     if runtime.device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(runtime.device)
-    known = next((peaks for model, peaks in _PEAK_TERAFLOPS.items() if re.search(rf"\b{model}\b", name)), None)
+    known = next((peaks for model, peaks in _PEAK_TERAFLOPS.items() if re.search(rf"\b({model})\b", name)), None)
     return None if known is None else 1e12 * known[runtime.precision == "no"]

@@ -74,21 +74,10 @@ def _safetensors(weights: SavedWeights) -> bytes:
     return content
 
 
-class _Normalized(nn.Module):
-    """The network behind its normalization: logits (N, classes) for images (N, 3, S, S) in [0, 1]."""
-
-    scale: Tensor
-    shift: Tensor
-
-    def __init__(self, weights: SavedWeights) -> None:
-        super().__init__()
-        self.model = weights.build(torch.device("cpu"), torch.contiguous_format)
-        normalize = Normalizer(weights.recipe.normalization, torch.device("cpu"), torch.contiguous_format)
-        self.register_buffer("scale", normalize.scale)
-        self.register_buffer("shift", normalize.shift)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(images * self.scale + self.shift)
+def _normalized(weights: SavedWeights) -> nn.Module:
+    """Build the network behind its normalization: logits (N, classes) for images (N, 3, S, S) in [0, 1]."""
+    how = (torch.device("cpu"), torch.contiguous_format)
+    return nn.Sequential(Normalizer(weights.recipe.normalization, *how), weights.build(*how)).eval()
 
 
 def _onnx(weights: SavedWeights) -> bytes:
@@ -96,7 +85,7 @@ def _onnx(weights: SavedWeights) -> bytes:
     import onnx
     import onnxruntime
 
-    model, size = _Normalized(weights).eval(), weights.recipe.image_size
+    model, size = _normalized(weights), weights.recipe.image_size
     images = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model(images)
@@ -109,7 +98,7 @@ def _onnx(weights: SavedWeights) -> bytes:
             dynamo=True,
             input_names=["images"],
             output_names=["logits"],
-            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
             verbose=False,
         )
     assert program is not None

@@ -22,12 +22,12 @@ from cifar_dist.config.errors import UserError
 from cifar_dist.data.download import DownloadError, Progress, download, md5_of, reason_of, writing_data
 
 if TYPE_CHECKING:
-    from cifar_dist.data.dataset import Dataset, LabelledImages
+    from cifar_dist.data.dataset import Dataset
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Archive:
-    """One of the official tarballs."""
+    """An official tarball, its files and their md5."""
 
     name: str
     class_names: tuple[str, ...]
@@ -87,15 +87,17 @@ ARCHIVES = {archive.name: archive for archive in (CIFAR10, CIFAR100)}
 
 def load_archive(archive: Archive, data_dir: Path, *, progress: Progress | None = None) -> "Dataset":
     """Load the files of `archive`, provided as `provide` does. Raises UserError that names a wrong file."""
-    from cifar_dist.data.dataset import Dataset
+    import torch
 
-    folder = provide(archive, data_dir, progress=progress)
-    return Dataset(
-        name=archive.name,
-        class_names=archive.class_names,
-        train=_read_files(folder, archive.train, archive.label_key),
-        test=_read_files(folder, archive.test, archive.label_key),
-    )
+    from cifar_dist.data.dataset import Dataset, LabelledImages
+
+    folder, parts = provide(archive, data_dir, progress=progress), []
+    for md5s in (archive.train, archive.test):
+        batches = [_read_file(folder / name, md5) for name, md5 in md5s.items()]
+        images = np.concatenate([batch[b"data"] for batch in batches]).reshape(-1, 3, 32, 32)
+        labels = torch.tensor([label for batch in batches for label in batch[archive.label_key]])
+        parts.append(LabelledImages(images=torch.from_numpy(images), labels=labels))
+    return Dataset(name=archive.name, class_names=archive.class_names, train=parts[0], test=parts[1])
 
 
 def provide(archive: Archive, data_dir: Path, *, progress: Progress | None = None) -> Path:
@@ -179,18 +181,6 @@ def _unpack(archive: Archive, tarball: Path, folder: Path) -> None:
         for file in Path(temporary, archive.folder).iterdir():
             if not os.path.lexists(folder / file.name):
                 file.replace(folder / file.name)
-
-
-def _read_files(folder: Path, md5s: dict[str, str], label_key: bytes) -> "LabelledImages":
-    import torch
-
-    from cifar_dist.data.dataset import LabelledImages
-
-    batches = [_read_file(folder / name, md5) for name, md5 in md5s.items()]
-    return LabelledImages(
-        images=torch.from_numpy(np.concatenate([batch[b"data"] for batch in batches]).reshape(-1, 3, 32, 32)),
-        labels=torch.tensor([label for batch in batches for label in batch[label_key]]),
-    )
 
 
 def _read_file(path: Path, md5: str) -> dict[bytes, Any]:

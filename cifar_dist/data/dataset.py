@@ -119,7 +119,7 @@ def stratified_split(labels: Tensor, validation_size: int, *, seed: int) -> tupl
     """Split sample indices into training and validation parts, in proportion to the classes.
 
     `labels` is (N,) int64. Returns two ascending (n,) int64 tensors, the second of exactly `validation_size`. Shares
-    are rounded by largest remainder, and each class keeps a training sample. Raises ValueError where that cannot be.
+    are rounded by largest remainder, and each class keeps a training sample. Raises ValueError if that is impossible.
     """
     num_samples, counts = len(labels), torch.bincount(labels)
     most = num_samples - int((counts > 0).sum())

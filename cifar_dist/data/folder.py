@@ -51,14 +51,6 @@ Classes = dict[str, list[ImageFile]]
 """The files of each class, both sorted by name."""
 
 
-class Listing(NamedTuple):
-    """The image files of a folder."""
-
-    parts: dict[str, Classes]  # "train", "test", and "val" if there is one besides
-    is_flat: bool  # without parts: the test images were drawn from all
-    skipped: str  # describes the files that are no images; empty for none
-
-
 def load_folder(
     path: Path, *, image_size: int, for_training: bool = True, progress: Progress | None = None
 ) -> "Dataset":
@@ -95,19 +87,23 @@ def load_folder(
         test=test,
         validation=own[0] if own else None,
         whole=whole if is_flat else None,
-        origin=f"{summary}; {skipped}" if skipped else summary,
+        origin="; ".join(filter(None, (summary, skipped))),
     )
 
 
 def folder_sizes(path: Path) -> DatasetSizes:
     """Count a folder's images without reading one. Raises UserError as `load_folder` does."""
-    parts = list_folder(path, for_training=True).parts
+    parts, *_ = list_folder(path, for_training=True)
     train, test, own = (sum(map(len, parts.get(part, {}).values())) for part in ("train", "test", "val"))
     return DatasetSizes(num_train=train, num_test=test, num_validation=own, num_classes=len(parts["train"]))
 
 
-def list_folder(path: Path, *, for_training: bool) -> Listing:
-    """List a folder's images. Raises UserError if it is no dataset."""
+def list_folder(path: Path, *, for_training: bool) -> tuple[dict[str, Classes], bool, str]:
+    """List a folder's images. Raises UserError if it is no dataset.
+
+    Returns the parts `train`, `test` and, if there is one besides, `val`; whether the folder has no parts, so that test
+    images are drawn from all; and a description of the files that are no images, empty for none.
+    """
     path, skipped = path.absolute(), Counter[str]()
     try:
         folders = _subfolders(path)
@@ -128,7 +124,7 @@ def list_folder(path: Path, *, for_training: bool) -> Listing:
     for part in ("test", *parts):
         if part != "train" and not any(parts.get(part, {}).values()):
             raise UserError(f"{path} has no images for {part}")
-    return Listing(parts, is_flat, _describe(skipped))
+    return parts, is_flat, _describe(skipped)
 
 
 def _split(classes: Classes) -> dict[str, Classes]:
@@ -217,12 +213,11 @@ def _subfolders(folder: Path) -> dict[str, Path]:
 
 
 def _list_classes(folder: Path, prefix: str, skipped: Counter[str]) -> Classes:
+    def fail(error: OSError) -> None:
+        raise error
+
     folders = _subfolders(folder).items()
-    return {name: _files_below(entry, f"{prefix}{name}/", skipped, _fail) for name, entry in folders}
-
-
-def _fail(error: OSError) -> None:
-    raise error
+    return {name: _files_below(entry, f"{prefix}{name}/", skipped, fail) for name, entry in folders}
 
 
 def _files_below(

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from cifar_dist.config.recipe import NormalizationConfig
@@ -37,22 +37,26 @@ class Batch:
     ends_step: bool
 
 
-class Normalizer:
+class Normalizer(nn.Module):
     """(pixel - mean) / std per channel, in the model's memory format."""
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, config: NormalizationConfig, device: torch.device, memory_format: torch.memory_format) -> None:
-        mean, std = torch.tensor(config.mean, dtype=torch.float64), torch.tensor(config.std, dtype=torch.float64)
-        self.scale = (1 / std).float().view(1, 3, 1, 1).to(device)
-        self.shift = (-mean / std).float().view(1, 3, 1, 1).to(device)
+        super().__init__()
+        mean, std = (torch.tensor(each, dtype=torch.float64).view(1, 3, 1, 1) for each in (config.mean, config.std))
+        self.register_buffer("scale", (1 / std).float().to(device))
+        self.register_buffer("shift", (-mean / std).float().to(device))
         self.memory_format = memory_format
 
-    def __call__(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor) -> Tensor:
         """Normalize (N, 3, H, W) float32 in [0, 1]."""
         return (pixels * self.scale).add_(self.shift).contiguous(memory_format=self.memory_format)
 
 
 def resized(pixels: Tensor, size: int) -> Tensor:
-    """Return images (N, 3, H, W) with sides of `size` pixels: bilinear, antialiased where they shrink."""
+    """Return images (N, 3, H, W) with sides of `size` pixels: bilinear, antialiased if they shrink."""
     if pixels.shape[2:] == (size, size):
         return pixels
     return functional.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True, align_corners=False)

@@ -176,7 +176,7 @@ def draw_evaluation(
 
 
 def _captions(saved: Mapping[str, NDArray[Any]], rows: Iterable[int]) -> list[str]:
-    """Return the true class of test images, and the predicted one with its probability where it differs."""
+    """Return the true class of test images, and the predicted one with its probability if it differs."""
     names, captions = [_shorten(name, 14) for name in saved["class_names"].tolist()], []
     for row in rows:
         label, logits = saved["labels"][row], saved["logits"][row].astype(np.float64)

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from cifar_dist.config.errors import printable
 from cifar_dist.config.plan import KNOWN_SIZES, RunPlan
-from cifar_dist.display.terminal import can_draw, format_epoch
+from cifar_dist.display.terminal import can_draw, format_epoch, format_percent
 from cifar_dist.run.results import EpochRecord, Observer
 
 _HEARTBEAT_SECONDS = 30.0
@@ -25,7 +25,7 @@ _COLUMNS: dict[str, Callable[[EpochRecord], str]] = {
     "train\nloss": lambda record: f"{record.train_loss:.3f}",
     "train\nacc": lambda record: f"{record.train_acc:.2%}",
     "val\nloss": lambda record: "-" if record.val_loss is None else f"{record.val_loss:.3f}",
-    "val\nacc": lambda record: "-" if record.val_acc is None else f"{record.val_acc:.2%}",
+    "val\nacc": lambda record: format_percent(record.val_acc),
     "lr": lambda record: f"{record.lr:.4g}",
     "images\n/s": lambda record: f"{record.images_per_second:,.0f}",
     "time": lambda record: str(timedelta(seconds=round(record.epoch_seconds))),
@@ -71,7 +71,7 @@ class CountProgress(Display):
         self._bar.stop()
 
     def __call__(self, done: int, total: int | None) -> None:
-        """Show that `done` of `total` are done; `total` is None where it is unknown."""
+        """Show that `done` of `total` are done; `total` is None if it is unknown."""
         done, total = done // self.scale, None if total is None else total // self.scale
         if not can_draw(self.console):
             self.heartbeat(lambda: f"{self.task}: {done:,}{'' if total is None else f' of {total:,}'} {self.unit}")
@@ -136,13 +136,13 @@ class LiveTraining(Display):
     """Draw the last epochs and the progress in place, once a second; lines that are printed go above."""
 
     def __init__(self, console: Console, plan: RunPlan, facts: str, memory: Callable[[], int | None]) -> None:
-        """`facts` describes the hardware; `memory` returns the peak in MiB, or None where it is unknown."""
+        """`facts` describes the hardware; `memory` returns the peak in MiB, or None if it is unknown."""
         super().__init__(console)
         self.plan, self.facts, self.memory, self._mib = plan, facts, memory, memory()
         self.epochs: list[EpochRecord] = []
         self.best: EpochRecord | None = None
         self.epoch, self._lr, self._loss = 0, 0.0, "waiting for the first step"
-        self._has_started, self._evaluated = False, 0
+        self._has_started = False
         columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn())
         self.progress = Progress(*columns, TimeRemainingColumn(True), console=console, expand=True)
         self.run = self.progress.add_task("run", total=plan.total_steps)
@@ -211,10 +211,9 @@ class LiveTraining(Display):
 
     def on_evaluation(self, done: int, total: int) -> None:
         """Show a bar while an evaluation runs."""
-        if done <= self._evaluated:  # a new one
-            self.progress.reset(self.evaluation, total=total)
-        self._evaluated = done
         self.progress.update(self.evaluation, completed=done, total=total, visible=done < total)
+        if done >= total:
+            self.progress.reset(self.evaluation)
 
     def on_epoch_end(self, record: EpochRecord, is_best: bool) -> None:
         """Add a row."""

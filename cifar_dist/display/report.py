@@ -169,10 +169,13 @@ def write_run(run: ReportedRun, saved: Mapping[str, NDArray[Any]] | None, figure
         for name, value in flatten(recipe_to_mapping(run.metadata.recipe)).items()
         if value != standard.get(name)
     ]
+    data = run.metadata.dataset
+    words = ["--recipe", run.path / "config.yaml", "--dataset", data.name, "--data-dir", data.data_dir]
+    words += ["--num-processes", summary.world_size] if summary.world_size > 1 else []
     texts = {
         "Most frequent confusions": "" if test is None else "\n".join(format_confusions(test, count=10)),
-        "To run it again": _command_to_repeat(run),
-        "Recipe, where it differs from standard": "\n".join(changed),
+        "To run it again": command_line(*words, "--precision", summary.precision),
+        "Recipe: differences from standard": "\n".join(changed),
         "config.yaml": RunDirectory(run.path).config.read_text(encoding="utf-8"),
     }
     notes = [
@@ -205,13 +208,6 @@ def _write_page(path: Path, figures: Sequence[Path], **content: Any) -> None:
     templates = jinja2.Environment(loader=jinja2.PackageLoader("cifar_dist", "display"), autoescape=True)
     page = templates.get_template("report.html").render(figures=images, **content)
     write_output(path, page.encode(errors="backslashreplace"))
-
-
-def _command_to_repeat(run: ReportedRun) -> str:
-    data, summary = run.metadata.dataset, run.summary
-    words = ["--recipe", run.path / "config.yaml", "--dataset", data.name, "--data-dir", data.data_dir]
-    words += ["--num-processes", summary.world_size] if summary.world_size > 1 else []
-    return command_line(*words, "--precision", summary.precision)
 
 
 def _same_experiment(runs: Sequence[ReportedRun]) -> list[list[ReportedRun]]:

@@ -167,7 +167,8 @@ class HeadDropout:
 
     def __init__(self, model: nn.Module, probability: float) -> None:
         self.probability = probability
-        self._samples: Tensor | None = None
+        self.samples: Tensor | None = None
+        """(B,) int64: the samples of the next batch."""
         head: nn.Module = model.fc  # type: ignore[assignment]
         # On the device, so that it may change between replays of a CUDA graph.
         self._key = torch.zeros(2, dtype=torch.int64, device=next(head.parameters()).device)
@@ -179,15 +180,11 @@ class HeadDropout:
         low.fill_(key & 0xFFFFFFFF)
         high.fill_(key >> 32)
 
-    def set_samples(self, samples: Tensor) -> None:
-        """Set the samples (B,) int64 of the next batch."""
-        self._samples = samples
-
     def _drop(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if not module.training or self._samples is None:
+        if not module.training or self.samples is None:
             return None
         features = inputs[0]
-        kept = uniform_hash(self._samples, features.shape[1], self._key) >= self.probability
+        kept = uniform_hash(self.samples, features.shape[1], self._key) >= self.probability
         return (features * (kept.to(features.dtype) / (1 - self.probability)),)
 
 

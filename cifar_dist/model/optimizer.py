@@ -126,7 +126,7 @@ class MuonWithSGD(torch.optim.Optimizer):
         torch._foreach_mul_(weights, 1 - options["lr"] * options["weight_decay"])
         ratios = [rows / columns for rows, columns in (each.shape for each in weights)]
         torch._foreach_mul_(directions, [-math.sqrt(max(1, ratio)) for ratio in ratios])
-        torch._foreach_mul_(directions, options["lr"])  # a number, or a tensor where the step is recorded
+        torch._foreach_mul_(directions, options["lr"])  # a number, or a tensor while a CUDA graph is captured
         torch._foreach_add_(weights, directions)
 
     def state_dict(self) -> dict[str, Any]:

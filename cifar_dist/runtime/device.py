@@ -94,8 +94,7 @@ def choose_compute(
     `num_threads` is a resumed run's, `doing` a word for the notes, `micro_batches` their number in a step.
     """
     use_cpu = cpu_requested(config, environ)
-    facts, other_count = probe(use_cpu=use_cpu), process_count_note(world, config)
-    notes = [*config.notes, *([] if other_count is None else [other_count])]
+    facts, notes = probe(use_cpu=use_cpu), [*config.notes, *filter(None, [process_count_note(world, config)])]
     if facts.type == "cpu" and not use_cpu:
         notes.append("no MPS or CUDA device here: the CPU computes")
     requested = precision_requested(requested_precision, config, environ)
@@ -135,27 +134,24 @@ def choose_compute(
 
 def resolve_precision(requested: str, facts: DeviceFacts) -> tuple[Precision, str]:
     """Return the precision for `auto`, `no`, `fp16` or `bf16`, and the reason if it is not the requested one."""
-    best, reason, supported = _supported_precisions(facts)
-    if requested in supported:
+    best: Precision = "no"
+    capability = "compute capability {}.{}".format(*facts.cuda_capability)
+    unsupported = "bf16"
+    if facts.type == "cpu":
+        unsupported, reason = "fp16", "no fast bf16 here"  # the CPU has no gradient scaler
+        if facts.cpu_has_fast_bf16:
+            best, reason = "bf16", "this processor has fast bf16"
+    elif facts.type == "mps":  # bf16 was half as fast as float32 on an M1 Pro
+        unsupported, reason = "" if facts.macos_version >= 14 else "bf16", "the fastest that is safe on MPS"
+    elif facts.cuda_capability >= (8, 0):  # `is_bf16_supported()` also counts emulation
+        unsupported, best, reason = "", "bf16", capability
+    elif facts.cuda_capability >= (7, 0):
+        best, reason = "fp16", f"{capability} has fp16 tensor cores and no bf16"
+    else:
+        reason = f"{capability} has no tensor cores"
+    if requested not in ("auto", unsupported):
         return requested, ""  # type: ignore[return-value]
     return best, reason if requested == "auto" else f"{requested} is not served by this {facts.type}: {reason}"
-
-
-def _supported_precisions(facts: DeviceFacts) -> tuple[Precision, str, tuple[str, ...]]:
-    """Return the best precision, why it is the best, and all that the device supports."""
-    if facts.type == "cpu":  # has no gradient scaler for fp16
-        if facts.cpu_has_fast_bf16:
-            return "bf16", "this processor has fast bf16", ("no", "bf16")
-        return "no", "no fast bf16 here", ("no", "bf16")
-    if facts.type == "mps":  # bf16 was half as fast as float32 on an M1 Pro
-        supported = ("no", "fp16", "bf16") if facts.macos_version >= 14 else ("no", "fp16")
-        return "no", "the fastest that is safe on MPS", supported
-    capability = "compute capability {}.{}".format(*facts.cuda_capability)
-    if facts.cuda_capability >= (8, 0):  # `is_bf16_supported()` also counts emulation
-        return "bf16", capability, ("no", "fp16", "bf16")
-    if facts.cuda_capability >= (7, 0):
-        return "fp16", f"{capability} has fp16 tensor cores and no bf16", ("no", "fp16")
-    return "no", f"{capability} has no tensor cores", ("no", "fp16")
 
 
 def probe(*, use_cpu: bool) -> DeviceFacts:
@@ -222,7 +218,7 @@ def memory_format(device_type: str) -> torch.memory_format:
 
 
 def peak_process_memory_mib() -> int | None:
-    """Return the peak resident memory of this process; None on Windows, where Python cannot tell."""
+    """Return the peak resident memory of this process; None on Windows, which lacks `resource`."""
     try:
         import resource
     except ImportError:

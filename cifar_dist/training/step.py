@@ -151,7 +151,7 @@ class TrainingStep:
 
     def _forward_backward(self, batch: Batch, *, is_frozen: bool) -> None:
         if self.dropout is not None:
-            self.dropout.set_samples(batch.samples)
+            self.dropout.samples = batch.samples
         if self.state.groups is not None:
             self.state.groups.images = batch.images_together
         accelerator = self.runtime.accelerator

@@ -62,7 +62,7 @@ def test_a_graph_is_compared_relative_to_its_largest_logit(monkeypatch, error, i
 
         def run(self, _, inputs):
             with torch.no_grad():
-                logits = export._Normalized(weights).eval()(torch.from_numpy(inputs["images"]))
+                logits = export._normalized(weights)(torch.from_numpy(inputs["images"]))
             assert logits.abs().max() > 50
             return [(logits + error * logits.abs().max()).numpy()]
 

@@ -302,7 +302,7 @@ def test_dropout_is_a_function_of_key_and_sample():
     features, samples = torch.ones(6, 512), torch.tensor([5, 9, 5, 40_000, 1, 0])
     for key, order in ((7, slice(None)), (7, [5, 4, 3, 2, 1, 0]), (8, slice(None))):
         dropout.set_key(key)
-        dropout.set_samples(samples[order])
+        dropout.samples = samples[order]
         model(features)
     first, reversed_, other = seen
     assert torch.equal(first, reversed_.flip(0)), "the mask depends on the place in the batch"
