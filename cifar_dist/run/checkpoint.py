@@ -56,7 +56,7 @@ def _write_content(file: BinaryIO, content: dict[str, Any]) -> None:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint of this program, or what another one saved with torch.save or as `.safetensors`.
 
-    Verifies the checksums and runs no code of the file. Raises UserError that says what is wrong with it.
+    Verifies the checksums and runs no code of the file. Raises UserError with the reason if it cannot.
     """
     try:
         data = path.read_bytes()

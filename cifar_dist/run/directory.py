@@ -1,4 +1,4 @@
-"""The run directory: the names of its files, reading and writing them. Imports no torch."""
+"""The run directory: names, reading and writing of its files. Imports no torch."""
 
 import os
 import zipfile
@@ -118,19 +118,8 @@ class RunDirectory:
         except (OSError, ValueError, EOFError, zipfile.BadZipFile):
             raise UserError(f"{self.predictions} is damaged: remove it to go on without it") from None
 
-    def write_checkpoint(self, path: Path, content: dict[str, Any], *, previous: Path | None = None) -> None:
-        """Write a checkpoint. The file that was at `path` becomes `previous`."""
-        from cifar_dist.run.checkpoint import save_checkpoint  # imports torch
-
-        save_checkpoint(path, content, previous=previous)
-
-    def set_aside(self, damaged: Path) -> None:
-        """Rename a damaged checkpoint to `damaged-N.pt`, so that it does not become the previous one."""
-        names = (damaged.with_name(f"damaged-{number}.pt") for number in count(1))
-        damaged.replace(next(name for name in names if not name.exists()))
-
     def finished(self, epochs: int) -> str | None:
-        """Return why a run of `epochs` epochs has nothing left to do; None if it has. Raises UserError for fewer."""
+        """Return why a run of `epochs` epochs has nothing left to do, else None. Raises UserError if more are done."""
         summary = self.read_summary()
         if summary is None or summary.test is None:
             return None

@@ -2,8 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from cifar_dist.config.errors import UserError
 from cifar_dist.config.files import writing
 from cifar_dist.config.options import TrainOptions
 from cifar_dist.config.world import SlurmJob
-from cifar_dist.run.checkpoint import load_checkpoint, refusing_foreign_content
+from cifar_dist.run.checkpoint import load_checkpoint, refusing_foreign_content, save_checkpoint
 from cifar_dist.run.directory import RunDirectory, load_newest, numbered_names
 from cifar_dist.run.lock import RunLock
 from cifar_dist.run.resolve import RunSpec, check_plan, resolve
@@ -22,14 +23,14 @@ from cifar_dist.run.tracking import Trackers
 from cifar_dist.run.weights import pretrained_weights
 from cifar_dist.runtime.distributed import Runtime
 from cifar_dist.training.state import TrainState
-from cifar_dist.training.trainer import Recorder, Trainer
+from cifar_dist.training.trainer import RankRows, Recorder, Trainer
 
 _DISK_ADVICE = "free space or mend the rights there"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class PreparedRun:
-    """A resolved run with its locked directory and its checkpoint. Rank 0 makes it, and all ranks have the same."""
+    """A resolved run with its locked directory and its checkpoint: made by rank 0, equal on all ranks."""
 
     spec: RunSpec
     directory: Path
@@ -113,8 +114,8 @@ def restore(prepared: PreparedRun, trainer: Trainer, metadata: RunMetadata) -> N
         raise UserError(f"epochs={plan.epochs} is below the {begun} that have begun: set it to {begun} or more")
 
 
-def _restore_sums(state: TrainState, rows: Sequence[Sequence[float]], rank: int, world_size: int) -> None:
-    """Restore this rank's sums of the epoch in progress. In another world size rank 0 takes all of them."""
+def _restore_sums(state: TrainState, rows: RankRows, rank: int, world_size: int) -> None:
+    """Restore this rank's sums of the epoch in progress. In another world size rank 0 restores all of them."""
     if len(rows) == world_size:
         state.sums.set(*rows[rank])
     elif rows and rank == 0:
@@ -142,7 +143,7 @@ class RunRecorder(Recorder):
     def begin(self, state: TrainState, damage: str | None) -> list[EpochRecord]:
         """Create the files before the first step. Return the records of earlier epochs on rank 0. Raises UserError.
 
-        If the last checkpoint is damaged (`damage`), it is set aside.
+        If the last checkpoint is damaged (`damage`), it is renamed, so that it does not become the previous one.
         """
         directory = self.directory
         if not self._runtime.is_main:
@@ -150,7 +151,8 @@ class RunRecorder(Recorder):
         with writing(directory.path, _DISK_ADVICE):
             directory.create()
             if damage is not None and directory.last.exists():
-                directory.set_aside(directory.last)
+                names = (directory.last.with_name(f"damaged-{number}.pt") for number in count(1))
+                directory.last.replace(next(name for name in names if not name.exists()))
             directory.write_metadata(self._metadata)
             records = directory.truncate_records(state.epoch)
             self.write_summary("running", state)
@@ -173,13 +175,7 @@ class RunRecorder(Recorder):
         """Return whether `--checkpoint-every-minutes` asks for a checkpoint now."""
         return self._metadata.checkpoint_every_minutes is not None and self._is_due_by_time()
 
-    def save(
-        self,
-        state: TrainState,
-        *,
-        epoch_sums: Sequence[Sequence[float]] = (),
-        statistics: Sequence[Sequence[float]] = (),
-    ) -> None:
+    def save(self, state: TrainState, epoch_sums: RankRows = (), statistics: RankRows = ()) -> None:
         """Write last.pt, unless it has this step, and best.pt if the best epoch has changed."""
         if self._saved_step == state.step or not self._runtime.is_main:
             return
@@ -187,10 +183,10 @@ class RunRecorder(Recorder):
         metadata = self._metadata.to_mapping()
         rows = {"epoch_sums": [list(row) for row in epoch_sums], "statistics": [list(row) for row in statistics]}
         content = {**metadata, **self._runtime.state(), **rows, **state.to_mapping()}
-        directory.write_checkpoint(directory.last, content, previous=directory.previous)
+        save_checkpoint(directory.last, content, previous=directory.previous)
         if best is not None and best.epoch != self._best_epoch:
             content = {**metadata, "epoch": best.epoch, "record": best.record, "model": best.weights}
-            directory.write_checkpoint(directory.best, content)
+            save_checkpoint(directory.best, content)
             self._best_epoch = best.epoch
         self._saved_at, self._saved_step = time.monotonic(), state.step
         self._save_seconds = self._saved_at - begun
@@ -201,12 +197,7 @@ class RunRecorder(Recorder):
         return time.monotonic() - self._saved_at >= interval_seconds
 
     def write_summary(
-        self,
-        status: Status,
-        state: TrainState,
-        test: Evaluation | None = None,
-        *,
-        peak_memory_mib: int | None = None,
+        self, status: Status, state: TrainState, test: Evaluation | None = None, peak_memory_mib: int | None = None
     ) -> Summary:
         """Write summary.json and return it. `peak_memory_mib` is that of the largest rank, if it is known."""
         runtime, best = self._runtime, state.best

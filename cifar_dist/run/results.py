@@ -122,13 +122,13 @@ class Observer:
         """An epoch, counted from 1, begins at this learning rate."""
 
     def on_step(self, step_in_epoch: int, loss: float | None) -> None:
-        """A step, counted from 1, is done. The loss comes every `report_every_steps` steps."""
+        """A step, counted from 1, is done. `loss` is a number every `report_every_steps` steps."""
 
     def on_evaluation(self, done: int, total: int) -> None:
         """So many images of an evaluation are done."""
 
     def on_epoch_end(self, record: EpochRecord, is_best: bool) -> None:
-        """An epoch is over."""
+        """An epoch is done."""
 
     def on_note(self, text: str) -> None:
         """Print a note for the user."""
@@ -224,7 +224,7 @@ class RunMetadata:
 
 
 def stored_threads(metadata: RunMetadata | None, world_size: int) -> int | None:
-    """Return the number of threads of a stored run in the same world size, where it gives the same bits; else None."""
+    """Return a stored run's number of threads, for the same bits, if the world size is the same; else None."""
     return metadata.num_threads if metadata is not None and metadata.world_size == world_size else None
 
 

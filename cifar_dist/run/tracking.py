@@ -43,7 +43,7 @@ class Trackers:
         self._open[name] = tracker
         if resumed_after is None:
             tracker.store_init_configuration(parameters)
-            # Last: without this file a resumed run starts anew and stores its parameters.
+            # Last: without this file a resumed run starts a new tracked run and stores its parameters.
             id_file.write_text(tracker.tracker.info.run_id if name == "mlflow" else run_id)
 
     def log(self, record: EpochRecord) -> None:
@@ -82,7 +82,7 @@ class Trackers:
     def _try(self, name: str, action: Callable[[], object]) -> None:
         try:
             action()
-        except Exception as error:  # the network, the disk, a server: training goes on
+        except Exception as error:  # the network, the disk, a server: training continues
             self._open.pop(name, None)
             text = str(error).strip().splitlines()
             self._note(f"{name} failed, and is left out from here on: {text[0] if text else type(error).__name__}")
@@ -90,7 +90,7 @@ class Trackers:
 
 def _arguments(name: str, folder: Path, run: str, run_id: str, after: int | None) -> dict[str, Any]:
     """Return the arguments of a tracker's class that continue the run with this id."""
-    if name == "tensorboard":  # steps after the checkpoint are purged, because they come again
+    if name == "tensorboard":  # the steps after the checkpoint are logged again
         return {"run_name": "", "logging_dir": folder, "purge_step": None if after is None else after + 1}
     if name == "wandb":
         import wandb

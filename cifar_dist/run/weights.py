@@ -54,8 +54,8 @@ class SavedWeights:
 def read_weights(path: Path, recipe_name: str | None = None) -> SavedWeights:
     """Read a run directory's tested checkpoint, another checkpoint, or bare weights.
 
-    `recipe_name` (or a file) gives normalization and image size; by default those of the run, or for bare weights
-    `original` with torchvision's stem, else `standard`. Raises UserError.
+    Normalization and image size are those of the recipe `recipe_name` (or a file), else of the run, else for bare
+    weights of `original` with torchvision's stem, or of `standard`. Raises UserError.
     """
     file = _tested_checkpoint(path)
     content = load_checkpoint(file)
@@ -114,7 +114,7 @@ def _run_weights(path: Path, content: dict[str, Any], recipe_name: str | None) -
 
 
 def _bare_weights(path: Path, content: dict[str, Any], recipe_name: str | None) -> SavedWeights:
-    """Infer the stem and the number of classes from the tensors. The recipe gives the rest."""
+    """Infer the stem and the number of classes from the tensors. The recipe has the rest."""
     tensors, renamed = _state_dict(path, content)
     stem, num_classes = infer_architecture(tensors)
     name = recipe_name or ("original" if stem == "imagenet" else "standard")

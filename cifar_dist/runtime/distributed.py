@@ -111,11 +111,11 @@ def connect(world: World, config: AccelerateConfig) -> Iterator[Ranks]:
     before, threads = _own_variables(), torch.get_num_threads()
     callers_states = [dict(state) for state in _SHARED_STATES]
     callers_group = distributed.is_available() and distributed.is_initialized()
-    for shared in _SHARED_STATES:  # what a caller's own Accelerator would decide for ours
+    for shared in _SHARED_STATES:  # else a caller's own Accelerator would configure ours
         shared.clear()
     try:
         _set_environment(world, cpu=facts.type == "cpu")
-        # Accelerate would take MPI where torch has it, and NCCL where ranks share a GPU, which it refuses.
+        # Accelerate would choose MPI if torch has it, and NCCL for ranks that share a GPU, which NCCL refuses.
         gloo = world.size > 1 and (facts.type == "cpu" or bool(os.environ.get(SHARE_GPU)))
         is_joining = world.size > 1 and not callers_group
         ranks = rendezvous(world, "gloo" if gloo else "nccl") if is_joining else Ranks(world)

@@ -111,7 +111,7 @@ class Ranks:
         return result[0]
 
     def _fail_together(self, failure: BaseException | None) -> None:
-        """Raise on all ranks if one has a failure. The lowest rank with one gives the reason."""
+        """Raise on all ranks if one has a failure. The reason is that of the lowest such rank."""
         if self._group is None:
             if failure is not None:
                 raise failure

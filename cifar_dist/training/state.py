@@ -87,7 +87,7 @@ class TrainState:
     best: Best | None = None
     ema: ExponentialMovingAverage | None = None
     groups: Groups | None = None
-    """BatchNorm's ghost groups, where there are any."""
+    """BatchNorm's ghost groups, if there are any."""
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -105,7 +105,7 @@ class TrainState:
         return running_statistics(self.model, *([] if self.ema is None else [self.ema.model]))
 
     def set_own_statistics(self, values: Sequence[float]) -> None:
-        """Restore the own statistics from their values, one after the other."""
+        """Set `own_statistics` to these values, concatenated."""
         tensors = self.own_statistics
         parts = torch.split(torch.tensor(values, dtype=torch.float64), [len(tensor) for tensor in tensors])
         for tensor, part in zip(tensors, parts, strict=True):

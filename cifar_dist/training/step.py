@@ -22,7 +22,7 @@ from cifar_dist.training.evaluation import batch_loss
 from cifar_dist.training.state import TrainState
 
 WARMUP_STEPS = 3
-"""Eager steps before a capture: kernels are selected, and what is allocated once is there."""
+"""Eager steps before a capture: they select kernels and make the allocations that are made once."""
 
 _NOTE = (
     "A training step could not be captured as a CUDA graph: something in it makes the host wait for the GPU (.item(),"

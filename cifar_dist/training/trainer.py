@@ -1,4 +1,4 @@
-"""The training loop: the epochs in `Trainer.fit`, the steps in `Trainer.steps`. It knows no console and no files."""
+"""The training loop: the epochs in `Trainer.fit`, the steps in `Trainer.steps`. It uses neither console nor files."""
 
 import math
 import time
@@ -17,6 +17,9 @@ from cifar_dist.runtime.signals import Interrupt
 from cifar_dist.training.evaluation import EvaluationSet
 from cifar_dist.training.state import Best, TrainState, copy_weights, monitored_value
 from cifar_dist.training.step import TrainingStep
+
+RankRows = Sequence[Sequence[float]]
+"""A row of numbers for each rank."""
 
 
 class DivergedError(Exception):
@@ -44,14 +47,8 @@ class Recorder:
         """Return whether a checkpoint is due by time. Asked about once a second; the answer of rank 0 counts."""
         return False
 
-    def save(
-        self,
-        state: TrainState,
-        *,
-        epoch_sums: Sequence[Sequence[float]] = (),
-        statistics: Sequence[Sequence[float]] = (),
-    ) -> None:
-        """Write a checkpoint. Within an epoch there is one row of sums and BatchNorm statistics for each rank."""
+    def save(self, state: TrainState, epoch_sums: RankRows = (), statistics: RankRows = ()) -> None:
+        """Write a checkpoint. Within an epoch, with the sums and BatchNorm statistics of each rank."""
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -171,7 +168,7 @@ class Trainer:
         return sum(losses), sum(correct), sum(images)
 
     def _save(self) -> None:
-        """Save within an epoch, with what each rank has of its own. A collective."""
+        """Save within an epoch, with the sums and statistics of each rank. A collective."""
         ranks, state = self.runtime.ranks, self.state
         self._tick()
         self._save_is_due = False
@@ -179,7 +176,7 @@ class Trainer:
         own = [value for tensor in state.own_statistics for value in tensor.tolist()]
         statistics = ranks.all_gather(own)
         self.runtime.average_over_ranks(state.own_statistics)
-        self.recorder.save(state, epoch_sums=sums, statistics=statistics)
+        self.recorder.save(state, sums, statistics)
         state.set_own_statistics(own)  # as if nothing had been saved
 
     def _tick(self) -> None:

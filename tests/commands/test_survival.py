@@ -11,7 +11,7 @@ import torch
 
 from cifar_dist.cli import main
 from cifar_dist.display import figures
-from cifar_dist.run.checkpoint import load_checkpoint
+from cifar_dist.run.checkpoint import load_checkpoint, save_checkpoint
 from cifar_dist.run.directory import RunDirectory
 from cifar_dist.run.resolve import seconds_allowed
 from cifar_dist.training.trainer import Trainer
@@ -142,15 +142,15 @@ def test_a_disk_that_fails_before_training_is_one_line_and_code_2(capsys, monkey
 
 @pytest.mark.parametrize("call", ["write", "close", "replace"])
 def test_a_disk_that_fails_during_training_is_one_line_and_code_1(capsys, monkeypatch, call):
-    save, disks = RunDirectory.write_checkpoint, []
+    disks = []
     with monkeypatch.context() as patch:
 
-        def save_and_break(self, path, content, **named):
-            save(self, path, content, **named)
+        def save_and_break(path, content, **named):
+            save_checkpoint(path, content, **named)
             if not disks:
                 disks.append(Disk(patch, errno.ENOSPC, fails=lambda _, name: name == call))
 
-        patch.setattr(RunDirectory, "write_checkpoint", save_and_break)
+        patch.setattr("cifar_dist.run.prepare.save_checkpoint", save_and_break)
         train("--epochs", "1", "--run-dir", "x", "--checkpoint-every-steps", "1", code=1)
     assert disks[0].calls
     line = capsys.readouterr().err

@@ -10,7 +10,7 @@ from torch import nn
 
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.recipe import EarlyStoppingConfig
-from cifar_dist.run.checkpoint import load_checkpoint
+from cifar_dist.run.checkpoint import load_checkpoint, save_checkpoint
 from cifar_dist.run.directory import RunDirectory
 from cifar_dist.run.results import Summary
 from cifar_dist.training.evaluation import RunningSums
@@ -145,8 +145,12 @@ def test_on_a_slow_disk_checkpoints_are_rarer(run, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("cifar_dist.run.prepare.time.monotonic", lambda: now[0])
     recorder = make_recorder(run, make_metadata())
-    save = run.write_checkpoint
-    monkeypatch.setattr(run, "write_checkpoint", lambda *a, **k: (save(*a, **k), now.__setitem__(0, now[0] + 2)))
+
+    def save_slowly(*arguments, **named):
+        save_checkpoint(*arguments, **named)
+        now[0] += 2
+
+    monkeypatch.setattr("cifar_dist.run.prepare.save_checkpoint", save_slowly)
     written = []
     for epoch in range(1, 11):
         now[0] += 60
