@@ -415,16 +415,16 @@ def is_free(port: int) -> bool:
 
 def count_writers() -> None:
     """Write a line for each checkpoint that this process writes."""
-    from cifar_dist.run import checkpoint
+    from cifar_dist.run import prepare
 
-    save = checkpoint.save_checkpoint
+    save = prepare.save_checkpoint
 
     def counted(path, *arguments, **named):
         with Path("writers").open("a") as file:
             file.write(f"{os.environ['SLURM_PROCID']}\n")
         save(path, *arguments, **named)
 
-    checkpoint.save_checkpoint = counted
+    prepare.save_checkpoint = counted
 
 
 def test_slurm_tasks_train_in_one_world_and_rank_0_writes_and_talks(folder):
