@@ -157,10 +157,8 @@ def test_two_processes_predict_each_image_once(tmp_path, monkeypatch):
     monkeypatch.setattr("cifar_dist.model.networks.resnet18", resnet18)  # the processes have no other
     make_images(tmp_path / "images")
     make_others(tmp_path / "others")
-    assert (
-        main(["--recipe", "plain", "--dataset", "images", "--run-dir", "run", "--epochs", "1", "--precision", "no"])
-        == 0
-    )
+    train = "--recipe plain --dataset images --run-dir run --epochs 1 --precision no"
+    assert main(train.split()) == 0
     (tmp_path / "two.yaml").write_text("distributed_type: MULTI_CPU\nnum_processes: 2\nuse_cpu: true\n")
     command = [sys.executable, str(ROOT / "launch.py"), "predict", "--ckpt", "run", "--json", "two.json"]
     command += ["--config", "two.yaml", "others", "absent.png"]

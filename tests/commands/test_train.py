@@ -63,6 +63,7 @@ def small_world_in(folder: Path, *, has_images: bool = False) -> Iterator[None]:
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setenv("CIFAR_DIST_PROGRAM", "python launch.py")  # also under python -m pytest
         patch.setattr(os, "fsync", lambda descriptor: None)
         for command in () if has_images else ("train", "evaluate"):
             patch.setattr(f"cifar_dist.commands.{command}.load_dataset", lambda *_, **__: make_dataset())

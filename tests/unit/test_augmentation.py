@@ -44,15 +44,9 @@ def torchvision_augment(image: Tensor, row: Tensor, padding: int) -> Tensor:
     if value["flip"]:
         image = vision.hflip(image)
     image = vision.rotate(image, math.degrees(value["angle"])).float() / 255
-    operations = [
-        (vision.adjust_brightness, "brightness"),
-        (vision.adjust_contrast, "contrast"),
-        (vision.adjust_saturation, "saturation"),
-        (vision.adjust_hue, "hue"),
-    ]
     for index in JITTER_ORDERS[int(value["jitter_order"])].tolist():
-        operation, name = operations[index]
-        image = operation(image, value[name])
+        name = ("brightness", "contrast", "saturation", "hue")[index]
+        image = getattr(vision, f"adjust_{name}")(image, value[name])
     return image
 
 

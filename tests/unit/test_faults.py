@@ -111,7 +111,7 @@ def assert_nothing_is_lost(run: RunDirectory, call: str) -> None:
 
 
 def test_every_call_is_known(tmp_path):
-    """So that the tests below do not pass because they fail nothing."""
+    """A file is on the disk before it gets its name. The tests below make each of these calls fail."""
     calls = [call for call, _ in groupby(call for _, call in calls_of_an_epoch(tmp_path / "count"))]
     record_is_added = ["creat", "write", "flush", "fsync", "close"]
     file_is_written = ["creat", "write", "flush", "fsync", "close", "replace", "open", "fsync"]

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from cifar_dist.config.recipe import EarlyStoppingConfig
-from cifar_dist.run.results import EpochRecord, Evaluation, Summary
+from cifar_dist.run.results import EpochRecord
 from cifar_dist.training.evaluation import RunningSums, confident_mistakes, summarize
 from cifar_dist.training.state import EarlyStopping, monitored_value
 
@@ -102,14 +102,6 @@ def test_records_go_to_json_and_back():
     assert EpochRecord.from_json(first.to_json()) == first
     with pytest.raises(ValueError, match="not JSON compliant"):
         record(train_loss=math.nan).to_json()
-    test = Evaluation(
-        num_samples=2, loss=0.1, top1=0.5, top5=None, per_class_accuracy={"a": 0.5, "b": None}, confusion_matrix=[[1]]
-    )
-    summary = Summary(
-        status="completed", epochs=1, best_epoch=None, train_seconds=1.5, world_size=1, device="cpu", precision="no",
-        num_threads=2, peak_memory_mib=100, test=test,
-    )  # fmt: skip
-    assert Summary.from_json(summary.to_json()) == summary
 
 
 def test_the_surest_mistakes_come_first():
