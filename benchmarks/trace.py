@@ -38,7 +38,7 @@ def training_steps(recipe_name: str, runtime: Runtime) -> Iterator[int]:
     recipe = resolve_recipe(read_recipe(recipe_name), FOR_SPEED)
     dataset = random_dataset(recipe.image_size, recipe.global_batch_size)
     plan = make_plan(recipe, world_size=1, sizes=dataset.sizes, device_type=runtime.device.type)
-    trainer = build_trainer(recipe, replace(plan, report_every_steps=1_000_000), dataset, runtime, Observer())
+    trainer = build_trainer(recipe, replace(plan, agree_every_steps=1_000_000), dataset, runtime, Observer())
     return chain.from_iterable(trainer.steps(epoch) for epoch in count(1))
 
 

@@ -36,7 +36,6 @@ NO_TORCH_FILES = {
     "runtime/launch.py",
     "runtime/signals.py",
     "runtime/output.py",
-    "data/official_files.py",
     "data/download.py",
 }
 # (room or file, what it may not import), besides the rooms
@@ -94,6 +93,7 @@ def test_every_folder_and_module_is_a_known_room():
     assert {room_of(path) for path in FILES} <= set(MAY_IMPORT)
     banned = {"utils.py", "common.py", "helpers.py", "core.py"}
     assert not banned & {Path(path).name for path in FILES}
+    assert set(FILES) >= NO_TORCH_FILES | KNOWS_ACCELERATE
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from cifar_dist.config.errors import EXIT_DONE, UserError
 from cifar_dist.config.options import DoctorOptions
 from cifar_dist.config.plan import KNOWN_SIZES, fit_to_dataset, make_plan
 from cifar_dist.config.provenance import git_commit, package_versions
-from cifar_dist.config.recipe import read_recipe, recipe_label, resolve_recipe
+from cifar_dist.config.recipe import DEFAULT_RECIPE, read_recipe, recipe_label, resolve_recipe
 from cifar_dist.config.world import World
 from cifar_dist.data.cifar import CIFAR10, CIFAR100, where_found
 from cifar_dist.data.dataset import load_dataset
@@ -18,7 +18,7 @@ from cifar_dist.display.progress import loading_progress
 from cifar_dist.display.terminal import make_console, print_header, print_notes
 from cifar_dist.model.networks import imagenet_weights, imagenet_weights_path
 from cifar_dist.model.optimizer import learning_rate_line
-from cifar_dist.run.resolve import DEFAULT_DATA_DIR, DEFAULT_DATASET, DEFAULT_RECIPE
+from cifar_dist.run.resolve import DEFAULT_DATA_DIR, DEFAULT_DATASET
 from cifar_dist.runtime.device import check_world, choose_compute, describe_devices
 
 

@@ -194,7 +194,7 @@ def _end_early(
     resume_command: str,
     on_failure: Callable[[str], None],
 ) -> int:
-    """Write how a run ended that all ranks leave together. Return the exit code."""
+    """Write the status of a run that diverged or was interrupted. Return the exit code. All ranks call this."""
     directory, ranks = recorder.directory, trainer.runtime.ranks
     if isinstance(end, DivergedError):
         recorder.write_summary("diverged", trainer.state)

@@ -25,8 +25,8 @@ _DEFAULTS: tuple[Any, ...] = (None, False, "", "no", "main", "static", [], {})
 DynamoBackend = Literal["NO", "EAGER", "AOT_EAGER", "INDUCTOR", "CUDAGRAPHS"]
 """What may compile the model. EAGER and AOT_EAGER only test the tracing. NO: nothing, nor are steps captured.
 
-CUDAGRAPHS is more than torch's: it captures whole training steps, with the optimizer. On one GPU that is done anyway
-where nothing else is chosen; where it is named, a note says why it cannot be done.
+CUDAGRAPHS captures the whole training step with the optimizer, and torch's backend only the model. On one GPU it is the
+default. If it is named and cannot be done, a note says why.
 """
 _COMPILERS = typing.get_args(DynamoBackend)[1:]
 _MULTI_PROCESS_PLUGINS = {"use_fsdp": "FSDP", "use_deepspeed": "DEEPSPEED", "use_megatron_lm": "MEGATRON_LM"}
@@ -61,7 +61,7 @@ class AccelerateConfig:
 def load_accelerate_config(path: str | None, environ: Mapping[str, str] = os.environ) -> AccelerateConfig:
     """Read an Accelerate config file, or what an outer `accelerate launch` was asked for. Raises UserError.
 
-    Both are served, noted and refused alike. With neither it is one process on the best device.
+    Both follow the same rules. With neither it is one process on the best device.
     """
     notes: tuple[str, ...] = ()
     if path is not None:

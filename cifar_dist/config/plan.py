@@ -50,8 +50,8 @@ class RunPlan:
     """Parts of a micro-batch with BatchNorm statistics of their own."""
     image_sizes: tuple[tuple[int, int], ...]
     """(side of the training images in pixels, last step that has it), in their order."""
-    report_every_steps: int
-    """Steps between two agreements of the ranks: on the loss that is shown, divergence, interruption."""
+    agree_every_steps: int
+    """After so many steps the ranks exchange loss, divergence and stop signals. A signal waits at most this long."""
 
     @property
     def total_steps(self) -> int:
@@ -170,7 +170,7 @@ def make_plan(recipe: Recipe, *, world_size: int, sizes: DatasetSizes, device_ty
         images_per_epoch=images_per_epoch,
         batch_norm_groups=_batch_norm_groups(recipe.batch_norm_group_size, batch // accumulation, world_size),
         image_sizes=tuple((side, last) for last, side in ends.items() if last > 0),
-        report_every_steps=max(1, min(images_a_second // batch, steps_per_epoch)),
+        agree_every_steps=max(1, min(images_a_second // batch, steps_per_epoch)),
     )
 
 

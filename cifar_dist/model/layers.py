@@ -18,7 +18,7 @@ class Groups:
     """
 
     count: int
-    """Over all ranks; 0: one group over all ranks."""
+    """The number of groups over all ranks. 0: all images form one group."""
     num_ranks: int
     images: int = 0
     """Images forwarded together, by all ranks; set before each forward pass."""

@@ -166,8 +166,9 @@ def _newton_schulz_in_stages(matrices: Sequence[Tensor]) -> list[Tensor]:
 def _newton_schulz(matrices: Sequence[Tensor], steps: int, *, scales: bool = True, least_side: int = 0) -> list[Tensor]:
     """Run the steps; `scales` first brings the singular values below 1.
 
-    Every factor is a polynomial of the first G. The factors are multiplied in G's shape, all of one size together, and
-    then once by the matrix: a third of the work for a ResNet-18's largest filters. That squares the singular values,
+    Each step multiplies X by a polynomial of G. These small square polynomials are multiplied with each other first, in
+    one batch for all matrices of one size, and X only once, at the end: a third of the work for a ResNet-18's largest
+    filters. That squares the singular values,
     for which bfloat16 would be too coarse. A tall matrix uses G = X'X from the right. Smaller matrices than
     `least_side` are padded with zeros to it: on a GPU the number of products is what costs.
     """

@@ -84,8 +84,8 @@ def recipe_for_speed(options: BenchOptions) -> Recipe:
 def check_training(options: TrainOptions, *, world_size: int, machine_rank: int = 0) -> RunSpec | None:
     """Return the run if it has something to do. Raises UserError for a mistake that needs neither torch nor archives.
 
-    Another machine than the first ignores a new run's directory, which the first may have made by now. It returns
-    None if it cannot see the run directory to resume.
+    Other machines than the first do not check a new run's directory: the first may have created it already. They
+    return None if they cannot see the run directory to resume.
     """
     if machine_rank > 0 and not options.resume:
         options = replace(options, run_dir=None)

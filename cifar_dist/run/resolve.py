@@ -10,19 +10,26 @@ from typing import Any
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.options import TrainOptions, check_trackers
 from cifar_dist.config.plan import KNOWN_SIZES, DatasetSizes, fit_to_dataset, make_plan
-from cifar_dist.config.recipe import Recipe, read_recipe, recipe_label, recipe_to_mapping, resolve_recipe
+from cifar_dist.config.recipe import (
+    DEFAULT_RECIPE,
+    Recipe,
+    read_recipe,
+    recipe_label,
+    recipe_to_mapping,
+    resolve_recipe,
+)
 from cifar_dist.config.schema import nearest
 from cifar_dist.config.world import SlurmJob
 from cifar_dist.run.directory import RunDirectory, numbered_names
 from cifar_dist.run.results import RunMetadata
 
-DEFAULT_RECIPE, DEFAULT_DATASET, DEFAULT_DATA_DIR = "standard", "cifar10", Path("data")
+DEFAULT_DATASET, DEFAULT_DATA_DIR = "cifar10", Path("data")
 DEFAULT_RUNS = Path("runs")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunSpec:
-    """One training run: the only carrier of what was asked for."""
+    """All that the user asked for in one training run. Later code reads this and not the flags."""
 
     recipe: Recipe
     recipe_name: str

@@ -122,7 +122,7 @@ class Observer:
         """An epoch, counted from 1, begins at this learning rate."""
 
     def on_step(self, step_in_epoch: int, loss: float | None) -> None:
-        """A step, counted from 1, is done. `loss` is a number every `report_every_steps` steps."""
+        """A step, counted from 1, is done. `loss` is a number every `agree_every_steps` steps."""
 
     def on_evaluation(self, done: int, total: int) -> None:
         """So many images of an evaluation are done."""

@@ -1,4 +1,6 @@
-"""Signals that stop a run: they set a flag, and the ranks agree on their flags at the end of a step.
+"""Signals that stop a run. A signal only sets a flag.
+
+Every `agree_every_steps` steps the ranks exchange their flags. If one is set, all ranks save and stop.
 
 Nothing is saved inside a signal handler: it may run in the middle of a write (Lightning#21406).
 """

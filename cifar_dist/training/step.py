@@ -116,7 +116,7 @@ class TrainingStep:
     """Update the weights of a state by a batch.
 
     Python values are frozen at the capture of a CUDA graph. So whatever varies (learning rate, step number, dropout's
-    key) is written into tensors before `_forward_backward`.
+    key) is written into tensors before `_forward_backward_step`.
     """
 
     recipe: Recipe
@@ -139,17 +139,17 @@ class TrainingStep:
             self.dropout.set_key(derive_seed("dropout", self.recipe.seed, epoch))
 
     def train_on(self, batch: Batch, *, is_frozen: bool = False) -> None:
-        """Add the gradient of a micro-batch. After the last one of a step, update the weights."""
+        """Set the learning rate, add a micro-batch's gradient, and after the last one of a step update the weights."""
         step = self.state.step
         set_learning_rate(self.optimizer, learning_rate(self.recipe, self.plan, step))
         self.state.sums.at_step(step + 1)
-        run = functools.partial(self._forward_backward, is_frozen=is_frozen)
+        run = functools.partial(self._forward_backward_step, is_frozen=is_frozen)
         if self.cuda_graph is None or batch.images_in_step < self.plan.global_batch_size:
             run(batch)
         else:
             self.cuda_graph.run(run, batch, kind=is_frozen)
 
-    def _forward_backward(self, batch: Batch, *, is_frozen: bool) -> None:
+    def _forward_backward_step(self, batch: Batch, *, is_frozen: bool) -> None:
         if self.dropout is not None:
             self.dropout.samples = batch.samples
         if self.state.groups is not None:

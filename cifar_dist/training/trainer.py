@@ -115,7 +115,7 @@ class Trainer:
         if state.ema is not None:
             state.ema.update(state.model, state.step)
         number, mean_loss = self._step_of(epoch), None
-        if number % self.plan.report_every_steps == 0 or not self._has_shown:
+        if number % self.plan.agree_every_steps == 0 or not self._has_shown:
             self._has_shown = True
             loss, _, images = self._agree()
             mean_loss = (loss - self._shown[0]) / max(images - self._shown[1], 1)
@@ -185,7 +185,7 @@ class Trainer:
         self.state.epoch_seconds, self._clock = self.state.epoch_seconds + now - self._clock, now
 
     def _check_weights(self) -> None:
-        """Raise DivergedError if a weight is not finite: the loss shows that only one step later."""
+        """Raise DivergedError if a weight is not finite. The loss shows it only in the next step, after a save."""
         norms = torch._foreach_norm([each.detach() for each in self.state.model.parameters()])
         if not bool(torch.stack(tuple(norms)).isfinite().all()):
             raise self._divergence(self.state.step)

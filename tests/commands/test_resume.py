@@ -212,7 +212,7 @@ def test_an_epoch_that_has_begun_is_ended_or_not_resumed(capsys, monkeypatch):
     end_step = Trainer._end_step
 
     def signalled(trainer, epoch):
-        object.__setattr__(trainer.plan, "report_every_steps", 1)
+        object.__setattr__(trainer.plan, "agree_every_steps", 1)
         trainer.interrupt.requested = "SIGTERM" if trainer.state.step == 3 else None
         end_step(trainer, epoch)
 

@@ -110,7 +110,7 @@ def assert_same_run(first: str | Path, second: str | Path, *, epochs: int = 3) -
         assert ours.keys() == theirs.keys()
         differ = [key for key, value in ours.items() if not is_equal(value, theirs[key])]
         times = ("/train_seconds", "/epoch_seconds", "record/epoch_seconds", "record/images_per_second")
-        intervals = ("/checkpoint_every_steps", "/checkpoint_every_minutes", "/plan/report_every_steps", "/git_commit")
+        intervals = ("/checkpoint_every_steps", "/checkpoint_every_minutes", "/plan/agree_every_steps", "/git_commit")
         assert not [key for key in differ if not key.endswith(times + intervals)]
     timeless = [
         [{**json.loads(record.to_json()), "images_per_second": 0, "epoch_seconds": 0} for record in run.read_records()]

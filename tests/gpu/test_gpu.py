@@ -101,7 +101,7 @@ def test_no_step_makes_the_host_wait_for_the_device(recipe, config):
     with connect(World(), config) as ranks:
         runtime = start(ranks, config)
         plan = make_plan(settings, world_size=1, sizes=dataset.sizes, device_type="cuda")
-        plan = replace(plan, report_every_steps=1_000_000)
+        plan = replace(plan, agree_every_steps=1_000_000)
         trainer = build_trainer(settings, plan, dataset, runtime, Observer())
         assert (trainer.step.cuda_graph is not None) == (config is GRAPHS)
         steps = trainer.steps(1)

@@ -94,7 +94,7 @@ def trained(runtime, monkeypatch, recipe, *assignments, record=None, spoil=None,
     plan = make_plan(recipe, world_size=1, sizes=dataset.sizes, device_type="cpu")
 
     def build():
-        return build_trainer(recipe, replace(plan, report_every_steps=4), dataset, runtime, Observer())
+        return build_trainer(recipe, replace(plan, agree_every_steps=4), dataset, runtime, Observer())
 
     trainer = build()
     if stop_after:

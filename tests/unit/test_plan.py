@@ -110,8 +110,8 @@ def test_many_steps_or_no_smaller_batch_have_no_note():
 
 
 def test_each_epoch_shows_a_loss():
-    assert plan_of(50_000, "global_batch_size=16").report_every_steps == 31
-    assert plan_of(160, "global_batch_size=16").report_every_steps == 10
+    assert plan_of(50_000, "global_batch_size=16").agree_every_steps == 31
+    assert plan_of(160, "global_batch_size=16").agree_every_steps == 10
 
 
 def test_a_place_is_an_epoch_and_a_step_in_it():

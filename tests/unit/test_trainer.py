@@ -140,7 +140,7 @@ def test_the_observer_is_told_everything_in_order(runtime):
     listener = Listener()
     fields = ("epochs=1", "validation_size=16")
     trainer = trainer_for(runtime, *fields, dataset=make_dataset(num_train=128), observer=listener)
-    trainer.plan = dataclasses.replace(trainer.plan, report_every_steps=2)
+    trainer.plan = dataclasses.replace(trainer.plan, agree_every_steps=2)
     (record,) = trainer.fit()
     kinds = [event[0] for event in listener.events]
     assert kinds == ["start", *["step"] * 4, "evaluation", "end"]
@@ -155,7 +155,7 @@ def test_the_observer_is_told_everything_in_order(runtime):
 def test_the_first_loss_after_a_resume_is_that_of_the_steps_since(runtime):
     listener = Listener()
     trainer = trainer_for(runtime, observer=listener)
-    trainer.plan = dataclasses.replace(trainer.plan, report_every_steps=3)
+    trainer.plan = dataclasses.replace(trainer.plan, agree_every_steps=3)
     steps = trainer.steps(1)
     assert [next(steps), next(steps)] == [1, 2]
     before, *_ = trainer.state.sums.read()
@@ -203,7 +203,7 @@ def test_a_validation_loss_that_is_not_finite_is_reported(runtime):
 
 def test_an_interrupted_run_is_saved_at_its_step(runtime, tmp_path):
     trainer = trainer_for(runtime)
-    trainer.plan = dataclasses.replace(trainer.plan, report_every_steps=2)
+    trainer.plan = dataclasses.replace(trainer.plan, agree_every_steps=2)
     trainer.interrupt.requested = "SIGTERM"
     run = begin(trainer, tmp_path / "run")
     with pytest.raises(InterruptedRun):

@@ -90,7 +90,7 @@ MIDDLE = ("epochs=2", "global_batch_size=16", "batch_norm_group_size=4")
 def run_part(runtime, *, folder: Path, stop_after: int | None = None, every: int | None = None):
     """Train, from a checkpoint in the folder if there is one, to the end or to a step in which a signal comes."""
     trainer = in_float64(runtime, MIDDLE)
-    object.__setattr__(trainer.plan, "report_every_steps", 1)
+    object.__setattr__(trainer.plan, "agree_every_steps", 1)
     end = trainer._end_step
 
     def signalled(epoch):

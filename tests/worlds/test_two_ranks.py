@@ -278,7 +278,7 @@ def one_divergence(runtime):
 def one_interruption(runtime):
     """A signal reaches the last rank alone, in step 7; ranks look at each other every second step."""
     trainer = short_trainer(runtime)
-    object.__setattr__(trainer.plan, "report_every_steps", 2)
+    object.__setattr__(trainer.plan, "agree_every_steps", 2)
     end = trainer._end_step
 
     def signalled(epoch):
