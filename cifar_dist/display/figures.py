@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from cifar_dist.config.files import write_atomically
@@ -80,7 +80,7 @@ def draw_curves(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if len(runs) == 1:
             axes.legend()
-    figure.axes[1].yaxis.set_major_formatter(PercentFormatter(1))
+    figure.axes[1].yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%")
     figure.axes[2].set_ylim(bottom=0)
     if len(runs) > 1:
         # Explicit handles: labels with a leading underscore would be left out.

@@ -79,6 +79,7 @@ def test_curves_mark_epochs_and_name_last_values(drawn):
     assert labels == ["training (50.0%)", "validation (30.0%)", "best epoch (2)"]
     assert [list(line.get_ydata()) for line in accuracy.lines[:2]] == [[0.5] * 3, [0.1, 0.2, 0.3]]
     assert list(loss.lines[1].get_ydata()) == [1, 1 / 2, 1 / 3]
+    assert [accuracy.yaxis.get_major_formatter()(value) for value in (0.3, 0.325)] == ["30%", "32.5%"]
 
 
 def test_mistakes_are_marked_with_the_predicted_class_and_its_probability(drawn):
