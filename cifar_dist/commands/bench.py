@@ -75,9 +75,9 @@ def _measure(recipe: Recipe, runtime: Runtime, seconds: float, console: Console)
     """Measure each loop for `seconds`; return the content of `bench --json`."""
     dataset = random_dataset(recipe.image_size, recipe.global_batch_size)
     plan = make_plan(recipe, world_size=runtime.world.size, sizes=dataset.sizes, device_type=runtime.device.type)
-    # The live view is part of the loop: drawn on a terminal that nobody sees.
-    unseen, facts = Console(file=io.StringIO(), force_terminal=True), runtime.compute.line
-    display = training_display(unseen, plan, quiet=False, facts=facts, memory=runtime.peak_memory_mib)
+    # The live view is part of the loop: it is drawn into a buffer.
+    buffer, facts = Console(file=io.StringIO(), force_terminal=True), runtime.compute.line
+    display = training_display(buffer, plan, quiet=False, facts=facts, memory=runtime.peak_memory_mib)
     with display:
         trainer = build_trainer(recipe, plan, dataset, runtime, display)
         loop = endless_steps(trainer)
@@ -188,7 +188,7 @@ def alternate(
     """
     for step in steps:
         timer(step, 1, runtime)
-    # All processes must do the same number of steps: rank 0's clock decides.
+    # All ranks must do the same number of steps: that of rank 0.
     times = runtime.ranks.all_gather([timer(step, 2, runtime) / 2 for step in steps])[0]
     rounds = max(3, min(_MAX_ROUNDS, int(seconds / (_STEPS_PER_ROUND * max(times)))))
     counts = [max(1, round(seconds / rounds / each)) for each in times]

@@ -23,7 +23,7 @@ from cifar_dist.runtime.device import check_world, choose_compute, describe_devi
 
 
 def run(options: DoctorOptions, world: World, config: AccelerateConfig) -> int:
-    """Print, and download what is missing if requested; return the exit code."""
+    """Print the report, and download missing files if requested; return the exit code."""
     console = make_console(quiet=world.rank > 0)
     data_dir = (options.data_dir or DEFAULT_DATA_DIR).absolute()
     if options.download and world.rank == 0:

@@ -34,7 +34,7 @@ def cpu_quota() -> float:
             continue
         names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
         own = _GROUPS / ("cpu" if controllers else "") / path.lstrip("/")
-        for group in (own, *own.parents):  # a container sees its group at the top, and may know its path outside
+        for group in (own, *own.parents):  # a container's group is at the top, and its path may be that outside
             with suppress(OSError, ValueError):  # there is no such file, or "max 100000" in it
                 limit, period = map(int, " ".join((group / name).read_text() for name in names).split())
                 quota = min(quota, limit / period if limit > 0 else math.inf)

@@ -1,1 +1,1 @@
-"""Images on disk, and their way to a batch on the device."""
+"""Datasets, augmentation and batches."""

@@ -127,7 +127,7 @@ def provide(archive: Archive, data_dir: Path, *, progress: Progress | None = Non
 
 
 def where_found(archive: Archive, data_dir: Path) -> str:
-    """Describe where the files are, or what `provide` would do for them, without checking their md5."""
+    """Describe where the files are, or what `provide` would do. Checks no md5."""
     folder, tarball = _places(archive, data_dir)
     if not (missing := _missing(archive, folder)):
         return f"found: {folder}"

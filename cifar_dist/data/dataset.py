@@ -128,9 +128,9 @@ def stratified_split(labels: Tensor, validation_size: int, *, seed: int) -> tupl
     exact = counts * validation_size  # in units of 1/num_samples
     shares = exact // num_samples
     by_remainder = torch.argsort(exact - shares * num_samples, descending=True, stable=True)
-    while missing := validation_size - int(shares.sum()):  # once, unless a small class has nothing more to give
-        can_give = by_remainder[(shares + 1 < counts)[by_remainder]]
-        shares[can_give[:missing]] += 1
+    while missing := validation_size - int(shares.sum()):  # once, unless small classes are exhausted
+        eligible = by_remainder[(shares + 1 < counts)[by_remainder]]
+        shares[eligible[:missing]] += 1
 
     generator = torch.Generator().manual_seed(derive_seed("validation split", seed))
     held_out = torch.zeros(num_samples, dtype=torch.bool)

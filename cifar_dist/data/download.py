@@ -52,7 +52,7 @@ def writing_data(path: Path) -> AbstractContextManager[None]:
 def download(urls: Sequence[str], target: Path, md5: str, *, progress: Progress | None = None) -> None:
     """Download `target`, whose folder exists, from the first of `urls` that serves content with this md5.
 
-    Raises DownloadError if none does; UserError if the disk refuses the bytes or an address is not HTTP.
+    Raises DownloadError if none does; UserError if the file cannot be written or an address is not HTTP.
     """
     for url in urls:
         if not url.lower().startswith(("http://", "https://")):
@@ -82,7 +82,7 @@ def _download_from(url: str, target: Path, md5: str, progress: Progress | None) 
         except (OSError, HTTPException, ValueError) as error:  # ValueError: an impossible host name
             size = _size(part)
             furthest, idle = max(size, furthest), 0 if size > furthest else idle + 1
-            # A URLError is a failed connection (refused, unknown host): asking again seldom helps.
+            # A URLError is a failed connection (refused, unknown host): a retry seldom helps.
             if idle == _MAX_IDLE_ATTEMPTS or (isinstance(error, (URLError, ValueError)) and furthest == before):
                 raise DownloadError(reason_of(error)) from error
             time.sleep(_PAUSE_SECONDS * idle)
@@ -94,7 +94,7 @@ def _download_from(url: str, target: Path, md5: str, progress: Progress | None) 
             part.unlink()
         if not was_resumed:
             raise DownloadError("wrong content (its md5 differs)")
-        was_resumed = False  # the wrong bytes may be another mirror's: ask this one once for the whole file
+        was_resumed = False  # the wrong bytes may be another mirror's: get the whole file from this one
 
 
 def _receive(url: str, part: Path, progress: Progress | None) -> None:

@@ -128,7 +128,7 @@ def list_folder(path: Path, *, for_training: bool) -> tuple[dict[str, Classes], 
 
 
 def _split(classes: Classes) -> dict[str, Classes]:
-    """Choose a fifth of each class as test images, by a hash of their names: new images move few others."""
+    """Choose a fifth of each class as test images, by a hash of their names, so that new images move few others."""
     parts: dict[str, Classes] = {"train": {}, "test": {}}
     for name, files in classes.items():
         count = max(round(len(files) / _TEST_SHARE), min(1, len(files) - 1), 0)

@@ -1,4 +1,4 @@
-"""From images that live on the device to the batches that the model sees."""
+"""Training and evaluation batches, from images in the device's memory."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Which samples make which batch: a pure function of (seed, epoch), the same at every world size."""
+"""Order and global batches: a pure function of (seed, epoch), the same at every world size."""
 
 import hashlib
 from collections.abc import Iterator
@@ -17,12 +17,12 @@ def derive_seed(*parts: int | str) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class MicroBatch:
-    """A rank's part of what is forwarded at once."""
+    """A rank's part of a micro-batch."""
 
     positions: Tensor
     """(n,) int64: which samples of the training set; n may be 0."""
     images_together: int
-    """Images of the micro-batch over all ranks: what BatchNorm sees."""
+    """Images of the micro-batch over all ranks: BatchNorm's statistics are over them."""
     images_in_step: int
     """Images of the step over all ranks and micro-batches: what the loss is divided by."""
     ends_step: bool

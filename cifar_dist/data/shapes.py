@@ -4,7 +4,7 @@ Each figure is a signed distance function (negative inside) sampled at the pixel
 distance functions", https://iquilezles.org/articles/distfunctions2d/. Position, size, tilt, stretch and colours vary,
 and figures may be lighter or darker than their background: a linear model of the pixels learns little.
 
-The bytes are the same on every machine. The random bits are PCG64's raw output, which NumPy promises to keep. The
+The bytes are the same on every machine. The random bits are PCG64's raw output, which NumPy guarantees. The
 pixels use only operations that IEEE 754 rounds exactly (+ - * / sqrt, min, max, floor, compare), one at a time: no sin
 or cos, no matrix product and no sum over an axis, whose last bit depends on the library.
 """

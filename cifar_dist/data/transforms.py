@@ -93,7 +93,7 @@ def jitter(pixels: Tensor, factors: Tensor, hue: Tensor | None, orders: Tensor) 
     `pixels` (N, 3, H, W) float32 in [0, 1], contiguous; `factors` (N, 3) of brightness, contrast and saturation; `hue`
     (N,) in turns, or None; `orders` (N, 4) int64 on the CPU, each row a permutation of the four operations.
 
-    Three of the four are blends: a step blends each image with what its own order asks for. The hue comes before,
+    Three of the four are blends: a step applies to each image the next blend of its own order. The hue comes before,
     between or after the blends: images are sorted by that place.
     """
     is_hue = orders == _HUE

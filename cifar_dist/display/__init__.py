@@ -1,1 +1,1 @@
-"""What a person sees."""
+"""Terminal output, figures and reports."""

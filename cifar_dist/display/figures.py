@@ -45,7 +45,7 @@ _PANELS = {
     "Accuracy": {"training": "train_acc", "validation": "val_acc"},
     "Learning rate": {"last": "lr"},
 }
-_NUMBERED_CLASSES, _NUM_BARS, _NUM_IMAGES = 20, 40, 24  # up to which there is room for numbers, bars and images
+_NUMBERED_CLASSES, _NUM_BARS, _NUM_IMAGES = 20, 40, 24  # the most that have room
 
 
 @contextmanager

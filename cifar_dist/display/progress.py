@@ -200,7 +200,7 @@ class LiveTraining(Display):
     def on_step(self, step_in_epoch: int, loss: float | None) -> None:
         """Move the bars, and update the numbers if there is a loss."""
         step = (self.epoch - 1) * self.plan.steps_per_epoch + step_in_epoch
-        if not self._has_started:  # the steps before a resume say nothing about the speed
+        if not self._has_started:  # steps before a resume do not count for the speed
             self._has_started = True
             self.progress.reset(self.run, completed=step)
             self.progress.reset(self.steps, completed=step_in_epoch)

@@ -111,7 +111,7 @@ def comparison_rows(runs: Sequence[ReportedRun]) -> list[list[str]]:
 
 
 def comparison_notes(runs: Sequence[ReportedRun]) -> list[str]:
-    """Return what a reader of the table must know: which runs are in no mean, and why."""
+    """Return notes on the table: the runs that are in no mean, with the reason, and the fields that differ."""
     notes = []
     for group in _same_experiment(runs):
         count = Counter(run.metadata.recipe.seed for run in group)
@@ -124,7 +124,7 @@ def comparison_notes(runs: Sequence[ReportedRun]) -> list[str]:
 
 
 def untested_note(run: ReportedRun) -> str:
-    """Return that a run is not tested yet, with the command that tests its last checkpoint."""
+    """Describe an untested run, with the command that tests its last checkpoint."""
     command = command_line("eval", "--ckpt", run.path)
     return f"not tested yet: {command}" if RunDirectory(run.path).last.exists() else "not tested yet"
 

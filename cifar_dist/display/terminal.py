@@ -1,4 +1,4 @@
-"""What the terminal shows: the console, notes, tables and results."""
+"""Terminal output: the console, notes, tables and results."""
 
 import contextlib
 import sys
@@ -45,13 +45,8 @@ def format_epoch(record: EpochRecord, epochs: int, *, is_best: bool, end: str = 
 
 def format_outcome(summary: Summary, *, total_epochs: int) -> str:
     """Return how a run ended and how long it trained."""
-    outcome = {
-        "completed": "Training completed",
-        "early_stopped": "Early stopping triggered: training ended",
-        "interrupted": "Interrupted",
-        "diverged": "Diverged",
-        "running": "Running",
-    }[summary.status]
+    long = {"completed": "Training completed", "early_stopped": "Early stopping triggered: training ended"}
+    outcome = long.get(summary.status, summary.status.capitalize())
     best = "" if summary.best_epoch is None else f", best epoch {summary.best_epoch}"
     epochs = f"{summary.epochs} of {total_epochs} epoch{'s' if total_epochs > 1 else ''}"
     return f"{outcome} after {epochs} in {format_duration(summary.train_seconds)}{best}"

@@ -1,1 +1,1 @@
-"""What is trained, and how a step changes it."""
+"""Networks, layers and optimizers."""

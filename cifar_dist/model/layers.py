@@ -11,7 +11,7 @@ from torch.nn.modules._functions import SyncBatchNorm as SyncBatchNormFunction
 
 @dataclass(kw_only=True, eq=False)
 class Groups:
-    """How the images that are forwarded together are divided into groups with statistics of their own.
+    """How the images of a forward pass are divided into groups with separate statistics.
 
     Group g holds positions g, g + count, g + 2 count, ... Rank r of R holds positions r, r + R, ... If R divides
     `count`, each rank holds whole groups: every (count / R)-th of its images.
@@ -106,7 +106,7 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
 class _GlobalBatchNorm(torch.autograd.Function):
     """Normalization by mean and variance over all ranks: one all-reduce in each direction.
 
-    Both passes use torch's kernels for the sums of a rank's own images. All that touches each pixel is torch's
+    Both passes use torch's kernels for the sums of a rank's own images. Each pixel goes through torch's
     evaluation kernel, an affine map of each channel in float32.
     """
 

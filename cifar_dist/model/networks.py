@@ -37,7 +37,7 @@ def build_resnet(stem: str, num_classes: int, *, seed: int) -> nn.Module:
 def infer_architecture(weights: Mapping[str, Tensor]) -> tuple[str, int]:
     """Return the stem and the number of classes of a ResNet-18's tensors.
 
-    A 3x3 stem counts as `cifar`: its stride leaves no trace in the weights. Raises UserError for another network.
+    A 3x3 stem counts as `cifar`: the weights do not show its stride. Raises UserError for another network.
     """
     conv, head = weights.get("conv1.weight"), weights.get("fc.weight")
     stems: dict[tuple[int, ...], str] = {(64, 3, 7, 7): "imagenet", (64, 3, 3, 3): "cifar"}
@@ -72,7 +72,7 @@ def use_dense_products(model: nn.Module) -> None:
 
 
 class SmallImageConv2d(nn.Conv2d):
-    """A Conv2d that is one matrix product in training on a CPU if each output sees every pixel.
+    """A Conv2d that is one matrix product in training on a CPU if each output depends on every pixel.
 
     So are the last layers of a ResNet-18 on CIFAR's images: a 3x3 kernel over one pixel or over 2x2. The product
     leaves out the taps on the padding, and avoids oneDNN's slow backward pass there, a third to a half of the stock
@@ -99,9 +99,9 @@ class SmallImageConv2d(nn.Conv2d):
 
 
 def _windows(size: int, kernel: int, stride: int, padding: int) -> tuple[int, list[int]] | None:
-    """Return the pixels along an axis that the outputs see, and each output's first tap on them.
+    """Return the number of pixels along an axis that all outputs depend on, and each output's first tap on them.
 
-    None if the outputs see different pixels.
+    None if the outputs depend on different pixels.
     """
     count = (size + 2 * padding - kernel) // stride + 1
     seen = size if count > 1 else min(size, kernel - padding)

@@ -170,7 +170,7 @@ def _newton_schulz(matrices: Sequence[Tensor], steps: int, *, scales: bool = Tru
     one batch for all matrices of one size, and X only once, at the end: a third of the work for a ResNet-18's largest
     filters. That squares the singular values,
     for which bfloat16 would be too coarse. A tall matrix uses G = X'X from the right. Smaller matrices than
-    `least_side` are padded with zeros to it: on a GPU the number of products is what costs.
+    `least_side` are padded with zeros to it: on a GPU the cost is the number of products.
     """
     grams = [each.mT @ each if len(each) > each.shape[1] else each @ each.mT for each in matrices]
     alike: dict[int, list[int]] = {}
@@ -178,18 +178,14 @@ def _newton_schulz(matrices: Sequence[Tensor], steps: int, *, scales: bool = Tru
         alike.setdefault(max(len(gram), least_side), []).append(place)
     factors = list(grams)
     for side, places in alike.items():
-        stack = torch.stack([_padded(grams[place], side) for place in places])
+        missing = [side - len(grams[place]) for place in places]
+        stack = torch.stack([functional.pad(grams[p], (0, m, 0, m)) for p, m in zip(places, missing, strict=True)])
         for place, factor in zip(places, _product_of_factors(stack, steps, scales=scales), strict=True):
             factors[place] = factor[: len(grams[place]), : len(grams[place])]
     return [
         each @ factor if len(each) > each.shape[1] else factor @ each
         for each, factor in zip(matrices, factors, strict=True)
     ]
-
-
-def _padded(square: Tensor, side: int) -> Tensor:
-    missing = side - len(square)
-    return functional.pad(square, (0, missing, 0, missing)) if missing else square
 
 
 def _product_of_factors(gram: Tensor, steps: int, *, scales: bool) -> Tensor:

@@ -30,7 +30,7 @@ SHARE_GPU = "CIFAR_DIST_SHARE_GPU"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceFacts:
-    """What decides how precisely a device can compute."""
+    """The properties of a device that decide its precision."""
 
     type: DeviceType
     cpu_has_fast_bf16: bool = False
@@ -42,7 +42,7 @@ class DeviceFacts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ComputeSettings:
-    """What a process would compute with: known before anything is started."""
+    """Device, precision, threads and compiler of a process."""
 
     device_type: DeviceType
     precision: Precision
