@@ -13,17 +13,26 @@ from typing import Any
 
 import jinja2
 from numpy.typing import NDArray
+from rich.console import Console
 
 from cifar_dist.config.errors import UserError
-from cifar_dist.config.files import write_output
+from cifar_dist.config.files import write_output, writing
 from cifar_dist.config.options import FULL_NAMES
 from cifar_dist.config.provenance import command_line
 from cifar_dist.config.recipe import Recipe, recipe_to_mapping
 from cifar_dist.config.schema import flatten
-from cifar_dist.display.terminal import format_confusions, format_outcome
+from cifar_dist.display.terminal import (
+    format_confusions,
+    format_evaluation,
+    format_outcome,
+    print_lines,
+    print_notes,
+    print_table,
+)
 from cifar_dist.run.directory import RunDirectory
 from cifar_dist.run.results import EpochRecord, RunMetadata, Summary
 
+_ADVICE = "name another folder with --out"
 _LEADING = ("run", "status", "seed", "epochs")
 # Columns of the table: heading, digits after the point, factor, and the field of the CSV.
 _MEASURES = (
@@ -149,10 +158,36 @@ def format_markdown(runs: Sequence[ReportedRun]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines) + "".join(f"\n{n}\n" for n in comparison_notes(runs))
 
 
+def report_run(run: ReportedRun, out: Path | None, console: Console) -> None:
+    """Write the figures and the page of a run, by default into its directory, and print its results."""
+    directory = RunDirectory(run.path)
+    figures, page = out or directory.figures, (out or run.path) / "report.html"
+    saved = directory.read_predictions()
+    with writing(figures, _ADVICE):
+        write_run(run, saved, figures, page)
+    lines = [run.title, format_outcome(run.summary, total_epochs=run.metadata.recipe.epochs)]
+    if run.summary.test is not None:
+        lines += format_evaluation(run.summary.test, split="test ")
+    print_lines(console, [*lines, "", f"written: {page}, and its figures in {figures}"], title="report")
+    if run.summary.test is None:
+        print_notes(console, [untested_note(run)])  # outside of the panel, to be copied
+
+
+def compare_runs(runs: Sequence[ReportedRun], out: Path | None, console: Console) -> None:
+    """Print the table of several runs; with `out`, write it there too, with their curves and a page."""
+    print_table(console, comparison_rows(runs))
+    written = "--out DIR writes the curves, the table as CSV and Markdown, and a page"
+    if out is not None:
+        with writing(out, _ADVICE):
+            written = f"written: {', '.join(write_comparison(runs, out))} in {out}"
+    print_lines(console, [*comparison_notes(runs), written], title="report")
+
+
 def write_run(run: ReportedRun, saved: Mapping[str, NDArray[Any]] | None, figures: Path, page: Path | None) -> None:
     """Draw the figures of a run, and write its page if one is asked for; `saved` is its test_predictions.npz."""
     from cifar_dist.display.figures import draw_curves, draw_evaluation
 
+    figures.mkdir(parents=True, exist_ok=True)
     summary, test, files = run.summary, run.summary.test, []
     if run.records:
         files.append(figures / "curves.png")
@@ -191,6 +226,7 @@ def write_comparison(runs: Sequence[ReportedRun], folder: Path) -> list[str]:
     """Write the curves of several runs, their table as CSV and Markdown, and a page; return the names of the files."""
     from cifar_dist.display.figures import draw_curves
 
+    folder.mkdir(parents=True, exist_ok=True)
     title, figures, page = f"{len(runs)} runs", [], folder / "report.html"
     if any(run.records for run in runs):
         figures.append(folder / "curves.png")
