@@ -148,7 +148,7 @@ def test_a_foreign_folder_is_evaluated_whole(folder, capsys, dataset, count, wei
     assert f"{count} image files, resized and cropped to 16x16 pixels" in shown
 
 
-def test_of_the_runs_own_folder_only_the_test_images_are_evaluated_also_from_elsewhere(folder, capsys):
+def test_only_the_test_images_of_the_runs_own_folder_are_evaluated(folder, capsys):
     shutil.copytree("own", "moved")
     for argv, count in (([], 8), (["--dataset", "moved"], 8), (["--split", "validation", "--dataset", "moved"], 4)):
         assert evaluate("--ckpt", "run", *argv)["num_samples"] == count

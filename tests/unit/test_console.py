@@ -36,7 +36,7 @@ def test_a_pipe_gets_text_as_it_is_and_no_moving_view(monkeypatch, capsys):
     assert capsys.readouterr().out == "a/:cat:.png 100\n"
 
 
-def test_a_python_without_the_packages_is_told_so_in_one_line():
+def test_missing_packages_are_one_line():
     environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-S", "launch.py", "--dataset", "shapes"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environ, timeout=60, check=False)
@@ -45,7 +45,7 @@ def test_a_python_without_the_packages_is_told_so_in_one_line():
     assert "has no package yaml" in result.stderr and "pip install" in result.stderr
 
 
-def test_a_python_without_torch_is_told_so_in_one_line(monkeypatch, capsys):
+def test_a_missing_torch_is_one_line(monkeypatch, capsys):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find_spec(name))
     assert main(["--dataset", "shapes", "--dry-run"]) == 2
@@ -87,6 +87,6 @@ def test_a_copy_in_somebodys_checkout_has_no_commit_of_theirs(tmp_path):
         ("/x/cifar_dist/__main__.py", "python -m cifar_dist"),
     ],
 )
-def test_a_command_is_told_as_this_one_was_typed(monkeypatch, path, name):
+def test_a_command_line_names_the_program_as_it_was_typed(monkeypatch, path, name):
     monkeypatch.setenv("CIFAR_DIST_PROGRAM", program_name(path))
     assert command_line("report", "my runs/x") == f"{name} report 'my runs/x'"

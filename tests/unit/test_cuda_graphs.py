@@ -171,7 +171,7 @@ def test_a_loss_that_is_not_finite_is_found_in_its_replayed_step(runtime, monkey
         trained(runtime, monkeypatch, "original", "epochs=1", record=Recorder(), spoil=spoil)
 
 
-def test_a_step_that_cannot_be_captured_tells_what_to_do(runtime, monkeypatch):
+def test_a_step_that_cannot_be_captured_names_the_way_out(runtime, monkeypatch):
     def capture(work, *, pool):
         raise RuntimeError("operation not permitted when stream is capturing")
 

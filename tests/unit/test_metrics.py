@@ -74,7 +74,7 @@ def test_running_sums_add_up_batches_of_any_size():
     assert list(sums.read()[:3]) == pytest.approx(expected)
 
 
-def test_an_evaluation_says_what_it_should():
+def test_the_numbers_of_an_evaluation():
     labels = torch.tensor([0, 0, 1, 2, 5])
     predicted = torch.tensor([0, 1, 1, 0, 5])
     logits = functional.one_hot(predicted, 7).float() * 5

@@ -238,7 +238,7 @@ def test_filters_are_brought_to_their_norm_before_a_step():
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
-def test_a_state_from_another_device_takes_this_ones_kernel_and_layout(name):
+def test_a_state_from_another_device_gets_the_kernel_and_layout_of_this_one(name):
     """As from a CPU, which has a fused kernel and channels_last, to MPS and back."""
     optimizers = []
     for layout, fused in ((torch.channels_last, True), (torch.contiguous_format, False)) * 2:

@@ -54,7 +54,7 @@ def test_records_are_appended_read_and_cut_back(run):
     assert [(line["epoch"], line["train_loss"]) for line in lines] == [(1, 1.0), (2, 1.0), (3, 0.25)]
 
 
-def test_the_words_of_another_version_are_kept_and_a_damaged_line_alone_is_lost(run):
+def test_fields_of_another_version_are_kept_and_only_a_damaged_line_is_lost(run):
     lines = [record(epoch).to_json() for epoch in (1, 2, 3, 4)]
     lines[0] = lines[0][:-1] + ', "grad_norm": 1.5}'
     lines[1] = lines[1][:30]

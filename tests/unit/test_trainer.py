@@ -135,7 +135,7 @@ def test_the_epoch_decides_order_and_pixels(runtime):
     assert not (looks[0] == looks[1]).flatten(1).all(1).any(), "a sample looks the same in two epochs"
 
 
-def test_the_observer_is_told_everything_in_order(runtime):
+def test_the_observer_is_called_in_order(runtime):
     """The loss that is shown is that of the steps since the last one; the first step has one."""
     listener = Listener()
     fields = ("epochs=1", "validation_size=16")

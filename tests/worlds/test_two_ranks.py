@@ -427,7 +427,7 @@ def count_writers() -> None:
     prepare.save_checkpoint = counted
 
 
-def test_slurm_tasks_train_in_one_world_and_rank_0_writes_and_talks(folder):
+def test_slurm_tasks_train_in_one_world_and_rank_0_writes_and_prints(folder):
     job_id = next(job_id for job_id in count(os.getpid()) if is_free(12_000 + job_id * 31 % 20_000))
     tasks = run_ranks(2, QUICK, folder, prepare=count_writers, launcher=functools.partial(slurm_task, job_id))
     assert [code for code, _, _ in tasks] == [0, 0], tasks
