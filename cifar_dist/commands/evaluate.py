@@ -48,8 +48,8 @@ def evaluate(options: EvalOptions, world: World, config: AccelerateConfig, conso
         evaluation = split.summarize(logits)
         with ranks.together():
             weights.check_finite(torch.tensor(evaluation.loss), runtime.precision)
-        how = f"tta {options.tta}, {FULL_NAMES[runtime.precision]}"
-        title = f"{weights.path}, {dataset.name} {options.split}, {how}"
+        where = f"{weights.path}, {dataset.name} {options.split}"
+        title = f"{where}, tta {options.tta}, {FULL_NAMES[runtime.precision]}"
         print_lines(console, format_evaluation(evaluation), title=title)
         if ranks.is_main:
             described = {

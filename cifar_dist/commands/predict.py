@@ -114,7 +114,7 @@ def _most_likely(
 ) -> list[Prediction]:
     values, classes = probabilities.topk(min(top, len(names)), dim=1)
     return [
-        Prediction(file=file.name, classes=[(names[c], p) for c, p in zip(places, shares, strict=True)])
-        for file, shares, places, ok in zip(files, values.tolist(), classes.tolist(), was_read.tolist(), strict=True)
+        Prediction(file=file.name, classes=[(names[index], p) for index, p in zip(indices, row, strict=True)])
+        for file, row, indices, ok in zip(files, values.tolist(), classes.tolist(), was_read.tolist(), strict=True)
         if ok
     ]

@@ -170,7 +170,7 @@ def _build(
 
 
 def _test(trainer: Trainer, dataset: Dataset) -> tuple[Evaluation, dict[str, NDArray[Any]]]:
-    """Evaluate the selected weights on the test images. Return the result, and what the figures need."""
+    """Evaluate the selected weights on the test images. Return the result and the arrays for the figures."""
     state, data = trainer.state, dataset.test
     if trainer.recipe.selection == "best" and state.best is not None:
         state.evaluated_model.load_state_dict(state.best.weights)
@@ -216,7 +216,7 @@ def _end_early(
 def _write_results(
     trainer: Trainer, recorder: RunRecorder, evaluation: Evaluation, arrays: Mapping[str, NDArray[Any]]
 ) -> Summary:
-    """Write the summary, with which the run is done, then the figures. Figures that cannot be drawn are a note."""
+    """Write the predictions, the summary, which ends the run, and the figures. Their failure is only a note."""
     directory, ranks = recorder.directory, trainer.runtime.ranks
     if ranks.is_main:
         directory.write_predictions(**arrays)
@@ -242,7 +242,7 @@ def _write_results(
 
 
 def _dry_run(console: Console, options: TrainOptions, world: World, config: AccelerateConfig) -> int:
-    """Print what would be done. Starts, reads and writes nothing, and needs no data."""
+    """Print the plan. Starts and writes nothing, and needs no data."""
     spec = resolve(options)
     future = planned_world(world, config)
     compute = choose_compute(
@@ -266,7 +266,7 @@ def _dry_run(console: Console, options: TrainOptions, world: World, config: Acce
 
 
 def _load_dataset(console: Console, spec: RunSpec, ranks: Ranks) -> tuple[Dataset, str]:
-    """Load the dataset and its fingerprint. Raises UserError if a machine has other files than that of rank 0."""
+    """Load the dataset. Return it with its fingerprint. Raises UserError if it is not the same on all ranks."""
 
     def load() -> Dataset:
         with loading_progress(console, spec.dataset) as progress:
@@ -289,7 +289,7 @@ def _header(
     recipe: Recipe,
     damage: str | None = None,
 ) -> dict[str, str]:
-    """Return the lines above a run: names and values."""
+    """Return the lines that are printed before a run: names and values."""
     lines = {
         "run": where,
         "recipe": f"{spec.recipe_name} on {spec.dataset}, seed {recipe.seed}, stem {recipe.stem}",
@@ -297,9 +297,9 @@ def _header(
         **plan.lines,
         "learning rate": learning_rate_line(recipe, plan),
     }
-    own = plan.few_steps_note if spec.stored is None else version_note(spec.stored.versions)
-    told = "; ".join(note for note in (*compute.notes, damage, own) if note)
-    return lines | {"note": told} if told else lines
+    note = plan.few_steps_note if spec.stored is None else version_note(spec.stored.versions)
+    notes = "; ".join(each for each in (*compute.notes, damage, note) if each)
+    return lines | {"note": notes} if notes else lines
 
 
 def _resume_command(options: TrainOptions, directory: Path) -> str:

@@ -106,9 +106,9 @@ def _unpack_safetensors(path: Path, data: bytes) -> dict[str, Any]:
         tensors = load_safetensors(data)
     except SafetensorError as error:
         raise UserError(f"checkpoint {path} is not a .safetensors file, or damaged: {error}") from None
-    about = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
-    if "recipe" not in about:
+    metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+    if "recipe" not in metadata:
         return tensors
     with refusing_foreign_content(path):
-        stored = {"recipe": json.loads(about["recipe"]), "class_names": json.loads(about["classes"])}
-    return {"format_version": FORMAT_VERSION, "model": tensors, **stored}
+        recipe, class_names = json.loads(metadata["recipe"]), json.loads(metadata["classes"])
+    return {"format_version": FORMAT_VERSION, "model": tensors, "recipe": recipe, "class_names": class_names}

@@ -95,11 +95,11 @@ def restore(prepared: PreparedRun, trainer: Trainer, metadata: RunMetadata) -> N
     `metadata` describes the data that was loaded now. Raises UserError if the run would become another one.
     """
     checkpoint, file = prepared.checkpoint, prepared.checkpoint_file
-    then = prepared.spec.stored
+    stored = prepared.spec.stored
     if checkpoint is not None:
-        then = RunMetadata.from_mapping(checkpoint, f"checkpoint {file}")
-    if then is not None:
-        then.refuse_other_data(metadata)
+        stored = RunMetadata.from_mapping(checkpoint, f"checkpoint {file}")
+    if stored is not None:
+        stored.refuse_other_data(metadata)
     if checkpoint is None:
         return
     state, world, plan = trainer.state, trainer.runtime.world, trainer.plan

@@ -108,8 +108,8 @@ def _known_fields(record: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise TypeError(f"{type(values).__name__} is no record")
     fields = dataclasses.fields(record)
-    later = {field.name: None for field in fields if type(None) in get_args(field.type)}
-    return later | {field.name: values[field.name] for field in fields if field.name in values}
+    optional = {field.name: None for field in fields if type(None) in get_args(field.type)}
+    return optional | {field.name: values[field.name] for field in fields if field.name in values}
 
 
 class Observer:
@@ -216,9 +216,7 @@ class RunMetadata:
         old, new = self.class_names, now.class_names
         if len(old) != len(new):
             _refuse([f"number of classes {len(old)} -> {len(new)}"])
-        pairs = [f"{before} -> {after}" for before, after in zip(old, new, strict=True) if before != after]
-        if pairs:
-            _refuse([f"names of classes {', '.join(pairs)}"])
+        _refuse([f"class name {before} -> {after}" for before, after in zip(old, new, strict=True) if before != after])
         if self.dataset.fingerprint != now.dataset.fingerprint:
             _refuse([f"content of the dataset {now.dataset.name}"])
 

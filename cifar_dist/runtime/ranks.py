@@ -73,13 +73,9 @@ class Ranks:
         PeerFailedError.
         """
         made: list[Any] = [None]
-        failure: BaseException | None = None
-        if self.is_main:
-            try:
+        with self.together():
+            if self.is_main:
                 made = [make()]
-            except Exception as error:  # any failure ends all ranks
-                failure = error
-        self._fail_together(failure)
         if self._group is not None:
             distributed.broadcast_object_list(made, src=0, group=self._group)
         return made[0]
@@ -95,7 +91,22 @@ class Ranks:
             yield
         except Exception as error:  # any failure ends all ranks
             failure = error
-        self._fail_together(failure)
+        if self._group is None:
+            if failure is not None:
+                raise failure
+            return
+        own = None if failure is None else (str(failure), isinstance(failure, UserError))
+        everyone: list[tuple[str, bool] | None] = [None] * self.world.size
+        distributed.all_gather_object(everyone, own, group=self._group)
+        first = next((rank for rank, each in enumerate(everyone) if each is not None), None)
+        if first is None:
+            return
+        message, is_mistake = everyone[first] or ("", False)
+        if is_mistake:
+            raise SharedError(message) from None
+        if first == self.world.rank and failure is not None:
+            raise failure
+        raise PeerFailedError(f"rank {first} failed")
 
     def main_process_first(self, make: Callable[[], T]) -> T:
         """Call `make` on rank 0, then on one rank of each other machine, then on the rest. A collective.
@@ -109,26 +120,6 @@ class Ranks:
                 if mine == turn:
                     result.append(make())
         return result[0]
-
-    def _fail_together(self, failure: BaseException | None) -> None:
-        """Raise on all ranks if one has a failure. The reason is that of the lowest such rank."""
-        if self._group is None:
-            if failure is not None:
-                raise failure
-            return
-        mistake = isinstance(failure, UserError)
-        own = None if failure is None else (str(failure), mistake)
-        everyone: list[tuple[str, bool] | None] = [None] * self.world.size
-        distributed.all_gather_object(everyone, own, group=self._group)
-        first = next((rank for rank, each in enumerate(everyone) if each is not None), None)
-        if first is None:
-            return
-        message, is_mistake = everyone[first] or ("", False)
-        if is_mistake:
-            raise SharedError(message) from None
-        if first == self.world.rank and failure is not None:
-            raise failure
-        raise PeerFailedError(f"rank {first} failed")
 
 
 def rendezvous(world: World, backend: str) -> Ranks:

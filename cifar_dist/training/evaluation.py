@@ -68,10 +68,10 @@ class RunningSums:
 
 def confident_mistakes(logits: Tensor, labels: Tensor, *, count: int = 64) -> Tensor:
     """Return the indices of at most `count` wrong predictions, the most confident first."""
-    sure, guesses = logits.float().softmax(1).max(1)
-    sure = sure.masked_fill(guesses == labels, -1.0)
-    places = sure.argsort(descending=True, stable=True)[:count]
-    return places[sure[places] >= 0]
+    confidence, predicted = logits.float().softmax(1).max(1)
+    confidence = confidence.masked_fill(predicted == labels, -1.0)
+    indices = confidence.argsort(descending=True, stable=True)[:count]
+    return indices[confidence[indices] >= 0]
 
 
 def summarize(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> Evaluation:
@@ -148,10 +148,10 @@ class EvaluationSet:
                     logits = (logits + model(images.flip(3)).float()) / 2
                 own.append(logits)
                 observer.on_evaluation(min(len(indices), len(own) * batch_size * runtime.world.size), len(indices))
-        everything = torch.zeros(len(indices), len(self.class_names), device=runtime.device)
+        all_logits = torch.zeros(len(indices), len(self.class_names), device=runtime.device)
         if own:
-            everything[mine] = torch.cat(own)
-        return runtime.sum_over_ranks(everything).cpu()
+            all_logits[mine] = torch.cat(own)
+        return runtime.sum_over_ranks(all_logits).cpu()
 
     def summarize(self, logits: Tensor) -> Evaluation:
         """Return the metrics of what `predict` returned."""

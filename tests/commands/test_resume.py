@@ -273,7 +273,7 @@ def test_other_data_is_refused_on_resume(capsys, monkeypatch, checkpoint):
     for dataset, difference in (
         (make_dataset(num_test=50), "content of the dataset shapes"),
         (make_dataset(num_classes=5), "number of classes 10 -> 5"),
-        (renamed, "names of classes class0 -> cat"),
+        (renamed, "class name class0 -> cat"),
     ):
         monkeypatch.setattr("cifar_dist.commands.train.load_dataset", lambda *_, given=dataset, **__: given)
         line = refused(capsys, "--resume", "x", "--epochs", "2")
