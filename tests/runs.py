@@ -43,13 +43,3 @@ def begin(trainer, folder: Path, **changes) -> RunDirectory:
         restore(PreparedRun(spec=spec, directory=folder, checkpoint=content), trainer, metadata)
     trainer.recorder.begin(trainer.state, damage=None)
     return directory
-
-
-class EachEpoch(Observer):
-    """Calls a function at the end of each epoch."""
-
-    def __init__(self, action) -> None:
-        self.action = action
-
-    def on_epoch_end(self, record, is_best):
-        self.action(record)

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from cifar_dist.training.evaluation import EvaluationSet, batch_loss
 from cifar_dist.training.setup import build_trainer
 from cifar_dist.training.trainer import DivergedError, InterruptedRun, Trainer
 from tests.conftest import make_dataset, make_recipe
-from tests.runs import EachEpoch, begin
+from tests.runs import begin
 from tests.unit.test_model import narrow_resnet
 
 SMALL = ("global_batch_size=32", "epochs=2", "optimizer.learning_rate=0.05")
@@ -27,25 +28,6 @@ SMALL = ("global_batch_size=32", "epochs=2", "optimizer.learning_rate=0.05")
 @pytest.fixture(autouse=True)
 def narrow_network(monkeypatch):
     monkeypatch.setattr(setup, "build_resnet", narrow_resnet)
-
-
-class Listener(Observer):
-    """Records the calls."""
-
-    def __init__(self) -> None:
-        self.events = []
-
-    def on_epoch_start(self, epoch, lr):
-        self.events.append(("start", epoch, lr))
-
-    def on_step(self, step_in_epoch, loss):
-        self.events.append(("step", step_in_epoch, loss))
-
-    def on_evaluation(self, done, total):
-        self.events.append(("evaluation", done, total))
-
-    def on_epoch_end(self, record, is_best):
-        self.events.append(("end", record.epoch, is_best))
 
 
 def trainer_for(runtime, *assignments, dataset=None, observer=None) -> Trainer:
@@ -137,42 +119,38 @@ def test_the_epoch_decides_order_and_pixels(runtime):
 
 def test_the_observer_is_called_in_order(runtime):
     """The loss that is shown is that of the steps since the last one; the first step has one."""
-    listener = Listener()
+    observer = Mock(spec=Observer)
     fields = ("epochs=1", "validation_size=16")
-    trainer = trainer_for(runtime, *fields, dataset=make_dataset(num_train=128), observer=listener)
+    trainer = trainer_for(runtime, *fields, dataset=make_dataset(num_train=128), observer=observer)
     trainer.plan = dataclasses.replace(trainer.plan, agree_every_steps=2)
     (record,) = trainer.fit()
-    kinds = [event[0] for event in listener.events]
-    assert kinds == ["start", *["step"] * 4, "evaluation", "end"]
-    first, second, nothing, third = (event[2] for event in listener.events if event[0] == "step")
+    calls = observer.method_calls
+    assert [name for name, *_ in calls] == ["on_epoch_start", *["on_step"] * 4, "on_evaluation", "on_epoch_end"]
+    first, second, nothing, third = (each.args[1] for each in observer.on_step.call_args_list)
     assert nothing is None
     assert first != second != third
     assert (32 * first + 32 * second + 48 * third) / 112 == pytest.approx(record.train_loss, rel=1e-5)
-    assert listener.events[0] == ("start", 1, 0.05)
-    assert listener.events[-2:] == [("evaluation", 16, 16), ("end", 1, True)]
+    assert calls[0] == call.on_epoch_start(1, 0.05)
+    assert calls[-2:] == [call.on_evaluation(16, 16), call.on_epoch_end(record, True)]
 
 
 def test_the_first_loss_after_a_resume_is_that_of_the_steps_since(runtime):
-    listener = Listener()
-    trainer = trainer_for(runtime, observer=listener)
+    observer = Mock(spec=Observer)
+    trainer = trainer_for(runtime, observer=observer)
     trainer.plan = dataclasses.replace(trainer.plan, agree_every_steps=3)
     steps = trainer.steps(1)
     assert [next(steps), next(steps)] == [1, 2]
     before, *_ = trainer.state.sums.read()
-    shown = listener.events[1][2]
     assert list(trainer.steps(1)) == [3], "goes on in the epoch, as a resumed run does"
     after, *_ = trainer.state.sums.read()
-    assert [event[2] for event in listener.events if event[0] == "step"] == [
-        shown,
-        None,
-        pytest.approx((after - before) / 32, rel=1e-5),
-    ]
+    _, *losses = (each.args[1] for each in observer.on_step.call_args_list)
+    assert losses == [None, pytest.approx((after - before) / 32, rel=1e-5)]
 
 
 def test_the_best_epoch_is_kept_by_the_monitored_metric(runtime):
     trainer = trainer_for(runtime, "validation_size=16", "epochs=4", "early_stopping.monitor=val_acc")
     copies = []
-    trainer.observer = EachEpoch(lambda _: copies.append(copy.deepcopy(trainer.state.model.state_dict())))
+    trainer.observer.on_epoch_end = lambda *_: copies.append(copy.deepcopy(trainer.state.model.state_dict()))
     values = [record.val_acc for record in trainer.fit()]
     best = values.index(max(values))
     assert best < len(values) - 1, "the last epoch's weights would be kept by accident"
@@ -213,18 +191,18 @@ def test_an_interrupted_run_is_saved_at_its_step(runtime, tmp_path):
 
 @pytest.mark.parametrize(("count", "mirror"), [(1, False), (250, False), (251, False), (251, True)])
 def test_evaluation_counts_each_image_once(runtime, count, mirror):
-    dataset, trainer, listener = make_dataset(num_test=count), trainer_for(runtime), Listener()
+    dataset, trainer, observer = make_dataset(num_test=count), trainer_for(runtime), Mock(spec=Observer)
     model, indices = trainer.state.model.eval(), torch.arange(count).flip(0)
     images = EvaluationSet(
         data=dataset.test, indices=indices, class_names=dataset.class_names, recipe=trainer.recipe, runtime=runtime
     )
-    result = images.predict(model, listener, mirror=mirror)
+    result = images.predict(model, observer, mirror=mirror)
     assert torch.equal(images.labels, dataset.test.labels[indices])
     pixels = trainer.batches.normalize(dataset.test.images[indices].float() / 255)
     with torch.no_grad():
         expected = (model(pixels) + model(pixels.flip(3))) / 2 if mirror else model(pixels)
     torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
-    assert listener.events[-1] == ("evaluation", count, count)
+    assert observer.method_calls[-1] == call.on_evaluation(count, count)
 
 
 def test_normalization_is_torchvisions():
@@ -254,7 +232,7 @@ def test_the_average_is_what_is_validated_kept_and_resumed(runtime):
     fields = ("validation_size=16", "ema_decay=0.9", "epochs=2")
     trainer = trainer_for(runtime, *fields)
     averages = []
-    trainer.observer = EachEpoch(lambda _: averages.append(trainer.state.ema.model.fc.weight.clone()))
+    trainer.observer.on_epoch_end = lambda *_: averages.append(trainer.state.ema.model.fc.weight.clone())
     records = trainer.fit()
     average = trainer.state.ema.model.state_dict()
     assert not torch.equal(average["fc.weight"], trainer.state.model.state_dict()["fc.weight"])
