@@ -24,20 +24,14 @@ GEOMETRIES = sorted(
 )
 
 
-class Calls:
-    """Counts torch's convolutions and matrix products."""
-
-    def __init__(self, monkeypatch):
-        self.names = []
-        for name in ("conv2d", "linear"):
-            monkeypatch.setattr(functional, name, self.counted(name, getattr(functional, name)))
-
-    def counted(self, name, function):
-        def call(*arguments, **named):
-            self.names.append(name)
-            return function(*arguments, **named)
-
-        return call
+def record_calls(monkeypatch) -> list[str]:
+    """Return a list that grows by the name of each convolution and matrix product of torch."""
+    names = []
+    for name in ("conv2d", "linear"):
+        function = getattr(functional, name)
+        counted = lambda *a, name=name, function=function, **k: names.append(name) or function(*a, **k)  # noqa: E731
+        monkeypatch.setattr(functional, name, counted)
+    return names
 
 
 def both(geometry, width=None):
@@ -69,18 +63,18 @@ def test_outputs_and_gradients_are_those_of_a_convolution(geometry, monkeypatch)
     assert fast(images[:0]).shape == plain(images[:0]).shape, "a rank may have none of the last batch"
     if geometry[0] != 7:  # of 7x7 there is the stem alone
         _, fast, images = both(geometry)
-        calls = Calls(monkeypatch)
+        calls = record_calls(monkeypatch)
         outputs = fast(images)
-        assert calls.names == ["linear" if geometry in DENSE else "conv2d"]
+        assert calls == ["linear" if geometry in DENSE else "conv2d"]
         assert outputs.shape[-1] == DENSE.get(geometry, outputs.shape[-1])
 
 
 def test_other_convolutions_stay_as_they_are(monkeypatch):
     _, fast, images = both((3, 1, 1, 1))
-    calls = Calls(monkeypatch)
+    calls = record_calls(monkeypatch)
     fast.eval()(images)
     fast.train().to("meta")(images.to("meta"))
-    assert calls.names == ["conv2d"] * 2, "in evaluation, and on other devices"
+    assert calls == ["conv2d"] * 2, "in evaluation, and on other devices"
     for other in ({"bias": True}, {"groups": 5}, {"dilation": 2}):
         conv = nn.Conv2d(5, 5, 3, padding=1, **({"bias": False} | other))
         use_dense_products(conv)
@@ -107,9 +101,9 @@ def test_the_networks_last_layers_are_products(stem, count, monkeypatch, runtime
     assert fast.state_dict().keys() == plain.state_dict().keys()
     images, labels = torch.rand(3, 3, 32, 32, dtype=torch.float64), torch.arange(3)
     functional.cross_entropy(plain(images), labels).backward()
-    calls = Calls(monkeypatch)
+    calls = record_calls(monkeypatch)
     functional.cross_entropy(fast(images), labels).backward()
-    assert calls.names.count("linear") == count + 1  # the head is one as well
+    assert calls.count("linear") == count + 1  # the head is one as well
     for ours, theirs in zip(fast.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-8, atol=1e-12)
     # The trainer uses them.
