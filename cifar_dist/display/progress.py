@@ -142,7 +142,6 @@ class LiveTraining(Display):
         self.epochs: list[EpochRecord] = []
         self.best: EpochRecord | None = None
         self.epoch, self._lr, self._loss = 0, 0.0, "waiting for the first step"
-        self._has_started = False
         columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn())
         self.progress = Progress(*columns, TimeRemainingColumn(True), console=console, expand=True)
         self.run = self.progress.add_task("run", total=plan.total_steps)
@@ -200,8 +199,7 @@ class LiveTraining(Display):
     def on_step(self, step_in_epoch: int, loss: float | None) -> None:
         """Move the bars, and update the numbers if there is a loss."""
         step = (self.epoch - 1) * self.plan.steps_per_epoch + step_in_epoch
-        if not self._has_started:  # steps before a resume do not count for the speed
-            self._has_started = True
+        if not self.progress.tasks[self.run].completed:  # steps before a resume do not count for the speed
             self.progress.reset(self.run, completed=step)
             self.progress.reset(self.steps, completed=step_in_epoch)
         self.progress.update(self.run, completed=step)

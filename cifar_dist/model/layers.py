@@ -39,13 +39,10 @@ def use_groups(model: nn.Module, groups: Groups) -> nn.Module:
 
     Each rank's running statistics then follow its own groups: average `running_statistics` over the ranks before use.
     """
-    for parent in list(model.modules()):
-        for name, norm in list(parent.named_children()):
-            if isinstance(norm, nn.BatchNorm2d):
-                layer = GroupedBatchNorm2d(norm, groups)
-                # The same tensors and not copies: an optimizer may hold them already.
-                layer._parameters, layer._buffers = norm._parameters, norm._buffers
-                setattr(parent, name, layer.train(norm.training))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.__class__ = GroupedBatchNorm2d
+            module.groups = groups  # type: ignore[assignment]
     return model
 
 
@@ -61,14 +58,11 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
     The running statistics are the mean over this rank's groups. A rank may have no image of a batch.
     """
 
+    groups: Groups
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
     momentum: float
-
-    def __init__(self, norm: nn.BatchNorm2d, groups: Groups) -> None:
-        super().__init__(norm.num_features, norm.eps, norm.momentum)
-        self.groups = groups
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize (N, C, H, W) by each group's statistics in training, by the running ones in evaluation."""
