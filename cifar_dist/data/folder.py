@@ -141,9 +141,11 @@ def _check_training(path: Path, parts: Mapping[str, Classes], depth: int) -> Non
     train = parts["train"]
     files = [file for members in train.values() for file in members]
     if files and all(file.name.count("/") > depth for file in files):
+        likely = Counter(PurePath(file.name).parents[1] for file in files).most_common(1)[0][0]
+        likely = likely.parent if likely.name in _PARTS else likely
         raise UserError(
             f"no class folder of {path} holds an image itself, only folders do: name the folder whose folders are the"
-            " classes, or move the images up"
+            f" classes, perhaps {path / likely}, or move the images up"
         )
     if len(train) < 2:
         raise UserError(f"{path} holds {len(train)} class folders for training: a dataset needs two or more")
