@@ -34,7 +34,7 @@ from cifar_dist.run.directory import RunDirectory, numbered_names
 from cifar_dist.run.lock import RunLock
 from cifar_dist.run.prepare import PreparedRun, RunRecorder, prepare_run, restore
 from cifar_dist.run.resolve import RunSpec, resolve, seconds_allowed
-from cifar_dist.run.results import DatasetMetadata, Evaluation, RunMetadata, Status, Summary, stored_threads
+from cifar_dist.run.results import DatasetMetadata, Evaluation, RunMetadata, Status, Summary
 from cifar_dist.run.tracking import Trackers
 from cifar_dist.runtime.device import ComputeSettings, check_world, choose_compute
 from cifar_dist.runtime.distributed import Runtime, connect, start
@@ -73,13 +73,7 @@ def train(
             return EXIT_DONE, ranks.broadcast_from_main(RunDirectory(prepared.directory).read_summary)
         spec = prepared.spec
         dataset, fingerprint = _load_dataset(console, spec, ranks)
-        runtime = start(
-            ranks,
-            config,
-            requested_precision=spec.requested_precision,
-            num_threads=stored_threads(spec.stored, world.size),
-            micro_batches=spec.recipe.gradient_accumulation_steps,
-        )
+        runtime = start(ranks, config, **spec.compute_settings(world.size))
         trainer, recorder, display = _build(console, prepared, dataset, fingerprint, runtime, interrupt, options.quiet)
         resume_command = _resume_command(options, prepared.directory)
         try:
@@ -216,7 +210,7 @@ def _end_early(
 def _write_results(
     trainer: Trainer, recorder: RunRecorder, evaluation: Evaluation, arrays: Mapping[str, NDArray[Any]]
 ) -> Summary:
-    """Write the predictions, the summary, which ends the run, and the figures. Their failure is only a note."""
+    """Write predictions, summary and figures. Without figures the run is complete: their failure is a note."""
     directory, ranks = recorder.directory, trainer.runtime.ranks
     if ranks.is_main:
         directory.write_predictions(**arrays)
@@ -230,9 +224,8 @@ def _write_results(
     try:
         from cifar_dist.display.report import read_run, write_run  # imports matplotlib
 
-        write_run(
-            read_run(directory.path, directory.path.name), arrays, directory.figures, page if page.exists() else None
-        )
+        run = read_run(directory.path, directory.path.name)
+        write_run(run, arrays, directory.figures, page if page.exists() else None)
     except Exception as error:  # a backend, fonts, the disk: the result matters more
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         again = command_line("report", directory.path)
@@ -245,14 +238,7 @@ def _dry_run(console: Console, options: TrainOptions, world: World, config: Acce
     """Print the plan. Starts and writes nothing, and needs no data."""
     spec = resolve(options)
     future = planned_world(world, config)
-    compute = choose_compute(
-        config,
-        os.environ,
-        future,
-        requested_precision=spec.requested_precision,
-        num_threads=stored_threads(spec.stored, future.size),
-        micro_batches=spec.recipe.gradient_accumulation_steps,
-    )
+    compute = choose_compute(config, os.environ, future, **spec.compute_settings(future.size))
     check_world(future, compute.device_type, os.environ)
     sizes = known_sizes(spec.dataset)
     recipe = fit_to_dataset(spec.recipe, sizes)
@@ -282,12 +268,7 @@ def _load_dataset(console: Console, spec: RunSpec, ranks: Ranks) -> tuple[Datase
 
 
 def _header(
-    where: str,
-    spec: RunSpec,
-    compute: ComputeSettings,
-    plan: RunPlan,
-    recipe: Recipe,
-    damage: str | None = None,
+    where: str, spec: RunSpec, compute: ComputeSettings, plan: RunPlan, recipe: Recipe, damage: str | None = None
 ) -> dict[str, str]:
     """Return the lines that are printed before a run: names and values."""
     lines = {

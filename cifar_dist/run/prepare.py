@@ -1,4 +1,4 @@
-"""Open a run: lock its directory, load its checkpoint, and restore the state. A recorder then saves what happens."""
+"""Prepare a run: lock its directory, load its checkpoint, restore the state. A recorder saves its progress."""
 
 import math
 import time

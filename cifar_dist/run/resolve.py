@@ -21,7 +21,7 @@ from cifar_dist.config.recipe import (
 from cifar_dist.config.schema import nearest
 from cifar_dist.config.world import SlurmJob
 from cifar_dist.run.directory import RunDirectory, numbered_names
-from cifar_dist.run.results import RunMetadata
+from cifar_dist.run.results import RunMetadata, stored_threads
 
 DEFAULT_DATASET, DEFAULT_DATA_DIR = "cifar10", Path("data")
 DEFAULT_RUNS = Path("runs")
@@ -51,6 +51,14 @@ class RunSpec:
     def default_directory(self) -> Path:
         """`runs/RECIPE-DATASET-seedN`."""
         return DEFAULT_RUNS / f"{self.recipe_name}-{Path(self.dataset).name}-seed{self.recipe.seed}"
+
+    def compute_settings(self, world_size: int) -> dict[str, Any]:
+        """Return the arguments of `choose_compute` and `start` that this run determines."""
+        return {
+            "requested_precision": self.requested_precision,
+            "num_threads": stored_threads(self.stored, world_size),
+            "micro_batches": self.recipe.gradient_accumulation_steps,
+        }
 
 
 def resolve(options: TrainOptions, job: SlurmJob | None = None) -> RunSpec:

@@ -1,9 +1,8 @@
 """What a run stores: its metadata, a record for each epoch, and the summary; and the observer of a run in progress."""
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self, get_args
 
 from cifar_dist.config.errors import UserError
@@ -35,7 +34,7 @@ class EpochRecord:
 
     def to_json(self) -> str:
         """Return the record as one line."""
-        return json.dumps(dataclasses.asdict(self), allow_nan=False)
+        return json.dumps(asdict(self), allow_nan=False)
 
     @classmethod
     def from_json(cls, line: str) -> "EpochRecord":
@@ -90,10 +89,8 @@ class Summary:
 
     def to_json(self) -> str:
         """Return JSON with one field a line."""
-        fields = dataclasses.asdict(self).items()
-        return (
-            "{\n" + ",\n".join(f' "{name}": {json.dumps(value, allow_nan=False)}' for name, value in fields) + "\n}\n"
-        )
+        lines = (f' "{name}": {json.dumps(value, allow_nan=False)}' for name, value in asdict(self).items())
+        return "{\n" + ",\n".join(lines) + "\n}\n"
 
     @classmethod
     def from_json(cls, text: str) -> "Summary":
@@ -107,9 +104,8 @@ def _known_fields(record: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a record. Unknown ones are dropped, missing optional ones are None. Raises TypeError."""
     if not isinstance(values, dict):
         raise TypeError(f"{type(values).__name__} is no record")
-    fields = dataclasses.fields(record)
-    optional = {field.name: None for field in fields if type(None) in get_args(field.type)}
-    return optional | {field.name: values[field.name] for field in fields if field.name in values}
+    optional = {each.name: None for each in fields(record) if type(None) in get_args(each.type)}
+    return optional | {each.name: values[each.name] for each in fields(record) if each.name in values}
 
 
 class Observer:
