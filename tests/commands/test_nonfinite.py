@@ -1,6 +1,7 @@
 """Logits that are not finite numbers are one error line without an accuracy; large logits are not an error."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,22 +56,16 @@ def test_a_run_that_diverges_in_its_test_leaves_no_predictions(monkeypatch):
 def test_a_graph_is_compared_relative_to_its_largest_logit(monkeypatch, error, is_refused):
     weights = read_weights(Path("large.pth"))
 
-    class Session:
-        """onnxruntime, with an error that is in proportion to the logits."""
+    def run(_, inputs):
+        """Return the logits of onnxruntime with an error in proportion to them."""
+        with torch.no_grad():
+            logits = export._normalized(weights)(torch.from_numpy(inputs["images"]))
+        assert logits.abs().max() > 50
+        return [(logits + error * logits.abs().max()).numpy()]
 
-        def __init__(self, *_, **__): ...
-
-        def run(self, _, inputs):
-            with torch.no_grad():
-                logits = export._normalized(weights)(torch.from_numpy(inputs["images"]))
-            assert logits.abs().max() > 50
-            return [(logits + error * logits.abs().max()).numpy()]
-
-    class Program:
-        model_proto = pytest.importorskip("onnx").ModelProto()
-
-    monkeypatch.setattr("onnxruntime.InferenceSession", Session)
-    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: Program)
+    program = SimpleNamespace(model_proto=pytest.importorskip("onnx").ModelProto())
+    monkeypatch.setattr("onnxruntime.InferenceSession", lambda *_, **__: SimpleNamespace(run=run))
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: program)
     if is_refused:
         with pytest.raises(UserError, match=r"differ from torch's by .*: nothing was written"):
             export._onnx(weights)
