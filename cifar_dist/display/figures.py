@@ -1,6 +1,5 @@
 """Figures of a run as PNG files. They need no display, and are readable in print and with any colour vision."""
 
-import io
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +9,6 @@ from typing import Any
 import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 from matplotlib.lines import Line2D
@@ -188,7 +186,6 @@ def _captions(saved: Mapping[str, NDArray[Any]], rows: Iterable[int]) -> list[st
 
 def _figure(width: float, height: float, title: str) -> Figure:
     figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)
     figure.suptitle(_shorten(title, 200), fontsize="large")
     return figure
 
@@ -201,9 +198,7 @@ def _shorten(text: str, length: int = 200) -> str:
 
 def _save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, atomically."""
-    file = io.BytesIO()
     with warnings.catch_warnings():
         # Characters that no font has become boxes; the page and the tables have them.
         warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
-        figure.savefig(file, dpi=110, format="png")
-    write_atomically(path, lambda png: png.write(file.getvalue()))
+        write_atomically(path, lambda file: figure.savefig(file, dpi=110, format="png"))
