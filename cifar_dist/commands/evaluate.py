@@ -80,7 +80,7 @@ def _read(options: EvalOptions) -> SavedWeights:
 
 def _load_data(console: Console, options: EvalOptions, weights: SavedWeights) -> Dataset:
     """Load the dataset of the command line, else the one that the weights were trained on."""
-    trained_on = None if weights.metadata is None else weights.metadata.dataset
+    trained_on = weights.trained_on
     name = options.dataset or (DEFAULT_DATASET if trained_on is None else trained_on.name)
     data_dir = options.data_dir or (DEFAULT_DATA_DIR if trained_on is None else Path(trained_on.data_dir))
     check_dataset_name(name)
@@ -102,13 +102,11 @@ def _choose_images(
     options: EvalOptions, weights: SavedWeights, dataset: Dataset
 ) -> tuple[LabelledImages, Tensor, str | None]:
     """Return images, the indices (N,) to evaluate, and a note. Raises UserError if the training may have seen them."""
-    trained_on = None if weights.metadata is None else weights.metadata.dataset
+    trained_on = weights.trained_on
     is_other = trained_on is None or trained_on.fingerprint != dataset.fingerprint()
     if options.split == "test":
-        own_folder = dataset.origin is not None and (
-            options.dataset is None
-            or (trained_on is not None and str(Path(options.dataset).absolute()) == trained_on.name)
-        )
+        stored = "" if trained_on is None else trained_on.name
+        own_folder = dataset.origin is not None and str(Path(options.dataset or stored).absolute()) == stored
         data, note = dataset.test, None
         if is_other and own_folder:
             note = f"{dataset.name} has changed since the training, which may have seen these images"

@@ -13,7 +13,7 @@ from cifar_dist.config.recipe import Recipe, read_recipe, resolve_recipe
 from cifar_dist.model.networks import build_resnet, find_state_dict, imagenet_weights, infer_architecture, load_weights
 from cifar_dist.run.checkpoint import is_bare_weights, load_checkpoint, refusing_foreign_content
 from cifar_dist.run.directory import RunDirectory, find_checkpoint
-from cifar_dist.run.results import RunMetadata, stored_threads
+from cifar_dist.run.results import DatasetMetadata, RunMetadata, stored_threads
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -29,6 +29,11 @@ class SavedWeights:
     metadata: RunMetadata | None
     """None unless the file is a checkpoint of a run."""
     notes: tuple[str, ...] = ()
+
+    @property
+    def trained_on(self) -> DatasetMetadata | None:
+        """The dataset of the run; None unless the file is a checkpoint of one."""
+        return None if self.metadata is None else self.metadata.dataset
 
     def build(self, device: torch.device, memory_format: torch.memory_format) -> nn.Module:
         """Build the network with these weights, in evaluation mode. Raises UserError if they do not fit it."""
