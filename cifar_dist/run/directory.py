@@ -39,7 +39,7 @@ class RunDirectory:
         return any(file.exists() for file in (self.config, self.metrics, self.summary, self.last))
 
     def find_foreign_file(self) -> Path | None:
-        """Return a file that a new run would overwrite."""
+        """Return a file that a new run would overwrite; None if there is none."""
         named = (self.predictions, self.previous, self.best, self.path / "report.html")
         return next((file for file in (*named, *self.figures.glob("*.png")) if file.exists()), None)
 
@@ -155,9 +155,9 @@ def numbered_names(path: Path) -> Iterator[Path]:
 
 
 def verify_checksums(path: Path, file: BinaryIO) -> None:
-    """Verify the CRC-32 of every part of a checkpoint's zip, which torch.load does not. Skips other formats.
+    """Verify the CRC-32 of every part of a checkpoint's zip, which torch.load does not do. Raises UserError.
 
-    `file` has the bytes of `path`. Raises UserError.
+    `file` has the bytes of `path`. Other formats are skipped.
     """
     head = file.read(2)
     if not head:
@@ -217,10 +217,7 @@ def load_newest(run: RunDirectory, load: Callable[[Path], T]) -> tuple[T | None,
 
 
 def check_output(option: str, path: Path | None, *inputs: str | Path | None) -> None:
-    """Refuse an output file that cannot be written, that is one of the inputs, or that belongs to a run.
-
-    Raises UserError.
-    """
+    """Raise UserError for an output file that cannot be written, is one of the inputs, or belongs to a run."""
     if path is None or path == STANDARD_OUTPUT:
         return
     if path.is_dir() or not path.absolute().parent.is_dir():

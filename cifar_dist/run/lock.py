@@ -16,7 +16,7 @@ _RESTART_TIMEOUT_SECONDS = 120
 class RunLock:
     """The lock of one run directory: `flock` on its file `.lock`, which the system frees when this process ends.
 
-    Where the file system lacks `flock`, filelock uses a lock file that names its owner.
+    If the file system lacks `flock`, filelock uses a lock file that names its owner.
     """
 
     def __init__(self, *, is_restart: bool = False) -> None:

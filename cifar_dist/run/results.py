@@ -149,7 +149,7 @@ def check_format(content: Mapping[str, Any], where: str) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DatasetMetadata:
-    """Which images a run was trained on."""
+    """The images that a run was trained on."""
 
     name: str
     """A dataset's name, or the absolute path of a folder."""

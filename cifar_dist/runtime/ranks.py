@@ -189,7 +189,7 @@ class _Joining(threading.Thread):
         self.state, self.advice, self.deadline = state, advice, time.monotonic() + seconds
 
     def _find_rank_0(self) -> None:
-        """Wait until rank 0's port is open. With Python's sockets: torch's print each attempt."""
+        """Wait until rank 0's port is open. Python's sockets, unlike torch's, do not print each attempt."""
         known_by = time.monotonic() + ANSWER_SECONDS
         while True:
             try:
