@@ -52,13 +52,9 @@ def infer_architecture(weights: Mapping[str, Tensor]) -> tuple[str, int]:
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load a whole state dict. Raises UserError that names the tensors that differ.
-
-    As in torch, BatchNorm's counters may be missing: files from before 2018 have none.
-    """
-    counters = {key: value for key, value in model.state_dict().items() if key.endswith("num_batches_tracked")}
+    """Load a whole state dict. Raises UserError that names the tensors that differ."""
     try:
-        model.load_state_dict(counters | dict(weights))
+        model.load_state_dict(dict(weights))  # in a plain dict torch allows missing BatchNorm counters
     except RuntimeError as error:
         reason = " ".join(str(error).partition("\n\t")[2].split())  # without torch's first line
         raise UserError(f"these weights are not this ResNet-18's: {reason[:200]}") from None
