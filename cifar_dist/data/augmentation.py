@@ -8,7 +8,6 @@ CutMix of two finished images.
 
 import itertools
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,12 +22,8 @@ COLUMNS = (
     "brightness", "contrast", "saturation", "hue", "jitter_order",
     "cutout_y", "cutout_x", "partner", "share", "is_box", "box_y", "box_x",
 )  # fmt: skip
-"""The table's columns.
-
-crop, cutout, box, affine_y, affine_x: pixels. flip, is_box: 0 or 1. angles: radians, counter-clockwise. affine_scale,
-brightness, contrast, saturation: factors. hue: part of a turn. jitter_order: row of JITTER_ORDERS. partner: position in
-the training set. share: the image's own part in a mix.
-"""
+"""The table's columns: offsets in pixels, 0 or 1, radians counter-clockwise, factors, a part of a turn, a row of
+JITTER_ORDERS, pixels, a position in the training set, the image's own share in a mix, pixels."""
 
 JITTER_ORDERS = torch.tensor(list(itertools.permutations(range(4))))
 """(24, 4): every order of brightness 0, contrast 1, saturation 2, hue 3."""
@@ -70,10 +65,10 @@ class Augmentation:
             draw.uniform("affine_angle", -affine_angle, affine_angle),
             # Whole pixels, as in torchvision's RandomAffine.
             *(draw.uniform(name, -farthest, farthest).round() for name in ("affine_y", "affine_x")),
-            *(
-                draw.factor(name, getattr(config, name))
-                for name in ("affine_scale", "brightness", "contrast", "saturation")
-            ),
+            draw.factor("affine_scale", config.affine_scale),
+            draw.factor("brightness", config.brightness),
+            draw.factor("contrast", config.contrast),
+            draw.factor("saturation", config.saturation),
             draw.uniform("hue", -config.hue, config.hue),
             draw.integers("jitter_order", len(JITTER_ORDERS)),
             *(draw.integers(name, size if config.cutout else 1) for name in ("cutout_y", "cutout_x")),
@@ -136,12 +131,11 @@ def _columns(rows: Tensor, device: torch.device) -> dict[str, Tensor]:
     return dict(zip(COLUMNS, to_device(rows, device).unbind(1), strict=True))
 
 
-class _Draw(NamedTuple):
+class _Draw:
     """Draws of one epoch; each name has its own generator."""
 
-    seed: int
-    epoch: int
-    num_samples: int
+    def __init__(self, seed: int, epoch: int, num_samples: int) -> None:
+        self.seed, self.epoch, self.num_samples = seed, epoch, num_samples
 
     def _generator(self, name: str) -> torch.Generator:
         return torch.Generator().manual_seed(derive_seed("augmentation", self.seed, self.epoch, name))
@@ -151,13 +145,13 @@ class _Draw(NamedTuple):
             return torch.full((self.num_samples,), low)
         return low + (high - low) * torch.rand(self.num_samples, generator=self._generator(name))
 
-    def factor(self, name: str, spread: float) -> Tensor:
-        return self.uniform(name, max(0.0, 1 - spread), 1 + spread)
-
     def integers(self, name: str, count: int) -> Tensor:
         if count == 1:
             return torch.zeros(self.num_samples)
         return torch.randint(count, (self.num_samples,), generator=self._generator(name)).float()
+
+    def factor(self, name: str, spread: float) -> Tensor:
+        return self.uniform(name, max(0.0, 1 - spread), 1 + spread)
 
     def beta(self, name: str, alpha: float) -> Tensor:
         # A ratio of Gamma draws, in float64: small alphas give tiny numbers.
