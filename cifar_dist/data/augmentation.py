@@ -22,8 +22,12 @@ COLUMNS = (
     "brightness", "contrast", "saturation", "hue", "jitter_order",
     "cutout_y", "cutout_x", "partner", "share", "is_box", "box_y", "box_x",
 )  # fmt: skip
-"""The table's columns: offsets in pixels, 0 or 1, radians counter-clockwise, factors, a part of a turn, a row of
-JITTER_ORDERS, pixels, a position in the training set, the image's own share in a mix, pixels."""
+"""The table's columns.
+
+crop, cutout, box, affine_y, affine_x: pixels. flip, is_box: 0 or 1. angles: radians, counter-clockwise. affine_scale,
+brightness, contrast, saturation: factors. hue: part of a turn. jitter_order: row of JITTER_ORDERS. partner: position in
+the training set. share: the image's own part in a mix.
+"""
 
 JITTER_ORDERS = torch.tensor(list(itertools.permutations(range(4))))
 """(24, 4): every order of brightness 0, contrast 1, saturation 2, hue 3."""
