@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -168,9 +169,9 @@ def test_a_run_goes_on_with_the_same_bits_however_its_processes_were_ended(folde
         ((code, out, err),) = finish(process)
         assert code == 75, err
         assert ("going on after epoch" in out) == (arguments is again)
-        line, world = err.strip().splitlines()[-1], " ".join(arguments[:2])
+        line, command = err.strip().splitlines()[-1], shlex.join([LAUNCH, *arguments[:2], "--resume", "run"])
         assert line.startswith("interrupted in epoch ")
-        assert line.endswith(f"and saved; go on with: python {LAUNCH} {world} --resume run")
+        assert line.endswith(f"and saved; go on with: python {command}")
         assert_nobody_is_left(started)
         assert summary_of(run)["status"] == "interrupted"
 
