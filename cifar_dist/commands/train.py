@@ -85,11 +85,13 @@ def train(
                         evaluation, arrays = _test(trainer, dataset)
                 except (DivergedError, InterruptedRun) as end:
                     return _end_early(trainer, recorder, end, resume_command, on_failure), None
+                except KeyboardInterrupt:
+                    recorder.write_summary("interrupted", trainer.state)
+                    raise
                 summary = _write_results(trainer, recorder, evaluation, arrays)
         except OSError as error:  # a full or vanished disk
             text, code = recorder.directory.explain_write_error(error, resume_command), EXIT_FAILED
         except KeyboardInterrupt:
-            recorder.write_summary("interrupted", trainer.state)
             text, code = f"interrupted; go on with: {resume_command}", EXIT_KEYBOARD_INTERRUPT
         else:
             recorder.trackers.finish()

@@ -118,7 +118,7 @@ def provide(archive: Archive, data_dir: Path, *, progress: Progress | None = Non
             if missing := _missing(archive, folder):  # no other process has provided them meanwhile
                 _provide_tarball(archive, tarball, progress, missing)
                 _unpack(archive, tarball, folder)
-    finally:  # whoever still waits for the lock finds the files
+    finally:  # a process that still waits for the lock looks for the files again
         with suppress(OSError):
             lock.unlink()
             for each in created:

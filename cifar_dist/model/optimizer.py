@@ -168,9 +168,8 @@ def _newton_schulz(matrices: Sequence[Tensor], steps: int, *, scales: bool = Tru
 
     Each step multiplies X by a polynomial of G. These small square polynomials are multiplied with each other first, in
     one batch for all matrices of one size, and X only once, at the end: a third of the work for a ResNet-18's largest
-    filters. That squares the singular values,
-    for which bfloat16 would be too coarse. A tall matrix uses G = X'X from the right. Smaller matrices than
-    `least_side` are padded with zeros to it: on a GPU the cost is the number of products.
+    filters. That squares the singular values, for which bfloat16 would be too coarse. A tall matrix uses G = X'X from
+    the right. Smaller matrices than `least_side` are padded with zeros: on a GPU the cost is the number of products.
     """
     grams = [each.mT @ each if len(each) > each.shape[1] else each @ each.mT for each in matrices]
     alike: dict[int, list[int]] = {}

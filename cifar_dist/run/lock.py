@@ -48,16 +48,16 @@ class RunLock:
 
     def release(self) -> None:
         """Release the lock. Remove its file, and the folders that it created, if no run was written there."""
-        if self._lock is None:
-            return
-        file = Path(self._lock.lock_file)
+        lock, created, self._lock, self._created = self._lock, self._created, None, []
         with contextlib.suppress(OSError):
-            if [each.name for each in file.parent.iterdir()] == [file.name]:
-                file.unlink()
-            for folder in self._created:
+            if lock is not None:
+                file = Path(lock.lock_file)
+                if [each.name for each in file.parent.iterdir()] == [file.name]:
+                    file.unlink()
+            for folder in created:
                 folder.rmdir()
-        self._lock.release()
-        self._lock = None
+        if lock is not None:
+            lock.release()
 
     def __enter__(self) -> Self:
         return self

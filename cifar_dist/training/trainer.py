@@ -132,7 +132,6 @@ class Trainer:
         """Validate, keep the best weights, vote on early stopping, and save if it is due."""
         state = self.state
         loss, correct, images = self._agree()
-        self._tick()
         self._check_weights()
         self.runtime.average_over_ranks(state.own_statistics)
         validation = self._validate()
@@ -152,12 +151,14 @@ class Trainer:
         return record
 
     def _agree(self) -> tuple[float, float, float]:
-        """Return the loss, correct predictions and images of the epoch so far, summed over the ranks.
+        """Return the loss, correct predictions and images of the epoch so far, summed over the ranks. Count the time.
 
         Raises DivergedError or InterruptedRun on all ranks if one of them has a reason.
         """
         own = (*self.state.sums.read(), self.interrupt.wanted, self.recorder.should_save_now())
         losses, correct, images, bad_steps, stops, saves = zip(*self.runtime.ranks.all_gather(own), strict=True)
+        now = time.perf_counter()
+        self.state.epoch_seconds, self._clock = self.state.epoch_seconds + now - self._clock, now
         if math.isfinite(first := min(bad_steps)):
             raise self._divergence(int(first))
         if any(stops):
@@ -170,7 +171,6 @@ class Trainer:
     def _save(self) -> None:
         """Save within an epoch, with the sums and statistics of each rank. A collective."""
         ranks, state = self.runtime.ranks, self.state
-        self._tick()
         self._save_is_due = False
         sums = ranks.all_gather(state.sums.read()[:3])
         own = [value for tensor in state.own_statistics for value in tensor.tolist()]
@@ -178,11 +178,6 @@ class Trainer:
         self.runtime.average_over_ranks(state.own_statistics)
         self.recorder.save(state, sums, statistics)
         state.set_own_statistics(own)  # as if nothing had been saved
-
-    def _tick(self) -> None:
-        """Add the time since the last call to that of the epoch."""
-        now = time.perf_counter()
-        self.state.epoch_seconds, self._clock = self.state.epoch_seconds + now - self._clock, now
 
     def _check_weights(self) -> None:
         """Raise DivergedError if a weight is not finite. The loss shows it only in the next step, after a save."""

@@ -202,6 +202,16 @@ def test_a_signal_while_figures_are_drawn_does_not_end_a_trained_run(capsys, mon
     assert summary.status == "completed" and summary.test is not None
 
 
+def test_a_second_ctrl_c_while_figures_are_drawn_loses_no_result(monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(figures, "draw_curves", interrupted)
+    train("--epochs", "1", "--run-dir", "x", code=130)
+    summary = RunDirectory(Path("x")).read_summary()
+    assert summary.status == "completed" and summary.test is not None
+
+
 def test_a_run_that_is_killed_while_figures_are_drawn_is_done(monkeypatch):
     def killed(*_, **__):
         raise Killed

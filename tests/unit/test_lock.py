@@ -52,6 +52,16 @@ def test_a_lock_leaves_what_was_there(tmp_path):
         lock.acquire(tmp_path / "config.yaml" / "run")
 
 
+def test_a_lock_that_cannot_be_made_leaves_no_folder(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("cifar_dist.run.lock.FileLock.acquire", full)
+    with pytest.raises(OSError, match="No space"), RunLock() as lock:
+        lock.acquire(tmp_path / "runs" / "mine")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_mistake_that_is_found_later_leaves_no_folder(monkeypatch, capsys):
     def find_mistake(*_, **__):
         assert Path("runs/original-shapes-seed0").is_dir()
