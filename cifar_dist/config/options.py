@@ -57,7 +57,7 @@ _RECIPE = (f"{', '.join(recipe_names())} (default {DEFAULT_RECIPE}), or YAML", "
 _RECIPE_OF_WEIGHTS = ("for bare weights: whose stem and normalisation they have", "NAME|FILE")
 _TRACKER = ("log to tensorboard, wandb, mlflow or another of Accelerate's trackers; may be repeated", "NAME")
 _JSON = ("write the result there; - for the standard output", "FILE")
-_SET = ("set fields of the recipe, e.g. optimizer.learning_rate=0.1; wins over flags and files", "KEY=VALUE")
+_SET = ("set fields of the recipe, e.g. optimizer.learning_rate=0.1; overrides flags and files", "KEY=VALUE")
 _SEVERAL: dict[str, Any] = {"default": dict, "nargs": "+", "action": "extend"}
 _CHECKPOINT = "FILE|RUN_DIR"
 
