@@ -3,7 +3,6 @@
 import functools
 import io
 import itertools
-import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +12,6 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.flop_counter import FlopCounterMode
 
 from cifar_dist.config.accelerate_config import AccelerateConfig
 from cifar_dist.config.errors import EXIT_DONE
@@ -39,18 +37,6 @@ NUM_CLASSES = 10
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}
 _MAX_ROUNDS = 16
 _STEPS_PER_ROUND = 2
-
-# Dense peak of the matrix units in TFLOP/s, for 16 bits and for float32 (TF32 if available, as torch's convolutions
-# use it), by a pattern of the name. Source: NVIDIA's data sheets.
-_PEAK_TERAFLOPS = {
-    "H100|G?H200": (989.4, 494.7),
-    "A100": (312.0, 156.0),
-    "L40S": (362.0, 183.0),
-    "L4": (121.0, 60.0),
-    "RTX 4090": (165.2, 82.6),
-    "V100": (125.0, 15.7),
-    "T4": (65.0, 8.1),
-}
 
 
 def run(options: BenchOptions, world: World, config: AccelerateConfig) -> int:
@@ -88,7 +74,6 @@ def _measure(recipe: Recipe, runtime: Runtime, seconds: float, console: Console)
         parts = seconds_by_part(trainer)
     bare_rate, loop_rate = (statistics.median(rates) for rates in zip(*rounds, strict=True))
     ratios = [ours / bare for bare, ours in rounds]
-    flops, peak = flops_per_image(recipe), peak_flops(runtime)
     return {
         "bare_step_images_per_second": bare_rate,
         "loop_images_per_second": loop_rate,
@@ -96,8 +81,6 @@ def _measure(recipe: Recipe, runtime: Runtime, seconds: float, console: Console)
         "loop_over_bare_min": min(ratios),
         "loop_over_bare_max": max(ratios),
         "seconds_by_part": parts,
-        "flops_per_image": flops,
-        "model_flop_utilisation": None if peak is None else loop_rate * flops / (peak * runtime.world.size),
         "rounds": len(rounds),
         "device": runtime.device.type,
         "precision": runtime.precision,
@@ -235,21 +218,3 @@ def seconds_by_part(trainer: Trainer, *, count: int = 5) -> dict[str, float]:
             seconds[name] += seconds_of(action, 1, runtime) / count
         step.optimizer.zero_grad()
     return seconds
-
-
-def flops_per_image(recipe: Recipe) -> float:
-    """Return the operations (a multiply-add is two) of one image's forward and backward pass."""
-    model = build_resnet(recipe.stem, NUM_CLASSES, seed=0)
-    images = torch.zeros(2, 3, recipe.image_size, recipe.image_size)
-    with FlopCounterMode(display=False) as counter:
-        model(images).sum().backward()
-    return float(counter.get_total_flops()) / len(images)
-
-
-def peak_flops(runtime: Runtime) -> float | None:
-    """Return the device's peak in the run's precision, in operations per second; None if unknown."""
-    if runtime.device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(runtime.device)
-    known = next((peaks for model, peaks in _PEAK_TERAFLOPS.items() if re.search(rf"\b({model})\b", name)), None)
-    return None if known is None else 1e12 * known[runtime.precision == "no"]

@@ -105,14 +105,11 @@ def format_bench(result: Mapping[str, Any]) -> list[str]:
         ["bare step", f"{result['bare_step_images_per_second']:,.0f} images/s"],
         ["our loop", f"{result['loop_images_per_second']:,.0f} images/s"],
     ]
-    work = f"{result['flops_per_image'] * result['loop_images_per_second'] / 1e12:.3g} TFLOP/s of the model"
-    if result["model_flop_utilisation"] is not None:
-        work += f", {result['model_flop_utilisation']:.1%} of the device's peak"
     how = "each given to the GPU by itself, not replayed, and" if result["compiler"] == "CUDAGRAPHS" else "each"
     parts: Mapping[str, float] = result["seconds_by_part"]
     return [
         *format_table(rows),
-        f"our loop is {ratio} {result['loop_over_bare_max']:.3f} in {result['rounds']} rounds); {work}",
+        f"our loop is {ratio} {result['loop_over_bare_max']:.3f} in {result['rounds']} rounds)",
         "",
         f"milliseconds a step, by part, {how} waited for:",
         *(f"{name:<14}{1000 * each:>9.2f}  {each / sum(parts.values()):>6.1%}" for name, each in parts.items()),

@@ -10,7 +10,6 @@ import weakref
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,11 +44,11 @@ def test_it_measures_and_writes_its_figures(capsys):
         "data", "augmentation", "normalization", "forward", "backward", "optimizer", "metrics", "progress", "average",
     ]  # fmt: skip
     assert all(seconds > 0 for seconds in result["seconds_by_part"].values())
-    assert (result["model_flop_utilisation"], result["compiler"]) == (None, None)
+    assert result["compiler"] is None
     shown = capsys.readouterr().out
     for name in ("bare step", "our loop"):
         assert re.search(rf"^{name} +[\d,]+", shown, re.MULTILINE), shown
-    assert "TFLOP/s of the model" in shown and "milliseconds a step, by part, each waited for:" in shown
+    assert "milliseconds a step, by part, each waited for:" in shown
     assert re.search(r"^\d+ rounds, in turns: about [\d.]+ (s|min)", shown, re.MULTILINE), shown
     replayed = format_bench({**result, "compiler": "CUDAGRAPHS"})
     assert any("each given to the GPU by itself, not replayed, and waited for" in line for line in replayed)
@@ -108,8 +107,6 @@ def test_the_floor_does_what_twenty_lines_do_and_nothing_else(precision):
 def test_all_measured_steps_are_alike():
     assert [len(bench.random_dataset(8, batch).train) for batch in (512, 8192)] == [19_968, 32_768]
     assert bench.recipe_for_speed(BenchOptions(recipe="quick")).image_size_schedule is None
-    # 0.5559 G multiply-adds forward (arXiv 1512.03385's shapes at 32 pixels), twice that backward, two operations each.
-    assert bench.flops_per_image(make_recipe("stem=cifar")) == pytest.approx(6 * 0.5559e9, rel=0.01)
 
 
 def test_loops_take_turns(runtime):
@@ -120,18 +117,6 @@ def test_loops_take_turns(runtime):
     assert [len(rates) for rates in rounds] == [2] * 16
     # Warm-up, a look, then 16 rounds in an order that is turned round each time; runs of one loop count as one.
     assert re.sub(r"(.)\1+", r"\1", "".join(calls)) == re.sub(r"(.)\1+", r"\1", 2 * "ab" + 8 * "abba")
-
-
-@pytest.mark.parametrize(
-    ("name", "precision", "peak"),
-    [
-        ("NVIDIA A100-SXM4-40GB", "no", 156e12), ("NVIDIA GH200 480GB", "bf16", 989.4e12),
-        ("NVIDIA L40", "fp16", None), ("NVIDIA T400 4GB", "fp16", None),
-    ],
-)  # fmt: skip
-def test_peaks_of_cards(monkeypatch, name, precision, peak):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
-    assert bench.peak_flops(SimpleNamespace(device=torch.device("cuda"), precision=precision)) == peak
 
 
 @pytest.mark.full
