@@ -64,7 +64,7 @@ def _run(argv: list[str], world: World) -> int:
     if config.gpu_ids is not None and world.launcher == "none":
         os.environ["CUDA_VISIBLE_DEVICES"] = config.gpu_ids
     count = processes_to_start(world, config)
-    is_dry = command == "doctor" or getattr(options, "dry_run", False)
+    is_dry = getattr(options, "dry_run", False)
     # In a world of several processes rank 0 checks the same later, and tells the others.
     request = (
         check_before_torch(options, world_size=count, machine_rank=config.machine_rank) if world.size == 1 else None

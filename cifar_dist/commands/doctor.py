@@ -1,25 +1,23 @@
-"""`doctor`: print this machine's devices and data, and the plan of a training."""
+"""`doctor`: print this machine's devices and data, and what is missing."""
 
 import os
 import platform
 from pathlib import Path
 
-from cifar_dist.config.accelerate_config import AccelerateConfig, planned_processes, planned_world
+from cifar_dist.config.accelerate_config import AccelerateConfig
 from cifar_dist.config.cpus import usable_cores
-from cifar_dist.config.errors import EXIT_DONE, UserError
+from cifar_dist.config.errors import EXIT_DONE
 from cifar_dist.config.options import DoctorOptions
-from cifar_dist.config.plan import KNOWN_SIZES, fit_to_dataset, make_plan
-from cifar_dist.config.provenance import git_commit, package_versions
-from cifar_dist.config.recipe import DEFAULT_RECIPE, read_recipe, recipe_label, resolve_recipe
+from cifar_dist.config.provenance import command_line, git_commit, package_versions
+from cifar_dist.config.recipe import DEFAULT_RECIPE, read_recipe, resolve_recipe
 from cifar_dist.config.world import World
 from cifar_dist.data.cifar import CIFAR10, CIFAR100, where_found
 from cifar_dist.data.dataset import load_dataset
 from cifar_dist.display.progress import loading_progress
 from cifar_dist.display.terminal import make_console, print_header, print_notes
 from cifar_dist.model.networks import imagenet_weights, imagenet_weights_path
-from cifar_dist.model.optimizer import learning_rate_line
 from cifar_dist.run.resolve import DEFAULT_DATA_DIR, DEFAULT_DATASET
-from cifar_dist.runtime.device import check_world, choose_compute, describe_devices
+from cifar_dist.runtime.device import describe_devices
 
 
 def run(options: DoctorOptions, world: World, config: AccelerateConfig) -> int:
@@ -30,7 +28,7 @@ def run(options: DoctorOptions, world: World, config: AccelerateConfig) -> int:
         with loading_progress(console, DEFAULT_DATASET) as progress:
             load_dataset(DEFAULT_DATASET, data_dir, resolve_recipe(read_recipe(DEFAULT_RECIPE)), progress=progress)
         imagenet_weights(lambda text: print_notes(console, [text]))
-    print_header(console, _machine() | _data(data_dir) | _training(options, world, config))
+    print_header(console, _machine() | _data(data_dir) | {"plan": f"of a run: {command_line('--dry-run')}"})
     return EXIT_DONE
 
 
@@ -54,24 +52,3 @@ def _data(data_dir: Path) -> dict[str, str]:
         "cifar100": where_found(CIFAR100, data_dir),
         "ImageNet weights": f"found: {path}" if path.exists() else "missing (only --recipe finetune needs them)",
     }
-
-
-def _training(options: DoctorOptions, world: World, config: AccelerateConfig) -> dict[str, str]:
-    """Describe what `launch.py` with this config and recipe would do."""
-    future, name = planned_world(world, config), options.recipe or DEFAULT_RECIPE
-    recipe, sizes = resolve_recipe(read_recipe(name)), KNOWN_SIZES[DEFAULT_DATASET]
-    micro_batches = recipe.gradient_accumulation_steps
-    compute = choose_compute(
-        config, os.environ, future, requested_precision=options.precision, micro_batches=micro_batches
-    )
-    lines = {"recipe": f"{recipe_label(name)} on {DEFAULT_DATASET}", "device": compute.line}
-    try:
-        check_world(future, compute.device_type, os.environ)
-        recipe = fit_to_dataset(recipe, sizes)
-        plan = make_plan(recipe, world_size=future.size, sizes=sizes, device_type=compute.device_type)
-        lines |= {**plan.lines, "learning rate": learning_rate_line(recipe, plan)}
-    except UserError as error:
-        lines["plan"] = f"none: {error}"
-    if compute.notes:
-        lines["note"] = "; ".join(compute.notes)
-    return lines | {"would start": planned_processes(world, config)}

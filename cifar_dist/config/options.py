@@ -183,10 +183,9 @@ class BenchOptions(DeviceOptions):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DoctorOptions(DeviceOptions):
-    """Show what this machine has, which data is here, and what would run."""
+class DoctorOptions(Options):
+    """Show what this machine has, which data is here, and what is missing."""
 
-    recipe: str | None = flag("--recipe", *_RECIPE)
     data_dir: Path | None = flag("--data-dir", *_DATA_DIR)
     download: bool = flag("--download", "fetch CIFAR-10 and the ImageNet weights where missing", default=False)
 

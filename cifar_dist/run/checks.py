@@ -8,7 +8,6 @@ from typing import Any
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.options import (
     BenchOptions,
-    DoctorOptions,
     EvalOptions,
     ExportOptions,
     Options,
@@ -61,8 +60,6 @@ def check_before_torch(options: Options, *, world_size: int, machine_rank: int) 
     elif isinstance(options, BenchOptions):
         check_output("--json", options.json, options.recipe, options.config)
         make_plan(recipe_for_speed(options), world_size=world_size, sizes=KNOWN_SIZES["cifar10"], device_type="cpu")
-    elif isinstance(options, DoctorOptions) and options.recipe is not None:
-        resolve_recipe(read_recipe(options.recipe))
     return None
 
 

@@ -52,7 +52,6 @@ REFUSALS = {
     "report nothere": "there is no run in nothere",
     "bench --set lr=1": "unknown recipe field 'lr', did you mean 'optimizer.learning_rate'?",
     "bench --json no/such/file": "--json no/such/file cannot be written",
-    "doctor --recipe orignal": "unknown recipe 'orignal'",
 }
 
 
