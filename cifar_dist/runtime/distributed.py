@@ -4,7 +4,6 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -161,7 +160,7 @@ def start(
     """Choose device, precision and threads, and start Accelerate on them.
 
     `num_threads` is that of a checkpoint; None chooses it for this machine. `doing` is a word for the notes. Raises
-    UserError if Accelerate cannot be started as requested.
+    UserError if Accelerate cannot be started as requested, or if the ranks chose different precisions.
     """
     world = ranks.world
     compute = device_module.choose_compute(
@@ -173,7 +172,7 @@ def start(
         doing=doing,
         micro_batches=micro_batches,
     )
-    compute = _common_precision(compute, ranks)
+    _check_one_precision(compute.precision, ranks)
     torch.set_num_threads(compute.num_threads)
     # DDP need not broadcast the running statistics: they are equal on all ranks, or averaged before use.
     wrapping = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -194,15 +193,12 @@ def start(
     return Runtime(accelerator, ranks, compute)
 
 
-def _common_precision(compute: ComputeSettings, ranks: Ranks) -> ComputeSettings:
-    """Return settings with one precision for all ranks: float32 if machines of several kinds choose differently."""
+def _check_one_precision(precision: str, ranks: Ranks) -> None:
+    """Raise SharedError on all ranks if they chose different precisions, as machines of several kinds may."""
     names = ("no", "fp16", "bf16")
-    chosen = {names[int(number)] for (number,) in ranks.all_gather([names.index(compute.precision)])}
-    if len(chosen) == 1:
-        return compute
-    note = f"the processes could not all serve one precision ({', '.join(sorted(chosen))}): using float32"
-    reason = "the processes differ"
-    return replace(compute, precision="no", precision_reason=reason, notes=(*compute.notes, note))
+    chosen = sorted({names[int(number)] for (number,) in ranks.all_gather([names.index(precision)])})
+    if len(chosen) > 1:
+        raise SharedError(f"the processes chose different precisions ({', '.join(chosen)}): type --precision no")
 
 
 def _set_environment(world: World, *, cpu: bool) -> None:

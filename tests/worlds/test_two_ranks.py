@@ -6,7 +6,6 @@ import math
 import os
 import socket
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +25,7 @@ from cifar_dist.model.layers import (
     use_groups,
 )
 from cifar_dist.run.results import Observer
-from cifar_dist.runtime.distributed import _common_precision
+from cifar_dist.runtime.distributed import _check_one_precision
 from cifar_dist.training.evaluation import EvaluationSet
 from cifar_dist.training.setup import build_trainer
 from cifar_dist.training.trainer import DivergedError, InterruptedRun
@@ -176,11 +175,11 @@ def ghost_batch_norm(runtime):
 
 
 def precisions(runtime):
-    """Return what ranks agree on if they chose different precisions, and if equal ones."""
-    compute = runtime.compute
-    first = _common_precision(replace(compute, precision="bf16" if runtime.is_main else "fp16"), runtime.ranks)
-    second = _common_precision(replace(compute, precision="bf16"), runtime.ranks)
-    return first.precision, first.notes, second.precision, second.notes
+    """Return the refusal of ranks that chose different precisions; equal ones are accepted."""
+    _check_one_precision("bf16", runtime.ranks)
+    with pytest.raises(SharedError) as refusal:
+        _check_one_precision("bf16" if runtime.is_main else "fp16", runtime.ranks)
+    return str(refusal.value)
 
 
 def make_trainer(runtime, *assignments, num_train=72, base="original"):
@@ -353,8 +352,8 @@ def test_ghost_groups_are_normalized_by_their_own_moments(world, runtime):
 
 
 def test_ranks_have_one_precision(world):
-    note = ("the processes could not all serve one precision (bf16, fp16): using float32",)
-    assert world["precisions"] == [("no", note, "bf16", ())] * 2
+    refusal = "the processes chose different precisions (bf16, fp16): type --precision no"
+    assert world["precisions"] == [refusal] * 2
 
 
 def test_the_default_recipe_trains_the_same_weights_as_one_process(world, runtime):
