@@ -1,8 +1,6 @@
-"""Reports of runs: the table that compares them, its CSV and Markdown, and the page of one run or of several."""
+"""Reports of runs: the table that compares them, also in Markdown, and the page of one run or of several."""
 
 import base64
-import csv
-import io
 import json
 import statistics
 from collections import Counter
@@ -33,18 +31,13 @@ from cifar_dist.run.directory import RunDirectory
 from cifar_dist.run.results import EpochRecord, RunMetadata, Summary
 
 _ADVICE = "name another folder with --out"
-_LEADING = ("run", "status", "seed", "epochs")
-# Columns of the table: heading, digits after the point, factor, and the field of the CSV.
+# Columns of the table: heading, digits after the point, factor, and the name in `ReportedRun.measures`.
 _MEASURES = (
     ("accuracy %", 2, 100, "top1"),
     ("loss", 4, 1, "loss"),
     ("training s", 1, 1, "train_seconds"),
     ("images/s", 0, 1, "images_per_second"),
 )
-_CSV_FIELDS = (
-    *_LEADING, *(field for *_, field in _MEASURES), "top5", "recipe", "dataset", "best_epoch", "device", "precision",
-    "world_size", "num_threads", "git_commit",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -73,20 +66,16 @@ class ReportedRun:
         return fields | {"content of the dataset": data.fingerprint[:8]}
 
     @property
-    def row(self) -> dict[str, Any]:
-        """The fields of the CSV."""
-        metadata, summary = self.metadata, self.summary
+    def measures(self) -> dict[str, float | None]:
+        """The values by which runs are compared; None where there is none yet."""
         seconds = sum(record.epoch_seconds for record in self.records)
         images = sum(record.images_per_second * record.epoch_seconds for record in self.records)
-        fields = {name: getattr(summary, name, None) for name in _CSV_FIELDS}
-        fields |= {name: getattr(summary.test, name, None) for name in ("top1", "top5", "loss")}
-        return fields | {
-            "run": str(self.path),
-            "seed": metadata.recipe.seed,
+        test = self.summary.test
+        return {
+            "top1": None if test is None else test.top1,
+            "loss": None if test is None else test.loss,
+            "train_seconds": self.summary.train_seconds,
             "images_per_second": images / seconds if seconds else None,
-            "recipe": metadata.recipe_name,
-            "dataset": Path(metadata.dataset.name).name,
-            "git_commit": metadata.git_commit,
         }
 
 
@@ -107,14 +96,13 @@ def read_run(path: Path, name: str) -> ReportedRun:
 
 def comparison_rows(runs: Sequence[ReportedRun]) -> list[list[str]]:
     """Return headings, a row for each run, and the mean and standard deviation over the seeds of each experiment."""
-    rows = [[*_LEADING, *(heading for heading, *_ in _MEASURES)]]
+    rows = [["run", "status", "seed", "epochs", *(heading for heading, *_ in _MEASURES)]]
     for run in runs:
-        row = run.row
-        numbers = [_format_mean([row[field]], digits, factor) for _, digits, factor, field in _MEASURES]
+        numbers = [_format_mean([run.measures[name]], digits, factor) for _, digits, factor, name in _MEASURES]
         epochs = f"{run.summary.epochs}/{run.metadata.recipe.epochs}"
-        rows.append([run.name, run.summary.status, str(row["seed"]), epochs, *numbers])
+        rows.append([run.name, run.summary.status, str(run.metadata.recipe.seed), epochs, *numbers])
     for label, count, values in _seed_groups(runs):
-        numbers = [_format_mean(values[field], digits, factor) for _, digits, factor, field in _MEASURES]
+        numbers = [_format_mean(values[name], digits, factor) for _, digits, factor, name in _MEASURES]
         rows.append([f"mean ± sd of {count} runs{label}", "", "", "", *numbers])
     return rows
 
@@ -136,19 +124,6 @@ def untested_note(run: ReportedRun) -> str:
     """Describe an untested run, with the command that tests its last checkpoint."""
     command = command_line("eval", "--ckpt", run.path)
     return f"not tested yet: {command}" if RunDirectory(run.path).last.exists() else "not tested yet"
-
-
-def format_csv(runs: Sequence[ReportedRun]) -> str:
-    """Return the table for programs: full precision, accuracies as fractions of 1."""
-    file = io.StringIO()
-    writer = csv.DictWriter(file, _CSV_FIELDS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(run.row for run in runs)
-    for label, count, values in _seed_groups(runs):
-        for name, reduce in (("mean", statistics.mean), ("standard deviation", statistics.stdev)):
-            numbers = {field: reduce(column) for field, column in values.items() if len(column) > 1}
-            writer.writerow({"run": f"{name} of {count} runs{label}", **numbers})
-    return file.getvalue()
 
 
 def format_markdown(runs: Sequence[ReportedRun]) -> str:
@@ -176,7 +151,7 @@ def report_run(run: ReportedRun, out: Path | None, console: Console) -> None:
 def compare_runs(runs: Sequence[ReportedRun], out: Path | None, console: Console) -> None:
     """Print the table of several runs; with `out`, write it there too, with their curves and a page."""
     print_table(console, comparison_rows(runs))
-    written = "--out DIR writes the curves, the table as CSV and Markdown, and a page"
+    written = "--out DIR writes the curves, the table in Markdown, and a page"
     if out is not None:
         with writing(out, _ADVICE):
             written = f"written: {', '.join(write_comparison(runs, out))} in {out}"
@@ -223,7 +198,7 @@ def write_run(run: ReportedRun, saved: Mapping[str, NDArray[Any]] | None, figure
 
 
 def write_comparison(runs: Sequence[ReportedRun], folder: Path) -> list[str]:
-    """Write the curves of several runs, their table as CSV and Markdown, and a page; return the names of the files."""
+    """Write the curves of several runs, their table in Markdown, and a page; return the names of the files."""
     from cifar_dist.display.figures import draw_curves
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -231,11 +206,10 @@ def write_comparison(runs: Sequence[ReportedRun], folder: Path) -> list[str]:
     if any(run.records for run in runs):
         figures.append(folder / "curves.png")
         draw_curves({run.name: run.records for run in runs}, figures[0], title=title, marks={})
-    texts = {"report.csv": format_csv(runs), "report.md": format_markdown(runs)}
-    for name, text in texts.items():
-        write_output(folder / name, text.encode(errors="backslashreplace"))
+    table = folder / "report.md"
+    write_output(table, format_markdown(runs).encode(errors="backslashreplace"))
     _write_page(page, figures, title=title, table=comparison_rows(runs), notes=comparison_notes(runs), texts={})
-    return [*(path.name for path in figures), *texts, page.name]
+    return [path.name for path in (*figures, table, page)]
 
 
 def _write_page(path: Path, figures: Sequence[Path], **content: Any) -> None:
@@ -255,7 +229,7 @@ def _same_experiment(runs: Sequence[ReportedRun]) -> list[list[ReportedRun]]:
     return list(groups.values())
 
 
-def _seed_groups(runs: Sequence[ReportedRun]) -> list[tuple[str, int, dict[str, list[float]]]]:
+def _seed_groups(runs: Sequence[ReportedRun]) -> list[tuple[str, int, dict[str, list[float | None]]]]:
     """Return a label, the number of runs and the values by field for each experiment with several seeds."""
     groups = [
         group for group in _same_experiment(runs) if len({run.metadata.recipe.seed for run in group}) == len(group) > 1
@@ -263,9 +237,8 @@ def _seed_groups(runs: Sequence[ReportedRun]) -> list[tuple[str, int, dict[str, 
     differing, found = _differing_fields([group[0] for group in groups])[:3], []
     for group in groups:
         label = ", ".join(f"{name}={group[0].experiment.get(name)}" for name in differing)
-        rows = [run.row for run in group]
-        values = {field: [row[field] for row in rows if row[field] is not None] for *_, field in _MEASURES}
-        if len({(row["world_size"], row["num_threads"]) for row in rows}) > 1:  # times that are not comparable
+        values = {name: [run.measures[name] for run in group] for *_, name in _MEASURES}
+        if len({(run.summary.world_size, run.summary.num_threads) for run in group}) > 1:  # no mean of times
             values |= {"train_seconds": [], "images_per_second": []}
         found.append((f" ({label})" if label else "", len(group), values))
     return found
