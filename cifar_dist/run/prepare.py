@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +142,7 @@ class RunRecorder(Recorder):
     def begin(self, state: TrainState, damage: str | None) -> list[EpochRecord]:
         """Create the files before the first step. Return the records of earlier epochs on rank 0. Raises UserError.
 
-        If the last checkpoint is damaged (`damage`), it is renamed, so that it does not become the previous one.
+        If the last checkpoint is damaged (`damage`), it becomes damaged.pt, and not the previous one.
         """
         directory = self.directory
         if not self._runtime.is_main:
@@ -151,8 +150,7 @@ class RunRecorder(Recorder):
         with writing(directory.path, _DISK_ADVICE):
             directory.create()
             if damage is not None and directory.last.exists():
-                names = (directory.last.with_name(f"damaged-{number}.pt") for number in count(1))
-                directory.last.replace(next(name for name in names if not name.exists()))
+                directory.last.replace(directory.last.with_name("damaged.pt"))
             directory.write_metadata(self._metadata)
             records = directory.truncate_records(state.epoch)
             self.write_summary("running", state)

@@ -105,16 +105,17 @@ def two_epochs(tmp_path_factory) -> Path:
 def test_a_damaged_last_checkpoint_is_replaced_by_the_previous(capsys, whole, two_epochs, how, message):
     """tests/unit/test_checkpoint.py has every kind of damage."""
     shutil.copytree(two_epochs, "parts")
-    last, kept = Path("parts/checkpoints/last.pt"), Path("parts/checkpoints/damaged-1.pt")
+    last, kept = Path("parts/checkpoints/last.pt"), Path("parts/checkpoints/damaged.pt")
     spoil(last, how)
-    damaged = last.read_bytes() if last.exists() else None
+    kept.write_bytes(b"of an earlier damage")
+    damaged = (last if last.exists() else kept).read_bytes()
     assert main(["--resume", "parts", "--epochs", "3"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "going on from previous.pt" in shown
     assert f"parts/checkpoints/last.pt {message}" in shown
     assert not Path("ran").exists()
     assert_same_run(whole, "parts")
-    assert (kept.read_bytes() if kept.exists() else None) == damaged
+    assert kept.read_bytes() == damaged
     load_checkpoint(Path("parts/checkpoints/previous.pt"))
 
 
