@@ -3,7 +3,7 @@
 import os
 import re
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,6 +19,7 @@ from cifar_dist.commands import train as train_command
 from cifar_dist.config.accelerate_config import AccelerateConfig, load_accelerate_config, processes_to_start
 from cifar_dist.config.errors import EXIT_DONE, UserError
 from cifar_dist.config.options import EvalOptions, Precision, PredictOptions, TrainOptions
+from cifar_dist.config.own_code import register
 from cifar_dist.config.recipe import Recipe
 from cifar_dist.config.world import World
 from cifar_dist.display.terminal import make_console, print_error
@@ -26,6 +27,8 @@ from cifar_dist.run.results import Evaluation, Prediction, Summary
 from cifar_dist.run.weights import read_weights
 
 PathLike = str | os.PathLike[str]
+Model = str | Callable[..., nn.Module]
+"""A model of torchvision, `fastnet`, `file.py:function`, or a function that gets `num_classes`."""
 T = TypeVar("T")
 _SEVERAL = ("images", "trackers")
 _NAMES = {"ckpt": "checkpoint", "resume": "resume=True", "tracker": "trackers"}
@@ -46,6 +49,7 @@ def _arguments_by_name() -> Iterator[None]:
 def train(
     recipe: PathLike | Recipe | None = None,
     *,
+    model: Model | None = None,
     dataset: PathLike | None = None,
     data_dir: PathLike | None = None,
     run_dir: PathLike | None = None,
@@ -57,6 +61,7 @@ def train(
 ) -> Summary:
     """Train a recipe (a name, a file, or a `Recipe`), test it once, and return the summary of the run.
 
+    `model` overrides the recipe's: a name, or a function that is called with `num_classes` and returns an `nn.Module`.
     `run_dir` is where the run is written (default: a new folder in `runs/`); `resume` continues the run there.
     Defaults are `standard` on CIFAR-10 in `data`, or those of the resumed run. In a process group's process (under
     `accelerate.notebook_launcher` or torchrun) it is one of the ranks. With `quiet` nothing is printed.
@@ -66,7 +71,14 @@ def train(
         raise UserError("resume=True needs run_dir: the run's folder")
     places = {"dataset": dataset, "data_dir": data_dir, "run_dir": run_dir, "config": config}
     options = _options(
-        TrainOptions, recipe=recipe, **places, resume=resume, precision=precision, trackers=trackers, quiet=quiet
+        TrainOptions,
+        recipe=recipe,
+        assignments=_assign(model),
+        **places,
+        resume=resume,
+        precision=precision,
+        trackers=trackers,
+        quiet=quiet,
     )
     world, accelerate_config = World.from_environment(os.environ), _load_config(options.config)
     if (count := processes_to_start(world, accelerate_config)) > 1:
@@ -83,6 +95,7 @@ def train(
 def evaluate(
     checkpoint: PathLike,
     *,
+    model: Model | None = None,
     dataset: PathLike | None = None,
     data_dir: PathLike | None = None,
     split: Literal["test", "validation"] = "test",
@@ -94,10 +107,12 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a run directory, a checkpoint or a bare state dict; each image is counted once.
 
-    Defaults are those of the checkpoint. Raises UserError.
+    Defaults are those of the checkpoint. `model` is needed for a network of your own, and for bare weights that are
+    no ResNet-18's. Raises UserError.
     """
     places = {"checkpoint": checkpoint, "dataset": dataset, "data_dir": data_dir, "config": config}
-    options = _options(EvalOptions, **places, split=split, recipe=recipe, tta=tta, precision=precision)
+    how = {"split": split, "tta": tta, "precision": precision}
+    options = _options(EvalOptions, **places, assignments=_assign(model), recipe=recipe, **how)
     world = World.from_environment(os.environ)
     console = make_console(quiet=quiet or world.rank > 0)
     return evaluate_command.evaluate(options, world, _load_config(options.config), console)
@@ -108,6 +123,7 @@ def predict(
     checkpoint: PathLike,
     images: PathLike | Sequence[PathLike],
     *,
+    model: Model | None = None,
     recipe: PathLike | None = None,
     top: int = 5,
     precision: Precision | None = None,
@@ -116,11 +132,12 @@ def predict(
 ) -> list[Prediction]:
     """Predict the `top` most likely classes of image files, or of all images in folders.
 
-    `checkpoint` is a run directory, a checkpoint or a bare state dict, whose classes are numbered. Files that could
+    `checkpoint` and `model` are those of `evaluate`; the classes of a bare state dict are numbered. Files that could
     not be read come last, with the reason. Raises UserError if none could be read.
     """
+    how = {"top": top, "precision": precision, "config": config}
     options = _options(
-        PredictOptions, checkpoint=checkpoint, images=images, recipe=recipe, top=top, precision=precision, config=config
+        PredictOptions, checkpoint=checkpoint, images=images, assignments=_assign(model), recipe=recipe, **how
     )
     if not options.images:
         raise UserError("images is empty: it must be paths of files or folders")
@@ -131,18 +148,26 @@ def predict(
 
 
 @_arguments_by_name()
-def load_model(checkpoint: PathLike, *, recipe: PathLike | None = None) -> nn.Module:
-    """Load the network of a run directory, a checkpoint or a bare state dict: torchvision's ResNet-18, on the CPU.
+def load_model(checkpoint: PathLike, *, model: Model | None = None, recipe: PathLike | None = None) -> nn.Module:
+    """Load the network of a run directory, a checkpoint or a bare state dict, on the CPU.
 
-    It is in evaluation mode. Its input are normalised images (N, 3, S, S) (`model.recipe.normalization`,
-    `.image_size`), its output logits (N, classes) of `model.class_names`; None for a bare state dict.
+    `checkpoint` and `model` are those of `evaluate`. The network is in evaluation mode. Its input are normalized images
+    (N, 3, S, S) (`network.recipe.normalization`, `.image_size`), its output logits (N, classes) of
+    `network.class_names`, which is None for a bare state dict.
     Raises UserError.
     """
-    options = _options(EvalOptions, checkpoint=checkpoint, recipe=recipe)
-    weights = read_weights(options.checkpoint, options.recipe)
-    model = weights.build(torch.device("cpu"), torch.contiguous_format)
-    vars(model).update(class_names=weights.class_names, recipe=weights.recipe)
-    return model
+    options = _options(EvalOptions, checkpoint=checkpoint, assignments=_assign(model), recipe=recipe)
+    weights = read_weights(options.checkpoint, options.recipe, options.assignments)
+    network = weights.build(torch.device("cpu"), torch.contiguous_format)
+    vars(network).update(class_names=weights.class_names, recipe=weights.recipe)
+    return network
+
+
+def _assign(model: Model | None) -> dict[str, str]:
+    """Return the recipe field of a model. A function becomes known to this process by its name."""
+    if model is None:
+        return {}
+    return {"model": model if isinstance(model, str) else register(model)}
 
 
 def _options(cls: type[T], **values: Any) -> T:
@@ -150,7 +175,7 @@ def _options(cls: type[T], **values: Any) -> T:
     hints = typing.get_type_hints(cls)
     for name, value in values.items():
         hint, kinds = hints[name], {hints[name], *typing.get_args(hints[name])}
-        if isinstance(value, Recipe) or not {str, Path} & kinds or (value is None and type(None) in kinds):
+        if isinstance(value, Recipe | Mapping) or not {str, Path} & kinds or (value is None and type(None) in kinds):
             continue
         is_several = typing.get_origin(hint) is Sequence
         given = value if is_several and isinstance(value, Iterable) and not isinstance(value, str) else [value]

@@ -18,12 +18,12 @@ from cifar_dist.config.errors import EXIT_DONE
 from cifar_dist.config.files import STANDARD_OUTPUT, write_json
 from cifar_dist.config.options import BenchOptions
 from cifar_dist.config.plan import make_plan
-from cifar_dist.config.recipe import Recipe, recipe_label
+from cifar_dist.config.recipe import Recipe, describe_network, recipe_label
 from cifar_dist.config.world import World
 from cifar_dist.data.dataset import Dataset, LabelledImages
 from cifar_dist.display.progress import training_display
 from cifar_dist.display.terminal import format_bench, format_duration, make_console, print_lines, print_notes
-from cifar_dist.model.networks import build_resnet, use_dense_products
+from cifar_dist.model.networks import build_network, find_head, use_dense_products
 from cifar_dist.model.optimizer import build_optimizer
 from cifar_dist.run.checks import recipe_for_speed
 from cifar_dist.run.directory import check_output
@@ -47,7 +47,7 @@ def run(options: BenchOptions, world: World, config: AccelerateConfig) -> int:
     micro_batches, typed = recipe.gradient_accumulation_steps, options.precision
     with connect(world, config) as ranks:
         runtime = start(ranks, config, requested_precision=typed, doing="measuring", micro_batches=micro_batches)
-        what = f"{recipe_label(options.recipe)}, stem {recipe.stem}, batch {recipe.global_batch_size}"
+        what = f"{recipe_label(options.recipe)}, {describe_network(recipe)}, batch {recipe.global_batch_size}"
         processes = f"{world.size} process{'es' if world.size > 1 else ''}"
         print_notes(console, (*runtime.compute.notes, f"{what}, {processes}, {runtime.compute.line}"))
         result = _measure(recipe, runtime, options.seconds, console)
@@ -112,10 +112,10 @@ def bare_step(
 def build_bare_step(recipe: Recipe, runtime: Runtime) -> Callable[[], object]:
     """Build the bare step of this process's share of the batch, computed as the training loop computes."""
     batch, device, layout = recipe.global_batch_size // runtime.world.size, runtime.device, runtime.memory_format
-    model = build_resnet(recipe.stem, NUM_CLASSES, seed=recipe.seed)
+    model = build_network(recipe, NUM_CLASSES)
     use_dense_products(model)
     model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
-    optimizer = build_optimizer(model, recipe.optimizer)
+    optimizer = build_optimizer(model, recipe.optimizer, find_head(model, NUM_CLASSES))
     if runtime.compute.compiler is not None:
         model = runtime.compile(model, runtime.compute.compiler)
     images = torch.rand(batch, 3, recipe.image_size, recipe.image_size).to(device, memory_format=layout)

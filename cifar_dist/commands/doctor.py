@@ -15,7 +15,7 @@ from cifar_dist.data.cifar import CIFAR10, CIFAR100, where_found
 from cifar_dist.data.dataset import load_dataset
 from cifar_dist.display.progress import loading_progress
 from cifar_dist.display.terminal import make_console, print_header, print_notes
-from cifar_dist.model.networks import imagenet_weights, imagenet_weights_path
+from cifar_dist.model.pretrained import imagenet_weights, imagenet_weights_path
 from cifar_dist.run.resolve import DEFAULT_DATA_DIR, DEFAULT_DATASET
 from cifar_dist.runtime.device import describe_devices
 
@@ -27,7 +27,7 @@ def run(options: DoctorOptions, world: World, config: AccelerateConfig) -> int:
     if options.download and world.rank == 0:
         with loading_progress(console, DEFAULT_DATASET) as progress:
             load_dataset(DEFAULT_DATASET, data_dir, resolve_recipe(read_recipe(DEFAULT_RECIPE)), progress=progress)
-        imagenet_weights(lambda text: print_notes(console, [text]))
+        imagenet_weights(note=lambda text: print_notes(console, [text]))
     print_header(console, _machine() | _data(data_dir) | {"plan of a run": command_line("--dry-run")})
     return EXIT_DONE
 

@@ -72,7 +72,7 @@ def evaluate(options: EvalOptions, world: World, config: AccelerateConfig, conso
 
 def _read(options: EvalOptions) -> SavedWeights:
     check_evaluation(options)
-    weights = read_weights(options.checkpoint, options.recipe)
+    weights = read_weights(options.checkpoint, options.recipe, options.assignments)
     if weights.class_names is None and options.split == "validation":
         raise UserError("bare weights do not name the images that were held out: use --split test, or a checkpoint")
     return weights

@@ -14,7 +14,7 @@ from cifar_dist.config.errors import EXIT_DONE, UserError
 from cifar_dist.config.files import write_output
 from cifar_dist.config.options import ExportOptions
 from cifar_dist.config.provenance import package_versions
-from cifar_dist.config.recipe import recipe_to_mapping
+from cifar_dist.config.recipe import describe_network, recipe_to_mapping
 from cifar_dist.config.world import World
 from cifar_dist.data.loader import Normalizer
 from cifar_dist.display.terminal import make_console, print_notes
@@ -29,13 +29,13 @@ def run(options: ExportOptions, world: World, config: AccelerateConfig) -> int:
     if world.size > 1:
         raise UserError(f"export is the work of one process, and there are {world.size}: start one")
     out, kind = options.out, options.out.suffix
-    weights = read_weights(options.checkpoint, options.recipe)
+    weights = read_weights(options.checkpoint, options.recipe, options.assignments)
     write_output(out, _WRITERS[kind](weights))
     recipe = weights.recipe
     mean, std = list(recipe.normalization.mean), list(recipe.normalization.std)
     images = f"RGB images (N, 3, {recipe.image_size}, {recipe.image_size}) in [0, 1]"
     images += "" if kind == ".onnx" else f", normalised by mean {mean} and std {std}"
-    what = f"{out}: stem {recipe.stem}, {weights.num_classes} classes; takes {images}"
+    what = f"{out}: {describe_network(recipe)}, {weights.num_classes} classes; takes {images}"
     print_notes(make_console(), (*weights.notes, what))
     return EXIT_DONE
 

@@ -81,7 +81,7 @@ def predict(
 def _read(options: PredictOptions) -> tuple[SavedWeights, list[ImageFile], dict[str, str], str]:
     """Return the weights, the images, the unreadable files with the reason, and a note on skipped files."""
     check_output("--json", options.json, options.checkpoint, options.recipe, options.config)
-    weights = read_weights(options.checkpoint, options.recipe)
+    weights = read_weights(options.checkpoint, options.recipe, options.assignments)
     files, unreadable, skipped = find_images(options.images)
     check_output("--json", options.json, *(file.path for file in files))
     return weights, files, unreadable, skipped

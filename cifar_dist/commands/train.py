@@ -14,10 +14,11 @@ from rich.console import Console
 from cifar_dist.config.accelerate_config import AccelerateConfig, planned_processes, planned_world
 from cifar_dist.config.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_KEYBOARD_INTERRUPT, UserError
 from cifar_dist.config.options import TrainOptions
+from cifar_dist.config.own_code import own_sources, words_to_type
 from cifar_dist.config.plan import RunPlan, fit_to_dataset, make_plan
 from cifar_dist.config.provenance import command_line, git_commit, package_versions, version_note
-from cifar_dist.config.recipe import Recipe
-from cifar_dist.config.schema import to_mapping
+from cifar_dist.config.recipe import Recipe, describe_network, recipe_to_mapping
+from cifar_dist.config.schema import flatten, to_mapping
 from cifar_dist.config.world import SlurmJob, World
 from cifar_dist.data.cifar import ARCHIVES, where_found
 from cifar_dist.data.dataset import Dataset, known_sizes, load_dataset
@@ -75,7 +76,7 @@ def train(
         dataset, fingerprint = _load_dataset(console, spec, ranks)
         runtime = start(ranks, config, **spec.compute_settings(world.size))
         trainer, recorder, display = _build(console, prepared, dataset, fingerprint, runtime, interrupt, options.quiet)
-        resume_command = _resume_command(options, prepared.directory)
+        resume_command = _resume_command(options, prepared.directory, spec.recipe)
         try:
             with interrupt:
                 try:
@@ -95,7 +96,13 @@ def train(
             text, code = f"interrupted; go on with: {resume_command}", EXIT_KEYBOARD_INTERRUPT
         else:
             recorder.trackers.finish()
-            print_result(console, summary, trainer.plan.epochs, prepared.directory)
+            print_result(
+                console,
+                summary,
+                trainer.plan.epochs,
+                prepared.directory,
+                words_to_type({"model": trainer.recipe.model}),
+            )
             return EXIT_DONE, summary
         ranks.abandoned = True
         recorder.trackers.finish()
@@ -146,6 +153,7 @@ def _build(
         checkpoint_every_minutes=spec.checkpoint_every_minutes,
         checkpoint_every_steps=spec.checkpoint_every_steps,
         trackers=spec.trackers,
+        sources=own_sources(flatten(recipe_to_mapping(recipe))),
         plan=to_mapping(plan),
         versions=package_versions(),
         git_commit=git_commit(),
@@ -275,7 +283,7 @@ def _header(
     """Return the lines that are printed before a run: names and values."""
     lines = {
         "run": where,
-        "recipe": f"{spec.recipe_name} on {spec.dataset}, seed {recipe.seed}, stem {recipe.stem}",
+        "recipe": f"{spec.recipe_name} on {spec.dataset}, seed {recipe.seed}, {describe_network(recipe)}",
         "device": compute.line,
         **plan.lines,
         "learning rate": learning_rate_line(recipe, plan),
@@ -285,8 +293,8 @@ def _header(
     return lines | {"note": notes} if notes else lines
 
 
-def _resume_command(options: TrainOptions, directory: Path) -> str:
+def _resume_command(options: TrainOptions, directory: Path, recipe: Recipe) -> str:
     """Return the command that resumes the run in the same world."""
     world = ["--config", options.config] if options.config else []
     world += ["--num-processes", str(options.num_processes)] if options.num_processes else []
-    return command_line(*world, "--resume", directory)
+    return command_line(*world, "--resume", directory, *words_to_type(flatten(recipe_to_mapping(recipe))))

@@ -58,6 +58,10 @@ _RECIPE_OF_WEIGHTS = ("for bare weights: whose stem and normalisation they have"
 _TRACKER = ("log to tensorboard, wandb, mlflow or another of Accelerate's trackers; may be repeated", "NAME")
 _JSON = ("write the result there; - for the standard output", "FILE")
 _SET = ("set fields of the recipe, e.g. optimizer.learning_rate=0.1; overrides flags and files", "KEY=VALUE")
+_SET_OF_WEIGHTS = (
+    "model=NAME, for bare weights or a network of your own; also stem, image_size, normalization",
+    "KEY=VALUE",
+)
 _SEVERAL: dict[str, Any] = {"default": dict, "nargs": "+", "action": "extend"}
 _CHECKPOINT = "FILE|RUN_DIR"
 
@@ -139,6 +143,7 @@ class EvalOptions(DeviceOptions):
     data_dir: Path | None = flag("--data-dir", *_DATA_DIR)
     split: Literal["test", "validation"] = flag("--split", "default: test", default="test")
     recipe: str | None = flag("--recipe", *_RECIPE_OF_WEIGHTS)
+    assignments: Mapping[str, Any] = flag("--set", *_SET_OF_WEIGHTS, **_SEVERAL)
     tta: Literal["none", "mirror"] = flag("--tta", "average over the mirror image too", default="none")
     json: Path | None = flag("--json", *_JSON)
     figures: Path | None = flag("--figures", "draw confusion matrix, accuracy by class, predictions there", "DIR")
@@ -151,6 +156,7 @@ class PredictOptions(DeviceOptions):
     checkpoint: Path = flag("--ckpt", "with which weights", _CHECKPOINT, default=MISSING)
     images: Sequence[Path] = flag(None, "files, or folders of files", "IMAGE|DIR", default=MISSING)
     recipe: str | None = flag("--recipe", *_RECIPE_OF_WEIGHTS)
+    assignments: Mapping[str, Any] = flag("--set", *_SET_OF_WEIGHTS, **_SEVERAL)
     top: Count = flag("--top", "so many classes an image (default: 5)", "K", default=5)
     json: Path | None = flag("--json", *_JSON)
 
@@ -170,6 +176,7 @@ class ExportOptions(Options):
     checkpoint: Path = flag("--ckpt", "which weights", _CHECKPOINT, default=MISSING)
     out: Path = flag("--out", "FILE.pth, FILE.safetensors or FILE.onnx", "FILE", default=MISSING)
     recipe: str | None = flag("--recipe", *_RECIPE_OF_WEIGHTS)
+    assignments: Mapping[str, Any] = flag("--set", *_SET_OF_WEIGHTS, **_SEVERAL)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

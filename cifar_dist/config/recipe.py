@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cifar_dist.config.errors import UserError
+from cifar_dist.config.own_code import is_own_code, refuse_untyped_code
 from cifar_dist.config.schema import Check, build, flatten, merge, nearest, nested, parse_yaml, read_yaml, to_mapping
 
 DEFAULT_RECIPE = "standard"
@@ -115,8 +116,12 @@ class NormalizationConfig:
 class Recipe:
     """One complete experiment."""
 
-    model: Literal["resnet18"]
-    stem: Literal["cifar", "small", "imagenet"]
+    model: str
+    """A classification network of torchvision, `fastnet`, or a function of your own (`config/own_code.py`)."""
+    allow_untracked_randomness: bool
+    """Whether the network may draw random numbers that depend on the world size (`model/probe.py`)."""
+    stem: Literal["cifar", "small", "imagenet"] | None
+    """Of a network of torchvision; null for others."""
     pretrained: str | None
     freeze_epochs: Natural
     dropout: FractionBelow1
@@ -150,9 +155,13 @@ class Recipe:
 
         A nested field is changed by its dotted name: `**{"optimizer.learning_rate": 0.1}`. Raises UserError.
         """
-        return resolve_recipe(read_recipe(name_or_file), nested(changes))
+        return resolve_recipe(read_recipe(name_or_file, changes), nested(changes))
 
     def __post_init__(self) -> None:
+        if self.model == "fastnet" or is_own_code(self.model):
+            object.__setattr__(self, "stem", None)
+        else:
+            _require(self.stem is not None, "stem", None, f"cifar, small or imagenet for {self.model}")
         freeze = self.freeze_epochs
         _require(not freeze or self.pretrained is not None, "freeze_epochs", freeze, "0 without pretrained")
         stopping = self.early_stopping
@@ -182,6 +191,13 @@ RECIPE_FIELDS = [
     for inner in (fields(field.type) if is_dataclass(field.type) else (None,))
 ]
 """Dotted names."""
+PRETRAINED_SIDES = {
+    "efficientnet_b1": 240, "efficientnet_b2": 288, "efficientnet_b3": 300, "efficientnet_b4": 380,
+    "efficientnet_b5": 456, "efficientnet_b6": 528, "efficientnet_b7": 600,
+    "efficientnet_v2_s": 384, "efficientnet_v2_m": 480, "efficientnet_v2_l": 480, "regnet_y_128gf": 384,
+    "swin_v2_t": 256, "swin_v2_s": 256, "swin_v2_b": 256, "vit_h_14": 518,
+}  # fmt: skip
+"""The sides of torchvision's ImageNet weights that are not 224, by model: `image_size: auto`."""
 _ALIASES = {
     "lr": "optimizer.learning_rate",
     "wd": "optimizer.weight_decay",
@@ -211,6 +227,8 @@ def resolve_recipe(*layers: Mapping[str, Any]) -> Recipe:
     for name in flatten(values):
         if name not in RECIPE_FIELDS and (meant := find_field(name.rpartition(".")[2])):
             raise UserError(f"unknown recipe field '{name}', did you mean '{meant}'?")
+    if values.get("image_size") == "auto":
+        values = {**values, "image_size": PRETRAINED_SIDES.get(values.get("model", ""), 224)}
     return build(Recipe, values)
 
 
@@ -220,15 +238,20 @@ def recipe_to_mapping(recipe: Recipe) -> dict[str, Any]:
     return mapping
 
 
+def describe_network(recipe: Recipe) -> str:
+    """Return the network in words: its name, and its stem if it has one."""
+    return recipe.model if recipe.stem is None else f"{recipe.model}, stem {recipe.stem}"
+
+
 def recipe_names() -> list[str]:
     """Return the names of the package's recipes in alphabetical order."""
     return sorted(path.stem for path in _RECIPES.glob("*.yaml"))
 
 
-def read_recipe(name_or_file: str) -> dict[str, Any]:
+def read_recipe(name_or_file: str, typed: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Read a recipe of the package, or a file that overrides `standard`, such as a run's config.yaml.
 
-    Raises UserError.
+    Raises UserError, also if a run's config.yaml names a function that is not among the `typed` fields (dotted names).
     """
     path, names = Path(name_or_file), recipe_names()
     if name_or_file in names:
@@ -244,6 +267,7 @@ def read_recipe(name_or_file: str) -> dict[str, Any]:
                 f"recipe file {path} holds a whole recipe under 'recipe', and beside it {', '.join(beside)}"
             )
         values = values["recipe"]
+        refuse_untyped_code(flatten(values), typed or {}, f"recipe file {path}")
     return merge(standard, nested(values))
 
 

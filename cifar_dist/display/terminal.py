@@ -178,14 +178,19 @@ def print_header(console: Console, values: Mapping[str, str]) -> None:
     console.print(grid)
 
 
-def print_result(console: Console, summary: Summary, total_epochs: int, directory: Path) -> None:
-    """Print the outcome and the test of a run, and the commands that may follow."""
+def print_result(
+    console: Console, summary: Summary, total_epochs: int, directory: Path, own_model: Sequence[str] = ()
+) -> None:
+    """Print the outcome and the test of a run, and the commands that may follow.
+
+    `own_model` are the arguments that name a network of the user's own.
+    """
     assert summary.test is not None
     outcome = format_outcome(summary, total_epochs=total_epochs)
     print_lines(console, [outcome, *format_evaluation(summary.test, split="test ")], title="result")
     commands = (
         ["report", directory],
-        ["predict", "--ckpt", directory, "IMAGE"],
-        ["export", "--ckpt", directory, "--out", "model.pth"],
+        ["predict", "--ckpt", directory, "IMAGE", *own_model],
+        ["export", "--ckpt", directory, "--out", "model.pth", *own_model],
     )
     print_notes(console, ["next:", *(f"  {command_line(*words)}" for words in commands)])  # no panel: to be copied

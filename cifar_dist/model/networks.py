@@ -1,69 +1,121 @@
-"""The networks: torchvision's ResNet-18 with three stems, fast convolutions on CPUs, and weights from elsewhere."""
-
-import contextlib
-import io
-import re
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
+"""The networks: torchvision's, `fastnet`, and functions of your own; and fast convolutions on CPUs."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision.models import ResNet18_Weights, resnet18
+from torchvision import models
+from torchvision.models import EfficientNet, MobileNetV2, MobileNetV3, ResNet
 
 from cifar_dist.config.errors import UserError
+from cifar_dist.config.own_code import is_own_code, load_function
+from cifar_dist.config.recipe import Recipe
+from cifar_dist.config.schema import nearest
+from cifar_dist.model.fastnet import FastNet
+
+TORCHVISION = models.list_models(module=models)
+"""The names of torchvision's classification networks."""
+_AUXILIARY = ("googlenet", "inception_v3")
 
 
-def build_resnet(stem: str, num_classes: int, *, seed: int) -> nn.Module:
-    """Build an untrained ResNet-18 for images (N, 3, H, W), which returns logits (N, num_classes).
+def build_network(recipe: Recipe, num_classes: int) -> nn.Module:
+    """Build the recipe's untrained network for images (N, 3, H, W), which returns logits (N, num_classes).
 
-    `stem` is `imagenet` (torchvision's own: 7x7, stride 2, max-pool), `cifar` (3x3, stride 1, no max-pool; the
-    32x32 form of arXiv 1512.03385) or `small` (3x3, stride 2, no max-pool). The weights are drawn on the CPU from
-    `seed`, so that they are equal on every device; the caller's random state stays.
+    The weights are drawn on the CPU from the recipe's seed, so that they are equal on every device; the caller's random
+    state stays. Raises UserError.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model: nn.Module = resnet18(weights=None, num_classes=num_classes)
-        if stem != "imagenet":
-            stride = {"cifar": 1, "small": 2}[stem]
-            conv = nn.Conv2d(3, 64, kernel_size=3, stride=stride, padding=1, bias=False)
-            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-            model.conv1, model.maxpool = conv, nn.Identity()
+        torch.manual_seed(recipe.seed)
+        if is_own_code(recipe.model):
+            return _build_own(recipe.model, num_classes)
+        if recipe.model == "fastnet":
+            return FastNet(num_classes)
+        return _with_stem(_build_torchvision(recipe, num_classes), recipe)
+
+
+def _build_own(name: str, num_classes: int) -> nn.Module:
+    try:
+        model = load_function(name)(num_classes=num_classes)
+    except UserError:
+        raise
+    except Exception as error:  # of the user's function
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{name} failed ({reason}): it must return a network for num_classes={num_classes}") from error
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{name} returned {type(model).__name__}: it must return a torch.nn.Module")
     return model
 
 
-def infer_architecture(weights: Mapping[str, Tensor]) -> tuple[str, int]:
-    """Return the stem and the number of classes of a ResNet-18's tensors.
-
-    A 3x3 stem counts as `cifar`: the weights do not show its stride. Raises UserError for another network.
-    """
-    conv, head = weights.get("conv1.weight"), weights.get("fc.weight")
-    stems: dict[tuple[int, ...], str] = {(64, 3, 7, 7): "imagenet", (64, 3, 3, 3): "cifar"}
-    stem = None if conv is None else stems.get(tuple(conv.shape))
-    if stem is None or head is None or head.ndim != 2:
-        found = {name: list(value.shape) for name, value in weights.items() if name in ("conv1.weight", "fc.weight")}
+def _build_torchvision(recipe: Recipe, num_classes: int) -> nn.Module:
+    name = recipe.model
+    if name not in TORCHVISION:
         raise UserError(
-            "these weights are not a ResNet-18's: conv1.weight must be [64, 3, 7, 7] or [64, 3, 3, 3] and fc.weight"
-            f" have two dimensions, and there are {found or ', '.join(list(weights)[:3])}"
+            f"unknown model '{name}'{nearest(name, [*TORCHVISION, 'fastnet'])}: name a classification network of"
+            " torchvision (resnet18, mobilenet_v2, efficientnet_b0, ...), fastnet, or file.py:function"
         )
-    return stem, head.shape[0]
+    if name in _AUXILIARY:
+        raise UserError(f"{name} has auxiliary outputs, which this loop does not train: name another model")
+    sides = {"image_size": recipe.image_size} if name.startswith("vit_") else {}
+    if sides and recipe.image_size % (patch := int(name.rpartition("_")[2])):
+        raise UserError(f"{name} needs images whose side is a multiple of {patch}: set image_size={14 * patch}")
+    model: nn.Module = models.get_model(name, weights=None, num_classes=num_classes, **sides)
+    return model
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load a whole state dict. Raises UserError that names the tensors that differ."""
-    try:
-        model.load_state_dict(dict(weights))  # in a plain dict torch allows missing BatchNorm counters
-    except RuntimeError as error:
-        reason = " ".join(str(error).partition("\n\t")[2].split())  # without torch's first line
-        raise UserError(f"these weights are not this ResNet-18's: {reason[:200]}") from None
+def _with_stem(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """Change the first layers for small images.
+
+    A ResNet's `cifar` is 3x3, stride 1, without max-pool (the 32x32 form of arXiv 1512.03385); `small` is 3x3, stride
+    2, without max-pool. `cifar` of a MobileNet or EfficientNet gives its first two strided convolutions stride 1, so
+    that 32x32 images end as 4x4. `imagenet` is torchvision's own.
+    """
+    stem = recipe.stem
+    if stem == "imagenet":
+        return model
+    if isinstance(model, ResNet):
+        stride = 1 if stem == "cifar" else 2
+        conv = nn.Conv2d(3, 64, kernel_size=3, stride=stride, padding=1, bias=False)
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        model.conv1, model.maxpool = conv, nn.Identity()
+    elif isinstance(model, MobileNetV2 | MobileNetV3 | EfficientNet) and stem == "cifar":
+        strided = [each for each in model.modules() if isinstance(each, nn.Conv2d) and each.stride == (2, 2)]
+        for conv in strided[:2]:
+            conv.stride = (1, 1)
+    else:
+        raise UserError(f"{recipe.model} has no stem '{stem}': set stem=imagenet, torchvision's own")
+    return model
+
+
+def find_head(model: nn.Module, num_classes: int) -> tuple[str, nn.Module] | None:
+    """Return the last linear layer or convolution with `num_classes` outputs, and its dotted name, if there is one."""
+    layers = [(name, each) for name, each in model.named_modules() if isinstance(each, nn.Linear | nn.Conv2d)]
+    return next((named for named in reversed(layers) if len(named[1].weight) == num_classes), None)
+
+
+def parts_to_freeze(model: nn.Module, recipe: Recipe, num_classes: int) -> tuple[nn.Parameter, ...]:
+    """Return the parameters that are frozen at first: all but the head and a ResNet's new 3x3 stem.
+
+    Raises UserError if there is no head.
+    """
+    head = find_head(model, num_classes)
+    if head is None:
+        raise UserError(f"freeze_epochs needs a last layer with {num_classes} outputs, and {recipe.model} has none")
+    new = [f"{head[0]}."]
+    if isinstance(model, ResNet) and recipe.stem != "imagenet":
+        new += ["conv1.", "bn1."]
+    return tuple(each for name, each in model.named_parameters() if not name.startswith(tuple(new)))
 
 
 def use_dense_products(model: nn.Module) -> None:
-    """Turn a ResNet's convolutions into SmallImageConv2d, in place; weights, keys and hooks stay."""
+    """Turn plain convolutions into SmallImageConv2d, in place; weights, keys and hooks stay."""
     for module in model.modules():
-        if type(module) is nn.Conv2d and module.bias is None and module.groups == 1 and module.dilation == (1, 1):
+        if (
+            type(module) is nn.Conv2d
+            and module.bias is None
+            and module.groups == 1
+            and module.dilation == (1, 1)
+            and module.padding_mode == "zeros"
+            and isinstance(module.padding, tuple)
+        ):
             module.__class__ = SmallImageConv2d
 
 
@@ -103,85 +155,3 @@ def _windows(size: int, kernel: int, stride: int, padding: int) -> tuple[int, li
     seen = size if count > 1 else min(size, kernel - padding)
     taps = [padding - stride * output for output in range(count)]
     return (seen, taps) if all(0 <= tap <= kernel - seen for tap in taps) else None
-
-
-_IMAGENET = ResNet18_Weights.IMAGENET1K_V1
-
-
-def imagenet_weights_path() -> Path:
-    """Return the file in torch's cache that holds torchvision's ImageNet weights."""
-    url: str = _IMAGENET.url
-    return Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
-
-
-def imagenet_weights(note: Callable[[str], None] = lambda text: None) -> dict[str, Tensor]:
-    """Load torchvision's ImageNet weights from its cache; download them if missing, after a line to `note`.
-
-    Raises UserError that names the file if that fails.
-    """
-    path = imagenet_weights_path()
-    if not path.exists():
-        note(f"downloading the ImageNet weights to {path} (45 MB)")
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # torch.hub prints a line of its own
-            state: dict[str, Tensor] = _IMAGENET.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
-        reason = str(getattr(error, "reason", error)).split("\n")[0] or type(error).__name__
-        what = "are damaged" if path.exists() else "could not be downloaded"  # torch checks no file that is there
-        raise UserError(
-            f"the ImageNet weights {path} {what} ({reason}): put the file there, or name another with"
-            " --set pretrained=FILE"
-        ) from None
-    return state
-
-
-def find_state_dict(path: Path, content: Mapping[str, Any]) -> tuple[dict[str, Tensor], str | None]:
-    """Return a state dict with torchvision's names from another program's file, and a note of what was renamed.
-
-    Raises UserError unless `content` is a state dict, or holds exactly one.
-    """
-    weights, changes = dict(content), []
-    if not _is_state_dict(content):
-        found = [key for key, value in content.items() if _is_state_dict(value)]
-        if len(found) != 1:
-            what = f"of {', '.join(found)} save one alone" if found else f"its keys are {', '.join(list(content)[:5])}"
-            raise UserError(f"{path} is neither a checkpoint of this program nor a bare state dict: {what}")
-        weights, changes = dict(content[found[0]]), [f"from '{found[0]}'"]
-    prefix = min((key for key in weights if key.endswith("conv1.weight")), key=len, default="conv1.weight")[:-12]
-    if others := [key for key in weights if not key.startswith(prefix)]:
-        raise UserError(f"{path} holds a network under '{prefix}' and also {', '.join(others[:3])}: save it alone")
-    for pattern, new, change in (
-        (rf"^{re.escape(prefix)}", "", f"without '{prefix}'"),  # DataParallel, torch.compile, Lightning
-        (r"\.shortcut\.", ".downsample.", "with shortcut as downsample"),  # https://github.com/kuangliu/pytorch-cifar
-        (r"^linear\.", "fc.", "with linear as fc"),
-        (r"^fc\.\w+\.(?=weight$|bias$)", "fc.", "with fc.N as fc"),  # a Sequential with dropout
-    ):
-        renamed = {re.sub(pattern, new, key): value for key, value in weights.items()}
-        if renamed.keys() != weights.keys() and len(renamed) == len(weights):  # all names stay different
-            weights = renamed
-            changes.append(change)
-    return weights, f"{path} is read {', '.join(changes)}" if changes else None
-
-
-def _is_state_dict(value: Any) -> bool:
-    return isinstance(value, Mapping) and bool(value) and all(isinstance(each, Tensor) for each in value.values())
-
-
-def start_from(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Load a ResNet-18's weights; a stem or head of another shape keeps its initial weights.
-
-    Raises UserError if another tensor differs.
-    """
-    own: dict[str, Tensor] = model.state_dict()
-    replaced = {
-        name: own[name]
-        for name, value in weights.items()
-        if name.startswith(("conv1.", "fc.")) and name in own and own[name].shape != value.shape
-    }
-    load_weights(model, weights | replaced)
-
-
-def parts_to_freeze(model: nn.Module, stem: str) -> tuple[nn.Parameter, ...]:
-    """Return the parameters that are frozen at first: all but the head and a new 3x3 stem."""
-    new = ("fc.",) if stem == "imagenet" else ("fc.", "conv1.", "bn1.")
-    return tuple(parameter for name, parameter in model.named_parameters() if not name.startswith(new))

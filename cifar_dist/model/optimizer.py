@@ -13,16 +13,26 @@ from cifar_dist.config.plan import RunPlan
 from cifar_dist.config.recipe import OptimizerConfig, Recipe
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, *, fused: bool | None = None) -> torch.optim.Optimizer:
-    """Build SGD, AdamW (`momentum` is its first beta) or Muon over the model's parameters.
+def build_optimizer(
+    model: nn.Module,
+    config: OptimizerConfig,
+    head: tuple[str, nn.Module] | None = None,
+    *,
+    fused: bool | None = None,
+) -> torch.optim.Optimizer:
+    """Build SGD, AdamW (`momentum` is its first beta) or Muon over the model's trainable parameters.
 
-    `fused` is one kernel over all parameters; None: if the device has it. Without `decay_norm_and_bias` only matrices
-    and filters decay: BatchNorm's scales and the biases have one dimension and a group of their own.
+    Muon steps `matrices_of` the model, of which `head` is the last layer. `fused` is one kernel over all parameters;
+    None: if the device has it. Without `decay_norm_and_bias` only matrices and filters decay: BatchNorm's scales and
+    the biases have one dimension and a group of their own.
     """
     is_muon = config.name == "muon"
+    trainable = [each for each in model.parameters() if each.requires_grad]
+    matrices = matrices_of(model, head) if is_muon else []
+    is_matrix = set(map(id, matrices))
     members: dict[bool, list[nn.Parameter]] = {}
-    for each in model.parameters():
-        if not (is_muon and each.ndim == 4):
+    for each in trainable:
+        if id(each) not in is_matrix:
             members.setdefault(config.decay_norm_and_bias or each.ndim > 1, []).append(each)
     other = config.sgd_learning_rate if is_muon else None
     scale = 1.0 if other is None else other / config.learning_rate
@@ -30,7 +40,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, fused: bool | 
         {"params": each, "weight_decay": config.weight_decay if decays else 0.0, "lr_scale": scale}
         for decays, each in members.items()
     ]
-    kind = next(model.parameters()).device.type
+    kind = trainable[0].device.type
     if fused is None and kind in ("cpu", "cuda"):  # MPS keeps torch's own choice
         fused = True
     if config.name == "adamw":
@@ -38,10 +48,24 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, fused: bool | 
         return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.momentum, 0.999), **how)
     options: dict[str, Any] = {"lr": config.learning_rate, "momentum": config.momentum, "nesterov": config.nesterov}
     if is_muon:
-        filters = [each for each in model.parameters() if each.ndim == 4]
         options |= {"weight_decay": config.weight_decay, "normalized": config.normalize_filters}
-        return MuonWithSGD(filters, groups, fused=fused, **options)
+        return MuonWithSGD(matrices, groups, fused=fused, **options)
     return _with_momentum(torch.optim.SGD(groups, fused=fused, **options))
+
+
+def matrices_of(model: nn.Module, head: tuple[str, nn.Module] | None) -> list[nn.Parameter]:
+    """Return the trainable parameters that Muon steps: filter banks and the matrices of hidden layers.
+
+    Not the head and embeddings, as in Muon's post, and not depthwise filters: their rows are separate filters of one
+    channel each, between which orthogonality means nothing.
+    """
+    others = set() if head is None else {id(each) for each in head[1].parameters()}
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) or (isinstance(module, nn.Conv2d) and module.weight.shape[1] == 1):
+            others.add(id(module.weight))
+    return [
+        each for each in model.parameters() if each.requires_grad and each.ndim in (2, 4) and id(each) not in others
+    ]
 
 
 def _with_momentum(optimizer: torch.optim.SGD) -> torch.optim.SGD:
@@ -78,7 +102,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 class MuonWithSGD(torch.optim.Optimizer):
-    """Muon (https://kellerjordan.github.io/posts/muon/) for the filters, SGD for everything else.
+    """Muon (https://kellerjordan.github.io/posts/muon/) for `matrices_of` the model, SGD for everything else.
 
     A filter bank (out, in, h, w) is a matrix (out, in * h * w). Its step is the momentum's nearest orthogonal matrix,
     times the learning rate and sqrt(max(1, rows / columns)). (torch.optim.Muon accepts matrices only, and
@@ -208,8 +232,8 @@ def _newton_schulz_factor(gram: Tensor) -> Tensor:
 
 
 def _matrix(filters: Tensor) -> Tensor:
-    """View (out, in, h, w) as (out, in * h * w) in memory order, without a copy."""
-    if not filters.is_contiguous() and filters.is_contiguous(memory_format=torch.channels_last):
+    """View (out, in, h, w) as (out, in * h * w) in memory order, without a copy; a matrix is itself."""
+    if filters.ndim == 4 and not filters.is_contiguous() and filters.is_contiguous(memory_format=torch.channels_last):
         filters = filters.permute(0, 2, 3, 1)
     return filters.reshape(len(filters), -1)
 

@@ -16,12 +16,16 @@ from cifar_dist.config.options import (
     TrainOptions,
 )
 from cifar_dist.config.plan import KNOWN_SIZES, make_plan
-from cifar_dist.config.recipe import Recipe, read_recipe, resolve_recipe
+from cifar_dist.config.recipe import DEFAULT_RECIPE, Recipe, read_recipe, resolve_recipe
+from cifar_dist.config.schema import flatten
 from cifar_dist.run.directory import RunDirectory, check_output, find_checkpoint, load_newest, verify
 from cifar_dist.run.resolve import RunSpec, check_dataset_name, check_plan, resolve
 
 EXPORT_PACKAGES = {".pth": (), ".safetensors": (), ".onnx": ("onnx", "onnxscript", "onnxruntime")}
 """The suffixes of formats that `export` writes, and the packages that each needs."""
+
+_OF_WEIGHTS = ("model", "stem", "image_size", "normalization")
+"""Fields of the recipe that weights are used by."""
 
 FOR_SPEED: dict[str, Any] = {
     "validation_size": 0,
@@ -49,7 +53,7 @@ def check_before_torch(options: Options, *, world_size: int, machine_rank: int) 
         from cifar_dist.data.folder import find_images
 
         check_output("--json", options.json, options.checkpoint, options.recipe, options.config)
-        _check_weights(options.checkpoint, options.recipe)
+        _check_weights(options)
         find_images(options.images)
     elif isinstance(options, ExportOptions):
         _check_export(options)
@@ -68,14 +72,14 @@ def check_evaluation(options: EvalOptions) -> None:
     check_output("--json", options.json, options.checkpoint, options.recipe, options.config)
     if options.figures is not None and options.figures.exists() and not options.figures.is_dir():
         raise UserError(f"--figures {options.figures} is a file: name a folder")
-    _check_weights(options.checkpoint, options.recipe)
+    _check_weights(options)
     if options.dataset is not None:
         check_dataset_name(options.dataset)
 
 
 def recipe_for_speed(options: BenchOptions) -> Recipe:
     """Return the recipe whose training loop is measured. Raises UserError."""
-    return resolve_recipe(read_recipe(options.recipe), FOR_SPEED, options.assignments)
+    return resolve_recipe(read_recipe(options.recipe, flatten(options.assignments)), FOR_SPEED, options.assignments)
 
 
 def check_training(options: TrainOptions, *, world_size: int, machine_rank: int = 0) -> RunSpec | None:
@@ -107,10 +111,13 @@ def check_training(options: TrainOptions, *, world_size: int, machine_rank: int 
     return spec
 
 
-def _check_weights(checkpoint: Path, recipe: str | None) -> None:
-    find_checkpoint(checkpoint)
-    if recipe is not None:
-        resolve_recipe(read_recipe(recipe))
+def _check_weights(options: EvalOptions | PredictOptions | ExportOptions) -> None:
+    find_checkpoint(options.checkpoint)
+    typed = flatten(options.assignments)
+    if others := [name for name in typed if name.partition(".")[0] not in _OF_WEIGHTS]:
+        raise UserError(f"--set {others[0]} concerns a training: here it takes {', '.join(_OF_WEIGHTS)}")
+    if options.recipe is not None or typed:
+        resolve_recipe(read_recipe(options.recipe or DEFAULT_RECIPE, typed), options.assignments)
 
 
 def _check_export(options: ExportOptions) -> None:
@@ -123,4 +130,4 @@ def _check_export(options: ExportOptions) -> None:
     for package in EXPORT_PACKAGES[kind]:
         if importlib.util.find_spec(package) is None:
             raise UserError(f"{kind} needs the package {package}: pip install {' '.join(EXPORT_PACKAGES[kind])}")
-    _check_weights(options.checkpoint, options.recipe)
+    _check_weights(options)

@@ -9,6 +9,7 @@ from typing import Any
 
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.options import TrainOptions, check_trackers
+from cifar_dist.config.own_code import refuse_untyped_code
 from cifar_dist.config.plan import KNOWN_SIZES, DatasetSizes, fit_to_dataset, make_plan
 from cifar_dist.config.recipe import (
     DEFAULT_RECIPE,
@@ -18,7 +19,7 @@ from cifar_dist.config.recipe import (
     recipe_to_mapping,
     resolve_recipe,
 )
-from cifar_dist.config.schema import nearest
+from cifar_dist.config.schema import flatten, nearest
 from cifar_dist.config.world import SlurmJob
 from cifar_dist.run.directory import RunDirectory, numbered_names
 from cifar_dist.run.results import RunMetadata, stored_threads
@@ -72,7 +73,7 @@ def resolve(options: TrainOptions, job: SlurmJob | None = None) -> RunSpec:
     def stored_value(name: str) -> Any:
         return None if stored is None else getattr(stored, name)
 
-    name, base = _base_recipe(options, stored)
+    name, base = _base_recipe(options, run, stored)
     recipe = resolve_recipe(base, options.recipe_flags, options.assignments)
     if stored is not None and recipe.validation_size == "auto":
         recipe = replace(recipe, validation_size=stored.recipe.validation_size)
@@ -133,14 +134,19 @@ def seconds_allowed(max_minutes: float | None, environ: Mapping[str, str], now: 
     return min(limits, default=None)
 
 
-def _base_recipe(options: TrainOptions, stored: RunMetadata | None) -> tuple[str, dict[str, Any]]:
+def _base_recipe(
+    options: TrainOptions, run: RunDirectory | None, stored: RunMetadata | None
+) -> tuple[str, dict[str, Any]]:
     """Return the recipe's name, and its fields before the flags."""
+    typed = flatten(options.assignments)
     if isinstance(options.recipe, Recipe):
         return "recipe", recipe_to_mapping(options.recipe)
-    if options.recipe is None and stored is not None:
-        return stored.recipe_name, recipe_to_mapping(stored.recipe)
+    if options.recipe is None and run is not None and stored is not None:
+        values = recipe_to_mapping(stored.recipe)
+        refuse_untyped_code(flatten(values), typed, f"{run.config}")
+        return stored.recipe_name, values
     name = options.recipe or DEFAULT_RECIPE
-    return recipe_label(name), read_recipe(name)
+    return recipe_label(name), read_recipe(name, typed)
 
 
 def _find_run(options: TrainOptions) -> RunDirectory | None:

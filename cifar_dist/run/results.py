@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self, get_args
 
 from cifar_dist.config.errors import UserError
+from cifar_dist.config.own_code import OWN_CODE_FIELDS, is_own_code, own_sources
 from cifar_dist.config.plan import KNOWN_SIZES
 from cifar_dist.config.recipe import Count, Positive, Recipe, recipe_to_mapping
 from cifar_dist.config.schema import build, flatten, to_mapping
@@ -173,6 +174,8 @@ class RunMetadata:
     checkpoint_every_minutes: Positive | None = None
     checkpoint_every_steps: Count | None = None
     trackers: tuple[str, ...] = ()
+    sources: dict = field(default_factory=dict)  # type: ignore[type-arg]
+    """`source_hash` of each function of the user's that the recipe names, by field."""
     plan: dict = field(default_factory=dict)  # type: ignore[type-arg]
     versions: dict = field(default_factory=dict)  # type: ignore[type-arg]
     git_commit: str | None = None
@@ -201,7 +204,10 @@ class RunMetadata:
         """
         old, new = (flatten(recipe_to_mapping(each)) for each in (self.recipe, recipe))
         names = [name for name in sorted(new) if name not in _MAY_CHANGE and old[name] != new[name]]
-        changed = [f"{name} {old[name]} -> {new[name]}" for name in names]
+        moved = {name for name in OWN_CODE_FIELDS if is_own_code(old.get(name)) and is_own_code(new.get(name))}
+        changed = [f"{name} {old[name]} -> {new[name]}" for name in names if name not in moved]
+        sources = own_sources(new)
+        changed += [f"the source of {new[name]}" for name in sorted(moved) if self.sources.get(name) != sources[name]]
         datasets = {self.dataset.name, dataset}
         if len(datasets) > 1 and datasets & KNOWN_SIZES.keys():
             changed.insert(0, f"dataset {self.dataset.name} -> {dataset}")

@@ -1,19 +1,26 @@
 """Weights for `eval`, `predict`, `export` and fine-tuning: a run's checkpoint, or a bare state dict."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.models import ResNet
 
 from cifar_dist.config.errors import UserError
-from cifar_dist.config.recipe import Recipe, read_recipe, resolve_recipe
-from cifar_dist.model.networks import build_resnet, find_state_dict, imagenet_weights, infer_architecture, load_weights
+from cifar_dist.config.own_code import is_own_code, own_sources, refuse_untyped_code
+from cifar_dist.config.recipe import Recipe, describe_network, read_recipe, recipe_to_mapping, resolve_recipe
+from cifar_dist.config.schema import flatten
+from cifar_dist.model.networks import build_network, find_head
+from cifar_dist.model.pretrained import find_state_dict, imagenet_weights, infer_stem, load_weights
 from cifar_dist.run.checkpoint import is_bare_weights, load_checkpoint, refusing_foreign_content
 from cifar_dist.run.directory import RunDirectory, find_checkpoint
 from cifar_dist.run.results import DatasetMetadata, RunMetadata, stored_threads
+
+_MANY_CLASSES = 1000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -37,7 +44,7 @@ class SavedWeights:
 
     def build(self, device: torch.device, memory_format: torch.memory_format) -> nn.Module:
         """Build the network with these weights, in evaluation mode. Raises UserError if they do not fit it."""
-        model = build_resnet(self.recipe.stem, self.num_classes, seed=0)
+        model = build_network(self.recipe, self.num_classes)
         load_weights(model, self.tensors)
         return model.to(device, memory_format=memory_format).eval()  # type: ignore[call-overload]
 
@@ -56,16 +63,21 @@ class SavedWeights:
             raise UserError(f"{self.path} gives logits that are not finite numbers: {advice}")
 
 
-def read_weights(path: Path, recipe_name: str | None = None) -> SavedWeights:
+def read_weights(
+    path: Path, recipe_name: str | None = None, assignments: Mapping[str, Any] | None = None
+) -> SavedWeights:
     """Read a run directory's tested checkpoint, another checkpoint, or bare weights.
 
     Normalization and image size are those of the recipe `recipe_name` (or a file), else of the run, else for bare
-    weights of `original` with torchvision's stem, or of `standard`. Raises UserError.
+    weights of `original` with torchvision's stem, or of `standard`. `assignments` (nested) override fields of that.
+    Raises UserError, also for a checkpoint of a function's network unless `assignments` name the function.
     """
     file = _tested_checkpoint(path)
     content = load_checkpoint(file)
     with refusing_foreign_content(file):
-        return (_bare_weights if is_bare_weights(content) else _run_weights)(file, content, recipe_name)
+        return (_bare_weights if is_bare_weights(content) else _run_weights)(
+            file, content, recipe_name, assignments or {}
+        )
 
 
 def pretrained_weights(recipe: Recipe, note: Callable[[str], None] = lambda text: None) -> dict[str, Tensor] | None:
@@ -76,11 +88,11 @@ def pretrained_weights(recipe: Recipe, note: Callable[[str], None] = lambda text
     if recipe.pretrained is None:
         return None
     if recipe.pretrained == "imagenet":
-        return imagenet_weights(note)
+        return imagenet_weights(recipe.model, note=note)
     path = Path(recipe.pretrained)
     content = load_checkpoint(path)
     with refusing_foreign_content(path):
-        weights, renamed = _state_dict(path, content)
+        weights, renamed = _state_dict(path, content, _skeleton(recipe))
     if renamed is not None:
         note(renamed)
     return weights
@@ -95,39 +107,69 @@ def _tested_checkpoint(path: Path) -> Path:
     return run.best if selected_best and summary is not None and summary.test is not None else last
 
 
-def _run_weights(path: Path, content: dict[str, Any], recipe_name: str | None) -> SavedWeights:
+def _run_weights(
+    path: Path, content: dict[str, Any], recipe_name: str | None, assignments: Mapping[str, Any]
+) -> SavedWeights:
     where = f"checkpoint {path}"
     if "dataset" in content:
         metadata = RunMetadata.from_mapping(content, where)
         recipe, class_names = metadata.recipe, metadata.class_names
     else:  # of `export`
         metadata, recipe, class_names = None, resolve_recipe(content["recipe"]), tuple(content["class_names"])
+    refuse_untyped_code({"model": recipe.model}, flatten(assignments), where)
+    other = recipe
     if recipe_name is not None:
-        other = resolve_recipe(read_recipe(recipe_name))
-        if other.stem != recipe.stem:
-            raise UserError(f"--recipe {recipe_name} has the stem {other.stem}, and {path} has {recipe.stem}")
-        images = {"normalization": other.normalization, "image_size": other.image_size, "image_size_schedule": None}
-        recipe = replace(recipe, **images)  # type: ignore[arg-type]  # the split and its seed stay the run's own
+        other = resolve_recipe(read_recipe(recipe_name, flatten(assignments)), {"model": recipe.model}, assignments)
+    elif assignments:
+        other = resolve_recipe(recipe_to_mapping(recipe), {"image_size_schedule": None}, assignments)
+    is_same = other.model == recipe.model or (is_own_code(other.model) and is_own_code(recipe.model))
+    if not is_same or other.stem != recipe.stem:
+        told = f"--recipe {recipe_name} has" if recipe_name else "--set names"
+        raise UserError(
+            f"{told} {describe_network(other)}, and {path} has {describe_network(recipe)}: name none, or other weights"
+        )
+    images = {"normalization": other.normalization, "image_size": other.image_size, "image_size_schedule": None}
+    note = None
+    if metadata is not None and "model" in (sources := metadata.sources):
+        is_other = sources["model"] != own_sources({"model": other.model})["model"]
+        note = f"the source of {other.model} has changed since the training" if is_other else None
     return SavedWeights(
         path=path,
         tensors=_state_dict(path, content)[0],
-        recipe=recipe,
+        recipe=replace(recipe, model=other.model, **images),  # type: ignore[arg-type]  # the split stays the run's own
         num_classes=len(class_names),
         class_names=class_names,
         metadata=metadata,
+        notes=(note,) if note else (),
     )
 
 
-def _bare_weights(path: Path, content: dict[str, Any], recipe_name: str | None) -> SavedWeights:
-    """Infer the stem and the number of classes from the tensors. The recipe has the rest."""
-    tensors, renamed = _state_dict(path, content)
-    stem, num_classes = infer_architecture(tensors)
-    name = recipe_name or ("original" if stem == "imagenet" else "standard")
-    recipe = resolve_recipe(read_recipe(name), {} if recipe_name else {"stem": stem})
-    if (recipe.stem == "imagenet") != (stem == "imagenet"):
-        raise UserError(f"--recipe {name} has the stem {recipe.stem}, and {path} has {stem}")
+def _bare_weights(
+    path: Path, content: dict[str, Any], recipe_name: str | None, assignments: Mapping[str, Any]
+) -> SavedWeights:
+    """Infer a ResNet's stem, and the number of classes, from the tensors. The recipe has the rest."""
+    name = recipe_name or "original"
+    recipe = resolve_recipe(read_recipe(name, flatten(assignments)), assignments)
+    skeleton = _skeleton(recipe)
+    tensors, renamed = _state_dict(path, content, skeleton)
+    if isinstance(skeleton, ResNet) and "stem" not in assignments:
+        stem = infer_stem(tensors)
+        if recipe_name is None:
+            name = "original" if stem == "imagenet" else "standard"
+            recipe = resolve_recipe(read_recipe(name), {"stem": stem}, assignments)
+        elif (recipe.stem == "imagenet") != (stem == "imagenet"):
+            raise UserError(f"--recipe {name} has the stem {recipe.stem}, and {path} has {stem}")
+    head = find_head(skeleton, _MANY_CLASSES)
+    if head is None:
+        raise UserError(f"{recipe.model} ends in no layer whose size is the number of classes: name a run's checkpoint")
+    if f"{head[0]}.weight" not in tensors:
+        raise UserError(
+            f"{path} is no {recipe.model}: it has no {head[0]}.weight; name its network with --set model=NAME"
+        )
+    num_classes = len(tensors[f"{head[0]}.weight"])
     mean, std = list(recipe.normalization.mean), list(recipe.normalization.std)
-    note = f"bare weights: stem {recipe.stem}, {num_classes} classes; normalization of {name} (mean {mean}, std {std})"
+    what = f"{describe_network(recipe)}, {num_classes} classes"
+    note = f"bare weights: {what}; normalization of {name} (mean {mean}, std {std})"
     return SavedWeights(
         path=path,
         tensors=tensors,
@@ -139,10 +181,18 @@ def _bare_weights(path: Path, content: dict[str, Any], recipe_name: str | None) 
     )
 
 
-def _state_dict(path: Path, content: dict[str, Any]) -> tuple[dict[str, Tensor], str | None]:
-    """Return the weights to evaluate (the average, if there is one), and a note on renamed keys."""
-    if is_bare_weights(content):
-        tensors, renamed = find_state_dict(path, content)
+def _skeleton(recipe: Recipe) -> nn.Module:
+    """Build the recipe's network for 1,000 classes, for its names. A function of the user gets no meta device."""
+    with nullcontext() if is_own_code(recipe.model) else torch.device("meta"):
+        return build_network(recipe, _MANY_CLASSES)
+
+
+def _state_dict(
+    path: Path, content: dict[str, Any], skeleton: nn.Module | None = None
+) -> tuple[dict[str, Tensor], str | None]:
+    """Return the weights to evaluate (the average, if there is one), and a note on renamed keys of bare ones."""
+    if skeleton is not None and is_bare_weights(content):
+        tensors, renamed = find_state_dict(path, content, list(skeleton.state_dict()))
     else:
         tensors, renamed = content.get("model_ema", content["model"]), None
     if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:

@@ -9,9 +9,11 @@ from cifar_dist.data.augmentation import Augmentation
 from cifar_dist.data.dataset import Dataset, stratified_split
 from cifar_dist.data.loader import Normalizer, TrainingBatches
 from cifar_dist.data.sampler import GlobalBatchSampler
+from cifar_dist.model.fastnet import FastNet, whiten
 from cifar_dist.model.layers import Groups, HeadDropout, share_statistics, use_groups
-from cifar_dist.model.networks import build_resnet, parts_to_freeze, start_from, use_dense_products
+from cifar_dist.model.networks import build_network, find_head, parts_to_freeze, use_dense_products
 from cifar_dist.model.optimizer import ExponentialMovingAverage, build_optimizer
+from cifar_dist.model.pretrained import start_from
 from cifar_dist.run.results import Observer
 from cifar_dist.runtime.distributed import Runtime
 from cifar_dist.runtime.signals import Interrupt
@@ -37,10 +39,13 @@ def build_trainer(
     `pretrained` is a state dict. Raises UserError if it does not fit.
     """
     torch.manual_seed(recipe.seed)  # for a user's own model; nothing here draws from it
-    model = build_resnet(recipe.stem, dataset.num_classes, seed=recipe.seed)
+    model = build_network(recipe, dataset.num_classes)
     use_dense_products(model)
+    head = find_head(model, dataset.num_classes)
     if pretrained is not None:
-        start_from(model, pretrained)
+        start_from(model, pretrained, None if head is None else head[0])
+    elif isinstance(model, FastNet):
+        _whiten(model, recipe, dataset)
     model = model.to(runtime.device, memory_format=runtime.memory_format)  # type: ignore[call-overload]
     # The average is only evaluated, so it keeps torch's own BatchNorm.
     ema = ExponentialMovingAverage(model, recipe.ema_decay) if recipe.ema_decay else None
@@ -51,7 +56,7 @@ def build_trainer(
         model = use_groups(model, groups)
     state = TrainState(
         model=model,
-        optimizer=build_optimizer(model, recipe.optimizer),
+        optimizer=build_optimizer(model, recipe.optimizer, head),
         early_stopping=EarlyStopping(recipe.early_stopping),
         ema=ema,
         groups=groups,
@@ -63,7 +68,7 @@ def build_trainer(
         plan=plan,
         runtime=runtime,
         state=state,
-        frozen=parts_to_freeze(model, recipe.stem) if recipe.freeze_epochs else (),
+        frozen=parts_to_freeze(model, recipe, dataset.num_classes) if recipe.freeze_epochs else (),
         dropout=HeadDropout(model, recipe.dropout) if recipe.dropout else None,
         cuda_graph=CudaGraphStep(state.optimizer) if replays else None,
     )
@@ -79,6 +84,12 @@ def build_trainer(
         interrupt=interrupt or Interrupt(),
         recorder=recorder or Recorder(),
     )
+
+
+def _whiten(model: FastNet, recipe: Recipe, dataset: Dataset) -> None:
+    """Set the first layer from 5,000 training images."""
+    normalize = Normalizer(recipe.normalization, torch.device("cpu"), torch.contiguous_format)
+    whiten(model, normalize(dataset.train.images[:5000].float() / 255))
 
 
 def _data_path(

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from cifar_dist.config.recipe import EarlyStoppingConfig
 from cifar_dist.config.schema import to_mapping
 from cifar_dist.model.layers import Groups, running_statistics
-from cifar_dist.model.networks import load_weights
 from cifar_dist.model.optimizer import ExponentialMovingAverage, load_optimizer_state
+from cifar_dist.model.pretrained import load_weights
 from cifar_dist.run.results import EpochRecord
 from cifar_dist.training.evaluation import RunningSums
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.models._api import BUILTIN_MODELS
 
 from cifar_dist.cli import main
 from cifar_dist.commands import bench
@@ -65,7 +66,7 @@ def test_the_floor_of_replayed_steps_keeps_its_model(monkeypatch, runtime):
         return lambda: done.append(alive() is not None)
 
     monkeypatch.setattr(bench, "capture", capture)
-    monkeypatch.setattr("cifar_dist.model.networks.resnet18", NarrowResNet)
+    monkeypatch.setitem(BUILTIN_MODELS, "resnet18", NarrowResNet)
     recipe = make_recipe("global_batch_size=8")
     monkeypatch.setattr(runtime, "compute", replace(runtime.compute, replays=True))
     step = bench.build_bare_step(recipe, runtime)

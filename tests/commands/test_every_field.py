@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from torchvision.models._api import BUILTIN_MODELS
 
 from cifar_dist.config.accelerate_config import AccelerateConfig
 from cifar_dist.config.plan import fit_to_dataset, make_plan
@@ -79,7 +80,7 @@ def outcome(*assignments: str) -> tuple:
 @pytest.fixture(autouse=True)
 def narrow_network(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("cifar_dist.model.networks.resnet18", NarrowResNet)
+    monkeypatch.setitem(BUILTIN_MODELS, "resnet18", NarrowResNet)
 
 
 @pytest.mark.parametrize("field", CHANGES)

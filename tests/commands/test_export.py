@@ -9,7 +9,7 @@ import torch
 
 from cifar_dist.cli import main
 from cifar_dist.commands import export
-from cifar_dist.model.networks import build_resnet
+from cifar_dist.model.networks import build_network
 from cifar_dist.run.weights import read_weights
 from tests.commands.test_train import NarrowResNet, small_world_in, train
 from tests.conftest import ROOT, make_recipe
@@ -53,7 +53,7 @@ def test_the_lines_of_the_document_load_it(folder, block):
             assert torch.equal(value, trained[name]), name
             assert value.is_contiguous()
     if "kernel_size=3" in block:
-        model.load_state_dict(build_resnet("cifar", 10, seed=0).state_dict())
+        model.load_state_dict(build_network(make_recipe("stem=cifar"), 10).state_dict())
     if "logits" in names and "load_state_dict" not in block:
         assert names["logits"].shape == (2, 10)
     if "onnxruntime" in block:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from torchvision.models import resnet18
+from torchvision.models._api import BUILTIN_MODELS
 
 from cifar_dist.cli import main
 from cifar_dist.commands import predict as command
@@ -154,7 +155,7 @@ def test_a_name_of_any_bytes_is_printed(folder, capsys):
 @pytest.mark.full
 def test_two_processes_predict_each_image_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("cifar_dist.model.networks.resnet18", resnet18)  # the processes have no other
+    monkeypatch.setitem(BUILTIN_MODELS, "resnet18", resnet18)  # the processes have no other
     make_images(tmp_path / "images")
     make_others(tmp_path / "others")
     train = "--recipe plain --dataset images --run-dir run --epochs 1 --precision no"

@@ -16,6 +16,7 @@ import torch
 import yaml
 from PIL import Image
 from torch import nn
+from torchvision.models._api import BUILTIN_MODELS
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from cifar_dist.cli import main
@@ -67,7 +68,7 @@ def small_world_in(folder: Path, *, has_images: bool = False) -> Iterator[None]:
         patch.setattr(os, "fsync", lambda descriptor: None)
         for command in () if has_images else ("train", "evaluate"):
             patch.setattr(f"cifar_dist.commands.{command}.load_dataset", lambda *_, **__: make_dataset())
-        patch.setattr("cifar_dist.model.networks.resnet18", NarrowResNet)
+        patch.setitem(BUILTIN_MODELS, "resnet18", NarrowResNet)
         patch.setattr("cifar_dist.commands.train.git_commit", lambda: "abc")  # it starts git twice
         for kind in ("curves", "confusion", "per_class", "images"):
             patch.setattr(f"cifar_dist.display.figures.draw_{kind}", save_empty_figure)
@@ -352,7 +353,7 @@ def test_bare_weights_of_torchvisions_stem_are_evaluated_as_the_original_script_
     model = NarrowResNet(num_classes=10)
     torch.save(model.state_dict(), "script.pth")
     result = evaluate("--ckpt", "script.pth", "--dataset", "shapes")
-    assert "bare weights: stem imagenet, 10 classes; normalization of original" in capsys.readouterr().out
+    assert "bare weights: resnet18, stem imagenet, 10 classes; normalization of original" in capsys.readouterr().out
     images = (make_dataset().test.images.float() / 255 - 0.5) / 0.5
     with torch.no_grad():
         logits = model.eval()(images)

@@ -3,7 +3,8 @@
 import random
 import time
 
-from cifar_dist.model import networks
+from torchvision.models._api import BUILTIN_MODELS
+
 from cifar_dist.run.checkpoint import load_checkpoint
 from tests.commands.test_train import assert_same_run
 from tests.conftest import ROOT, make_images
@@ -17,7 +18,7 @@ COMMAND = [
 
 
 def thin_models() -> None:
-    networks.resnet18 = ThinResNet18
+    BUILTIN_MODELS["resnet18"] = ThinResNet18
 
 
 def wait_for(condition, program: Program) -> None:

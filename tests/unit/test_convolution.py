@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from cifar_dist.config.plan import make_plan
-from cifar_dist.model.networks import SmallImageConv2d, build_resnet, use_dense_products
+from cifar_dist.model.networks import SmallImageConv2d, build_network, use_dense_products
 from cifar_dist.run.results import Observer
 from cifar_dist.training.setup import build_trainer
 from tests.conftest import make_dataset, make_recipe
@@ -94,7 +94,7 @@ def test_under_autocast_only_rounding_differs(geometry):
 
 @pytest.mark.parametrize(("stem", "count"), [("imagenet", 8), ("small", 3)])
 def test_the_networks_last_layers_are_products(stem, count, monkeypatch, runtime):
-    plain = build_resnet(stem, 10, seed=0).double()
+    plain = build_network(make_recipe(f"stem={stem}"), 10).double()
     fast = copy.deepcopy(plain)
     use_dense_products(fast)
     assert all(type(module) is not nn.Conv2d for module in fast.modules())

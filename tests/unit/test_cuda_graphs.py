@@ -17,7 +17,7 @@ from cifar_dist.training import setup, step
 from cifar_dist.training.setup import build_trainer
 from cifar_dist.training.trainer import DivergedError
 from tests.conftest import make_dataset, make_recipe
-from tests.unit.test_model import narrow_resnet
+from tests.unit.test_model import build_narrow
 
 FORBIDDEN = ("aten._local_scalar_dense.default", "aten.lift_fresh.default", "aten.nonzero.default")
 """Operations that make the host wait for a device, or copy a number to it. Neither can be captured."""
@@ -86,7 +86,7 @@ def trained(runtime, monkeypatch, recipe, *assignments, record=None, spoil=None,
     """Train 84 images; with `stop_after`, by a trainer that is left after so many steps and another that goes on."""
     monkeypatch.setattr(runtime, "compute", replace(runtime.compute, replays=record is not None))
     monkeypatch.setattr(step, "capture", record)
-    monkeypatch.setattr(setup, "build_resnet", narrow_resnet)
+    monkeypatch.setattr(setup, "build_network", build_narrow)
     # Of few digits, so that nothing is rounded where it becomes a float32 on the device: what is equal has equal bits.
     monkeypatch.setattr(step, "learning_rate", lambda *now: float(torch.tensor(learning_rate(*now)).bfloat16()))
     settings = ("global_batch_size=8", "early_stopping.enabled=false", "validation_size=0", *assignments)

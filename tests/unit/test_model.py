@@ -13,16 +13,14 @@ from torchvision.models.resnet import BasicBlock
 
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.plan import DatasetSizes, make_plan
+from cifar_dist.config.recipe import Recipe
 from cifar_dist.data.sampler import derive_seed
 from cifar_dist.model import optimizer as optimizer_module
 from cifar_dist.model.layers import Groups, HeadDropout, uniform_hash
 from cifar_dist.model.networks import (
-    build_resnet,
-    imagenet_weights,
-    infer_architecture,
-    load_weights,
+    build_network,
+    find_head,
     parts_to_freeze,
-    start_from,
 )
 from cifar_dist.model.optimizer import (
     ExponentialMovingAverage,
@@ -34,6 +32,7 @@ from cifar_dist.model.optimizer import (
     orthogonalized,
     set_learning_rate,
 )
+from cifar_dist.model.pretrained import imagenet_weights, infer_stem, load_weights, start_from
 from tests.conftest import make_recipe
 
 
@@ -50,6 +49,11 @@ def narrow_resnet(stem: str = "imagenet", num_classes: int = 10, *, seed: int = 
     return model
 
 
+def build_narrow(recipe: Recipe, num_classes: int) -> nn.Module:
+    """Build `narrow_resnet` in place of `build_network`."""
+    return narrow_resnet(recipe.stem, num_classes, seed=recipe.seed)
+
+
 @pytest.mark.parametrize(("images", "ranks", "own"), [(8, 1, 4), (7, 1, 0), (8, 2, 2), (64, 4, 1)])
 def test_groups_have_two_images_each_or_are_one(images, ranks, own):
     assert Groups(count=4, num_ranks=ranks, images=images).own == own
@@ -61,17 +65,19 @@ def test_weights_load_into_torchvisions_network_and_give_the_same_logits(stem, i
     if stem != "imagenet":  # the stem as people adapt it by hand
         theirs.conv1 = nn.Conv2d(3, 64, 3, stride=1 if stem == "cifar" else 2, padding=1, bias=False)
         theirs.maxpool = nn.Identity()
-    ours = build_resnet(stem, 7, seed=3)
+    ours = build_network(make_recipe(f"stem={stem}", "seed=3"), 7)
     theirs.load_state_dict(ours.state_dict(), strict=True)
     images = torch.rand(4, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(ours.eval()(images), theirs.eval()(images))
-    assert infer_architecture(ours.state_dict()) == (inferred, 7)
+    assert infer_stem(ours.state_dict()) == inferred
 
 
 def test_the_seed_alone_decides_the_weights():
     before = torch.get_rng_state()
-    first, again, other = (build_resnet("cifar", 10, seed=seed).state_dict() for seed in (1, 1, 2))
+    first, again, other = (
+        build_network(make_recipe("stem=cifar", f"seed={seed}"), 10).state_dict() for seed in (1, 1, 2)
+    )
     assert all(torch.equal(*pair) for pair in zip(first.values(), again.values(), strict=True))
     assert not torch.equal(first["conv1.weight"], other["conv1.weight"])
     assert torch.equal(before, torch.get_rng_state()), "the caller's random state was changed"
@@ -85,15 +91,29 @@ def test_adamw_is_torchs():
     assert (group["lr"], group["betas"], group["weight_decay"]) == (0.01, (0.8, 0.999), 0.1)
 
 
+def start(model, weights):
+    start_from(model, weights, "fc")
+
+
 @pytest.mark.parametrize(
     ("load", "name", "value", "message"),
     [
         (load_weights, "bn1.weight", None, 'Missing key.*"bn1.weight"'),
         (load_weights, "extra", torch.zeros(1), 'Unexpected key.*"extra"'),
         (load_weights, "fc.bias", torch.zeros(3), r"size mismatch for fc.bias: .*\[3\]"),
-        (start_from, "layer1.conv1.weight", torch.zeros(64, 64, 5, 5), r"size mismatch for layer1\.conv1\.weight"),
-        (lambda _, weights: infer_architecture(weights), "conv1.weight", None, r"conv1.weight must be .* {'fc.weight'"),
-        (lambda _, weights: infer_architecture(weights), "conv1.weight", torch.zeros(64, 3, 5, 5), "must be.* 3, 5, 5"),
+        (
+            lambda *given: start_from(*given, "fc"),
+            "layer1.conv1.weight",
+            torch.zeros(64, 64, 5, 5),
+            r"size mismatch for layer1\.conv1\.weight",
+        ),
+        (
+            lambda _, weights: infer_stem(weights),
+            "conv1.weight",
+            None,
+            r"conv1.weight must be .*, and there are bn1.weight",
+        ),
+        (lambda _, weights: infer_stem(weights), "conv1.weight", torch.zeros(64, 3, 5, 5), "must be.* 3, 5, 5"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_by_name(load, name, value, message):
@@ -196,7 +216,8 @@ def test_matrices_are_orthogonalized_as_muon_does_it(shape):
 def test_muon_steps_the_filters_as_matrices_and_sgd_the_rest(layout, nesterov):
     fields = ("name=muon", "learning_rate=0.1", f"nesterov={nesterov}", "weight_decay=2.0")  # so much that it is seen
     model = narrow_resnet().to(memory_format=layout)
-    optimizer = build_optimizer(model, make_recipe(*(f"optimizer.{field}" for field in fields)).optimizer)
+    config = make_recipe(*(f"optimizer.{field}" for field in fields)).optimizer
+    optimizer = build_optimizer(model, config, find_head(model, 10))
     assert isinstance(optimizer, MuonWithSGD)
     filters = [model.layer1.conv1.weight, model.layer2.downsample[0].weight]
     matrices = [nn.Parameter(each.detach().flatten(1).clone()) for each in filters]
@@ -224,7 +245,8 @@ def test_muon_steps_the_filters_as_matrices_and_sgd_the_rest(layout, nesterov):
 def test_filters_are_brought_to_their_norm_before_a_step():
     names = ("name=muon", "learning_rate=0.1", "normalize_filters=true", "weight_decay=0", "sgd_learning_rate=0.05")
     model = narrow_resnet()
-    optimizer = build_optimizer(model, make_recipe(*(f"optimizer.{name}" for name in names)).optimizer)
+    config = make_recipe(*(f"optimizer.{name}" for name in names)).optimizer
+    optimizer = build_optimizer(model, config, find_head(model, 10))
     set_learning_rate(optimizer, 0.1)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.05])
     before = model.fc.weight.detach().clone()
@@ -330,15 +352,16 @@ def test_the_hash_is_uniform_and_stays():
 
 @pytest.mark.parametrize(("stem", "num_classes"), [("imagenet", 1000), ("imagenet", 10), ("cifar", 10)])
 def test_a_pretrained_body_is_loaded_and_parts_of_another_shape_stay(stem, num_classes):
-    weights = build_resnet("imagenet", num_classes, seed=1).state_dict()
-    model = build_resnet(stem, 10, seed=0)
+    weights = build_network(make_recipe("stem=imagenet", "seed=1"), num_classes).state_dict()
+    recipe = make_recipe(f"stem={stem}")
+    model = build_network(recipe, 10)
     drawn = copy.deepcopy(model.state_dict())
-    start_from(model, weights)
+    start_from(model, weights, "fc")
     new = {"fc.": num_classes != 10, "conv1.": stem != "imagenet"}
     for name, value in model.state_dict().items():
         is_new = any(new[prefix] for prefix in new if name.startswith(prefix))
         assert torch.equal(value, drawn[name] if is_new else weights[name]), name
-    frozen = {id(each) for each in parts_to_freeze(model, stem)}
+    frozen = {id(each) for each in parts_to_freeze(model, recipe, 10)}
     names = {name for name, each in model.named_parameters() if id(each) not in frozen}
     head = {"fc.weight", "fc.bias"}
     assert names == (head if stem == "imagenet" else head | {"conv1.weight", "bn1.weight", "bn1.bias"})
@@ -354,7 +377,7 @@ def test_imagenet_weights_come_from_torchvisions_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
     told: list[str] = []
     with pytest.raises(UserError, match=r"resnet18-f37072fd\.pth could not be downloaded \(no network here\)"):
-        imagenet_weights(told.append)
+        imagenet_weights(note=told.append)
     assert len(told) == 1 and told[0].startswith("downloading the ImageNet weights to ")
     file = tmp_path / "checkpoints" / ResNet18_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[-1]
     file.parent.mkdir(exist_ok=True)
@@ -362,4 +385,4 @@ def test_imagenet_weights_come_from_torchvisions_cache(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"resnet18-f37072fd\.pth are damaged"):
         imagenet_weights()
     torch.save({"fc.weight": torch.zeros(1000, 512)}, file)
-    assert imagenet_weights(told.append)["fc.weight"].shape == (1000, 512) and len(told) == 1
+    assert imagenet_weights(note=told.append)["fc.weight"].shape == (1000, 512) and len(told) == 1

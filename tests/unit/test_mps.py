@@ -27,7 +27,7 @@ from cifar_dist.training import setup
 from cifar_dist.training.evaluation import EvaluationSet
 from cifar_dist.training.setup import build_trainer
 from tests.conftest import make_dataset, make_recipe
-from tests.unit.test_model import narrow_resnet
+from tests.unit.test_model import build_narrow
 
 SERVES = {"MPS", "CompositeImplicitAutograd", "CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional"}
 
@@ -96,7 +96,7 @@ def train_and_evaluate(runtime, monkeypatch, *assignments) -> OperatorsOnDevice:
     recipe = make_recipe(*EVERYTHING, *assignments)
     plan = make_plan(recipe, world_size=1, sizes=dataset.sizes, device_type="mps")
     monkeypatch.setattr(runtime, "memory_format", torch.contiguous_format)
-    monkeypatch.setattr(setup, "build_resnet", narrow_resnet)
+    monkeypatch.setattr(setup, "build_network", build_narrow)
     monkeypatch.setattr(setup, "use_dense_products", lambda model: None)  # which are taken on a CPU alone
     trainer = build_trainer(recipe, plan, dataset, runtime, Observer())
     test, state = dataset.test, trainer.state

@@ -20,14 +20,14 @@ from cifar_dist.training.setup import build_trainer
 from cifar_dist.training.trainer import DivergedError, InterruptedRun, Trainer
 from tests.conftest import make_dataset, make_recipe
 from tests.runs import begin
-from tests.unit.test_model import narrow_resnet
+from tests.unit.test_model import build_narrow
 
 SMALL = ("global_batch_size=32", "epochs=2", "optimizer.learning_rate=0.05")
 
 
 @pytest.fixture(autouse=True)
 def narrow_network(monkeypatch):
-    monkeypatch.setattr(setup, "build_resnet", narrow_resnet)
+    monkeypatch.setattr(setup, "build_network", build_narrow)
 
 
 def trainer_for(runtime, *assignments, dataset=None, observer=None) -> Trainer:

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed import TCPStore
+from torchvision.models._api import BUILTIN_MODELS
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from cifar_dist.cli import main
 from cifar_dist.config.accelerate_config import AccelerateConfig
 from cifar_dist.config.world import World
-from cifar_dist.model import networks
 from cifar_dist.runtime.device import SHARE_GPU
 from cifar_dist.runtime.distributed import Runtime, connect, start
 from cifar_dist.training import setup
@@ -182,11 +182,11 @@ class ThinResNet18(ResNet):
 @contextmanager
 def thin_models() -> Iterator[None]:
     """Build models with a quarter of the channels."""
-    original, networks.resnet18 = networks.resnet18, ThinResNet18
+    original, BUILTIN_MODELS["resnet18"] = BUILTIN_MODELS["resnet18"], ThinResNet18
     try:
         yield
     finally:
-        networks.resnet18 = original
+        BUILTIN_MODELS["resnet18"] = original
 
 
 @contextmanager
@@ -198,8 +198,8 @@ def models_in_float64() -> Iterator[None]:
         model.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(),))
         return model
 
-    original, setup.build_resnet = setup.build_resnet, build
+    original, setup.build_network = setup.build_network, build
     try:
         yield
     finally:
-        setup.build_resnet = original
+        setup.build_network = original

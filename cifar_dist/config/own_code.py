@@ -1,0 +1,125 @@
+"""Functions of your own, named `package.module:function` or `file.py:function`.
+
+Only a command line, a Python call or a recipe file of yours may name one. The name in a file of a run imports nothing.
+"""
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from cifar_dist.config.errors import UserError
+
+OWN_CODE_FIELDS = ("model", "augmentation.custom")
+"""Recipe fields that may name a function."""
+
+_REGISTERED: dict[str, Callable[..., Any]] = {}
+
+
+def is_own_code(name: str | None) -> bool:
+    """Return whether the name is that of a function of your own, and not of this package."""
+    return name is not None and ":" in name
+
+
+def register(function: Callable[..., Any]) -> str:
+    """Make a function known to this process, for `train(model=function)`. Return its name."""
+    name = f"{function.__module__}:{function.__qualname__}"
+    _REGISTERED[name] = function
+    return name
+
+
+def load_function(name: str) -> Callable[..., Any]:
+    """Import the function `package.module:function` or `file.py:function`. Raises UserError."""
+    if name in _REGISTERED:
+        return _REGISTERED[name]
+    path, attribute = _split(name)
+    try:
+        function = getattr(_import(path, source_hash(name)), attribute, None)
+    except UserError:
+        raise
+    except Exception as error:  # of the user's module
+        raise UserError(f"cannot import {path}: {type(error).__name__}: {error}") from error
+    if not callable(function):
+        raise UserError(f"{path} has no function '{attribute}': name it as file.py:function")
+    return function
+
+
+def source_hash(name: str) -> str:
+    """Return the SHA-256 of the file that defines a function (of its source, for a registered one). Raises UserError.
+
+    Files that this one imports do not count.
+    """
+    if name in _REGISTERED:
+        try:
+            return hashlib.sha256(inspect.getsource(_REGISTERED[name]).encode()).hexdigest()
+        except (OSError, TypeError):
+            return "unknown"  # typed into an interactive Python
+    path, _ = _split(name)
+    file = _file_of(path)
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from None
+
+
+def own_sources(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """Return `source_hash` of each function that a recipe (with dotted names) uses, by field. Raises UserError."""
+    return {field: source_hash(recipe[field]) for field in OWN_CODE_FIELDS if is_own_code(recipe.get(field))}
+
+
+def words_to_type(recipe: Mapping[str, Any]) -> list[str]:
+    """Return the arguments that name a recipe's functions (of the user) again; the recipe has dotted names."""
+    words = [f"{field}={recipe[field]}" for field in OWN_CODE_FIELDS if is_own_code(recipe.get(field))]
+    return ["--set", *words] if words else []
+
+
+def refuse_untyped_code(stored: Mapping[str, Any], typed: Mapping[str, Any], where: str) -> None:
+    """Raise UserError if a run's file names a function that the user has not typed again. Both have dotted names."""
+    for field in OWN_CODE_FIELDS:
+        if is_own_code(stored.get(field)) and field not in typed:
+            raise UserError(
+                f"{where} names the function {stored[field]}, which runs only if you type it:"
+                f" add --set {field}={stored[field]}"
+            )
+
+
+def _split(name: str) -> tuple[str, str]:
+    path, _, attribute = name.rpartition(":")
+    if not path or not attribute.isidentifier():
+        raise UserError(f"'{name}' names no function: type file.py:function or package.module:function")
+    return path, attribute
+
+
+def _file_of(path: str) -> Path:
+    if path.endswith(".py"):
+        return Path(path)
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # as with `python -m`
+    try:
+        spec = importlib.util.find_spec(path)
+    except Exception as error:  # of a parent package
+        raise UserError(f"cannot import {path}: {type(error).__name__}: {error}") from error
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        raise UserError(f"there is no Python module {path}: start where it lies, or type file.py:function")
+    return Path(spec.origin)
+
+
+@functools.cache
+def _import(path: str, digest: str) -> Any:
+    """Import a file or a module. `digest` makes a changed file a new import."""
+    if not path.endswith(".py"):
+        return importlib.import_module(path)
+    file = Path(path).absolute()
+    spec = importlib.util.spec_from_file_location(f"{file.stem}_{digest[:8]}", file)
+    assert spec is not None and spec.loader is not None
+    if str(file.parent) not in sys.path:
+        sys.path.insert(0, str(file.parent))  # for the modules beside it
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
