@@ -96,13 +96,8 @@ def train(
             text, code = f"interrupted; go on with: {resume_command}", EXIT_KEYBOARD_INTERRUPT
         else:
             recorder.trackers.finish()
-            print_result(
-                console,
-                summary,
-                trainer.plan.epochs,
-                prepared.directory,
-                words_to_type({"model": trainer.recipe.model}),
-            )
+            own_model = words_to_type({"model": spec.recipe.model})
+            print_result(console, summary, trainer.plan.epochs, prepared.directory, own_model)
             return EXIT_DONE, summary
         ranks.abandoned = True
         recorder.trackers.finish()

@@ -163,9 +163,7 @@ def _bare_weights(
     if head is None:
         raise UserError(f"{recipe.model} ends in no layer whose size is the number of classes: name a run's checkpoint")
     if f"{head[0]}.weight" not in tensors:
-        raise UserError(
-            f"{path} is no {recipe.model}: it has no {head[0]}.weight; name its network with --set model=NAME"
-        )
+        raise UserError(f"{path} is no {recipe.model}: it has no {head[0]}.weight; name its own model with --set")
     num_classes = len(tensors[f"{head[0]}.weight"])
     mean, std = list(recipe.normalization.mean), list(recipe.normalization.std)
     what = f"{describe_network(recipe)}, {num_classes} classes"
