@@ -229,7 +229,7 @@ def measure(rows: list[Row], results: Path, typed: argparse.Namespace) -> int:
     from cifar_dist.config.accelerate_config import AccelerateConfig
     from cifar_dist.config.plan import make_plan
     from cifar_dist.config.world import World
-    from cifar_dist.model.networks import build_resnet
+    from cifar_dist.model.networks import build_network
     from cifar_dist.run.results import Observer
     from cifar_dist.runtime.distributed import connect, start
     from cifar_dist.training.setup import build_trainer
@@ -241,7 +241,7 @@ def measure(rows: list[Row], results: Path, typed: argparse.Namespace) -> int:
             recipe = row.resolved(0)
             dataset = random_dataset(32, recipe.global_batch_size)
             images = dataset.train
-            model = build_resnet("imagenet", 10, seed=0)
+            model = build_network(Recipe.load("original"), 10)
             other = ScriptLoop(model, images.images, images.labels, batch_size=SCRIPT_BATCH, device=runtime.device)
             total, parts, begun = 0.0, [], 0.0
             for share, end in recipe.image_size_schedule or ((1.0, 1.0),):

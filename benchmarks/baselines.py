@@ -41,7 +41,7 @@ from cifar_dist.config.plan import make_plan
 from cifar_dist.config.recipe import parse_assignments
 from cifar_dist.config.world import World
 from cifar_dist.display.terminal import format_table
-from cifar_dist.model.networks import build_resnet
+from cifar_dist.model.networks import build_network
 from cifar_dist.run.checks import recipe_for_speed
 from cifar_dist.run.results import Observer
 from cifar_dist.runtime.distributed import Runtime, connect, start
@@ -196,7 +196,7 @@ def main() -> None:
         dataset = random_dataset(recipe.image_size, batch)
         images, labels = dataset.train.images, dataset.train.labels
         plan = make_plan(recipe, world_size=1, sizes=dataset.sizes, device_type=runtime.device.type)
-        models = [build_resnet(recipe.stem, NUM_CLASSES, seed=recipe.seed) for _ in range(2)]
+        models = [build_network(recipe, NUM_CLASSES) for _ in range(2)]
         loops: dict[str, Callable[[], object]] = {
             "our loop": endless_steps(build_trainer(recipe, plan, dataset, runtime, Observer())),
             "original script": ScriptLoop(models[0], images, labels, batch_size=batch, device=runtime.device),

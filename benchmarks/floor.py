@@ -46,15 +46,15 @@ def bare_step(stem: str, batch: int, precision: str) -> Callable[[], None]:
     sys.path.insert(0, str(Path(__file__).parent.parent))
     from cifar_dist.commands import bench
     from cifar_dist.config.recipe import parse_assignments, read_recipe, resolve_recipe
-    from cifar_dist.model.networks import build_resnet, use_dense_products
+    from cifar_dist.model.networks import build_network, use_dense_products
     from cifar_dist.model.optimizer import build_optimizer
 
     assignments = parse_assignments(["optimizer.decay_norm_and_bias=false"])
-    optimizer = resolve_recipe(read_recipe("original"), assignments).optimizer
-    model = build_resnet(stem, 10, seed=0).to(memory_format=torch.channels_last)
+    recipe = resolve_recipe(read_recipe("original"), assignments, {"stem": stem})
+    model = build_network(recipe, 10).to(memory_format=torch.channels_last)
     use_dense_products(model)
     images = torch.rand(batch, 3, 32, 32).to(memory_format=torch.channels_last)
-    return bench.bare_step(model, build_optimizer(model, optimizer), images, torch.arange(batch) % 10, precision)
+    return bench.bare_step(model, build_optimizer(model, recipe.optimizer), images, torch.arange(batch) % 10, precision)
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cifar_dist.commands.bench import bare_step, captured
 from cifar_dist.config.recipe import read_recipe, resolve_recipe
-from cifar_dist.model.networks import build_resnet
+from cifar_dist.model.networks import build_network
 from cifar_dist.model.optimizer import build_optimizer
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -99,7 +99,7 @@ def main() -> None:
     batch, dtype = typed.batch or recipe.global_batch_size, DTYPES[typed.precision]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     matrix_rate, bandwidth = rates(device, dtype, typed.rounds)
-    model = build_resnet(recipe.stem, 10, seed=0).to(device, memory_format=torch.channels_last)
+    model = build_network(recipe, 10).to(device, memory_format=torch.channels_last)
     images = torch.rand(batch, 3, recipe.image_size, recipe.image_size, device=device)
     images, labels = images.to(memory_format=torch.channels_last), torch.arange(batch, device=device) % 10
     optimizer = build_optimizer(model, recipe.optimizer)

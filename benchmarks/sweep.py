@@ -26,7 +26,7 @@ from cifar_dist.config.options import BenchOptions
 from cifar_dist.config.recipe import Recipe, parse_assignments
 from cifar_dist.config.world import World
 from cifar_dist.display.terminal import format_table
-from cifar_dist.model.networks import build_resnet, use_dense_products
+from cifar_dist.model.networks import build_network, use_dense_products
 from cifar_dist.model.optimizer import build_optimizer
 from cifar_dist.run.checks import recipe_for_speed
 from cifar_dist.runtime.distributed import Runtime, connect, start
@@ -58,7 +58,7 @@ def choices(runtime: Runtime) -> Iterator[dict[str, Any]]:
 def build_step(recipe: Recipe, device: torch.device, choice: dict[str, Any]) -> Callable[[], object]:
     """Build the bare step of a choice."""
     layout, batch = LAYOUTS[choice["memory_format"]], recipe.global_batch_size
-    model = build_resnet(recipe.stem, NUM_CLASSES, seed=recipe.seed)
+    model = build_network(recipe, NUM_CLASSES)
     use_dense_products(model)
     model = model.to(device, memory_format=layout)
     optimizer = build_optimizer(model, recipe.optimizer, fused=choice["fused"])

@@ -1,0 +1,95 @@
+"""Functions of the user's own: how they are found, hashed and refused."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from cifar_dist.config import own_code
+from cifar_dist.config.errors import UserError
+from cifar_dist.config.own_code import load_function, register, source_hash
+from cifar_dist.model.networks import build_network
+from tests.conftest import make_recipe
+
+NETWORK = """
+from torch import nn
+from parts import width
+
+def net(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, width), nn.Linear(width, num_classes))
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [each for each in sys.path if each not in ("", str(Path.cwd()))])
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("name", ["here/nets.py:net", "there.nets:net"])
+def test_a_network_is_found_in_a_file_or_a_module(folder, name):
+    for package in ("here", "there"):
+        Path(package).mkdir()
+        Path(package, "nets.py").write_text(
+            NETWORK.replace("from parts", "from there.parts" if package == "there" else "from parts")
+        )
+        Path(package, "parts.py").write_text("width = 5\n")
+    recipe = make_recipe(f"model={name}")
+    assert recipe.stem is None
+    first, again = (build_network(recipe, 4) for _ in range(2))
+    assert first[1].out_features == 5 and first[2].out_features == 4
+    assert torch.equal(first[1].weight, again[1].weight), "drawn from the recipe's seed"
+
+
+def test_the_hash_is_that_of_the_source(folder):
+    file = Path("nets.py")
+    file.write_text("def net(num_classes):\n    return 1\n")
+    first = source_hash("nets.py:net")
+    assert load_function("nets.py:net")(3) == 1
+    file.write_text("def net(num_classes):\n    return 2\n")
+    assert source_hash("nets.py:net") != first
+    assert load_function("nets.py:net")(3) == 2, "a changed file is imported anew"
+
+    def one(num_classes):
+        return nn.Linear(1, num_classes)
+
+    def two(num_classes):
+        return nn.Linear(2, num_classes)
+
+    assert load_function(register(one)) is one
+    assert source_hash(register(one)) != source_hash(register(two))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("absent.py:net", "cannot read absent.py: No such file"),
+        ("absent.package:net", "absent"),
+        ("math:sqrt", "there is no Python module math"),  # not written in Python, so that it has no source
+        ("nets.py:other", "nets.py has no function 'other'"),
+        ("nets.py:number", "nets.py has no function 'number'"),
+        ("nets.py:1", "names no function: type file.py:function"),
+        (":net", "names no function"),
+        ("broken.py:net", "cannot import broken.py: ZeroDivisionError: division by zero"),
+        ("nets.py:none", "nets.py:none returned NoneType: it must return a torch.nn.Module"),
+        ("nets.py:nothing", "nets.py:nothing failed .*num_classes.*: it must return a network for num_classes=10"),
+    ],
+)
+def test_what_is_no_network_is_refused_in_one_line(folder, name, message):
+    Path("nets.py").write_text("number = 1\ndef none(num_classes): pass\ndef nothing(): pass\n")
+    Path("broken.py").write_text("1 / 0\n")
+    with pytest.raises(UserError, match=message):
+        build_network(make_recipe(f"model={name}"), 10)
+
+
+def test_the_fields_that_may_name_code_are_fields(folder):
+    from cifar_dist.config.recipe import RECIPE_FIELDS
+
+    assert set(own_code.OWN_CODE_FIELDS) <= {*RECIPE_FIELDS, "augmentation.custom"}
