@@ -1,19 +1,70 @@
-"""Stub."""
+"""FastNet: a small convolutional network for images of CIFAR's size (arXiv 2404.00498, section 3)."""
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
+
+_WIDTHS = (24, 64, 256, 256)
+_EIGENVALUE_OFFSET = 5e-4
+"""Added to the eigenvalues of normalized images' patches, so that a singular covariance has finite filters."""
+_IMAGES_AT_ONCE = 500
 
 
 class FastNet(nn.Module):
-    """Stub."""
+    """Seven convolutions and a linear head, 1.97 million parameters with 10 classes (section 3.1).
+
+    The input is normalized images (N, 3, H, W) of at least 9 x 9 pixels, the output logits (N, num_classes). In two
+    points it departs from the paper: BatchNorm has scales, and the last pooling is over the whole image, so that any
+    image size fits. The weights are drawn from torch's global generator. The filters of `whitening` are frozen, and
+    random until `whiten` sets them.
+    """
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        self.head = nn.Linear(3, num_classes)
+        self.whitening = nn.Conv2d(3, _WIDTHS[0], kernel_size=2)
+        self.whitening.weight.requires_grad_(False)
+        nn.init.zeros_(self.whitening.bias)  # type: ignore[arg-type]
+        self.blocks = nn.Sequential(*map(_block, _WIDTHS, _WIDTHS[1:]))
+        self.fc = nn.Linear(_WIDTHS[-1], num_classes, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Stub."""
-        return self.head(x.mean((2, 3)))
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (N, num_classes) for normalized images (N, 3, H, W)."""
+        features: Tensor = self.blocks(functional.gelu(self.whitening(images)))
+        logits: Tensor = self.fc(features.amax((2, 3)))
+        return logits / 9
 
 
+def _block(channels_in: int, channels_out: int) -> nn.Sequential:
+    """Build a block that halves the image.
+
+    The first filters of its convolutions, one for each input channel, return that channel (section 3.3).
+    """
+    first = nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1, bias=False)
+    second = nn.Conv2d(channels_out, channels_out, kernel_size=3, padding=1, bias=False)
+    for conv in (first, second):
+        nn.init.dirac_(conv.weight.detach()[: conv.in_channels])
+    norms = [nn.BatchNorm2d(channels_out) for _ in range(2)]
+    return nn.Sequential(first, nn.MaxPool2d(2), norms[0], nn.GELU(), second, norms[1], nn.GELU())
+
+
+@torch.no_grad()
 def whiten(model: FastNet, images: Tensor) -> None:
-    """Stub."""
+    """Set the first layer's filters so that their outputs on `images` have identity covariance (section 3.2).
+
+    `images` are normalized training images (N, 3, H, W) on the CPU; the filters are a function of them alone. The
+    filters are the eigenvectors of the covariance of the 2x2 patches, scaled, and then their negatives, so that the
+    activation loses nothing.
+    """
+    size, count = model.whitening.weight[0].numel(), 0
+    total, products = torch.zeros(size, dtype=torch.float64), torch.zeros(size, size, dtype=torch.float64)
+    for part in torch.split(images, _IMAGES_AT_ONCE):
+        patches = functional.unfold(part.double(), kernel_size=2).transpose(0, 1).flatten(1)
+        total += patches.sum(1)
+        products += patches @ patches.T
+        count += patches.shape[1]
+    mean = total / count
+    eigenvalues, eigenvectors = torch.linalg.eigh(products / count - mean.outer(mean))
+    largest = eigenvectors.gather(0, eigenvectors.abs().argmax(0, keepdim=True))
+    eigenvectors *= largest.sign()  # an eigenvector is known but for its sign
+    filters = (eigenvectors / (eigenvalues + _EIGENVALUE_OFFSET).sqrt()).T
+    model.whitening.weight.copy_(torch.cat([filters, -filters]).view_as(model.whitening.weight))
