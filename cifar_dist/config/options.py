@@ -62,6 +62,8 @@ _SET_OF_WEIGHTS = (
     "model=NAME, for bare weights or a network of your own; also stem, image_size, normalization",
     "KEY=VALUE",
 )
+FIELDS_OF_WEIGHTS = ("model", "stem", "image_size", "normalization")
+"""Fields of the recipe that weights are used by: what `--set` takes beside `--ckpt`."""
 _SEVERAL: dict[str, Any] = {"default": dict, "nargs": "+", "action": "extend"}
 _CHECKPOINT = "FILE|RUN_DIR"
 
@@ -287,7 +289,8 @@ def _suggest(unknown: str, parser: argparse.ArgumentParser) -> str:
             return f", did you mean '{meant}'? ({actions[meant].help})"
     if name in TRACKERS and "--tracker" in actions:
         return f", did you mean '--tracker {name}'?"
-    if "--set" in actions and (recipe_field := find_field(name)):
+    recipe_field = find_field(name) if "--set" in actions else None
+    if recipe_field and ("--ckpt" not in actions or recipe_field.partition(".")[0] in FIELDS_OF_WEIGHTS):
         return f", did you mean '--set {recipe_field}=VALUE'?"
     return nearest(unknown, actions) or f" (see {parser.prog} --help)"
 

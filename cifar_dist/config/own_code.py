@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ def load_function(name: str) -> Callable[..., Any]:
         return _REGISTERED[name]
     path, attribute = _split(name)
     try:
-        function = getattr(_import(path, source_hash(name)), attribute, None)
+        absolute = str(Path(path).absolute()) if path.endswith(".py") else path
+        function = getattr(_import(absolute, source_hash(name)), attribute, None)
     except UserError:
         raise
     except Exception as error:  # of the user's module
@@ -114,12 +116,12 @@ def _import(path: str, digest: str) -> Any:
     """Import a file or a module. `digest` makes a changed file a new import."""
     if not path.endswith(".py"):
         return importlib.import_module(path)
-    file = Path(path).absolute()
-    spec = importlib.util.spec_from_file_location(f"{file.stem}_{digest[:8]}", file)
-    assert spec is not None and spec.loader is not None
+    file = Path(path)
     if str(file.parent) not in sys.path:
         sys.path.insert(0, str(file.parent))  # for the modules beside it
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    module = types.ModuleType(f"{file.stem}_{digest[:8]}")
+    module.__file__ = str(file)
+    sys.modules[module.__name__] = module  # for dataclasses and pickle
+    # Not by an import loader: its bytecode cache may be that of another source of the same size and second.
+    exec(compile(file.read_bytes(), file, "exec"), vars(module))
     return module

@@ -7,6 +7,7 @@ from typing import Any
 
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.options import (
+    FIELDS_OF_WEIGHTS,
     BenchOptions,
     EvalOptions,
     ExportOptions,
@@ -23,9 +24,6 @@ from cifar_dist.run.resolve import RunSpec, check_dataset_name, check_plan, reso
 
 EXPORT_PACKAGES = {".pth": (), ".safetensors": (), ".onnx": ("onnx", "onnxscript", "onnxruntime")}
 """The suffixes of formats that `export` writes, and the packages that each needs."""
-
-_OF_WEIGHTS = ("model", "stem", "image_size", "normalization")
-"""Fields of the recipe that weights are used by."""
 
 FOR_SPEED: dict[str, Any] = {
     "validation_size": 0,
@@ -114,8 +112,8 @@ def check_training(options: TrainOptions, *, world_size: int, machine_rank: int 
 def _check_weights(options: EvalOptions | PredictOptions | ExportOptions) -> None:
     find_checkpoint(options.checkpoint)
     typed = flatten(options.assignments)
-    if others := [name for name in typed if name.partition(".")[0] not in _OF_WEIGHTS]:
-        raise UserError(f"--set {others[0]} concerns a training: here it takes {', '.join(_OF_WEIGHTS)}")
+    if others := [name for name in typed if name.partition(".")[0] not in FIELDS_OF_WEIGHTS]:
+        raise UserError(f"--set {others[0]} concerns a training: here it takes {', '.join(FIELDS_OF_WEIGHTS)}")
     if options.recipe is not None or typed:
         resolve_recipe(read_recipe(options.recipe or DEFAULT_RECIPE, typed), options.assignments)
 
