@@ -230,7 +230,8 @@ def test_the_table_depends_on_seed_and_epoch_alone():
 @pytest.mark.parametrize(
     "field",
     "crop_padding=1 flip=random rotation_degrees=9 affine_degrees=9 affine_translate=0.2 affine_scale=0.3"
-    " brightness=0.3 contrast=0.3 saturation=0.3 hue=0.2 cutout=6".split(),
+    " brightness=0.3 contrast=0.3 saturation=0.3 hue=0.2 cutout=6 policy=trivial policy=randaugment"
+    " random_erasing=0.5".split(),
 )
 def test_each_operation_is_done_where_only_it_is_on(field):
     off = ("crop_padding=0", "flip=none", "rotation_degrees=0", "brightness=0", "contrast=0", "saturation=0", "hue=0")
