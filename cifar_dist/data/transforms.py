@@ -130,7 +130,9 @@ def _blend_(pixels: Tensor, factors: Tensor, operation: Tensor) -> None:
     """Apply to each image its blend: f * image + (1 - f) * (black, the image's mean gray, or its gray image)."""
     factor = factors.gather(1, operation.view(-1, 1)).view(-1, 1, 1)
     gray, rest = to_gray(pixels), 1 - factor
-    mean = gray.mean((1, 2), keepdim=True).mul_(rest * (operation == _CONTRAST).view(-1, 1, 1))
+    # Twice, because threads share the sum of a large image that is alone, and round it otherwise.
+    mean = (gray if len(gray) > 1 else gray.repeat(2, 1, 1)).mean((1, 2), keepdim=True)[: len(gray)]
+    mean = mean.mul_(rest * (operation == _CONTRAST).view(-1, 1, 1))
     target = gray.mul_(rest * (operation == _SATURATION).view(-1, 1, 1)).add_(mean)
     pixels.mul_(factor.unsqueeze(1)).add_(target.unsqueeze(1)).clamp_(0, 1)
 
