@@ -37,9 +37,9 @@ def main() -> None:
         augmentation.apply(images.index_select(0, samples), table[samples])
         rates.append(typed.images / (time.perf_counter() - begun))
     rates = sorted(rates[5:])
-    quarter = len(rates) // 4
+    quarter, what = len(rates) // 4, " ".join([typed.recipe, *typed.set])
     print(
-        f"{' '.join([typed.recipe, *typed.set])}, {typed.images} at once, {typed.threads} threads: {statistics.median(rates):,.0f} images/s"
+        f"{what}, {typed.images} at once, {typed.threads} threads: {statistics.median(rates):,.0f} images/s"
         f" (quartiles {rates[quarter]:,.0f} to {rates[-1 - quarter]:,.0f}, n = {len(rates)})"
     )
 
