@@ -192,7 +192,8 @@ def seconds_by_part(trainer: Trainer, *, count: int = 5) -> dict[str, float]:
     batch = next(iter(batches.epoch(1)))
     table, samples = batches.augmentation.draw_table(1, len(batches.data)), batch.samples.cpu()
     images = batches.data.images[: len(samples)]
-    pixels = batches.augmentation.apply(images, table[samples])
+    seeds = batches.augmentation.draw_seeds(1, len(batches.data))[samples]
+    pixels = batches.augmentation.apply(images, table[samples], seeds)
     sums, made = RunningSums(runtime.device), dict[str, Tensor]()
 
     def forward() -> None:
@@ -201,7 +202,7 @@ def seconds_by_part(trainer: Trainer, *, count: int = 5) -> dict[str, float]:
 
     parts: dict[str, Callable[[], object]] = {
         "data": lambda: (table[samples], batches.data.images.index_select(0, batch.samples)),
-        "augmentation": lambda: batches.augmentation.apply(images, table[samples]),
+        "augmentation": lambda: batches.augmentation.apply(images, table[samples], seeds),
         "normalization": lambda: batches.normalize(pixels),
         "forward": forward,
         "backward": lambda: runtime.accelerator.backward(made["loss"]),

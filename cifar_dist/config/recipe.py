@@ -84,6 +84,7 @@ class AugmentationConfig:
     """Random operations on a training image; 0 (or `none`) switches one off.
 
     Cutout: arXiv 1708.04552; mixup: 1710.09412, CutMix: 1905.04899, both by the Beta distribution's alpha.
+    TrivialAugmentWide: 2103.10158, RandAugment: 1909.13719, random erasing: 1708.04896.
     """
 
     crop_padding: Natural
@@ -99,7 +100,12 @@ class AugmentationConfig:
     affine_degrees: Degrees
     affine_translate: Fraction
     affine_scale: FractionBelow1
+    policy: Literal["none", "trivial", "randaugment"]
+    custom: str | None
+    """A user's function, `package.module:function` or `file.py:function`."""
     cutout: Natural
+    random_erasing: Fraction
+    """The probability of an image."""
     mixup: NonNegative
     cutmix: NonNegative
 

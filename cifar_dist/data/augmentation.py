@@ -2,18 +2,20 @@
 
 The parameters of an epoch are drawn at once on the CPU from (seed, epoch): one row a sample, one column a parameter. So
 a sample depends neither on its batch nor on the world size. Each parameter has its own stream: enabling an operation
-does not change the draws of another. The order is crop, flip, rotation, affine, colour jitter, cutout, and mixup or
-CutMix of two finished images.
+does not change the draws of another. The order is crop, flip, rotation, affine, policy, a function of the user's own,
+colour jitter, cutout, random erasing, and mixup or CutMix of two finished images.
 """
 
 import itertools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.recipe import AugmentationConfig
+from cifar_dist.data.policies import NUM_BINS, NUM_OPERATIONS, OPERATIONS, RANDAUGMENT_BIN, apply_operations, levels
 from cifar_dist.data.sampler import derive_seed
 from cifar_dist.data.transforms import AffineMove, jitter, move_pixels, to_device
 
@@ -21,12 +23,20 @@ COLUMNS = (
     "crop_y", "crop_x", "flip", "angle", "affine_angle", "affine_y", "affine_x", "affine_scale",
     "brightness", "contrast", "saturation", "hue", "jitter_order",
     "cutout_y", "cutout_x", "partner", "share", "is_box", "box_y", "box_x",
+    "operation_1", "level_1", "operation_2", "level_2", "erase_y", "erase_x", "erase_height", "erase_width",
 )  # fmt: skip
 """The table's columns.
 
-crop, cutout, box, affine_y, affine_x: pixels. flip, is_box: 0 or 1. angles: radians, counter-clockwise. affine_scale,
-brightness, contrast, saturation: factors. hue: part of a turn. jitter_order: row of JITTER_ORDERS. partner: position in
-the training set. share: the image's own part in a mix.
+crop, cutout, box, erase, affine_y, affine_x: pixels. flip, is_box: 0 or 1. angles: radians, counter-clockwise.
+affine_scale, brightness, contrast, saturation: factors. hue: part of a turn. jitter_order: row of JITTER_ORDERS.
+partner: position in the training set. share: the image's own part in a mix. operation: row of OPERATIONS; level: what
+it takes.
+"""
+
+CustomAugmentation = Callable[[Tensor, Tensor], Tensor]
+"""Takes images (N, 3, H, W) uint8 on the device and a seed an image, (N,) int64 on the CPU.
+
+Returns images of the same shape, uint8 or float32 in [0, 1].
 """
 
 JITTER_ORDERS = torch.tensor(list(itertools.permutations(range(4))))
@@ -37,18 +47,28 @@ class Augmentation:
     """A recipe's augmentation of training images, for one seed."""
 
     def __init__(
-        self, config: AugmentationConfig, *, seed: int, image_size: int = 32, fill: tuple[float, ...] = (0.5, 0.5, 0.5)
+        self,
+        config: AugmentationConfig,
+        *,
+        seed: int,
+        image_size: int = 32,
+        fill: tuple[float, ...] = (0.5, 0.5, 0.5),
+        custom: CustomAugmentation | None = None,
     ) -> None:
-        """Store the side of the images in memory, and the colour (in [0, 1]) of what cutout blanks.
+        """Store the side of the images in memory, and the colour (in [0, 1]) of what cutout and random erasing blank.
 
-        Raises UserError if the padding is wider than the images.
+        `custom` is the function that `config.custom` names; see `check_custom`. Raises UserError if the padding is
+        wider than the images.
         """
         if config.crop_padding >= image_size:
             raise UserError(
                 f"augmentation.crop_padding={config.crop_padding} is too wide for images of {image_size} pixels:"
                 f" set it to at most {image_size - 1}"
             )
+        if config.custom is not None and custom is None:
+            raise ValueError(f"augmentation.custom={config.custom} is not loaded")
         self.config, self.seed, self.image_size, self.fill = config, seed, image_size, torch.tensor(fill)
+        self.custom = custom
         self.moves_affinely = max(config.affine_degrees, config.affine_translate, config.affine_scale) > 0
         rotates = config.rotation_degrees > 0 or self.moves_affinely
         self.moves_pixels = config.crop_padding > 0 or config.flip != "none" or rotates
@@ -79,8 +99,14 @@ class Augmentation:
             draw.integers("partner", num_partners if self.mixes else 1),
             *self._draw_mix(draw),
             *(draw.integers(name, size if config.cutmix else 1) for name in ("box_y", "box_x")),
+            *self._draw_policy(draw),
+            *self._draw_erasing(draw),
         )
         return torch.stack(columns, dim=1)
+
+    def draw_seeds(self, epoch: int, num_samples: int) -> Tensor:
+        """Draw an epoch's seeds for `custom`: (num_samples,) int64 on the CPU, indexed by sample."""
+        return torch.randint(2**63 - 1, (num_samples,), generator=_Draw(self.seed, epoch, num_samples).stream("custom"))
 
     def _draw_flip(self, draw: "_Draw", epoch: int) -> Tensor:
         """Draw flips; alternating ones at random in epoch 1 and inverted in each later epoch (arXiv 2404.00498)."""
@@ -99,13 +125,44 @@ class Augmentation:
             shares = torch.where(is_box.bool(), draw.beta("cutmix", cutmix), shares)
         return shares, is_box
 
-    def apply(self, images: Tensor, rows: Tensor) -> Tensor:
+    def _draw_policy(self, draw: "_Draw") -> list[Tensor]:
+        """Draw each operation and its level: the sign at random, and the bin too for TrivialAugmentWide."""
+        policy, columns = self.config.policy, [torch.zeros(draw.num_samples)] * 4
+        arguments, num_bins = levels(policy, self.image_size), NUM_BINS if policy == "trivial" else 1
+        for slot in range(NUM_OPERATIONS[policy]):
+            operation = draw.integers(f"operation_{slot + 1}", len(OPERATIONS))
+            sign, number = draw.integers(f"sign_{slot + 1}", 2), draw.integers(f"bin_{slot + 1}", num_bins)
+            if policy == "randaugment":
+                number += RANDAUGMENT_BIN
+            columns[2 * slot : 2 * slot + 2] = operation, arguments[operation.long(), sign.long(), number.long()]
+        return columns
+
+    def _draw_erasing(self, draw: "_Draw") -> tuple[Tensor, ...]:
+        """Draw the box of random erasing (arXiv 1708.04896), of height 0 where nothing is erased.
+
+        As in torchvision's RandomErasing, the first box of 10 that is smaller than the image counts.
+        """
+        size, height, width = self.image_size, torch.zeros(draw.num_samples), torch.zeros(draw.num_samples)
+        if not self.config.random_erasing:
+            return height, height, height, height
+        for attempt in range(10):
+            area = size * size * draw.uniform(f"erase_area_{attempt}", 0.02, 0.33)
+            ratio = draw.uniform(f"erase_ratio_{attempt}", math.log(0.3), math.log(3.3)).exp()
+            tall, wide = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+            fits = (height == 0) & (torch.maximum(tall, wide) < size)
+            height, width = torch.where(fits, tall, height), torch.where(fits, wide, width)
+        height = height * (draw.uniform("erase", 0, 1) < self.config.random_erasing)
+        y, x = (draw.uniform(name, 0, 1) for name in ("erase_y", "erase_x"))
+        return (y * (size - height + 1)).floor(), (x * (size - width + 1)).floor(), height, width
+
+    def apply(self, images: Tensor, rows: Tensor, seeds: Tensor | None = None) -> Tensor:
         """Augment a batch, each image by itself.
 
-        `images` is (B, 3, H, W) uint8 on any device, `rows` their rows of the table, (B, len(COLUMNS)) on the CPU.
-        Returns (B, 3, H, W) float32 in [0, 1], contiguous, on the images' device.
+        `images` is (B, 3, H, W) uint8 on any device, `rows` their rows of the table, (B, len(COLUMNS)), and `seeds`
+        their seeds, (B,) int64, which `custom` needs, both on the CPU. Returns (B, 3, H, W) float32 in [0, 1],
+        contiguous, on the images' device.
         """
-        config, column = self.config, _columns(rows, images.device)
+        config, column, given = self.config, _columns(rows, images.device), images
         if self.moves_pixels:
             none, one = torch.zeros_like(column["angle"]), torch.ones_like(column["angle"])
             moves = [AffineMove(column["angle"], none, none, one)] if config.rotation_degrees else []
@@ -120,7 +177,14 @@ class Augmentation:
                 crop_x=column["crop_x"],
                 reflect=config.crop_mode == "reflect",
             )
-        pixels = images.to(torch.float32).div_(255)
+        for slot in range(1, NUM_OPERATIONS[config.policy] + 1):
+            operation, level = (rows[:, COLUMNS.index(f"{name}_{slot}")] for name in ("operation", "level"))
+            images = apply_operations(images, operation.long(), level)
+        if self.custom is not None and len(images):
+            if seeds is None:
+                raise ValueError("augmentation.custom needs seeds")
+            images = self.custom(images.clone() if images is given else images, seeds)
+        pixels = images.to(torch.float32).div_(255) if images.dtype == torch.uint8 else images.contiguous()
         if max(config.brightness, config.contrast, config.saturation, config.hue) > 0:
             # The orders stay on the CPU: they decide which images go together, and reading a device synchronizes.
             orders = JITTER_ORDERS[rows[:, COLUMNS.index("jitter_order")].long()]
@@ -128,6 +192,9 @@ class Augmentation:
             pixels = jitter(pixels, factors, column["hue"] if config.hue else None, orders)
         if config.cutout:
             cutout(pixels, column["cutout_y"], column["cutout_x"], config.cutout, to_device(self.fill, pixels.device))
+        if config.random_erasing:
+            y, x, height, width = (column[f"erase_{name}"] for name in ("y", "x", "height", "width"))
+            erase(pixels, y, x, height, width, to_device(self.fill, pixels.device))
         return pixels
 
 
@@ -141,18 +208,18 @@ class _Draw:
     def __init__(self, seed: int, epoch: int, num_samples: int) -> None:
         self.seed, self.epoch, self.num_samples = seed, epoch, num_samples
 
-    def _generator(self, name: str) -> torch.Generator:
+    def stream(self, name: str) -> torch.Generator:
         return torch.Generator().manual_seed(derive_seed("augmentation", self.seed, self.epoch, name))
 
     def uniform(self, name: str, low: float, high: float) -> Tensor:
         if low == high:
             return torch.full((self.num_samples,), low)
-        return low + (high - low) * torch.rand(self.num_samples, generator=self._generator(name))
+        return low + (high - low) * torch.rand(self.num_samples, generator=self.stream(name))
 
     def integers(self, name: str, count: int) -> Tensor:
         if count == 1:
             return torch.zeros(self.num_samples)
-        return torch.randint(count, (self.num_samples,), generator=self._generator(name)).float()
+        return torch.randint(count, (self.num_samples,), generator=self.stream(name)).float()
 
     def factor(self, name: str, spread: float) -> Tensor:
         return self.uniform(name, max(0.0, 1 - spread), 1 + spread)
@@ -160,7 +227,7 @@ class _Draw:
     def beta(self, name: str, alpha: float) -> Tensor:
         # A ratio of Gamma draws, in float64: small alphas give tiny numbers.
         shape = torch.full((2, self.num_samples), alpha, dtype=torch.float64)
-        first, second = torch._standard_gamma(shape, generator=self._generator(name))
+        first, second = torch._standard_gamma(shape, generator=self.stream(name))
         return (first / (first + second)).nan_to_num_(0.5).float()
 
 
@@ -169,10 +236,44 @@ def cutout(pixels: Tensor, center_y: Tensor, center_x: Tensor, side: int, fill: 
 
     The square is cut off at the border. `fill` (3,) is the colour that normalization turns into 0, as in the paper.
     """
-    height, width = pixels.shape[2:]
-    blank = _span(center_y - side // 2, center_y - side // 2 + side, height).unsqueeze(2)
-    blank = blank & _span(center_x - side // 2, center_x - side // 2 + side, width).unsqueeze(1)
+    sides = torch.full_like(center_y, side)
+    erase(pixels, center_y - side // 2, center_x - side // 2, sides, sides, fill)
+
+
+def erase(pixels: Tensor, y: Tensor, x: Tensor, height: Tensor, width: Tensor, fill: Tensor) -> None:
+    """Blank each image's box, in place; (y, x) is its upper left corner."""
+    blank = _span(y, y + height, pixels.shape[2]).unsqueeze(2) & _span(x, x + width, pixels.shape[3]).unsqueeze(1)
     torch.where(blank.unsqueeze(1), fill.view(1, 3, 1, 1), pixels, out=pixels)
+
+
+def check_custom(custom: Callable[..., object], name: str, *, image_size: int, device: torch.device) -> None:
+    """Call a user's function on 64 images as one batch and as two; raise UserError if an image depends on its batch."""
+    generator, results = torch.Generator().manual_seed(0), []
+    noise = torch.rand(64, 3, image_size, image_size, generator=generator)
+    brightness = torch.rand(64, 1, 1, 1, generator=generator)  # so that the two batches differ in their mean, too
+    images = (256 * noise * brightness).to(device, torch.uint8)
+    seeds = torch.randint(2**63 - 1, (64,), generator=generator)
+    for part in (slice(None), slice(0, None, 2), slice(1, None, 2)):
+        given = images[part].clone(memory_format=torch.contiguous_format)
+        try:
+            result = custom(given, seeds[part].clone())
+        except Exception as error:
+            raised = f"augmentation.custom={name} raised {type(error).__name__}: {error}"
+            raise UserError(f"{raised}: it is called with images (N, 3, H, W) uint8, seeds (N,) int64") from error
+        if not isinstance(result, Tensor) or result.shape != given.shape or not _holds_pixels(result):
+            what = f"{result.dtype} {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+            allowed = "return a tensor of the images' shape, uint8 or float32 in [0, 1]"
+            raise UserError(f"augmentation.custom={name} returned {what}: {allowed}")
+        results.append(result)
+    together = torch.stack(results[1:], dim=1).flatten(0, 1)
+    if together.dtype != results[0].dtype or not torch.equal(together, results[0]):
+        raise UserError(f"augmentation.custom={name}: its result depends on the batch: draw from the seeds alone")
+
+
+def _holds_pixels(images: Tensor) -> bool:
+    if images.dtype == torch.float32:
+        return bool((images >= 0).logical_and(images <= 1).all())
+    return images.dtype == torch.uint8
 
 
 def mix(pixels: Tensor, partners: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -74,19 +74,19 @@ class TrainingBatches:
     normalize: Normalizer
     image_size: Callable[[int, int], int]
     """Returns the side of the images at (epoch, step of the epoch), both counted from 1."""
-    _drawn: tuple[int, Tensor] = field(default=(0, torch.empty(0)), init=False)
+    _drawn: tuple[int, Tensor, Tensor] = field(default=(0, torch.empty(0), torch.empty(0)), init=False)
 
-    def _table(self, epoch: int) -> Tensor:
-        """Draw the random parameters of an epoch; the last table is cached."""
+    def _draw(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """Draw the table and the seeds of an epoch; the last ones are cached."""
         if self._drawn[0] != epoch:
             table = self.augmentation.draw_table(epoch, len(self.data), num_partners=len(self.indices))
-            self._drawn = (epoch, table)
-        return self._drawn[1]
+            self._drawn = (epoch, table, self.augmentation.draw_seeds(epoch, len(self.data)))
+        return self._drawn[1:]
 
     def epoch(self, epoch: int, *, steps_done: int = 0) -> Iterator[Batch]:
         """Iterate over an epoch's batches after its first `steps_done` steps."""
         self.sampler.set_epoch(epoch)
-        table = self._table(epoch)
+        table, seeds = self._draw(epoch)
         enough = max(1, _PIXELS_TOGETHER[self.data.images.device.type] // self.data.images[0, 0].numel())
         step, window, num_images = 1, [], 0
         for micro_batch in self.sampler.micro_batches():
@@ -95,23 +95,24 @@ class TrainingBatches:
                 num_images += len(micro_batch.positions)
             step += micro_batch.ends_step
             if num_images >= enough:
-                yield from self._batches(window, table)
+                yield from self._batches(window, table, seeds)
                 window, num_images = [], 0
         if window:
-            yield from self._batches(window, table)
-        self._table(epoch + 1)  # while an accelerator is still busy with the last steps
+            yield from self._batches(window, table, seeds)
+        self._draw(epoch + 1)  # while an accelerator is still busy with the last steps
 
-    def _batches(self, window: list[tuple[MicroBatch, int]], table: Tensor) -> Iterator[Batch]:
+    def _batches(self, window: list[tuple[MicroBatch, int]], table: Tensor, seeds: Tensor) -> Iterator[Batch]:
         """Augment the images of several micro-batches at once, then yield each at its image size."""
         samples = self.indices[torch.cat([micro_batch.positions for micro_batch, _ in window])]
         on_device, rows = to_device(samples, self.data.images.device), table[samples]
-        pixels, labels = self._augmented(on_device, rows), self.data.labels[on_device]
+        pixels, labels = self._augmented(on_device, rows, seeds[samples]), self.data.labels[on_device]
         mixed: dict[str, Tensor] = {}
         if self.augmentation.mixes:
             partners = self.indices[rows[:, COLUMNS.index("partner")].long()]
             partners_on_device = to_device(partners, on_device.device)
             partner_labels = self.data.labels[partners_on_device]
-            pixels, shares = mix(pixels, self._augmented(partners_on_device, table[partners]), rows)
+            partner_pixels = self._augmented(partners_on_device, table[partners], seeds[partners])
+            pixels, shares = mix(pixels, partner_pixels, rows)
             mixed = {"partner_labels": partner_labels, "shares": shares}
         start = 0
         for micro_batch, size in window:
@@ -126,9 +127,9 @@ class TrainingBatches:
                 ends_step=micro_batch.ends_step,
             )
 
-    def _augmented(self, on_device: Tensor, rows: Tensor) -> Tensor:
+    def _augmented(self, on_device: Tensor, rows: Tensor, seeds: Tensor) -> Tensor:
         # images[on_device] is twenty times slower on a CPU (torch 2.14).
-        return self.augmentation.apply(self.data.images.index_select(0, on_device), rows)
+        return self.augmentation.apply(self.data.images.index_select(0, on_device), rows, seeds)
 
 
 def evaluation_batches(

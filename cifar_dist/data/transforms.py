@@ -22,12 +22,14 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AffineMove:
-    """A rotation about the image's centre with a shift and a change of size; all (N,) float32."""
+    """A rotation about the image's centre with a shift and a change of size, or one shear; all (N,) float32."""
 
     angle: Tensor  # counter-clockwise, in radians
     shift_y: Tensor  # pixels, down
     shift_x: Tensor  # pixels, to the right
     scale: Tensor
+    shear_y: Tensor | None = None  # a slope: so much of x, from the left edge, is added to the source's y
+    shear_x: Tensor | None = None  # the same for y, from the upper edge
 
 
 def move_pixels(
@@ -77,6 +79,10 @@ def _source_of(move: AffineMove, y: Tensor, x: Tensor, height: int, width: int) 
     cos, sin = cos / move.scale.view(-1, 1, 1), sin / move.scale.view(-1, 1, 1)
     y = y - (height - 1) / 2 - move.shift_y.view(-1, 1, 1)
     x = x - (width - 1) / 2 - move.shift_x.view(-1, 1, 1)
+    if move.shear_y is not None:
+        y = y + (x + width / 2) * move.shear_y.view(-1, 1, 1)
+    if move.shear_x is not None:
+        x = x + (y + height / 2) * move.shear_x.view(-1, 1, 1)
     source_y = (x * sin).add(y * cos).add_((height - 1) / 2).round_()
     source_x = (x * cos).sub(y * sin).add_((width - 1) / 2).round_()
     return source_y, source_x
@@ -85,6 +91,12 @@ def _source_of(move: AffineMove, y: Tensor, x: Tensor, height: int, width: int) 
 def _reflected(coordinate: Tensor, size: int) -> Tensor:
     """Fold coordinates up to size - 1 beyond a border back into the image; the border pixel is not repeated."""
     return (size - 1) - ((size - 1) - coordinate.abs()).abs()
+
+
+def to_gray(pixels: Tensor) -> Tensor:
+    """Return the luma (N, H, W) of images (N, 3, H, W) float32."""
+    red, green, blue = pixels.unbind(1)
+    return (red * _GRAY[0]).add_(green, alpha=_GRAY[1]).add_(blue, alpha=_GRAY[2])
 
 
 def jitter(pixels: Tensor, factors: Tensor, hue: Tensor | None, orders: Tensor) -> Tensor:
@@ -117,10 +129,10 @@ def jitter(pixels: Tensor, factors: Tensor, hue: Tensor | None, orders: Tensor) 
 def _blend_(pixels: Tensor, factors: Tensor, operation: Tensor) -> None:
     """Apply to each image its blend: f * image + (1 - f) * (black, the image's mean gray, or its gray image)."""
     factor = factors.gather(1, operation.view(-1, 1)).view(-1, 1, 1)
-    red, green, blue = pixels.unbind(1)
-    gray = (red * _GRAY[0]).add_(green, alpha=_GRAY[1]).add_(blue, alpha=_GRAY[2])
-    rest = 1 - factor
-    mean = gray.mean((1, 2), keepdim=True).mul_(rest * (operation == _CONTRAST).view(-1, 1, 1))
+    gray, rest = to_gray(pixels), 1 - factor
+    # Twice, because threads share the sum of a large image that is alone, and round it otherwise.
+    mean = (gray if len(gray) > 1 else gray.repeat(2, 1, 1)).mean((1, 2), keepdim=True)[: len(gray)]
+    mean = mean.mul_(rest * (operation == _CONTRAST).view(-1, 1, 1))
     target = gray.mul_(rest * (operation == _SATURATION).view(-1, 1, 1)).add_(mean)
     pixels.mul_(factor.unsqueeze(1)).add_(target.unsqueeze(1)).clamp_(0, 1)
 

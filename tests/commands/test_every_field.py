@@ -37,7 +37,8 @@ CHANGES = {
     "augmentation.rotation_degrees": "45", "augmentation.brightness": "0.5", "augmentation.contrast": "0.5",
     "augmentation.saturation": "0.9", "augmentation.hue": "0.5", "augmentation.affine_degrees": "45",
     "augmentation.affine_translate": "0.2", "augmentation.affine_scale": "0.5", "augmentation.cutout": "8",
-    "augmentation.mixup": "1", "augmentation.cutmix": "1",
+    "augmentation.mixup": "1", "augmentation.cutmix": "1", "augmentation.policy": "trivial",
+    "augmentation.random_erasing": "1",
 }  # fmt: skip
 HELD_OUT = ("validation_size=8",)
 STEPPED = ("schedule={name: step, step_epochs: 1, gamma: 0.1}",)
@@ -56,7 +57,7 @@ NEEDED = {
     "early_stopping.patience": STOPPING,
     "early_stopping.min_delta": STOPPING,
 }
-ELSEWHERE = {"model", "selection"}  # one value; tests/commands
+ELSEWHERE = {"model", "selection", "augmentation.custom"}  # one value; tests/commands; tests/unit/test_policies.py
 
 
 @functools.cache

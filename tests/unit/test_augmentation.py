@@ -230,7 +230,8 @@ def test_the_table_depends_on_seed_and_epoch_alone():
 @pytest.mark.parametrize(
     "field",
     "crop_padding=1 flip=random rotation_degrees=9 affine_degrees=9 affine_translate=0.2 affine_scale=0.3"
-    " brightness=0.3 contrast=0.3 saturation=0.3 hue=0.2 cutout=6".split(),
+    " brightness=0.3 contrast=0.3 saturation=0.3 hue=0.2 cutout=6 policy=trivial policy=randaugment"
+    " random_erasing=0.5".split(),
 )
 def test_each_operation_is_done_where_only_it_is_on(field):
     off = ("crop_padding=0", "flip=none", "rotation_degrees=0", "brightness=0", "contrast=0", "saturation=0", "hue=0")
@@ -243,10 +244,16 @@ def test_each_operation_is_done_where_only_it_is_on(field):
 def test_pixels_do_not_depend_on_the_number_of_threads():
     """tests/unit/test_stream.py has the batches, a rank's empty share of one among them."""
     ours, threads = augmentation(), torch.get_num_threads()
-    table = ours.draw_table(1, len(IMAGES))
-    whole = ours.apply(IMAGES, table)
+    # Threads may share the sum of one large image.
+    large = Augmentation(make_recipe("augmentation.contrast=0.9", base="plain").augmentation, seed=0, image_size=224)
+    noise = torch.randint(256, (8, 3, 224, 224), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    table, large_table = ours.draw_table(1, len(IMAGES)), large.draw_table(1, len(noise))
+    whole, whole_large = ours.apply(IMAGES, table), large.apply(noise, large_table)
     try:
-        torch.set_num_threads(3 - min(threads, 2))
-        assert torch.equal(ours.apply(IMAGES, table), whole)
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            assert torch.equal(ours.apply(IMAGES, table), whole)
+            one_by_one = [large.apply(noise[i : i + 1], large_table[i : i + 1]) for i in range(len(noise))]
+            assert torch.equal(torch.cat(one_by_one), whole_large)
     finally:
         torch.set_num_threads(threads)

@@ -16,7 +16,7 @@ from tests.conftest import make_recipe
 def batches_of(
     num_images: int, rank: int = 0, world_size: int = 1, *, accumulation_steps: int = 1, batch: int = 120
 ) -> TrainingBatches:
-    recipe = make_recipe("augmentation={mixup: 1, cutmix: 1, cutout: 8, affine_degrees: 10}")
+    recipe = make_recipe("augmentation={mixup: 1, cutmix: 1, cutout: 8, affine_degrees: 10, policy: trivial}")
     generator = torch.Generator().manual_seed(5)
     images = torch.randint(256, (num_images, 3, 32, 32), generator=generator, dtype=torch.uint8)
     return TrainingBatches(
@@ -78,7 +78,7 @@ def test_labels_and_shares_belong_to_the_mixed_images():
 def test_batches_are_augmented_together_until_there_is_enough_for_all_threads():
     batches, together = batches_of(1320), []
     apply = batches.augmentation.apply
-    batches.augmentation.apply = lambda images, rows: together.append(len(images)) or apply(images, rows)
+    batches.augmentation.apply = lambda images, *rows: together.append(len(images)) or apply(images, *rows)
     assert len(list(batches.epoch(1))) == 11
     assert together == [600] * 4 + [120] * 2, "512 of 32 pixels are enough; each window has its partners too"
 
