@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
+from cifar_dist.config.own_code import load_function
 from cifar_dist.config.plan import RunPlan
 from cifar_dist.config.recipe import Recipe
-from cifar_dist.data.augmentation import Augmentation
+from cifar_dist.data.augmentation import Augmentation, check_custom
 from cifar_dist.data.dataset import Dataset, stratified_split
 from cifar_dist.data.loader import Normalizer, TrainingBatches
 from cifar_dist.data.sampler import GlobalBatchSampler
@@ -110,11 +111,15 @@ def _data_path(
         accumulation_steps=plan.gradient_accumulation_steps,
     )
     size, mean = data.images.shape[-1], recipe.normalization.mean
+    custom = None
+    if (name := recipe.augmentation.custom) is not None:
+        custom = load_function(name)
+        check_custom(custom, name, image_size=size, device=runtime.device)
     batches = TrainingBatches(
         data,
         train,
         sampler=sampler,
-        augmentation=Augmentation(recipe.augmentation, seed=recipe.seed, image_size=size, fill=mean),
+        augmentation=Augmentation(recipe.augmentation, seed=recipe.seed, image_size=size, fill=mean, custom=custom),
         normalize=Normalizer(recipe.normalization, runtime.device, runtime.memory_format),
         image_size=lambda epoch, step: plan.image_size_at((epoch - 1) * plan.steps_per_epoch + step - 1),
     )

@@ -1,6 +1,7 @@
 """Every field of the recipe changes the result of a training."""
 
 import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,8 +38,8 @@ CHANGES = {
     "augmentation.rotation_degrees": "45", "augmentation.brightness": "0.5", "augmentation.contrast": "0.5",
     "augmentation.saturation": "0.9", "augmentation.hue": "0.5", "augmentation.affine_degrees": "45",
     "augmentation.affine_translate": "0.2", "augmentation.affine_scale": "0.5", "augmentation.cutout": "8",
-    "augmentation.mixup": "1", "augmentation.cutmix": "1", "augmentation.policy": "trivial",
-    "augmentation.random_erasing": "1",
+    "augmentation.custom": "dark.py:darker", "augmentation.mixup": "1", "augmentation.cutmix": "1",
+    "augmentation.policy": "trivial", "augmentation.random_erasing": "1",
 }  # fmt: skip
 HELD_OUT = ("validation_size=8",)
 STEPPED = ("schedule={name: step, step_epochs: 1, gamma: 0.1}",)
@@ -57,7 +58,7 @@ NEEDED = {
     "early_stopping.patience": STOPPING,
     "early_stopping.min_delta": STOPPING,
 }
-ELSEWHERE = {"model", "selection", "augmentation.custom"}  # one value; tests/commands; tests/unit/test_policies.py
+ELSEWHERE = {"model", "selection", "allow_untracked_randomness"}  # tests/commands; tests/unit/test_probe.py
 
 
 @functools.cache
@@ -81,6 +82,7 @@ def outcome(*assignments: str) -> tuple:
 @pytest.fixture(autouse=True)
 def narrow_network(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    Path("dark.py").write_text("def darker(images, seeds):\n    return images // 2\n")
     monkeypatch.setitem(BUILTIN_MODELS, "resnet18", NarrowResNet)
 
 

@@ -170,3 +170,22 @@ def test_bare_weights_of_another_network_are_refused(folder, capsys, words, mess
     torch.save(nn.Linear(3, 2).state_dict(), "linear.pth")
     assert main(["eval", "--ckpt", "linear.pth", "--dataset", "shapes", "--set", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_an_augmentation_of_ones_own_is_typed_again_to_train_and_not_to_evaluate(folder, capsys):
+    Path("noise.py").write_text(
+        "import torch\n"
+        "def noisy(images, seeds):\n"
+        "    noise = [torch.rand(images.shape[1:], generator=torch.Generator().manual_seed(int(s))) for s in seeds]\n"
+        "    return images.float().div(255).add(torch.stack(noise), alpha=0.1).clamp(0, 1)\n"
+    )
+    typed = ["--set", "augmentation.custom=noise.py:noisy"]
+    assert main([*TRAIN, *typed, "--epochs", "1", "--run-dir", "noisy"]) == 0
+    assert main(["eval", "--ckpt", "noisy"]) == 0
+    assert main(["--resume", "noisy", "--epochs", "2"]) == 2
+    assert "add --set augmentation.custom=noise.py:noisy" in capsys.readouterr().err
+    assert main(["--resume", "noisy", "--epochs", "2", *typed]) == 0
+    Path("noise.py").write_text("import torch\ndef noisy(images, seeds):\n    return torch.rand(images.shape)\n")
+    assert main([*TRAIN, *typed, "--epochs", "1", "--run-dir", "refused"]) == 2
+    assert "its result depends on the batch: draw from the seeds alone" in capsys.readouterr().err
+    assert not Path("refused").exists()
