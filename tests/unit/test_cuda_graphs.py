@@ -176,7 +176,7 @@ def test_after_a_failed_capture_the_training_goes_on_eagerly_with_one_line(runti
     told, tries = [], []
     monkeypatch.setattr(Observer, "on_note", lambda _, text: told.append(text))
 
-    def stop(optimizer):
+    def stop(*_):
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
     def fail(work, *, pool):
