@@ -197,7 +197,7 @@ def seconds_by_part(trainer: Trainer, *, count: int = 5) -> dict[str, float]:
     sums, made = RunningSums(runtime.device), dict[str, Tensor]()
 
     def forward() -> None:
-        made["logits"] = step.model(batch.images)
+        made["logits"] = step.forward(batch)
         made["loss"] = batch_loss(made["logits"], batch, trainer.recipe.label_smoothing)
 
     parts: dict[str, Callable[[], object]] = {

@@ -30,6 +30,7 @@ from cifar_dist.display.terminal import (
     print_notes,
     print_result,
 )
+from cifar_dist.model.networks import build_network
 from cifar_dist.model.optimizer import learning_rate_line
 from cifar_dist.run.directory import RunDirectory, numbered_names
 from cifar_dist.run.lock import RunLock
@@ -42,7 +43,7 @@ from cifar_dist.runtime.distributed import Runtime, connect, start
 from cifar_dist.runtime.ranks import Ranks
 from cifar_dist.runtime.signals import Interrupt
 from cifar_dist.training.evaluation import EvaluationSet
-from cifar_dist.training.setup import build_trainer
+from cifar_dist.training.setup import build_trainer, probe
 from cifar_dist.training.trainer import DivergedError, InterruptedRun, Trainer
 
 
@@ -248,6 +249,7 @@ def _dry_run(console: Console, options: TrainOptions, world: World, config: Acce
     sizes = known_sizes(spec.dataset)
     recipe = fit_to_dataset(spec.recipe, sizes)
     plan = make_plan(recipe, world_size=future.size, sizes=sizes, device_type=compute.device_type)
+    probe(build_network(recipe, sizes.num_classes), recipe, plan, sizes.num_classes)
     free = next(path for path in numbered_names(spec.default_directory) if not path.exists())
     lines = _header(f"{spec.directory or free}", spec, compute, plan, recipe)
     if spec.dataset in ARCHIVES:

@@ -1,4 +1,4 @@
-"""Layers: BatchNorm whose statistics do not depend on the world size, and dropout that is a function of the sample."""
+"""BatchNorm whose statistics do not depend on the world size."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +7,9 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 from torch.nn.modules._functions import SyncBatchNorm as SyncBatchNormFunction
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from cifar_dist.config.errors import UserError
 
 
 @dataclass(kw_only=True, eq=False)
@@ -40,20 +43,20 @@ def use_groups(model: nn.Module, groups: Groups) -> nn.Module:
     Each rank's running statistics then follow its own groups: average `running_statistics` over the ranks before use.
     """
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.__class__ = GroupedBatchNorm2d
+        if isinstance(module, _BatchNorm):
+            module.__class__ = GroupedBatchNorm
             module.groups = groups  # type: ignore[assignment]
     return model
 
 
 def running_statistics(*models: nn.Module) -> list[Tensor]:
     """Return the running means and variances of all BatchNorm layers."""
-    layers = [layer for model in models for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+    layers = [layer for model in models for layer in model.modules() if isinstance(layer, _BatchNorm)]
     return [tensor for layer in layers for tensor in (layer.running_mean, layer.running_var) if tensor is not None]
 
 
-class GroupedBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm over groups of the batch, without a collective unless a group spans several ranks.
+class GroupedBatchNorm(_BatchNorm):
+    """BatchNorm1d, 2d or 3d over groups of the batch, without a collective unless a group spans several ranks.
 
     The running statistics are the mean over this rank's groups. A rank may have no image of a batch.
     """
@@ -65,13 +68,17 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
     momentum: float
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalize (N, C, H, W) by each group's statistics in training, by the running ones in evaluation."""
+        """Normalize (N, C, ...) by each group's statistics in training, by the running ones in evaluation."""
         own = self.groups.own
         if not self.training or own == 1 or (own == 0 and self.groups.num_ranks == 1):
             return super().forward(input)
         self.num_batches_tracked.add_(1)
         if own == 0:
             return self._normalize_globally(input)
+        if len(input) - self.groups.images // self.groups.num_ranks not in (0, 1):
+            raise UserError(
+                f"BatchNorm gets {len(input)} rows, which are not this rank's images: set batch_norm_group_size=null"
+            )
         means, variances = (self.running_mean.new_zeros(own, self.num_features) for _ in range(2))
         output = torch.empty_like(input)
         for g, (mean, variance) in enumerate(zip(means, variances, strict=True)):
@@ -81,17 +88,22 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
         self.running_var.lerp_(variances.mean(0), self.momentum)
         return output
 
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Accept what the class before accepted: the probe has run it."""
+
     def _normalize_globally(self, images: Tensor) -> Tensor:
+        running = (self.running_mean, self.running_var)
+        weight = self.weight if self.weight is not None else torch.ones_like(self.running_var)
+        bias = self.bias if self.bias is not None else torch.zeros_like(self.running_mean)
         if images.device.type == "cuda":
             # In bf16 torch would gather an empty share with the others' float32.
             images = images if images.numel() else images.float()
-            running, group = (self.running_mean, self.running_var), distributed.group.WORLD
-            ranks = distributed.get_world_size()
+            group, ranks = distributed.group.WORLD, distributed.get_world_size()
             output: Tensor = SyncBatchNormFunction.apply(
-                images, self.weight, self.bias, *running, self.eps, self.momentum, group, ranks
+                images, weight, bias, *running, self.eps, self.momentum, group, ranks
             )
             return output
-        output, mean, variance, count = _GlobalBatchNorm.apply(images, self.weight, self.bias, self.eps)
+        output, mean, variance, count = _GlobalBatchNorm.apply(images, weight, bias, self.eps)
         self.running_mean.lerp_(mean, self.momentum)
         self.running_var.lerp_(variance * (count / (count - 1)).to(variance.dtype), self.momentum)
         return output
@@ -151,50 +163,3 @@ class _GlobalBatchNorm(torch.autograd.Function):
 def _affine(images: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Map each channel by BatchNorm's evaluation kernel; torch 2.11's `functional.batch_norm` refuses an eps of 0."""
     return torch.batch_norm(images, weight, bias, mean, variance, False, 0.0, 0.0, False)
-
-
-class HeadDropout:
-    """Drops inputs of the last layer in training; the model's state dict stays as it was.
-
-    The mask is a hash of (key, sample, feature), not a draw of the device, so it does not depend on the batch.
-    """
-
-    def __init__(self, model: nn.Module, probability: float) -> None:
-        self.probability = probability
-        self.samples: Tensor | None = None
-        """(B,) int64: the samples of the next batch."""
-        head: nn.Module = model.fc  # type: ignore[assignment]
-        # On the device, so that it may change between replays of a CUDA graph.
-        self._key = torch.zeros(2, dtype=torch.int64, device=next(head.parameters()).device)
-        head.register_forward_pre_hook(self._drop)
-
-    def set_key(self, key: int) -> None:
-        """Set the key of the next batches, 63 bits that stand for seed and epoch."""
-        low, high = self._key
-        low.fill_(key & 0xFFFFFFFF)
-        high.fill_(key >> 32)
-
-    def _drop(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if not module.training or self.samples is None:
-            return None
-        features = inputs[0]
-        kept = uniform_hash(self.samples, features.shape[1], self._key) >= self.probability
-        return (features * (kept.to(features.dtype) / (1 - self.probability)),)
-
-
-def uniform_hash(samples: Tensor, count: int, key: Tensor) -> Tensor:
-    """Return `count` numbers in [0, 1) for each sample (B,) int64, as (B, count) float32.
-
-    `key` (2,) int64 holds the low and high 32 bits. MurmurHash3's finalizer, twice, in int64, which is exact on every
-    device.
-    """
-    feature = torch.arange(count, device=samples.device)
-    mixed = _mix(samples + key[0]).unsqueeze(1) + feature * 0x9E3779B1
-    return (_mix((mixed + key[1]) & 0xFFFFFFFF) >> 8).to(torch.float32) / 2**24
-
-
-def _mix(value: Tensor) -> Tensor:
-    value = value & 0xFFFFFFFF
-    value = ((value ^ (value >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
-    value = ((value ^ (value >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
-    return value ^ (value >> 16)

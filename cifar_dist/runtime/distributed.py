@@ -38,8 +38,15 @@ class Runtime:
         self.device: torch.device = accelerator.device
         self.memory_format = device_module.memory_format(self.device.type)
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Wrap a model, which is on the device, and its optimizer for this world and precision."""
+    def prepare(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, has_unused_parameters: bool = False
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Wrap a model, which is on the device, and its optimizer for this world and precision.
+
+        DDP looks for parameters without a gradient only with `has_unused_parameters`, because that takes time.
+        """
+        if self.accelerator.ddp_handler is not None:
+            self.accelerator.ddp_handler.find_unused_parameters = has_unused_parameters
         with warnings.catch_warnings():
             # accelerate 1.15 uses an argument that torch 2.14 deprecates.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)

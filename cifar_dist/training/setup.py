@@ -1,8 +1,11 @@
 """Build a trainer from a recipe, a plan and a dataset."""
 
-import torch
-from torch import Tensor
+from collections.abc import Mapping
 
+import torch
+from torch import Tensor, nn
+
+from cifar_dist.config.errors import UserError
 from cifar_dist.config.own_code import load_function
 from cifar_dist.config.plan import RunPlan
 from cifar_dist.config.recipe import Recipe
@@ -11,10 +14,12 @@ from cifar_dist.data.dataset import Dataset, stratified_split
 from cifar_dist.data.loader import Normalizer, TrainingBatches
 from cifar_dist.data.sampler import GlobalBatchSampler
 from cifar_dist.model.fastnet import FastNet, whiten
-from cifar_dist.model.layers import Groups, HeadDropout, share_statistics, use_groups
+from cifar_dist.model.layers import Groups, share_statistics, use_groups
 from cifar_dist.model.networks import build_network, find_head, parts_to_freeze, use_dense_products
 from cifar_dist.model.optimizer import ExponentialMovingAverage, build_optimizer
 from cifar_dist.model.pretrained import start_from
+from cifar_dist.model.probe import NetworkTraits, probe_network
+from cifar_dist.model.stochastic import Draws, drop_inputs, track_randomness
 from cifar_dist.run.results import Observer
 from cifar_dist.runtime.distributed import Runtime
 from cifar_dist.runtime.signals import Interrupt
@@ -47,6 +52,7 @@ def build_trainer(
         start_from(model, pretrained, None if head is None else head[0])
     elif isinstance(model, FastNet):
         _whiten(model, recipe, dataset)
+    traits = probe(model, recipe, plan, dataset.num_classes)
     model = model.to(runtime.device, memory_format=runtime.memory_format)  # type: ignore[call-overload]
     # The average is only evaluated, so it keeps torch's own BatchNorm.
     ema = ExponentialMovingAverage(model, recipe.ema_decay) if recipe.ema_decay else None
@@ -70,8 +76,9 @@ def build_trainer(
         runtime=runtime,
         state=state,
         frozen=parts_to_freeze(model, recipe, dataset.num_classes) if recipe.freeze_epochs else (),
-        dropout=HeadDropout(model, recipe.dropout) if recipe.dropout else None,
-        cuda_graph=CudaGraphStep(state.optimizer) if replays else None,
+        draws=_track_randomness(model, traits.batch_dims, head, recipe, runtime.device),
+        has_unused_parameters=traits.has_unused_parameters,
+        cuda_graph=CudaGraphStep(state.optimizer, observer.on_note) if replays else None,
     )
     batches, validation = _data_path(recipe, plan, dataset, runtime)
     return Trainer(
@@ -85,6 +92,36 @@ def build_trainer(
         interrupt=interrupt or Interrupt(),
         recorder=recorder or Recorder(),
     )
+
+
+def probe(model: nn.Module, recipe: Recipe, plan: RunPlan, num_classes: int) -> NetworkTraits:
+    """Run the recipe's network once on random images. Raises UserError if it cannot be trained with the guarantees."""
+    return probe_network(
+        model,
+        num_classes=num_classes,
+        sides=[side for side, _ in plan.image_sizes],
+        allow_untracked_randomness=recipe.allow_untracked_randomness,
+        name=recipe.model,
+    )
+
+
+def _track_randomness(
+    model: nn.Module,
+    batch_dims: Mapping[str, int | None],
+    head: tuple[str, nn.Module] | None,
+    recipe: Recipe,
+    device: torch.device,
+) -> Draws | None:
+    """Make the network's masks, and the recipe's before the head, functions of the sample; None without any."""
+    if not batch_dims and not recipe.dropout:
+        return None
+    draws = Draws(device)
+    track_randomness(model, draws, batch_dims)
+    if recipe.dropout:
+        if head is None:
+            raise UserError(f"dropout needs a last layer, and {recipe.model} has none with an output for each class")
+        drop_inputs(head[1], recipe.dropout, draws)
+    return draws
 
 
 def _whiten(model: FastNet, recipe: Recipe, dataset: Dataset) -> None:

@@ -17,7 +17,7 @@ from torch import distributed, nn
 from cifar_dist.config.accelerate_config import AccelerateConfig
 from cifar_dist.config.plan import make_plan
 from cifar_dist.config.world import World
-from cifar_dist.model.layers import GroupedBatchNorm2d, Groups, share_statistics, use_groups
+from cifar_dist.model.layers import GroupedBatchNorm, Groups, share_statistics, use_groups
 from cifar_dist.model.optimizer import orthogonalized
 from cifar_dist.run.results import Observer
 from cifar_dist.runtime.distributed import connect, start
@@ -186,7 +186,7 @@ def batch_norm_on_one_gpu(runtime):
         images, gradient = (torch.randn(7, 5, 6, 4, generator=generator).to("cuda", dtype) for _ in range(2))
         plain, shared = nn.BatchNorm2d(5, device="cuda"), nn.Sequential(nn.BatchNorm2d(5, device="cuda"))
         shared = share_statistics(shared, num_ranks=2)
-        assert isinstance(shared[0], GroupedBatchNorm2d)
+        assert isinstance(shared[0], GroupedBatchNorm)
         ghost = use_groups(nn.Sequential(nn.BatchNorm2d(5, device="cuda")), Groups(count=4, num_ranks=2))
         ghost[0].groups.images = 7  # too few for four groups: one over both ranks
         whole = images.clone().requires_grad_()

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections import OrderedDict
 
 import pytest
 import torch
@@ -14,9 +13,8 @@ from torchvision.models.resnet import BasicBlock
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.plan import DatasetSizes, make_plan
 from cifar_dist.config.recipe import Recipe
-from cifar_dist.data.sampler import derive_seed
 from cifar_dist.model import optimizer as optimizer_module
-from cifar_dist.model.layers import Groups, HeadDropout, uniform_hash
+from cifar_dist.model.layers import Groups
 from cifar_dist.model.networks import (
     build_network,
     find_head,
@@ -313,41 +311,6 @@ def test_the_average_follows_the_weights():
     assert average.model.num_batches_tracked == 199
     assert not average.model.training
     assert not average.model.weight.requires_grad
-
-
-def test_dropout_is_a_function_of_key_and_sample():
-    model = nn.Sequential(OrderedDict(fc=nn.Linear(512, 2)))
-    keys = list(model.state_dict())
-    dropout = HeadDropout(model, 0.3)
-    seen = []
-    model.fc.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    features, samples = torch.ones(6, 512), torch.tensor([5, 9, 5, 40_000, 1, 0])
-    for key, order in ((7, slice(None)), (7, [5, 4, 3, 2, 1, 0]), (8, slice(None))):
-        dropout.set_key(key)
-        dropout.samples = samples[order]
-        model(features)
-    first, reversed_, other = seen
-    assert torch.equal(first, reversed_.flip(0)), "the mask depends on the place in the batch"
-    assert torch.equal(first[0], first[2])
-    assert not torch.equal(first[0], first[1])
-    assert not torch.equal(first, other)
-    assert first.unique().tolist() == pytest.approx([0.0, 1 / 0.7])
-    assert (first == 0).float().mean() == pytest.approx(0.3, abs=0.05)
-    model.eval()(features)
-    assert torch.equal(seen[-1], features)
-    assert list(model.state_dict()) == keys
-
-
-def test_the_hash_is_uniform_and_stays():
-    key = derive_seed("dropout", 0, 1)
-    values = uniform_hash(torch.arange(2000), 512, torch.tensor([key & 0xFFFFFFFF, key >> 32]))
-    assert (values.min() >= 0) & (values.max() < 1)
-    counts = torch.histc(values, bins=64, min=0, max=1)
-    assert (counts / counts.mean() - 1).abs().max() < 0.05
-    for each, limit in ((values[:, :64].T, 0.12), (values[:64], 0.25)):
-        assert torch.corrcoef(each).fill_diagonal_(0).abs().max() < limit
-    known = uniform_hash(torch.tensor([3]), 3, torch.tensor([5, 2**8])).mul(2**24).long()
-    assert known.tolist() == [[1513207, 10359743, 6025722]]
 
 
 @pytest.mark.parametrize(("stem", "num_classes"), [("imagenet", 1000), ("imagenet", 10), ("cifar", 10)])

@@ -44,7 +44,7 @@ def test_dropout_differs_between_epochs_and_seeds(runtime):
         head.register_forward_pre_hook(lambda _, inputs, masks=masks: masks.append(inputs[0] == 0))
         for epoch in (1, 1, 2):
             trainer.step.begin_epoch(epoch)
-            trainer.step.dropout.samples = torch.arange(8)
+            trainer.step.draws.begin(torch.arange(8))
             head(torch.ones(8, head.in_features))
         seen[seed] = masks
     assert torch.equal(seen[0][0], seen[0][1])

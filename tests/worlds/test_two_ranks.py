@@ -1,5 +1,6 @@
 """Two ranks communicate, decide, count and train as one process does: one world, then the command line in others."""
 
+import copy
 import functools
 import json
 import math
@@ -18,7 +19,7 @@ from cifar_dist.config.errors import PeerFailedError, SharedError, UserError
 from cifar_dist.config.plan import fit_to_dataset, make_plan
 from cifar_dist.data.dataset import Dataset, LabelledImages
 from cifar_dist.model.layers import (
-    GroupedBatchNorm2d,
+    GroupedBatchNorm,
     Groups,
     running_statistics,
     share_statistics,
@@ -90,18 +91,26 @@ def evaluations(runtime):
     return results
 
 
+NORMS = (
+    (nn.BatchNorm2d(5), (7, 5, 6, 4), torch.contiguous_format),
+    (nn.BatchNorm2d(5), (7, 5, 6, 4), torch.channels_last),
+    (nn.BatchNorm1d(5), (7, 5), torch.contiguous_format),
+    (nn.BatchNorm1d(5, affine=False), (7, 5, 3), torch.contiguous_format),
+    (nn.BatchNorm3d(5), (7, 5, 2, 3, 2), torch.channels_last_3d),
+)
+
+
 def batch_norm(runtime):
     """The largest difference between our layer on shares and torch's on the whole batch; one collective a pass."""
     own, differences = SHARES[runtime.world.size][runtime.world.rank], []
     generator = torch.Generator().manual_seed(1)
-    for layout in (torch.contiguous_format, torch.channels_last):
-        images, gradient = (torch.randn(7, 5, 6, 4, generator=generator, dtype=torch.float64) * 3 + 2 for _ in range(2))
-        theirs, model = nn.BatchNorm2d(5, dtype=torch.float64), nn.Sequential(nn.BatchNorm2d(5, dtype=torch.float64))
-        nn.init.normal_(theirs.weight, generator=generator)
-        nn.init.normal_(theirs.bias, generator=generator)
-        model[0].load_state_dict(theirs.state_dict())
-        share_statistics(model, num_ranks=runtime.world.size)
-        assert isinstance(model[0], GroupedBatchNorm2d)
+    for layer, shape, layout in NORMS:
+        theirs = copy.deepcopy(layer).double()
+        images, gradient = (torch.randn(shape, generator=generator, dtype=torch.float64) * 3 + 2 for _ in range(2))
+        for parameter in theirs.parameters():
+            nn.init.normal_(parameter, generator=generator)
+        model = share_statistics(nn.Sequential(copy.deepcopy(theirs)), num_ranks=runtime.world.size)
+        assert isinstance(model[0], GroupedBatchNorm)
         for _ in range(2):  # the second time the running statistics are not those of a new layer
             whole = images.clone(memory_format=layout).requires_grad_()
             part = images[own].clone(memory_format=layout).requires_grad_()
@@ -112,20 +121,18 @@ def batch_norm(runtime):
                 assert len(calls) == 1
                 output.backward(gradient[own])
                 assert len(calls) == 2
-            weight_gradients = torch.stack([model[0].weight.grad, model[0].bias.grad])
-            distributed.all_reduce(weight_gradients)
-            differences += [
-                output - expected[own],
-                part.grad - whole.grad[own],
-                weight_gradients - torch.stack([theirs.weight.grad, theirs.bias.grad]),
-                model[0].running_mean - theirs.running_mean,
-                model[0].running_var - theirs.running_var,
-            ]
+            for ours, other in zip(model.parameters(), theirs.parameters(), strict=True):
+                distributed.all_reduce(ours.grad)
+                differences.append(ours.grad - other.grad)
+            differences += [output - expected[own], part.grad - whole.grad[own]]
+            differences += [model[0].running_mean - theirs.running_mean, model[0].running_var - theirs.running_var]
             model.zero_grad()
             theirs.zero_grad()
             images += 1
+        output = copy.deepcopy(model).float()(images[own].bfloat16())  # as under autocast
+        torch.testing.assert_close(output.double(), copy.deepcopy(theirs)(images)[own], atol=0.05, rtol=0.05)
         model.eval(), theirs.eval()
-        differences.append(model(images) - theirs(images))
+        differences.append(model(images[own]) - theirs(images[own]))
     return float(torch.cat([each.detach().abs().flatten() for each in differences]).max())
 
 
@@ -151,7 +158,7 @@ def ghost_batch_norm(runtime):
     generator = torch.Generator().manual_seed(2)
     groups = Groups(count=4, num_ranks=world.size)
     model = use_groups(nn.Sequential(nn.BatchNorm2d(3, dtype=torch.float64)), groups)
-    assert isinstance(model[0], GroupedBatchNorm2d)
+    assert isinstance(model[0], GroupedBatchNorm)
     mean, variance = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
     for number in (12, 11, 5, 8):
         images = torch.randn(number, 3, 4, 4, generator=generator, dtype=torch.float64)
