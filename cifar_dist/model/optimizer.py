@@ -56,7 +56,7 @@ def build_optimizer(
 def matrices_of(model: nn.Module, head: tuple[str, nn.Module] | None) -> list[nn.Parameter]:
     """Return the trainable parameters that Muon steps: filter banks and the matrices of hidden layers.
 
-    Not the head and embeddings, as in Muon's post, and not depthwise filters: their rows are separate filters of one
+    Not the head, embeddings and tables of positions, as in Muon's post, and not depthwise filters: their rows are separate filters of one
     channel each, between which orthogonality means nothing.
     """
     others = set() if head is None else {id(each) for each in head[1].parameters()}

@@ -1,7 +1,6 @@
 """Weights for `eval`, `predict`, `export` and fine-tuning: a run's checkpoint, or a bare state dict."""
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -180,9 +179,8 @@ def _bare_weights(
 
 
 def _skeleton(recipe: Recipe) -> nn.Module:
-    """Build the recipe's network for 1,000 classes, for its names. A function of the user gets no meta device."""
-    with nullcontext() if is_own_code(recipe.model) else torch.device("meta"):
-        return build_network(recipe, _MANY_CLASSES)
+    """Build the recipe's network for 1,000 classes, for its names."""
+    return build_network(recipe, _MANY_CLASSES)
 
 
 def _state_dict(

@@ -86,6 +86,9 @@ def test_muon_steps_hidden_matrices_and_filter_banks():
         "conv_proj.weight",
     } <= names
     assert not {"class_token", "encoder.pos_embedding", "heads.head.weight", "mlp.0.bias", "ln_1.weight"} & names
+    model = build("swin_t", image_size=32)
+    stepped = {id(each) for each in matrices_of(model, find_head(model, 7))}
+    assert not [name for name, each in model.named_parameters() if "position" in name and id(each) in stepped]
     tokens = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 3), nn.Linear(3, 2))
     assert matrices_of(tokens, find_head(tokens, 2)) == [tokens[1].weight]
     tokens[1].weight.requires_grad_(False)
