@@ -1,4 +1,4 @@
-"""One ResNet-18 recipe for CIFAR that trains the same on every device and world size."""
+"""A training launcher for image classifiers that trains the same on every device and world size."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

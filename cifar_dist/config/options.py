@@ -301,7 +301,7 @@ def _top_parser() -> argparse.ArgumentParser:
         prog="launch.py",
         usage=f"launch.py [{'|'.join(COMMANDS)}] [options]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Train one ResNet-18 recipe for CIFAR on the device that is there.",
+        description="Train an image classifier, by default ResNet-18 on CIFAR-10, on the device that is there.",
         epilog=f"""commands (each has its own --help; without one, train runs):
 {commands}
 

@@ -66,6 +66,14 @@ def test_the_first_blocks_train_evaluate_and_load(small, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_the_block_of_a_network_of_your_own(small):
+    names: dict[str, object] = {}
+    exec(BLOCKS[3], names)
+    names["net"](10).load_state_dict(names["model"].state_dict(), strict=True)
+    with pytest.raises(UserError, match="names the function"):
+        load_model("runs/net")
+
+
 def test_mistakes_are_exceptions(small):
     assert issubclass(cifar_dist.UserError, Exception) and "UserError" in dir(cifar_dist)
     with pytest.raises(UserError, match="unknown recipe 'quik'"):

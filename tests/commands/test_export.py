@@ -54,6 +54,10 @@ def test_the_lines_of_the_document_load_it(folder, block):
             assert value.is_contiguous()
     if "kernel_size=3" in block:
         model.load_state_dict(build_network(make_recipe("stem=cifar"), 10).state_dict())
+    if "conv.stride" in block:
+        ours, images = build_network(make_recipe("model=mobilenet_v2", "stem=cifar"), 10), torch.rand(2, 3, 32, 32)
+        model.load_state_dict(ours.state_dict())
+        assert torch.equal(model.eval()(images), ours.eval()(images))
     if "logits" in names and "load_state_dict" not in block:
         assert names["logits"].shape == (2, 10)
     if "onnxruntime" in block:

@@ -16,7 +16,7 @@ from tests.conftest import ROOT, make_dataset
 from tests.worlds.harness import Program
 
 pytestmark = pytest.mark.full
-README = (ROOT / "README.md").read_text()
+README, EXTENDING = (ROOT / "README.md").read_text(), (ROOT / "docs" / "extending.md").read_text()
 COMMANDS = [
     line.split("  # ")[0]
     for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
@@ -32,6 +32,7 @@ ADDED = {
         *SMALL, "--dry-run",
     ],
     "python launch.py --recipe original --epochs 20": ["--dry-run"],
+    "python launch.py --dataset shapes --recipe quick --epochs 3 --set model=mynet.py:net": SMALL,
     "python launch.py --num-processes 2": ["--dry-run"],
     "accelerate launch launch.py --config accelerate_configs/mps.yaml --dataset shapes --epochs 1": [
         *SMALL, "stem=imagenet",
@@ -54,6 +55,7 @@ def clone(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("clone")
     for name in ("launch.py", "accelerate_configs", "cifar_dist", "docs"):
         (folder / name).symlink_to(ROOT / name)
+    (folder / "mynet.py").write_text(re.search(r"```python\n(.*?)```", EXTENDING, re.DOTALL)[1])
     torch.save(resnet18(num_classes=10).state_dict(), folder / "resnet18_cifar10_data_augument.pth")
     return folder
 

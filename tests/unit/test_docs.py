@@ -92,5 +92,5 @@ def test_the_fields_of_a_recipe_are_documented():
     for name in documented:
         prefix = name.rpartition(".")[0] if "." in name else prefix
         full |= {name, f"{prefix}.{name}"}
-    missing = set(flatten(read_recipe("standard"))) - full - {"model"}
+    missing = set(flatten(read_recipe("standard"))) - full
     assert missing == set()

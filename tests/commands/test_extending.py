@@ -1,0 +1,61 @@
+"""The network of docs/extending.md is trained on two processes, killed, resumed and exported by the commands there."""
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from cifar_dist.run.checkpoint import load_checkpoint
+from tests.commands.test_train import assert_same_run
+from tests.conftest import ROOT
+from tests.launching.test_launch import BIN, begin, family, finish, wait_for
+
+pytestmark = pytest.mark.full
+SECTION = (ROOT / "docs" / "extending.md").read_text().split("\n### ")[0]
+(NETWORK,) = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
+TRAIN, RESUME, EXPORT = re.findall(r"```sh\n(.*?)```", SECTION, re.DOTALL)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder like a clone, with the network."""
+    for name in ("launch.py", "accelerate_configs", "cifar_dist"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "mynet.py").write_text(NETWORK)
+    return tmp_path
+
+
+def start(command: str, folder: Path) -> subprocess.Popen:
+    environ = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    return begin(*shlex.split(command.replace("\\\n", " ")), cwd=folder, **environ)
+
+
+def run(command: str, folder: Path) -> None:
+    ((code, out, err),) = finish(start(command, folder))
+    assert code == 0, out + err
+
+
+def test_a_network_of_your_own_is_trained_killed_resumed_and_exported(folder):
+    mynet, whole = folder / "runs" / "mynet", folder / "runs" / "whole"
+    run(TRAIN, folder)
+    mynet.rename(whole)
+
+    last = mynet / "checkpoints" / "last.pt"
+    process = start(TRAIN, folder)
+    wait_for(last.exists, process)
+    for each in [*family(process), process]:
+        each.kill()
+    finish(process)
+    steps = load_checkpoint(last)["step"], load_checkpoint(whole / "checkpoints" / "last.pt")["step"]
+    assert steps[0] < steps[1], "it was not killed in mid-run"
+    run(RESUME, folder)
+    assert_same_run(whole, mynet)
+
+    run(EXPORT, folder)
+    names: dict = {}
+    exec(NETWORK, names)
+    names["net"](num_classes=10).load_state_dict(torch.load(folder / "mynet.pth", weights_only=True), strict=True)
