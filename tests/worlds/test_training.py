@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.models import VisionTransformer
+from torchvision.ops import StochasticDepth
 
 from cifar_dist.run.checkpoint import load_checkpoint
 from cifar_dist.run.directory import RunDirectory
@@ -26,6 +30,7 @@ EVERYTHING = (
     "schedule={name: cosine, warmup_fraction: 0.3}",
     "augmentation.mixup=0.5", "augmentation.cutmix=0.5", "augmentation.cutout=8",
 )  # fmt: skip
+DEEP = ("stem=cifar", "image_size=16", "epochs=1", "global_batch_size=16", "optimizer.learning_rate=0.001")
 VARIANTS = {
     "accumulated": ("gradient_accumulation_steps=2", "gradient_clipping=0.5"),
     "groups": ("global_batch_size=16", "batch_norm_group_size=4", "epochs=2"),
@@ -37,7 +42,33 @@ VARIANTS = {
         "augmentation.flip=alternating",
         "image_size=32", "image_size_schedule=[[0.75, 0.5], [1.0, 1.0]]", "epochs=2",
     ),
+    # In three steps: each lets a change of 1e-15 grow by ten.
+    "mobilenet_v2": ("model=mobilenet_v2", *DEEP),
+    "efficientnet_b0": ("model=efficientnet_b0", *DEEP),
+    "transformer": (f"model={__name__}:tiny_vit", "stem=imagenet", "epochs=2"),
+    "own network": (f"model={__name__}:OwnNetwork", "stem=imagenet", "epochs=2", "gradient_accumulation_steps=2"),
 }  # fmt: skip
+
+
+def tiny_vit(num_classes):
+    """Build torchvision's vision transformer with dropout of tokens and of attention."""
+    return VisionTransformer(24, 8, 2, 2, 16, 24, dropout=0.2, attention_dropout=0.3, num_classes=num_classes)
+
+
+class OwnNetwork(nn.Module):
+    """A network with every other kind of randomness, BatchNorm1d, samples in dimension 1, and a spare layer."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 12, 8, stride=8), nn.Dropout2d(0.2), StochasticDepth(0.3, "batch"))
+        self.dropout, self.spare = nn.Dropout(0.2), nn.Linear(2, 2)
+        self.encoder = nn.TransformerEncoderLayer(12, 2, 20, dropout=0.2)
+        self.tail = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(108), nn.Linear(108, num_classes))
+
+    def forward(self, images):
+        tokens = self.dropout(self.stem(images).flatten(2).permute(2, 0, 1))
+        tokens = self.dropout(checkpoint(self.encoder, tokens, use_reentrant=False))
+        return self.tail(tokens.transpose(0, 1))
 
 
 def in_float64(runtime, assignments):
@@ -68,8 +99,8 @@ def worlds(tmp_path_factory):
 
 def assert_same_weights(ours, theirs):
     for name, value in theirs.items():
-        if value.is_floating_point():
-            assert float((value - ours[name]).norm() / value.norm()) < 1e-8, name
+        if value.is_floating_point():  # a bias before a convolution and BatchNorm has no gradient but rounding
+            assert float((value - ours[name]).norm()) <= 1e-8 * max(float(value.norm()), 1e-6), name
         else:
             assert torch.equal(value, ours[name]), name
 
@@ -87,9 +118,16 @@ def test_the_weights_do_not_depend_on_the_world(worlds, variant, size):
 MIDDLE = ("epochs=2", "global_batch_size=16", "batch_norm_group_size=4")
 
 
-def run_part(runtime, *, folder: Path, stop_after: int | None = None, every: int | None = None):
+def run_part(
+    runtime,
+    *,
+    folder: Path,
+    settings: tuple[str, ...] = MIDDLE,
+    stop_after: int | None = None,
+    every: int | None = None,
+):
     """Train, from a checkpoint in the folder if there is one, to the end or to a step in which a signal comes."""
-    trainer = in_float64(runtime, MIDDLE)
+    trainer = in_float64(runtime, settings)
     object.__setattr__(trainer.plan, "agree_every_steps", 1)
     end = trainer._end_step
 
@@ -125,16 +163,19 @@ def test_a_run_goes_on_in_another_world(tmp_path, uninterrupted, first, second):
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-def test_an_interrupted_run_with_ghost_groups_ends_with_the_bits_of_one_that_only_saves(tmp_path):
+@pytest.mark.parametrize("variant", ["groups", "mobilenet_v2", "efficientnet_b0", "transformer", "own network"])
+def test_an_interrupted_run_ends_with_the_bits_of_one_that_only_saves(tmp_path, variant):
     whole, parts = (RunDirectory(tmp_path / name) for name in ("whole", "parts"))
+    part = functools.partial(run_part, settings=VARIANTS[variant])
     run_world(
         2,
-        functools.partial(run_part, folder=whole.path, every=2),
-        functools.partial(run_part, folder=parts.path, stop_after=4),
-        functools.partial(run_part, folder=parts.path),
+        functools.partial(part, folder=whole.path, every=2),
+        functools.partial(part, folder=parts.path, stop_after=2),
+        functools.partial(part, folder=parts.path),
     )
     ours, theirs = load_checkpoint(parts.last), load_checkpoint(whole.last)
-    for part in ("model", "model_ema"):
-        assert all(torch.equal(*pair) for pair in zip(ours[part].values(), theirs[part].values(), strict=True))
+    assert ours["step"] == theirs["step"] > 2
+    for name in ("model", "model_ema"):
+        assert all(torch.equal(*pair) for pair in zip(ours[name].values(), theirs[name].values(), strict=True))
     losses = [[record.train_loss for record in run.read_records()] for run in (whole, parts)]
-    assert losses[0] == losses[1] and len(losses[0]) == 2
+    assert losses[0] == losses[1]
