@@ -56,16 +56,15 @@ def build_optimizer(
 def matrices_of(model: nn.Module, head: tuple[str, nn.Module] | None) -> list[nn.Parameter]:
     """Return the trainable parameters that Muon steps: filter banks and the matrices of hidden layers.
 
-    Not the head, embeddings and tables of positions, as in Muon's post, and not depthwise filters: their rows are separate filters of one
-    channel each, between which orthogonality means nothing.
+    Not the head, embeddings and tables of positions, as in Muon's post. Not depthwise filters: their rows are separate
+    filters of one channel each, between which orthogonality means nothing.
     """
     others = set() if head is None else {id(each) for each in head[1].parameters()}
     for module in model.modules():
         if isinstance(module, nn.Embedding) or (isinstance(module, nn.Conv2d) and module.weight.shape[1] == 1):
             others.add(id(module.weight))
-    return [
-        each for each in model.parameters() if each.requires_grad and each.ndim in (2, 4) and id(each) not in others
-    ]
+    named = [(name, each) for name, each in model.named_parameters() if each.requires_grad and id(each) not in others]
+    return [each for name, each in named if each.ndim in (2, 4) and "position" not in name]
 
 
 def _with_momentum(optimizer: torch.optim.SGD) -> torch.optim.SGD:

@@ -155,7 +155,7 @@ def test_python_passes_a_function(folder):
     assert evaluate("python", model=net, quiet=True).top1 == summary.test.top1
     assert load_model("python", model=net)[2].out_features == 10
     assert len(predict("python", "images/train", model=net, quiet=True)) > 0
-    with pytest.raises(UserError, match="runs only if you type it: add model=tests"):
+    with pytest.raises(UserError, match="runs only if you type it: add model=test_own_network:"):
         evaluate("python", quiet=True)
 
 
