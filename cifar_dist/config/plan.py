@@ -39,7 +39,9 @@ class RunPlan:
     world_size: int
     gradient_accumulation_steps: int
     num_train: int
-    """Training images without those held out."""
+    """Training images without those held out: all, or the subset that `train_size` asks for."""
+    num_left_out: int
+    """Training images that are neither in the subset nor held out."""
     num_validation: int
     num_test: int
     epochs: int
@@ -73,13 +75,14 @@ class RunPlan:
     def lines(self) -> dict[str, str]:
         """The plan in words: names and values."""
         epochs = f"{self.epochs:,} epoch{'s' if self.epochs > 1 else ''}"
-        left_out = self.num_train - self.images_per_epoch
-        note = f" ({left_out} image left out of each: BatchNorm needs two)" if left_out else ""
+        unused = self.num_train - self.images_per_epoch
+        note = f" ({unused} image left out of each: BatchNorm needs two)" if unused else ""
+        train = f"{self.num_train:,}" + (f" of {self.num_train + self.num_left_out:,}" if self.num_left_out else "")
         sizes = [f"{side} x {side} to step {end:,}" for side, end in self.image_sizes[:-1]]
         side = self.image_sizes[-1][0]
         return {
             "batch": self.equation,
-            "images": f"{self.num_train:,} training, {self.num_validation:,} validation, {self.num_test:,} test",
+            "images": f"{train} training, {self.num_validation:,} validation, {self.num_test:,} test",
             "image size": ", ".join([*sizes, f"{side} x {side}"]),
             "steps": f"{self.steps_per_epoch:,} an epoch{note} x {epochs} = {self.total_steps:,}",
         }
@@ -126,6 +129,20 @@ def num_held_out(recipe: Recipe, sizes: DatasetSizes) -> int:
     return size
 
 
+def num_trained(recipe: Recipe, sizes: DatasetSizes) -> tuple[int, int]:
+    """Return the training images of an epoch, and those left out. Raises UserError if `train_size` cannot be had."""
+    available = sizes.num_train - (0 if sizes.num_validation else num_held_out(recipe, sizes))
+    size = recipe.train_size
+    count = available if size is None else size if isinstance(size, int) else round(size * available)
+    fewest = min(max(sizes.num_classes, 2), available)
+    if not fewest <= count <= available:
+        raise UserError(
+            f"train_size={size} is {count:,} of {available:,} training images of {sizes.num_classes} classes:"
+            f" set it to null or to {fewest:,} to {available:,} images"
+        )
+    return count, available - count
+
+
 def fit_to_dataset(recipe: Recipe, sizes: DatasetSizes) -> Recipe:
     """Replace `validation_size: auto` by a number. Raises UserError as `num_held_out` does."""
     size = num_held_out(recipe, sizes)
@@ -147,8 +164,7 @@ def make_plan(recipe: Recipe, *, world_size: int, sizes: DatasetSizes, device_ty
             f"global_batch_size={batch} does not divide by {world_size} processes x {accumulation} accumulation:"
             f" set it to {nearest}{batch - below + factor}"
         )
-    num_validation = num_held_out(recipe, sizes)
-    num_train = sizes.num_train - (0 if sizes.num_validation else num_validation)
+    num_train, num_left_out = num_trained(recipe, sizes)
     images_per_epoch = num_train - (1 if num_train % batch == 1 else 0)
     steps_per_epoch = -(-images_per_epoch // batch)
     total_steps = recipe.epochs * steps_per_epoch
@@ -163,7 +179,8 @@ def make_plan(recipe: Recipe, *, world_size: int, sizes: DatasetSizes, device_ty
         world_size=world_size,
         gradient_accumulation_steps=accumulation,
         num_train=num_train,
-        num_validation=num_validation,
+        num_left_out=num_left_out,
+        num_validation=num_held_out(recipe, sizes),
         num_test=sizes.num_test,
         epochs=recipe.epochs,
         steps_per_epoch=steps_per_epoch,

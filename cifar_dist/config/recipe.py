@@ -25,6 +25,7 @@ Positive = Annotated[float, Check(lambda value: value > 0, "above 0")]
 NonNegative = Annotated[float, Check(lambda value: value >= 0, "0 or above")]
 Fraction = Annotated[float, Check(lambda value: 0 <= value <= 1, "in [0, 1]")]
 FractionBelow1 = Annotated[float, Check(lambda value: 0 <= value < 1, "in [0, 1)")]
+FractionOfAll = Annotated[float, Check(lambda value: 0 < value < 1, "2 images or more, a fraction in (0, 1), or null")]
 Degrees = Annotated[float, Check(lambda value: 0 <= value <= 180, "in [0, 180]")]
 _IN_PIXELS = "of pixels in [0, 1] (divide what is for pixels up to 255 by 255)"
 
@@ -147,6 +148,8 @@ class Recipe:
     gradient_clipping: Positive | None
     seed: Annotated[int, Check(lambda value: 0 <= value < 2**32, "in [0, 2^32)")]
     validation_size: Literal["auto"] | Natural
+    train_size: Size | FractionOfAll | None
+    """Training images, or a fraction of those that are not held out; null: all."""
     """Images held out of the training set, in equal parts of its classes; 0: none; auto: see `plan.num_held_out`."""
     selection: Literal["best", "last"]
     optimizer: OptimizerConfig

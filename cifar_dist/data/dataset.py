@@ -121,20 +121,46 @@ def stratified_split(labels: Tensor, validation_size: int, *, seed: int) -> tupl
     `labels` is (N,) int64. Returns two ascending (n,) int64 tensors, the second of exactly `validation_size`. Shares
     are rounded by largest remainder, and each class keeps a training sample. Raises ValueError if that is impossible.
     """
-    num_samples, counts = len(labels), torch.bincount(labels)
-    most = num_samples - int((counts > 0).sum())
+    counts = torch.bincount(labels)
+    most = len(labels) - int((counts > 0).sum())
     if not 0 <= validation_size <= most:
         raise ValueError(f"validation_size must be in [0, {most}], not {validation_size}")
-    exact = counts * validation_size  # in units of 1/num_samples
-    shares = exact // num_samples
-    by_remainder = torch.argsort(exact - shares * num_samples, descending=True, stable=True)
-    while missing := validation_size - int(shares.sum()):  # once, unless small classes are exhausted
-        eligible = by_remainder[(shares + 1 < counts)[by_remainder]]
-        shares[eligible[:missing]] += 1
-
+    shares = _class_shares(counts, validation_size)
     generator = torch.Generator().manual_seed(derive_seed("validation split", seed))
-    held_out = torch.zeros(num_samples, dtype=torch.bool)
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
     for label, share in enumerate(shares.tolist()):
         members = torch.nonzero(labels == label).squeeze(1)
         held_out[members[torch.randperm(len(members), generator=generator)[:share]]] = True
     return torch.nonzero(~held_out).squeeze(1), torch.nonzero(held_out).squeeze(1)
+
+
+def stratified_subset(data: LabelledImages, indices: Tensor, size: int) -> Tensor:
+    """Choose `size` of the samples `indices` (n,), in proportion to the classes; at least one of each class.
+
+    A hash of the pixels chooses within a class, so that neither the seed nor the order of the samples matters, and a
+    smaller subset lies in a larger one, up to rounding. Returns (size,) int64, in the order of `indices`.
+    """
+    labels = data.labels[indices]
+    counts, chosen = torch.bincount(labels), torch.zeros(len(indices), dtype=torch.bool)
+    kept = counts - _class_shares(counts, len(indices) - size)
+    pixels = data.images.numpy()
+    for label, number in enumerate(kept.tolist()):
+        members = torch.nonzero(labels == label).flatten().tolist()
+        members.sort(key=lambda member: hashlib.blake2b(pixels[indices[member]].data, digest_size=16).digest())
+        chosen[members[:number]] = True
+    return indices[chosen]
+
+
+def _class_shares(counts: Tensor, size: int) -> Tensor:
+    """Divide `size` samples over the classes in proportion to `counts` (C,), by largest remainder.
+
+    No share is a whole class. Returns (C,) int64.
+    """
+    num_samples = int(counts.sum())
+    exact = counts * size  # in units of 1/num_samples
+    shares = exact // num_samples
+    by_remainder = torch.argsort(exact - shares * num_samples, descending=True, stable=True)
+    while missing := size - int(shares.sum()):  # once, unless small classes are exhausted
+        eligible = by_remainder[(shares + 1 < counts)[by_remainder]]
+        shares[eligible[:missing]] += 1
+    return shares

@@ -27,6 +27,7 @@ EXPORT_PACKAGES = {".pth": (), ".safetensors": (), ".onnx": ("onnx", "onnxscript
 
 FOR_SPEED: dict[str, Any] = {
     "validation_size": 0,
+    "train_size": None,
     "early_stopping": {"enabled": False},
     "epochs": 1_000_000,
     "image_size_schedule": None,  # all loops see images of one size

@@ -10,7 +10,7 @@ from cifar_dist.config.own_code import load_function
 from cifar_dist.config.plan import RunPlan
 from cifar_dist.config.recipe import Recipe
 from cifar_dist.data.augmentation import Augmentation, check_custom
-from cifar_dist.data.dataset import Dataset, stratified_split
+from cifar_dist.data.dataset import Dataset, stratified_split, stratified_subset
 from cifar_dist.data.loader import Normalizer, TrainingBatches
 from cifar_dist.data.sampler import GlobalBatchSampler
 from cifar_dist.model.fastnet import FastNet, whiten
@@ -138,6 +138,8 @@ def _data_path(
     train, held_out = stratified_split(
         dataset.train.labels, plan.num_validation if own is None else 0, seed=recipe.seed
     )
+    if plan.num_left_out:
+        train = stratified_subset(dataset.train, train, plan.num_train)
     sampler = GlobalBatchSampler(
         len(train),
         plan.global_batch_size,

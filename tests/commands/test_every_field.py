@@ -26,7 +26,7 @@ CHANGES = {
     "stem": "small", "pretrained": "weights.pth", "freeze_epochs": "1", "dropout": "0.5",
     "epochs": "1", "global_batch_size": "24", "gradient_accumulation_steps": "2", "image_size": "40",
     "image_size_schedule": "[[16, 0.5], [32, 1.0]]", "label_smoothing": "0.2", "ema_decay": "0.9",
-    "gradient_clipping": "0.1", "seed": "1", "validation_size": "8",
+    "gradient_clipping": "0.1", "seed": "1", "validation_size": "8", "train_size": "24",
     "batch_norm_group_size": "4", "normalization.mean": "[0.4, 0.4, 0.4]", "normalization.std": "[0.4, 0.4, 0.4]",
     "optimizer.name": "adamw", "optimizer.learning_rate": "0.02", "optimizer.momentum": "0.5",
     "optimizer.nesterov": "true", "optimizer.weight_decay": "0.1", "optimizer.decay_norm_and_bias": "false",

@@ -5,8 +5,8 @@ import torch
 from PIL import Image
 
 from cifar_dist.config.errors import UserError
-from cifar_dist.config.plan import DatasetSizes, fit_to_dataset
-from cifar_dist.data.dataset import known_sizes, load_dataset, stratified_split
+from cifar_dist.config.plan import DatasetSizes, fit_to_dataset, make_plan
+from cifar_dist.data.dataset import LabelledImages, known_sizes, load_dataset, stratified_split, stratified_subset
 from cifar_dist.data.sampler import GlobalBatchSampler, derive_seed
 from tests.conftest import make_recipe
 
@@ -128,3 +128,45 @@ def test_the_seed_of_a_training_does_not_choose_the_test_images_of_a_folder(tmp_
     assert torch.equal(zero.test.images, one.test.images)
     assert zero.fingerprint() == one.fingerprint()
     assert known_sizes(str(tmp_path / "flat")) == zero.sizes == DatasetSizes(num_train=20, num_test=4, num_classes=2)
+
+
+def test_a_subset_is_chosen_by_the_pixels_in_proportion_to_the_classes():
+    labels = torch.tensor([0] * 70 + [1] * 20 + [2] * 9 + [3])
+    images = torch.randint(256, (100, 3, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images[:5] = images[0]  # files of equal content
+    data, everything = LabelledImages(images=images, labels=labels), torch.arange(100)
+
+    def chosen(order: torch.Tensor, size: int) -> list[bytes]:
+        moved = LabelledImages(images=images[order].contiguous(), labels=labels[order])
+        subset = stratified_subset(moved, everything, size)
+        assert subset.tolist() == sorted(set(subset.tolist()))
+        return sorted(moved.images[index].numpy().tobytes() for index in subset)
+
+    subset = stratified_subset(data, everything, 20)
+    assert torch.bincount(labels[subset]).tolist() == [14, 4, 1, 1]
+    assert subset[:14].tolist() != list(range(14)), "not the first ones"
+    for seed in range(3):
+        order = torch.randperm(100, generator=torch.Generator().manual_seed(seed))
+        assert chosen(order, 20) == chosen(everything, 20)
+    smaller = stratified_subset(data, everything, 4)
+    assert torch.bincount(labels[smaller]).tolist() == [1, 1, 1, 1]
+    assert set(smaller.tolist()) < set(subset.tolist())
+    train, _ = stratified_split(labels, 30, seed=0)
+    assert set(stratified_subset(data, train, 20).tolist()) <= set(train.tolist())
+    assert torch.equal(stratified_subset(data, train, 70), train)
+
+
+def test_the_plan_counts_the_subset_and_refuses_one_that_is_too_small():
+    def plan_of(*changes: str, base: str = "original"):
+        sizes = DatasetSizes(num_train=1_000, num_test=100, num_classes=10)
+        recipe = fit_to_dataset(make_recipe(*changes, base=base), sizes)
+        return make_plan(recipe, world_size=1, sizes=sizes, device_type="cpu")
+
+    plan = plan_of("train_size=0.5", base="quick")
+    assert (plan.num_train, plan.num_left_out, plan.num_validation, plan.images_per_epoch) == (450, 450, 100, 450)
+    assert plan.lines["images"] == "450 of 900 training, 100 validation, 100 test"
+    assert plan_of("train_size=900", base="quick").num_left_out == plan_of().num_left_out == 0
+    assert plan_of("train_size=129").images_per_epoch == 128, "BatchNorm needs two"
+    for changes in (("train_size=9",), ("train_size=0.009",), ("train_size=901", "validation_size=100")):
+        with pytest.raises(UserError, match=r"of 10 classes: set it to null or to 10 to (1,0|9)00 images$"):
+            plan_of(*changes)

@@ -62,6 +62,7 @@ def test_set_overrides_flags_and_flags_override_the_recipe():
 BAD_VALUES = {
     "epochs": ["0", "1.5", "true"], "seed": ["-1", "4294967296"], "global_batch_size": ["1"], "image_size": ["0"],
     "gradient_accumulation_steps": ["0"], "freeze_epochs": ["-1", "2"], "validation_size": ["-1", "half"],
+    "train_size": ["1", "0", "1.0", "-3", "half"],
     "stem": ["big"],
     "dropout": ["1"], "label_smoothing": ["1"], "ema_decay": ["1"],
     "gradient_clipping": ["0"], "batch_norm_group_size": ["1"],

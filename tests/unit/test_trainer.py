@@ -101,6 +101,18 @@ def test_the_record_of_an_epoch(runtime):
     assert 0 <= second.val_acc <= 1
 
 
+def test_an_epoch_is_the_subset_and_the_validation_stays_whole(runtime):
+    fields = ("validation_size=16", "augmentation.mixup=1")
+    whole, part = (trainer_for(runtime, *fields, f"train_size={size}") for size in ("null", 40))
+    assert torch.equal(part.validation.indices, whole.validation.indices)
+    chosen = set(part.batches.indices.tolist())
+    assert len(chosen) == 40 and chosen < set(whole.batches.indices.tolist())
+    batches = list(part.batches.epoch(1))
+    assert sorted(torch.cat([batch.samples for batch in batches]).tolist()) == sorted(chosen)
+    labels = make_dataset().train.labels[part.batches.indices]
+    assert labels.bincount().tolist() == [4] * 10, "in proportion to the classes"
+
+
 def test_the_epoch_decides_order_and_pixels(runtime):
     batches = trainer_for(runtime).batches
     first, again = (list(batches.epoch(1)) for _ in range(2))
