@@ -60,6 +60,10 @@ def _run(argv: list[str], world: World) -> int:
         command, options = parse_arguments(argv)
     finally:
         check_output_written()  # of --help
+    if isinstance(options, TrainOptions) and options.seeds is not None:
+        from cifar_dist.commands.seeds import run as train_seeds
+
+        return train_seeds(options, argv, world, _run)
     config = with_processes(load_accelerate_config(options.config), getattr(options, "num_processes", None), world)
     if config.gpu_ids is not None and world.launcher == "none":
         os.environ["CUDA_VISIBLE_DEVICES"] = config.gpu_ids

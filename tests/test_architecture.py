@@ -28,6 +28,7 @@ MAY_IMPORT = {
 NO_TORCH = {"config", "display", "cli", "__init__", "__main__"}
 HEAVY = {"torch", "torchvision", "accelerate"}
 NO_TORCH_FILES = {
+    "commands/seeds.py",
     "run/results.py",
     "run/resolve.py",
     "run/directory.py",
@@ -138,7 +139,7 @@ from cifar_dist.data import cifar
 from cifar_dist.display import progress
 from cifar_dist.runtime import launch, signals
 require_absent("torch", "torchvision", "accelerate", "matplotlib")
-from cifar_dist.commands import report
+from cifar_dist.commands import report, seeds
 from cifar_dist.display import report
 require_absent("torch", "torchvision", "accelerate")
 """

@@ -7,6 +7,7 @@ The docstring of a class is the description of its command. A flag's type and ch
 import argparse
 import importlib.util
 import os
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -66,6 +67,7 @@ FIELDS_OF_WEIGHTS = ("model", "stem", "image_size", "normalization")
 """Fields of the recipe that weights are used by: what `--set` takes beside `--ckpt`."""
 _SEVERAL: dict[str, Any] = {"default": dict, "nargs": "+", "action": "extend"}
 _CHECKPOINT = "FILE|RUN_DIR"
+_MOST_SEEDS = 1000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +86,18 @@ class Options:
 def _without_none(hint: Any) -> Any:
     """Return the first type of a union with None, else the type itself."""
     return typing.get_args(hint)[0] if type(None) in typing.get_args(hint) else hint
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Parse `10` (0 to 9), `0-4` or `3,7`. Raises UserError."""
+    parts = [re.fullmatch(r"(\d{1,10})(?:-(\d{1,10}))?", part.strip()) for part in text.split(",")]
+    ends = [(int(part[1]), int(part[2] or part[1])) for part in parts if part]
+    if len(ends) == 1 and "-" not in text:
+        ends = [(0, ends[0][0] - 1)]
+    count = sum(last - first + 1 for first, last in ends)
+    if len(ends) < len(parts) or any(last < first for first, last in ends) or count > _MOST_SEEDS:
+        raise UserError(f"--seeds must be a number up to {_MOST_SEEDS:,}, a range 0-4, or a list 3,7, not '{text}'")
+    return list(dict.fromkeys(seed for first, last in ends for seed in range(first, last + 1)))
 
 
 Precision = Literal["auto", "no", "fp16", "bf16"]
@@ -115,6 +129,7 @@ class TrainOptions(DeviceOptions):
     num_processes: Count | None = flag("--num-processes", "start N processes (default: as --config)", "N")
     epochs: int | None = flag("--epochs", "the recipe's, unless typed", "N")
     seed: int | None = flag("--seed", "the recipe's, unless typed", "N")
+    seeds: str | None = flag("--seeds", "train several, one after the other: 10 (0 to 9), 0-4, or 3,7", "N|LIST")
     dry_run: bool = flag("--dry-run", "print the plan; start nothing and write nothing", default=False)
     checkpoint_every_steps: Count | None = flag("--checkpoint-every-steps", "save also within an epoch", "N")
     checkpoint_every_minutes: Positive | None = flag(
@@ -128,6 +143,12 @@ class TrainOptions(DeviceOptions):
         Options.__post_init__(self)
         if self.resume_dir and self.run_dir and self.resume_dir != self.run_dir:
             raise UserError(f"--resume {self.resume_dir} and --run-dir {self.run_dir} name two runs: type one of them")
+        if self.seeds is not None:
+            parse_seeds(self.seeds)
+            if self.resume:
+                raise UserError("--seeds resumes by itself: leave out --resume, and repeat the command to go on")
+            if self.seed is not None or "seed" in self.assignments:
+                raise UserError("--seeds and a seed contradict each other: type one of them")
 
     @property
     def recipe_flags(self) -> dict[str, Any]:

@@ -228,6 +228,19 @@ def test_a_signal_before_training_ends_it_with_75(folder):
     assert not (folder / "runs").exists()
 
 
+def test_the_processes_of_each_seed_are_started_after_those_of_the_last(folder):
+    command = (sys.executable, LAUNCH, "--num-processes", "2", "--seeds", "4,7", *QUICK, "--epochs", "2")
+    ((code, _, err),) = finish(begin(*command, "--max-minutes", "0.001", cwd=folder))
+    assert code == 75
+    assert "seed 4 has not ended; go on with all: " in err.splitlines()[-1]
+    ((code, out, err),) = finish(begin(*command, cwd=folder))
+    assert code == 0, err
+    assert "mean ± sd of 2 runs" in out
+    for seed in (4, 7):
+        summary = summary_of(folder / "runs" / f"original-images-seed{seed}")
+        assert (summary["status"], summary["world_size"], summary["epochs"]) == ("completed", 2, 2)
+
+
 def test_the_launcher_returns_the_code_of_a_mistake_that_it_or_its_ranks_find(folder):
     command = (sys.executable, LAUNCH, "--num-processes", "2", *QUICK)
     itself = begin(*command, "--set", "global_batch_size=9", cwd=folder)
