@@ -225,13 +225,14 @@ def outcome(row: Row, seed: int, folder: Path, typed: argparse.Namespace) -> dic
 def measure(rows: list[Row], results: Path, typed: argparse.Namespace) -> int:
     """Time each row's loop at each of its image sizes against the script's epoch, in turns."""
     from benchmarks.baselines import ScriptLoop, fair_seconds_of
-    from cifar_dist.commands.bench import alternate, endless_steps, random_dataset
+    from cifar_dist.commands.bench import alternate
     from cifar_dist.config.accelerate_config import AccelerateConfig
     from cifar_dist.config.plan import make_plan
     from cifar_dist.config.world import World
     from cifar_dist.model.networks import build_network
     from cifar_dist.run.results import Observer
     from cifar_dist.runtime.distributed import connect, start
+    from cifar_dist.training.measure import endless_steps, random_dataset
     from cifar_dist.training.setup import build_trainer
 
     config = AccelerateConfig()

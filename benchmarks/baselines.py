@@ -34,7 +34,7 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from cifar_dist.commands.bench import NUM_CLASSES, alternate, endless_steps, random_dataset, seconds_of
+from cifar_dist.commands.bench import NUM_CLASSES, alternate
 from cifar_dist.config.accelerate_config import load_accelerate_config
 from cifar_dist.config.options import BenchOptions
 from cifar_dist.config.plan import make_plan
@@ -45,6 +45,7 @@ from cifar_dist.model.networks import build_network
 from cifar_dist.run.checks import recipe_for_speed
 from cifar_dist.run.results import Observer
 from cifar_dist.runtime.distributed import Runtime, connect, start
+from cifar_dist.training.measure import endless_steps, random_dataset, seconds_of
 from cifar_dist.training.setup import build_trainer
 
 NUM_WORKERS = 2

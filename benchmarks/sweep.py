@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from cifar_dist.commands.bench import NUM_CLASSES, alternate, bare_step, captured, seconds_of
+from cifar_dist.commands.bench import NUM_CLASSES, alternate, bare_step, captured
 from cifar_dist.config.accelerate_config import load_accelerate_config
 from cifar_dist.config.options import BenchOptions
 from cifar_dist.config.recipe import Recipe, parse_assignments
@@ -30,6 +30,7 @@ from cifar_dist.model.networks import build_network, use_dense_products
 from cifar_dist.model.optimizer import build_optimizer
 from cifar_dist.run.checks import recipe_for_speed
 from cifar_dist.runtime.distributed import Runtime, connect, start
+from cifar_dist.training.measure import seconds_of
 
 HOPELESS = 3.0
 """A choice so many times slower than the best so far is measured by a first look alone."""

@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from cifar_dist.commands.bench import random_dataset
 from cifar_dist.config.accelerate_config import load_accelerate_config
 from cifar_dist.config.plan import make_plan
 from cifar_dist.config.recipe import read_recipe, resolve_recipe
@@ -28,6 +27,7 @@ from cifar_dist.config.world import World
 from cifar_dist.run.checks import FOR_SPEED
 from cifar_dist.run.results import Observer
 from cifar_dist.runtime.distributed import Runtime, connect, start
+from cifar_dist.training.measure import random_dataset
 from cifar_dist.training.setup import build_trainer
 
 WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense")

@@ -75,7 +75,7 @@ def _run(argv: list[str], world: World) -> int:
     )
     if request is not None and not is_dry:
         _provide_data(request)
-    if count > 1 and not is_dry:
+    if count > 1 and (not is_dry or getattr(options, "measure", False)):
         from cifar_dist.runtime.launch import launch
 
         return launch(argv, config, count)

@@ -2,9 +2,7 @@
 
 import functools
 import io
-import itertools
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +18,6 @@ from cifar_dist.config.options import BenchOptions
 from cifar_dist.config.plan import make_plan
 from cifar_dist.config.recipe import Recipe, describe_network, recipe_label
 from cifar_dist.config.world import World
-from cifar_dist.data.dataset import Dataset, LabelledImages
 from cifar_dist.display.progress import training_display
 from cifar_dist.display.terminal import format_bench, format_duration, make_console, print_lines, print_notes
 from cifar_dist.model.networks import build_network, find_head, use_dense_products
@@ -29,6 +26,7 @@ from cifar_dist.run.checks import recipe_for_speed
 from cifar_dist.run.directory import check_output
 from cifar_dist.runtime.distributed import Runtime, connect, start
 from cifar_dist.training.evaluation import RunningSums, batch_loss
+from cifar_dist.training.measure import endless_steps, random_dataset, seconds_of
 from cifar_dist.training.setup import build_trainer
 from cifar_dist.training.step import WARMUP_STEPS, capture
 from cifar_dist.training.trainer import Trainer
@@ -130,30 +128,6 @@ def captured(step: Callable[[], object]) -> Callable[[], object]:
         step()
     replay = capture(step)
     return functools.partial(lambda kept: replay(), step)  # the graph itself does not keep the model's memory
-
-
-def endless_steps(trainer: Trainer) -> Callable[[], object]:
-    """Return a function that runs the training loop by one step, epoch after epoch."""
-    return functools.partial(next, itertools.chain.from_iterable(map(trainer.steps, itertools.count(1))))
-
-
-def random_dataset(size: int, batch: int) -> Dataset:
-    """Build about 20,000 random images: at least four batches, and whole batches only, so that all steps are alike."""
-    generator, count = torch.Generator().manual_seed(0), batch * max(4, 20_000 // batch)
-    images = torch.randint(256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
-    labels = torch.randint(NUM_CLASSES, (count,), generator=generator)
-    part = LabelledImages(images=images, labels=labels)
-    return Dataset(name="random", class_names=tuple("0123456789"), train=part, test=part)
-
-
-def seconds_of(action: Callable[[], object], count: int, runtime: Runtime) -> float:
-    """Return the seconds of `count` calls, the device's work included."""
-    runtime.synchronize()
-    started = time.perf_counter()
-    for _ in range(count):
-        action()
-    runtime.synchronize()
-    return time.perf_counter() - started
 
 
 def alternate(

@@ -28,7 +28,12 @@ def run(options: DoctorOptions, world: World, config: AccelerateConfig) -> int:
         with loading_progress(console, DEFAULT_DATASET) as progress:
             load_dataset(DEFAULT_DATASET, data_dir, resolve_recipe(read_recipe(DEFAULT_RECIPE)), progress=progress)
         imagenet_weights(note=lambda text: print_notes(console, [text]))
-    print_header(console, _machine() | _data(data_dir) | {"plan of a run": command_line("--dry-run")})
+    print_header(
+        console,
+        _machine()
+        | _data(data_dir)
+        | {"plan of a run": command_line("--dry-run"), "time of a run": command_line("--dry-run", "--measure")},
+    )
     return EXIT_DONE
 
 

@@ -4,6 +4,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from cifar_dist.data.cifar import ARCHIVES, where_found
 from cifar_dist.data.dataset import Dataset, known_sizes, load_dataset
 from cifar_dist.display.progress import Display, loading_progress, training_display
 from cifar_dist.display.terminal import (
+    format_duration,
     make_console,
     print_error,
     print_header,
@@ -32,6 +34,7 @@ from cifar_dist.display.terminal import (
 )
 from cifar_dist.model.networks import build_network
 from cifar_dist.model.optimizer import learning_rate_line
+from cifar_dist.run.budget import measure_run
 from cifar_dist.run.directory import RunDirectory, numbered_names
 from cifar_dist.run.lock import RunLock
 from cifar_dist.run.prepare import PreparedRun, RunRecorder, prepare_run, restore
@@ -64,6 +67,7 @@ def train(
 
     Rank 0 calls `on_failure` with the reason if the run does not end.
     """
+    begun = time.monotonic()
     interrupt = Interrupt(seconds=seconds_allowed(options.max_minutes, os.environ, time.time()))
     job = SlurmJob.from_environment(os.environ)
     with connect(world, config) as ranks, RunLock(is_restart=job is not None and job.restarts > 0) as lock:
@@ -76,6 +80,10 @@ def train(
         spec = prepared.spec
         dataset, fingerprint = _load_dataset(console, spec, ranks)
         runtime = start(ranks, config, **spec.compute_settings(world.size))
+        if options.budget is not None and spec.stored is None:
+            spec, pace = measure_run(options, spec, dataset.sizes, runtime, begun)
+            prepared = replace(prepared, spec=spec)
+            print_notes(console, [f"--budget {options.budget}: {spec.recipe.epochs:,} epochs; {pace.line}"])
         trainer, recorder, display = _build(console, prepared, dataset, fingerprint, runtime, interrupt, options.quiet)
         resume_command = _resume_command(options, prepared.directory, spec.recipe)
         try:
@@ -241,12 +249,16 @@ def _write_results(
 
 
 def _dry_run(console: Console, options: TrainOptions, world: World, config: AccelerateConfig) -> int:
-    """Print the plan. Starts and writes nothing, and needs no data."""
+    """Print the plan, with `--measure` also the time that it takes here. Writes nothing, and needs no data."""
     spec = resolve(options)
     future = planned_world(world, config)
     compute = choose_compute(config, os.environ, future, **spec.compute_settings(future.size))
     check_world(future, compute.device_type, os.environ)
-    sizes = known_sizes(spec.dataset)
+    sizes, pace, begun = known_sizes(spec.dataset), None, time.monotonic()
+    if options.measure:
+        with connect(world, config) as ranks:
+            runtime = start(ranks, config, **spec.compute_settings(world.size), doing="measuring")
+            spec, pace = measure_run(options, spec, sizes, runtime, begun)
     recipe = fit_to_dataset(spec.recipe, sizes)
     plan = make_plan(recipe, world_size=future.size, sizes=sizes, device_type=compute.device_type)
     probe(build_network(recipe, sizes.num_classes), recipe, plan, sizes.num_classes)
@@ -254,7 +266,12 @@ def _dry_run(console: Console, options: TrainOptions, world: World, config: Acce
     lines = _header(f"{spec.directory or free}", spec, compute, plan, recipe)
     if spec.dataset in ARCHIVES:
         lines["data"] = where_found(ARCHIVES[spec.dataset], spec.data_dir)
-    print_header(console, lines | {"would start": planned_processes(world, config)})
+    if pace is not None:
+        most = "at most" if recipe.early_stopping.enabled else "about"
+        lines["time"] = f"{most} {format_duration(pace.seconds(plan))}: {pace.line}"
+    else:
+        lines["would start"] = planned_processes(world, config)
+    print_header(console, lines)
     return EXIT_DONE
 
 

@@ -5,7 +5,9 @@ The docstring of a class is the description of its command. A flag's type and ch
 # ruff: noqa: RUF009  (flag returns a dataclasses.field)
 
 import argparse
+import contextlib
 import importlib.util
+import math
 import os
 import re
 import typing
@@ -88,6 +90,16 @@ def _without_none(hint: Any) -> Any:
     return typing.get_args(hint)[0] if type(None) in typing.get_args(hint) else hint
 
 
+def parse_duration(text: str) -> float:
+    """Return the seconds of `90s`, `10m`, `2h` or `1h30m`. Raises UserError."""
+    parts = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s)?", text.strip())
+    with contextlib.suppress(ValueError):
+        hours, minutes, seconds = (float(part or 0) for part in (parts.groups() if parts else (0, 0, 0)))
+        if 0 < (total := 3600 * hours + 60 * minutes + seconds) < math.inf:
+            return total
+    raise UserError(f"--budget must be a time such as 90s, 10m, 2h or 1h30m, not '{text}'")
+
+
 def parse_seeds(text: str) -> list[int]:
     """Parse `10` (0 to 9), `0-4` or `3,7`. Raises UserError."""
     parts = [re.fullmatch(r"(\d{1,10})(?:-(\d{1,10}))?", part.strip()) for part in text.split(",")]
@@ -128,9 +140,11 @@ class TrainOptions(DeviceOptions):
     """As a nested mapping."""
     num_processes: Count | None = flag("--num-processes", "start N processes (default: as --config)", "N")
     epochs: int | None = flag("--epochs", "the recipe's, unless typed", "N")
+    budget: str | None = flag("--budget", "as many epochs as fit into 90s, 10m or 2h on this machine", "TIME")
     seed: int | None = flag("--seed", "the recipe's, unless typed", "N")
     seeds: str | None = flag("--seeds", "train several, one after the other: 10 (0 to 9), 0-4, or 3,7", "N|LIST")
     dry_run: bool = flag("--dry-run", "print the plan; start nothing and write nothing", default=False)
+    measure: bool = flag("--measure", "with --dry-run: time some steps, and print how long it takes", default=False)
     checkpoint_every_steps: Count | None = flag("--checkpoint-every-steps", "save also within an epoch", "N")
     checkpoint_every_minutes: Positive | None = flag(
         "--checkpoint-every-minutes", "default: 1, at the ends of epochs", "M"
@@ -143,6 +157,14 @@ class TrainOptions(DeviceOptions):
         Options.__post_init__(self)
         if self.resume_dir and self.run_dir and self.resume_dir != self.run_dir:
             raise UserError(f"--resume {self.resume_dir} and --run-dir {self.run_dir} name two runs: type one of them")
+        if self.budget is not None:
+            parse_duration(self.budget)
+            if self.epochs is not None or "epochs" in self.assignments or self.seeds is not None:
+                raise UserError("--budget plans the epochs of one run: leave it out, or the epochs and --seeds")
+            if self.dry_run and not self.measure:
+                raise UserError("--dry-run does not measure how many epochs fit into --budget: add --measure")
+        if self.measure and not self.dry_run:
+            raise UserError("--measure goes with --dry-run: type both")
         if self.seeds is not None:
             parse_seeds(self.seeds)
             if self.resume:

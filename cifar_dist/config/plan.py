@@ -23,6 +23,7 @@ class DatasetSizes:
     num_classes: int = 2
 
 
+KNOWN_SIDE = 32  # of the images of `KNOWN_SIZES`, in pixels
 KNOWN_SIZES = {
     "cifar10": DatasetSizes(num_train=50_000, num_test=10_000, num_classes=10),
     "cifar100": DatasetSizes(num_train=50_000, num_test=10_000, num_classes=100),
