@@ -13,6 +13,7 @@ from cifar_dist.run.resolve import RunSpec
 from cifar_dist.runtime.distributed import Runtime
 from cifar_dist.training.measure import Pace, measure_pace
 
+_MEASURING_SECONDS = 3.0  # at each image size; with a budget 1 % of it
 _MOST_EPOCHS = 1_000_000
 _CHEAPEST = "quick"
 """The recipe to name where the budget is too small for another."""
@@ -26,37 +27,34 @@ def measure_run(
     The budget counts from `begun`, rank 0's `time.monotonic()`; a resumed run keeps its epochs. A collective. Raises
     UserError on all ranks if not even one epoch fits.
     """
-    pace = _measure(spec.recipe, spec, sizes, runtime)
-    if options.budget is None or spec.stored is not None:
+    budget_seconds = None if options.budget is None or spec.stored is not None else parse_duration(options.budget)
+    measuring_seconds = _MEASURING_SECONDS if budget_seconds is None else min(10.0, max(0.5, 0.01 * budget_seconds))
+    side = KNOWN_SIDE if spec.dataset in KNOWN_SIZES else spec.recipe.image_size
+
+    def measure(recipe: Recipe) -> tuple[Pace, float, int]:
+        """Return the pace, the seconds that are left then, and the most epochs that fit into them."""
+        classes = sizes.num_classes
+        pace = measure_pace(recipe, runtime, image_size=side, num_classes=classes, seconds=measuring_seconds)
+        left = runtime.ranks.broadcast_from_main(lambda: begun + (budget_seconds or 0) - time.monotonic())
+        epochs = bisect_right(range(1, _MOST_EPOCHS + 1), left, key=lambda n: _seconds(pace, recipe, sizes, runtime, n))
+        return pace, left, epochs
+
+    pace, left, epochs = measure(spec.recipe)
+    if budget_seconds is None:
         return spec, pace
-    budget_seconds = parse_duration(options.budget)
-    end = begun + budget_seconds
-    if epochs := _most_epochs(pace, spec.recipe, sizes, runtime, end):
+    if epochs:
         return replace(spec, recipe=replace(spec.recipe, epochs=epochs)), pace
     advice = "allow more time, or train on a part of the images with train_size"
     if spec.recipe_name != _CHEAPEST:
         with suppress(UserError):  # it may not fit this world or dataset
-            cheapest = Recipe.load(_CHEAPEST)
-            others = _most_epochs(_measure(cheapest, spec, sizes, runtime), cheapest, sizes, runtime, end)
+            *_, others = measure(Recipe.load(_CHEAPEST))
             advice = f"--recipe {_CHEAPEST} fits, with {others} epochs" if others else advice
-    seconds = _seconds(pace, spec.recipe, sizes, runtime, 1)
     with runtime.ranks.together():
         raise UserError(
-            f"--budget {options.budget} is too small for {spec.recipe_name}, of which one epoch takes"
-            f" {seconds:,.0f} s here: {advice}"
+            f"--budget {options.budget} is too small for {spec.recipe_name}: an epoch takes"
+            f" {_seconds(pace, spec.recipe, sizes, runtime, 1):,.0f} s here, and {max(left, 0):,.0f} s are left after"
+            f" measuring: {advice}"
         )
-
-
-def _measure(recipe: Recipe, spec: RunSpec, sizes: DatasetSizes, runtime: Runtime) -> Pace:
-    image_size = KNOWN_SIDE if spec.dataset in KNOWN_SIZES else spec.recipe.image_size
-    return measure_pace(recipe, runtime, image_size=image_size, num_classes=sizes.num_classes)
-
-
-def _most_epochs(pace: Pace, recipe: Recipe, sizes: DatasetSizes, runtime: Runtime, end: float) -> int:
-    """Return the most epochs that end before `end` on rank 0's clock; 0 if one ends later. Equal on all ranks."""
-    left = runtime.ranks.broadcast_from_main(lambda: end - time.monotonic())
-    epochs = range(1, _MOST_EPOCHS + 1)
-    return bisect_right(epochs, left, key=lambda count: _seconds(pace, recipe, sizes, runtime, count))
 
 
 def _seconds(pace: Pace, recipe: Recipe, sizes: DatasetSizes, runtime: Runtime, epochs: int) -> float:

@@ -48,7 +48,7 @@ class Pace:
         return f"{steps}, {1 / self.evaluation_seconds:,.0f} images/s evaluated"
 
 
-def measure_pace(recipe: Recipe, runtime: Runtime, *, image_size: int, num_classes: int, seconds: float = 2.0) -> Pace:
+def measure_pace(recipe: Recipe, runtime: Runtime, *, image_size: int, num_classes: int, seconds: float) -> Pace:
     """Time the training loop for some `seconds` at each image size of the recipe, and an evaluation. A collective.
 
     `image_size` is the side of the images in memory. The slowest rank counts. Nothing that a later training depends on

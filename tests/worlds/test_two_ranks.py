@@ -28,6 +28,7 @@ from cifar_dist.model.layers import (
 from cifar_dist.run.results import Observer
 from cifar_dist.runtime.distributed import _check_one_precision
 from cifar_dist.training.evaluation import EvaluationSet
+from cifar_dist.training.measure import measure_pace
 from cifar_dist.training.setup import build_trainer
 from cifar_dist.training.trainer import DivergedError, InterruptedRun
 from tests.conftest import make_dataset, make_images, make_recipe
@@ -228,6 +229,14 @@ def default_recipe(runtime):
     return {name: value.tolist() for name, value in weights_of(trainer).items()}, losses, seen
 
 
+def pace(runtime):
+    """How fast a recipe is measured to train; the ranks must do equally many steps, and agree."""
+    recipe = make_recipe("global_batch_size=8", "image_size_schedule=[[0.5, 0.5], [1.0, 1.0]]")
+    with thin_models():
+        measured = measure_pace(recipe, runtime, image_size=32, num_classes=10, seconds=0.2)
+    return [*measured.step_seconds.values(), measured.evaluation_seconds]
+
+
 def ending(trainer):
     """How a training ended: what was raised, epochs and steps done, whether early stopping stopped it."""
     try:
@@ -304,7 +313,7 @@ def world():
     """Run the checks on two ranks; return their results by name and rank."""
     checks = (
         conversation, evaluations, batch_norm, ghost_batch_norm, precisions, default_recipe,
-        metrics_that_disagree, one_vote, one_divergence, one_interruption,
+        pace, metrics_that_disagree, one_vote, one_divergence, one_interruption,
     )  # fmt: skip
     return dict(zip([check.__name__ for check in checks], run_world(2, *checks), strict=True))
 
@@ -345,6 +354,11 @@ def test_three_ranks_of_which_one_may_have_no_images(runtime):
 
 def test_ranks_communicate_and_fail_together(world):
     assert_conversation(world["conversation"])
+
+
+def test_the_ranks_agree_on_their_pace(world):
+    first, second = world["pace"]
+    assert first == second and min(first) > 0
 
 
 def test_each_sample_is_evaluated_once(world, runtime):
