@@ -83,7 +83,7 @@ def train(
         if options.budget is not None and spec.stored is None:
             spec, pace = measure_run(options, spec, dataset.sizes, runtime, begun)
             prepared = replace(prepared, spec=spec)
-            line = f"--budget {options.budget}: {spec.recipe.epochs:,} epochs; {pace.line}"
+            line = f"--budget {options.budget}: --epochs {spec.recipe.epochs}; {pace.line}"
             print_notes(console, [None if options.quiet else line])
         trainer, recorder, display = _build(console, prepared, dataset, fingerprint, runtime, interrupt, options.quiet)
         resume_command = _resume_command(options, prepared.directory, spec.recipe)

@@ -168,7 +168,7 @@ class TrainOptions(DeviceOptions):
         if self.seeds is not None:
             parse_seeds(self.seeds)
             if self.resume:
-                raise UserError("--seeds resumes by itself: leave out --resume, and repeat the command to go on")
+                raise UserError("--seeds resumes by itself: leave out --resume; in Slurm use slurm/array.sh")
             if self.seed is not None or "seed" in self.assignments:
                 raise UserError("--seeds and a seed contradict each other: type one of them")
 

@@ -57,7 +57,7 @@ def test_a_planned_run_is_one_of_typed_epochs_and_stays_it(capsys, monkeypatch, 
 
     monkeypatch.setattr(Trainer, "_end_step", stop)
     train(*BUDGET, code=75)
-    assert "--budget 900s: 3 epochs; 100 s a step of 32 x 32, 10 images/s evaluated" in capsys.readouterr().out
+    assert "--budget 900s: --epochs 3; 100 s a step of 32 x 32, 10 images/s evaluated" in capsys.readouterr().out
     assert RunDirectory(Path("parts")).read_metadata().recipe.epochs == 3
     monkeypatch.setattr(Trainer, "_end_step", original)
     train(*BUDGET, "--resume", "--budget", "1s")
