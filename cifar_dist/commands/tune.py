@@ -35,6 +35,7 @@ from cifar_dist.runtime.launch import python_command
 from cifar_dist.runtime.signals import Interrupt
 
 _DEFAULT_TRIALS = 20
+_DISK_ADVICE = "mend that and start the same command again"
 _POLL_SECONDS = 0.1
 _WAIT_SECONDS = 1.0
 
@@ -46,14 +47,18 @@ def run(options: TuneOptions, world: World, config: AccelerateConfig) -> int:
     path, definition, spec = resolve_study(options)
     most_trials = options.trials or (None if options.minutes else _DEFAULT_TRIALS)
     console = make_console()
-    with writing(path, "name another --study"):
+    with writing(path, _DISK_ADVICE):
         study = Study(path, definition)
     limit = f"{most_trials} trials" if most_trials else f"trials for {options.minutes:g} minutes"
     how = f"{limit} of {spec.recipe.epochs} epochs, sampler {definition.sampler}, pruner {definition.pruner}"
     about = f"{definition.recipe_name} on {spec.dataset}, seed {spec.recipe.seed}"
     print_header(console, {"study": str(path), "recipe": about, "search": how, "fields": ", ".join(definition.space)})
     seconds = None if options.minutes is None else 60 * options.minutes
-    with study_view(console, study.all_trials) as view, Interrupt(seconds=seconds) as interrupt:
+    with (
+        writing(path, _DISK_ADVICE),
+        study_view(console, study.all_trials) as view,
+        Interrupt(seconds=seconds) as interrupt,
+    ):
         worker = Worker(
             study=study,
             spec=spec,

@@ -136,18 +136,25 @@ def study_view(console: Console, trials: Callable[[], Sequence[Any]]) -> StudyVi
 
 
 def print_study(console: Console, trials: Sequence[Any], path: Path, dataset: str) -> None:
-    """Print the best trials, how many ended how, and the commands that may follow."""
+    """Print the best trials, how many ended how, the reasons of failures, and the commands that may follow."""
     print_table(console, trial_rows(trials, _REPORTED_TRIALS))
-    print_lines(console, [count_trials(trials)], title="study")
-    if (path / "best.yaml").exists():
-        best = ["train", "--recipe", path / "best.yaml", "--dataset", dataset]
-        print_notes(console, ["next:", *(f"  {command_line(*words)}" for words in (["report", path], best))])
-
-
-def count_trials(trials: Sequence[Any]) -> str:
-    """Return how many trials ended how, and the reasons of failures."""
     counts = {word: sum(each.state.name == name for each in trials) for name, word in _ENDS.items()}
-    return f"{len(trials)} trials: " + ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+    total = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+    failed = [
+        f"trial {each.number} failed: {each.user_attrs.get('reason')}" for each in trials if each.state.name == "FAIL"
+    ]
+    print_lines(console, [f"{len(trials)} trials: {total}", *failed[-_LIVE_TRIALS:]], title="study")
+    completed = [each for each in trials if each.state.name == "COMPLETE"]
+    if completed:
+        best = max(completed, key=lambda each: each.value).number
+        commands: list[list[Any]] = [
+            ["report", path],
+            ["--resume", path / "trials" / f"{best:04}"],
+            ["--recipe", path / "best.yaml", "--dataset", dataset, "--seed", 1],
+        ]
+        hints = ("draw the figures", "test the best trial", "train its recipe with another seed")
+        lines = [f"  {command_line(*words)}    {hint}" for words, hint in zip(commands, hints, strict=True)]
+        print_notes(console, ["next:", *lines])
 
 
 def draw_study(study: Any, folder: Path) -> Iterator[str]:
