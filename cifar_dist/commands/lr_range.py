@@ -66,8 +66,8 @@ def run(options: TuneOptions, world: World, config: AccelerateConfig) -> int:
     lines = ["the loss falls by less than its noise: there is no rate to suggest"]
     if suggested is not None:
         lines = [
-            f"the loss falls most steeply at learning rate {suggested:.2g}; the recipe has"
-            f" {spec.recipe.optimizer.learning_rate:g}",
+            f"the loss falls most steeply at learning rate {suggested:.2g} and is lowest at"
+            f" {rates[smooth(losses).argmin()]:.2g}; the recipe has {spec.recipe.optimizer.learning_rate:g}",
             f"try: --set optimizer.learning_rate={suggested:.2g}",
         ]
     print_lines(console, [*lines, f"written: {path}"], title="learning rate range")
@@ -104,13 +104,13 @@ def _step_losses(trainer: Trainer) -> Iterator[float]:
             total, images = new_total, new_images
 
 
-def smooth(losses: Sequence[float]) -> NDArray[np.float64]:
+def smooth(losses: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the mean of each loss and of 4 on each side, as far as there are any.
 
     fastai and Lightning average the past with 0.98: that is 49 steps old on average, which are 4 decades here.
     """
 
-    def window_sums(values: Sequence[float]) -> NDArray[np.float64]:
+    def window_sums(values: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
         return np.convolve(values, np.ones(_WINDOW))[_WINDOW // 2 :][: len(values)]
 
     return window_sums(losses) / window_sums([1.0] * len(losses))
@@ -126,7 +126,7 @@ def suggest(rates: Sequence[float], losses: Sequence[float]) -> float | None:
     noise = float(np.std(np.asarray(losses[: lowest + 1]) - smoothed[: lowest + 1]))
     if lowest < 2 or smoothed[0] - smoothed[lowest] < 2 * noise:
         return None
-    slopes = np.gradient(smoothed)[:lowest]
+    slopes = smooth(np.gradient(smoothed))[:lowest]
     return rates[int(slopes.argmin())]
 
 

@@ -77,8 +77,9 @@ class Options:
     def __post_init__(self) -> None:
         """Raise UserError for a value that a field's type does not allow, from Python too."""
         for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
-            if typing.get_origin(_without_none(hint)) in (Annotated, Literal):
-                convert(hint, getattr(self, name), f"--{name.replace('_', '-')}")
+            kind, value = _without_none(hint), getattr(self, name)
+            if typing.get_origin(kind) in (Annotated, Literal) and value is not None:
+                convert(kind, value, f"--{name.replace('_', '-')}")
 
 
 def _without_none(hint: Any) -> Any:
