@@ -119,15 +119,14 @@ def smooth(losses: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]
 def suggest(rates: Sequence[float], losses: Sequence[float]) -> float | None:
     """Return the rate, below that of the lowest loss, at which the smoothed loss falls most steeply.
 
-    Return None if the loss falls by less than its noise.
+    Return None if the loss falls by less than its noise, the standard deviation of the steps.
     """
     smoothed = smooth(losses)
-    lowest = int(smoothed.argmin())
-    noise = float(np.std(np.asarray(losses[: lowest + 1]) - smoothed[: lowest + 1]))
-    if lowest < 2 or smoothed[0] - smoothed[lowest] < 2 * noise:
+    before = slice(0, int(smoothed.argmin()) + 1)
+    noise = np.std(losses[before] - smoothed[before])
+    if len(losses[before]) < 2 * _WINDOW or smoothed[before].mean() - smoothed.min() < noise:
         return None
-    slopes = smooth(np.gradient(smoothed))[:lowest]
-    return rates[int(slopes.argmin())]
+    return rates[int(smooth(np.gradient(smoothed))[before].argmin())]
 
 
 def _at_rate(recipe: Recipe, rate: float) -> Recipe:

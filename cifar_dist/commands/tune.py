@@ -36,6 +36,8 @@ from cifar_dist.runtime.signals import Interrupt
 
 _DEFAULT_TRIALS = 20
 _DISK_ADVICE = "mend that and start the same command again"
+_INTERRUPTED = {EXIT_INTERRUPTED, EXIT_KEYBOARD_INTERRUPT, -signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP}
+_INTERRUPTED |= {-signal.SIGUSR1, -signal.SIGUSR2}  # Slurm's; they kill a process that has hardly begun
 _POLL_SECONDS = 0.1
 _WAIT_SECONDS = 1.0
 
@@ -142,7 +144,7 @@ class Worker:
         elif code == EXIT_DONE:
             value = max(record.val_acc or 0.0 for record in run.read_records())
             study.finish(claim, "COMPLETE", value=value)
-        elif code in (EXIT_INTERRUPTED, EXIT_KEYBOARD_INTERRUPT) or (self.interrupt.wanted and code < 0):
+        elif code in _INTERRUPTED:
             study.release(claim)
             return False
         else:
