@@ -22,7 +22,6 @@ from cifar_dist.config.recipe import DEFAULT_RECIPE, Recipe, read_recipe, resolv
 from cifar_dist.config.schema import flatten
 from cifar_dist.run.directory import RunDirectory, check_output, find_checkpoint, load_newest, verify
 from cifar_dist.run.resolve import RunSpec, check_dataset_name, check_plan, resolve
-from cifar_dist.run.study import is_study, resolve_study
 
 EXPORT_PACKAGES = {".pth": (), ".safetensors": (), ".onnx": ("onnx", "onnxscript", "onnxruntime")}
 """The suffixes of formats that `export` writes, and the packages that each needs."""
@@ -60,6 +59,8 @@ def check_before_torch(options: Options, *, world_size: int, machine_rank: int) 
     elif isinstance(options, ExportOptions):
         _check_export(options)
     elif isinstance(options, ReportOptions):
+        from cifar_dist.run.study import is_study
+
         for path in options.run_dirs:
             if is_study(path):
                 check_packages("report")
@@ -122,6 +123,8 @@ def check_tuning(options: TuneOptions, *, world_size: int) -> RunSpec:
     if options.lr_range:
         spec = resolve(options.as_training())
     else:
+        from cifar_dist.run.study import resolve_study
+
         check_packages("tune", *(["scipy"] if options.sampler == "gp" else []))
         _, _, spec = resolve_study(options)
     check_plan(spec, world_size=world_size)
