@@ -7,6 +7,9 @@ from cifar_dist.config.accelerate_config import AccelerateConfig
 from cifar_dist.config.errors import EXIT_DONE, UserError
 from cifar_dist.config.files import writing
 from cifar_dist.config.options import ReportOptions
+from cifar_dist.config.own_code import words_to_type
+from cifar_dist.config.recipe import recipe_to_mapping
+from cifar_dist.config.schema import flatten
 from cifar_dist.config.world import World
 from cifar_dist.display.report import compare_runs, read_run, report_run
 from cifar_dist.display.study import draw_study, print_study
@@ -40,6 +43,7 @@ def _report_study(path: Path, out: Path | None) -> None:
         study = Study(path, definition)
         if not study.all_trials():
             raise UserError(f"the study {path} has no trial yet: start it with tune")
-        print_study(console, study.all_trials(), path, definition.dataset)
+        own_model = words_to_type(flatten(recipe_to_mapping(definition.recipe)))
+        print_study(console, study.all_trials(), path, definition.dataset, own_model)
         files = list(draw_study(study.optuna_study, out or path))
     print_notes(console, [f"written: {', '.join(files)} in {out or path}" if files else None])

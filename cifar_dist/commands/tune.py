@@ -70,16 +70,16 @@ def run(options: TuneOptions, world: World, config: AccelerateConfig) -> int:
             world_size=processes_to_start(world, config),
         )
         is_interrupted = not worker.work(most_trials)
+    own_model = words_to_type(flatten(recipe_to_mapping(spec.recipe)))
     if interrupt.requested is None and not is_interrupted:
-        print_study(console, study.all_trials(), path, spec.dataset)
+        print_study(console, study.all_trials(), path, spec.dataset, own_model)
         if best_trial(study.all_trials()) is None:
             print_error(f"no trial has completed: see {study.trials}")
             return EXIT_FAILED if not study.unfinished() else EXIT_DONE
         return EXIT_DONE
     trials = ["--trials", options.trials] if options.trials else []
     trials += ["--minutes", options.minutes] if options.minutes else []
-    own = words_to_type(flatten(recipe_to_mapping(spec.recipe)))
-    again = command_line("tune", "--study", path, *trials, *_world_words(options), *own)
+    again = command_line("tune", "--study", path, *trials, *_world_words(options), *own_model)
     print_error(f"interrupted; go on with: {again}")
     return EXIT_KEYBOARD_INTERRUPT if interrupt.requested == "SIGINT" else EXIT_INTERRUPTED
 
@@ -129,16 +129,9 @@ class Worker:
             self.view.on_end(claim.number)
             return True
         words = ["train", "--recipe", str(study.write_recipe(claim, recipe)), "--dataset", self.spec.dataset]
-        words += [
-            "--data-dir",
-            str(self.spec.data_dir),
-            "--run-dir",
-            str(run.path),
-            "--resume",
-            "--quiet",
-            "--skip-test",
-        ]
-        code, is_pruned = self._train(claim, run, recipe.epochs, [*words, *self.world_words])
+        words += ["--data-dir", str(self.spec.data_dir), *self.world_words]
+        words += ["--run-dir", str(run.path), "--resume", "--quiet", "--skip-test"]
+        code, is_pruned = self._train(claim, run, recipe.epochs, words)
         if is_pruned:
             study.finish(claim, "PRUNED")
         elif code == EXIT_DONE:
@@ -157,7 +150,8 @@ class Worker:
         reported = set(claim.trial.storage.get_trial(claim.trial._trial_id).intermediate_values)
         is_pruned = bool(reported) and max(reported) < epochs and claim.trial.should_prune()
         summary = run.read_summary()
-        if summary is not None and summary.status in ("completed", "early_stopped"):  # its worker did not store it
+        is_over = summary is not None and summary.status in ("completed", "early_stopped")
+        if is_pruned or is_over:  # its worker did not come to store it
             return EXIT_DONE, is_pruned or self._report(claim, run, epochs, reported)
         is_told = False
         with _process(words, self.study.log_file(claim.number)) as process:

@@ -13,7 +13,7 @@ from rich.text import Text
 from cifar_dist.config.errors import printable
 from cifar_dist.config.provenance import command_line
 from cifar_dist.display.progress import Display
-from cifar_dist.display.terminal import can_draw, format_percent, print_lines, print_notes, print_table
+from cifar_dist.display.terminal import can_draw, format_percent, format_table, print_lines, print_notes
 from cifar_dist.run.results import EpochRecord
 
 _ENDS = {"COMPLETE": "completed", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running", "WAITING": "waiting"}
@@ -36,7 +36,7 @@ def trial_rows(trials: Sequence[Any], most: int) -> list[list[str]]:
     order = {"COMPLETE": 0, "PRUNED": 1}
     ordered = sorted(trials, key=lambda each: (order.get(each.state.name, 2), -(each.value or 0.0), each.number))[:most]
     names = list(dict.fromkeys(name for each in ordered for name in each.params))
-    rows = [["trial", "status", "val acc", "epochs", *(name.rpartition(".")[2] for name in names)]]
+    rows = [["trial", "status", "val acc", "epochs", *(name.rpartition(".")[2].replace("_", " ") for name in names)]]
     for each in ordered:
         values = [format_value(each.params[name]) if name in each.params else "-" for name in names]
         best = max(each.intermediate_values.values(), default=None)
@@ -121,8 +121,8 @@ class LiveStudy(StudyView):
 
 
 def make_table(rows: Sequence[Sequence[str]]) -> Table:
-    """Build the table of a live view; its first row is the best."""
-    table = Table(*rows[0], box=None, pad_edge=False, header_style="bold")
+    """Build the table of a terminal; its first row is the best."""
+    table = Table(*rows[0], box=None, padding=(0, 1), collapse_padding=True, pad_edge=False, header_style="bold")
     for column in table.columns:
         column.justify = "right"
     for index, row in enumerate(rows[1:]):
@@ -135,9 +135,16 @@ def study_view(console: Console, trials: Callable[[], Sequence[Any]]) -> StudyVi
     return (LiveStudy if can_draw(console) else StudyView)(console, trials)
 
 
-def print_study(console: Console, trials: Sequence[Any], path: Path, dataset: str) -> None:
-    """Print the best trials, how many ended how, the reasons of failures, and the commands that may follow."""
-    print_table(console, trial_rows(trials, _REPORTED_TRIALS))
+def print_study(console: Console, trials: Sequence[Any], path: Path, dataset: str, own_model: Sequence[str]) -> None:
+    """Print the best trials, how many ended how, the reasons of failures, and the commands that may follow.
+
+    `own_model` are the arguments that name a network of the user's own.
+    """
+    rows = trial_rows(trials, _REPORTED_TRIALS)
+    if can_draw(console):
+        console.print(make_table(rows))
+    else:
+        print_notes(console, format_table(rows))
     counts = {word: sum(each.state.name == name for each in trials) for name, word in _ENDS.items()}
     total = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
     failed = [
@@ -149,7 +156,7 @@ def print_study(console: Console, trials: Sequence[Any], path: Path, dataset: st
         best = max(completed, key=lambda each: each.value).number
         commands: list[list[Any]] = [
             ["report", path],
-            ["--resume", path / "trials" / f"{best:04}"],
+            ["--resume", path / "trials" / f"{best:04}", *own_model],
             ["--recipe", path / "best.yaml", "--dataset", dataset, "--seed", 1],
         ]
         hints = ("draw the figures", "test the best trial", "train its recipe with another seed")

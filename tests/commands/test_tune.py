@@ -346,7 +346,7 @@ def test_the_live_view(pretend):
         view.on_start(2, {"label_smoothing": 0.1}, is_taken_over=False)
         console.print(view)
     shown = console.export_text()
-    assert re.search(r"trial +status +val acc +epochs +learning_rate", shown)
+    assert re.search(r"trial +status +val acc +epochs +learning rate", shown)
     assert "13.00%" in shown and "trial 2: label_smoothing 0.1" in shown
 
 

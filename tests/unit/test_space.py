@@ -74,7 +74,7 @@ def test_the_ends_of_a_default_space_are_recipes(name):
     recipe = Recipe.load(name)
     space = default_space(recipe)
     assert parse_space({name: to_mapping(each) for name, each in space.items()}, "") == space
-    assert ("optimizer.sgd_learning_rate" in space) == (recipe.optimizer.sgd_learning_rate is not None)
+    assert ("optimizer.sgd_learning_rate" in space) == (recipe.optimizer.name == "muon")
     for end in ("low", "high"):
         values = {
             n: getattr(each, end, None) or each.choices[0] for n, each in space.items() if hasattr(each, "choices")
