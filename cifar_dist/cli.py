@@ -22,7 +22,7 @@ from cifar_dist.config.errors import (
     SharedError,
     UserError,
 )
-from cifar_dist.config.options import TrainOptions, parse_arguments
+from cifar_dist.config.options import TrainOptions, TuneOptions, parse_arguments
 from cifar_dist.config.provenance import PROGRAM, program_name
 from cifar_dist.config.world import LAUNCHED, World
 from cifar_dist.run.checks import check_before_torch
@@ -68,6 +68,7 @@ def _run(argv: list[str], world: World) -> int:
     if config.gpu_ids is not None and world.launcher == "none":
         os.environ["CUDA_VISIBLE_DEVICES"] = config.gpu_ids
     count = processes_to_start(world, config)
+    is_search = isinstance(options, TuneOptions) and not options.lr_range  # its trials start the processes
     is_dry = getattr(options, "dry_run", False)
     # In a world of several processes rank 0 checks the same later, and tells the others.
     request = (
@@ -75,15 +76,14 @@ def _run(argv: list[str], world: World) -> int:
     )
     if request is not None and not is_dry:
         _provide_data(request)
-    if count > 1 and (not is_dry or getattr(options, "measure", False)):
+    if count > 1 and not is_search and (not is_dry or getattr(options, "measure", False)):
         from cifar_dist.runtime.launch import launch
 
         return launch(argv, config, count)
     _prepare_for_torch()
-    code: int = importlib.import_module(f"cifar_dist.commands.{'evaluate' if command == 'eval' else command}").run(
-        options, world, config
-    )
-    if not isinstance(options, TrainOptions) or options.dry_run:
+    module = "lr_range" if getattr(options, "lr_range", False) else {"eval": "evaluate"}.get(command, command)
+    code: int = importlib.import_module(f"cifar_dist.commands.{module}").run(options, world, config)
+    if not (isinstance(options, TrainOptions) or is_search) or is_dry:
         check_output_written()
     return code
 

@@ -1,6 +1,6 @@
 """A Slurm job: the layout of its tasks, the command that starts them, and what becomes of the job afterwards.
 
-Run by the scripts of this folder as `python slurm/job.py train|eval ARGUMENTS`. It needs Python alone.
+Run by the scripts of this folder as `python slurm/job.py train|eval|tune ARGUMENTS`. It needs Python alone.
 """
 
 import json
@@ -29,8 +29,10 @@ def main(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
     command, *arguments = argv
     try:
         host = (_scontrol("show", "hostnames", environ.get("SLURM_JOB_NODELIST", "")).splitlines() or [""])[0]
-        step = step_command(environ, host)
         child = child_environment(environ, host)
+        if command == "tune":
+            return _tune(arguments, child)
+        step = step_command(environ, host)
         if command == "eval":
             os.execvpe(step[0], [*step, "eval", *arguments], child)
         return _train(step, arguments, child)
@@ -108,10 +110,19 @@ def _one_task_a_node(nodes: int, cpus: int) -> list[str]:
     return ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", f"--cpus-per-task={cpus}"]
 
 
+def _tune(typed: list[str], environ: Mapping[str, str]) -> int:
+    """Run a worker of a study as one task, which starts the processes of its trials. Raises JobError."""
+    if int(environ.get("SLURM_JOB_NUM_NODES") or 1) > 1:
+        raise JobError("a worker of a study has one node: leave out --nodes, and type --array for more workers")
+    name = _job_name(environ)
+    job = _scontrol("show", "job", "-o", name)
+    step = [*_one_task_a_node(1, int(environ.get("SLURM_CPUS_ON_NODE") or 1)), "python", "launch.py", "tune", *typed]
+    code, may_requeue = _run_step(step, environ, job)
+    return _requeue(name) if code == EXIT_INTERRUPTED and may_requeue else code
+
+
 def _train(step: list[str], typed: list[str], environ: Mapping[str, str]) -> int:
-    name = environ.get("SLURM_JOB_ID", "0")
-    if "SLURM_ARRAY_JOB_ID" in environ:  # requeueing the number of its job would requeue all tasks of the array
-        name = f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
+    name = _job_name(environ)
     run_dir, arguments = split_run_dir(typed)
     run_dir = run_dir or Path("runs", f"{environ.get('SLURM_JOB_NAME', 'cifar-dist')}-{name}")
     job = _scontrol("show", "job", "-o", name)
@@ -124,18 +135,33 @@ def _train(step: list[str], typed: list[str], environ: Mapping[str, str]) -> int
         if subprocess.run(copy, env=environ, check=False).returncode:
             raise JobError(f"cannot copy {data_dir}/cifar-* to {stage}")
         arguments += ["--data-dir", stage]
+    before = _read(run_dir / "summary.json")
+    command = [*step, *arguments, "--run-dir", str(run_dir), "--resume"]
+    code, may_requeue = _run_step(command, environ, job)
+    end = job_end(run_dir, code, before=before, may_requeue=may_requeue)
+    return end if end is not None else _requeue(name)
 
+
+def _job_name(environ: Mapping[str, str]) -> str:
+    """Return the number of the job; of a task of an array its own: its job's would requeue all tasks."""
+    if "SLURM_ARRAY_JOB_ID" in environ:
+        return f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
+    return environ.get("SLURM_JOB_ID", "0")
+
+
+def _run_step(command: list[str], environ: Mapping[str, str], job: str) -> tuple[int, bool]:
+    """Run a step to its end. Return its exit code, and whether the job may be requeued; `job` is scontrol's line."""
     signals: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):  # of a job's end, Ctrl-C, warnings
         signal.signal(number, lambda number, _: signals.append(number))
-    before = _read(run_dir / "summary.json")
-    command = [*step, *arguments, "--run-dir", str(run_dir), "--resume"]
     code = subprocess.Popen(command, env=environ).wait()
-    code = 128 - code if code < 0 else code
     # What was cancelled stays so, and Slurm requeues by itself what it preempts. A salloc shell is not requeued.
     may_requeue = signal.SIGTERM not in signals and re.search(r"BatchFlag=[1-9]", job) is not None
-    end = job_end(run_dir, code, before=before, may_requeue=may_requeue)
-    return end if end is not None else subprocess.run(["scontrol", "requeue", name], check=False).returncode
+    return (128 - code if code < 0 else code), may_requeue
+
+
+def _requeue(name: str) -> int:
+    return subprocess.run(["scontrol", "requeue", name], check=False).returncode
 
 
 def split_run_dir(typed: Sequence[str]) -> tuple[Path | None, list[str]]:

@@ -33,6 +33,7 @@ NO_TORCH_FILES = {
     "run/resolve.py",
     "run/directory.py",
     "run/lock.py",
+    "run/study.py",
     "run/checks.py",
     "runtime/launch.py",
     "runtime/signals.py",
@@ -130,16 +131,16 @@ def require_absent(*names):
     if found := set(names) & set(sys.modules):
         sys.exit(f"imported {found}")
 
-for command in ([], ["train"], ["eval"], ["predict"], ["report"], ["export"], ["bench"], ["doctor"]):
+for command in ([], ["train"], ["eval"], ["predict"], ["report"], ["export"], ["tune"], ["bench"], ["doctor"]):
     try:
         main([*command, "--help"])
     except SystemExit:
-        require_absent("torch", "torchvision", "accelerate", "numpy", "matplotlib", "rich")
+        require_absent("torch", "torchvision", "accelerate", "numpy", "matplotlib", "rich", "optuna")
 from cifar_dist.data import cifar
 from cifar_dist.display import progress
 from cifar_dist.runtime import launch, signals
 require_absent("torch", "torchvision", "accelerate", "matplotlib")
-from cifar_dist.commands import report, seeds
+from cifar_dist.commands import report, seeds, tune
 from cifar_dist.display import report
 require_absent("torch", "torchvision", "accelerate")
 """

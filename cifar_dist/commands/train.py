@@ -93,13 +93,13 @@ def train(
                     with display:
                         trainer.fit()
                         recorder.save(trainer.state)
-                        evaluation, arrays = _test(trainer, dataset)
+                        tested = None if options.skip_test else _test(trainer, dataset)
                 except (DivergedError, InterruptedRun) as end:
                     return _end_early(trainer, recorder, end, resume_command, on_failure), None
                 except KeyboardInterrupt:
                     recorder.write_summary("interrupted", trainer.state)
                     raise
-                summary = _write_results(trainer, recorder, evaluation, arrays)
+                summary = _write_results(trainer, recorder, tested)
         except OSError as error:  # a full or vanished disk
             text, code = recorder.directory.explain_write_error(error, resume_command), EXIT_FAILED
         except KeyboardInterrupt:
@@ -223,17 +223,21 @@ def _end_early(
 
 
 def _write_results(
-    trainer: Trainer, recorder: RunRecorder, evaluation: Evaluation, arrays: Mapping[str, NDArray[Any]]
+    trainer: Trainer, recorder: RunRecorder, tested: tuple[Evaluation, Mapping[str, NDArray[Any]]] | None
 ) -> Summary:
-    """Write predictions, summary and figures. Without figures the run is complete: their failure is a note."""
+    """Write predictions, summary and figures; of an untested run the summary alone.
+
+    Without figures the run is complete: their failure is a note.
+    """
     directory, ranks = recorder.directory, trainer.runtime.ranks
-    if ranks.is_main:
+    evaluation, arrays = tested or (None, {})
+    if ranks.is_main and tested:
         directory.write_predictions(**arrays)
     memory = ranks.all_gather([trainer.runtime.peak_memory_mib() or 0])
     largest = int(max(peak for (peak,) in memory)) or None
     status: Status = "early_stopped" if trainer.stopped_early else "completed"
     summary = recorder.write_summary(status, trainer.state, evaluation, peak_memory_mib=largest)
-    if not ranks.is_main:
+    if not ranks.is_main or not tested:
         return summary
     page = directory.path / "report.html"
     try:

@@ -81,8 +81,9 @@ class Options:
     def __post_init__(self) -> None:
         """Raise UserError for a value that a field's type does not allow, from Python too."""
         for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
-            if typing.get_origin(_without_none(hint)) in (Annotated, Literal):
-                convert(hint, getattr(self, name), f"--{name.replace('_', '-')}")
+            kind, value = _without_none(hint), getattr(self, name)
+            if typing.get_origin(kind) in (Annotated, Literal) and value is not None:
+                convert(kind, value, f"--{name.replace('_', '-')}")
 
 
 def _without_none(hint: Any) -> Any:
@@ -152,6 +153,7 @@ class TrainOptions(DeviceOptions):
     max_minutes: Positive | None = flag("--max-minutes", "stop and save after so long (exit code 75)", "M")
     trackers: Sequence[str] = flag("--tracker", *_TRACKER, default=(), action="append")
     quiet: bool = flag("--quiet", "no progress, only the result", default=False)
+    skip_test: bool = flag("--skip-test", "leave out the test at the end", default=False)
 
     def __post_init__(self) -> None:
         Options.__post_init__(self)
@@ -208,9 +210,9 @@ class PredictOptions(DeviceOptions):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReportOptions(Options):
-    """Draw a run's figures and page; compare several runs."""
+    """Draw a run's figures and page; compare several runs; show a study of `tune`."""
 
-    run_dirs: Sequence[Path] = flag(None, "folders that runs have left", "RUN_DIR", default=MISSING)
+    run_dirs: Sequence[Path] = flag(None, "folders that runs have left, or one study", "DIR", default=MISSING)
     out: Path | None = flag("--out", "where the files go (default: DIR/figures of one run)", "DIR")
 
 
@@ -242,12 +244,44 @@ class DoctorOptions(Options):
     download: bool = flag("--download", "fetch CIFAR-10 and the ImageNet weights where missing", default=False)
 
 
+Sampler = Literal["tpe", "random", "gp"]
+Pruner = Literal["median", "hyperband", "none"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TuneOptions(DeviceOptions):
+    """Search for a better recipe by trainings that the validation images judge."""
+
+    recipe: str | None = flag("--recipe", *_RECIPE)
+    dataset: str | None = flag("--dataset", *_DATASET)
+    data_dir: Path | None = flag("--data-dir", *_DATA_DIR)
+    study: Path | None = flag("--study", "default: studies/<recipe>-<dataset>; an existing study goes on", "DIR")
+    space: Path | None = flag("--space", "fields and their ranges (default: around the recipe's values)", "YAML")
+    trials: Count | None = flag("--trials", "of the study in all (default 20; with --minutes: no limit)", "N")
+    minutes: Positive | None = flag("--minutes", "stop after so long; the trial in progress is saved", "M")
+    sampler: Sampler | None = flag("--sampler", "default tpe; gp: a Gaussian process")
+    pruner: Pruner | None = flag("--pruner", "which ends poor trials early (default median)")
+    assignments: Mapping[str, Any] = flag("--set", *_SET, **_SEVERAL)
+    num_processes: Count | None = flag("--num-processes", "of each trial (default: as --config)", "N")
+    epochs: int | None = flag("--epochs", "of each trial (default: the recipe's)", "N")
+    seed: int | None = flag("--seed", "of the trials and of the sampler (default: the recipe's)", "N")
+    lr_range: bool = flag(
+        "--lr-range", "no study: train 100 steps at rising rates and draw their losses", default=False
+    )
+
+    def as_training(self, **changes: Any) -> TrainOptions:
+        """Return the training that a trial varies."""
+        names = {each.name for each in fields(TrainOptions)} & {each.name for each in fields(self)}
+        return TrainOptions(**{name: getattr(self, name) for name in names} | changes)
+
+
 COMMANDS: dict[str, type[Options]] = {
     "train": TrainOptions,
     "eval": EvalOptions,
     "predict": PredictOptions,
     "report": ReportOptions,
     "export": ExportOptions,
+    "tune": TuneOptions,
     "bench": BenchOptions,
     "doctor": DoctorOptions,
 }

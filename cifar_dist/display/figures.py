@@ -157,6 +157,33 @@ def draw_images(images: NDArray[np.uint8], captions: Sequence[str], path: Path, 
     _save(figure, path)
 
 
+@_own_style()
+def draw_lr_range(
+    rates: Sequence[float],
+    losses: Sequence[float],
+    smoothed: NDArray[np.float64],
+    suggested: float | None,
+    path: Path,
+    *,
+    title: str,
+) -> None:
+    """Draw the loss of each step by its learning rate, and mark the suggested one."""
+    figure = _figure(7.5, 4.5, f"{title}: learning rate range test")
+    axes = figure.subplots()
+    axes.plot(rates, losses, color=_BLUE, alpha=0.35, label="loss of each step")
+    axes.plot(rates, smoothed, color=_BLUE, label="smoothed")
+    if suggested is not None:
+        axes.axvline(suggested, color=_RED, linestyle="--", label=f"steepest descent ({suggested:.2g})")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    low, high = min(smoothed), max(losses[0], smoothed[0])
+    axes.set_ylim(low - 0.5 * (high - low), high + (high - low))  # not up to the losses of a network that diverges
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("training loss")
+    axes.legend()
+    _save(figure, path)
+
+
 def draw_evaluation(
     folder: Path, evaluation: Evaluation, saved: Mapping[str, NDArray[Any]], *, title: str
 ) -> list[Path]:

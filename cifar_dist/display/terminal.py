@@ -185,8 +185,11 @@ def print_result(
 
     `own_model` are the arguments that name a network of the user's own.
     """
-    assert summary.test is not None
     outcome = format_outcome(summary, total_epochs=total_epochs)
+    if summary.test is None:
+        test = command_line("eval", "--ckpt", directory, *own_model)
+        print_notes(console, [outcome, f"not tested, as --skip-test asks; test it with: {test}"])
+        return
     print_lines(console, [outcome, *format_evaluation(summary.test, split="test ")], title="result")
     commands = (
         ["report", directory],

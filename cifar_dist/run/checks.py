@@ -15,8 +15,9 @@ from cifar_dist.config.options import (
     PredictOptions,
     ReportOptions,
     TrainOptions,
+    TuneOptions,
 )
-from cifar_dist.config.plan import KNOWN_SIZES, make_plan
+from cifar_dist.config.plan import KNOWN_SIZES, make_plan, num_held_out
 from cifar_dist.config.recipe import DEFAULT_RECIPE, Recipe, read_recipe, resolve_recipe
 from cifar_dist.config.schema import flatten
 from cifar_dist.run.directory import RunDirectory, check_output, find_checkpoint, load_newest, verify
@@ -40,6 +41,8 @@ def check_before_torch(options: Options, *, world_size: int, machine_rank: int) 
     """Raise UserError for what is known to be wrong. Return the run of `train` if it has something to do."""
     if isinstance(options, TrainOptions):
         return check_training(options, world_size=world_size, machine_rank=machine_rank)
+    if isinstance(options, TuneOptions):
+        return check_tuning(options, world_size=world_size)
     if machine_rank > 0:  # the first machine alone reads and writes
         return None
     if isinstance(options, EvalOptions):
@@ -57,8 +60,14 @@ def check_before_torch(options: Options, *, world_size: int, machine_rank: int) 
     elif isinstance(options, ExportOptions):
         _check_export(options)
     elif isinstance(options, ReportOptions):
+        from cifar_dist.run.study import is_study
+
         for path in options.run_dirs:
-            if not RunDirectory(path).holds_run:
+            if is_study(path):
+                check_packages("report")
+                if len(options.run_dirs) > 1:
+                    raise UserError(f"{path} is a study, which is reported alone: name no other folder")
+            elif not RunDirectory(path).holds_run:
                 raise UserError(f"there is no run in {path}: name the folder that holds its summary.json")
     elif isinstance(options, BenchOptions):
         check_output("--json", options.json, options.recipe, options.config)
@@ -108,6 +117,36 @@ def check_training(options: TrainOptions, *, world_size: int, machine_rank: int 
         check_plan(spec, world_size=world_size, sizes=sizes)
         check_memory(sizes.num_train + sizes.num_test + sizes.num_validation, spec.recipe.image_size)
     return spec
+
+
+def check_tuning(options: TuneOptions, *, world_size: int) -> RunSpec:
+    """Return the training that the trials vary. Raises UserError."""
+    if options.lr_range:
+        spec = resolve(options.as_training())
+    else:
+        from cifar_dist.run.study import resolve_study
+
+        check_packages("tune", *(["scipy"] if options.sampler == "gp" else []))
+        _, _, spec = resolve_study(options)
+    check_plan(spec, world_size=world_size)
+    sizes = KNOWN_SIZES.get(spec.dataset)
+    if sizes is None:
+        from cifar_dist.data.folder import folder_sizes
+
+        sizes = folder_sizes(Path(spec.dataset))
+        check_plan(spec, world_size=world_size, sizes=sizes)
+    if num_held_out(spec.recipe, sizes) == 0 and not options.lr_range:
+        raise UserError(
+            "tune compares trials on validation images, and validation_size is 0: --set validation_size=auto"
+        )
+    return spec
+
+
+def check_packages(command: str, *more: str) -> None:
+    """Raise UserError if a package is missing that a study needs."""
+    for package in ("optuna", *more):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"{command} needs the package {package}: pip install optuna scipy")
 
 
 def _check_weights(options: EvalOptions | PredictOptions | ExportOptions) -> None:

@@ -30,9 +30,10 @@ _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, sign
 # This package's folder is on the path for its import alone: neither it nor the current folder (-P) may shadow a module
 # of Python's.
 _MAIN = (
-    "import sys; sys.path.insert(0, {!r}); import cifar_dist; del sys.path[0];"
+    "import sys; sys.path.insert(0, {!r}); import cifar_dist; del sys.path[0];{}"
     " from cifar_dist.cli import main; sys.exit(main())"
 )
+_END_WITH_PARENT = " from cifar_dist.runtime.launch import end_with_parent; end_with_parent(15);"
 
 
 def launch(argv: Sequence[str], config: AccelerateConfig, num_processes: int) -> int:
@@ -41,7 +42,7 @@ def launch(argv: Sequence[str], config: AccelerateConfig, num_processes: int) ->
     Return the exit code of this machine's first process, or of the one that failed if the first had to be killed;
     1 if a signal killed it, 130 after a second Ctrl-C.
     """
-    command = [sys.executable, "-P", "-c", _MAIN.format(str(Path(__file__).parents[2])), *argv]
+    command = python_command(argv)
     environ = child_environment(os.environ, config, num_processes)
     with contextlib.ExitStack() as stack:
         listening = []
@@ -58,6 +59,12 @@ def launch(argv: Sequence[str], config: AccelerateConfig, num_processes: int) ->
                 own[LISTENING_SOCKET] = str(listening[0])
             processes.start(command, environ | own, listening if rank == 0 else [])
         return processes.wait()
+
+
+def python_command(argv: Sequence[str], *, ends_with_parent: bool = False) -> list[str]:
+    """Return the words that run the command `argv` in another Python; on Linux SIGTERM may end it with this process."""
+    code = _MAIN.format(str(Path(__file__).parents[2]), _END_WITH_PARENT if ends_with_parent else "")
+    return [sys.executable, "-P", "-c", code, *argv]
 
 
 def end_with_parent(number: int) -> None:

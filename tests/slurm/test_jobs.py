@@ -11,6 +11,7 @@ import pytest
 
 from cifar_dist.cli import main
 from cifar_dist.config.cpus import usable_cores
+from cifar_dist.run.study import Study, read_definition
 from tests.commands.test_train import assert_same_run
 from tests.conftest import ROOT, make_images
 from tests.slurm.conftest import Cluster, read_log
@@ -23,7 +24,7 @@ QUICK = (
 )  # fmt: skip
 # So small a rate that the last bits of a sum, which differ with four shares, do not grow.
 CALM = (*QUICK, "optimizer.learning_rate=0.00001", "global_batch_size=16", "--epochs", "3")
-TRAIN, EVAL, ARRAY = "slurm/train.sh", "slurm/eval.sh", "slurm/array.sh"
+TRAIN, EVAL, ARRAY, TUNE = "slurm/train.sh", "slurm/eval.sh", "slurm/array.sh", "slurm/tune.sh"
 FOREVER = ("--epochs", "100000")
 
 
@@ -183,6 +184,25 @@ def test_a_killed_rank_and_a_killed_node_end_the_step_and_the_job_goes_on(cluste
         job_id, "a second going on", lambda job: read_log(job).count("going on after epoch") == 2, timeout=300
     )
     assert job["Restarts"] == "2"
+
+
+def test_a_study_goes_on_when_one_of_its_workers_is_preempted(cluster, submit, project):
+    """Six trials, none lost or done twice. Each worker has a node of its own."""
+    search = ("--study", "study", "--trials", "6", "--epochs", "40", "--pruner", "none")
+    job_id = submit("--array=0-1", "--cpus-per-task=64", "--", *QUICK, "validation_size=auto", *search, script=TUNE)
+    cluster.wait_for_log(job_id, "trial ", timeout=60)
+    high = cluster.submit(
+        "--partition=high", "--cpus-per-task=64", "--output=/dev/null", "--wrap", "true", cwd=project
+    )  # fmt: skip
+    cluster.wait(high, "COMPLETED", timeout=120)
+    jobs = cluster.wait(job_id, "COMPLETED", timeout=300)
+    assert sorted(job["Restarts"] for job in jobs) == ["0", "1"]
+    assert sum(read_log(job).count("interrupted; go on with:") for job in jobs) == 1
+    assert sum(read_log(job).count(" goes on: ") for job in jobs) == 1
+    trials = Study(project / "study", read_definition(project / "study")).all_trials()
+    assert [each.state.name for each in trials] == ["COMPLETE"] * 6
+    for number in range(6):
+        assert len(losses(project / f"study/trials/{number:04}")) == 40
 
 
 def test_bad_input_is_not_requeued(cluster, submit, project):

@@ -56,7 +56,8 @@ def test_every_command_parses(line):
     if words[script] == "launch.py" or words[script] == "cifar-dist":
         parse_arguments(rest)
     elif "slurm/" in words[script] and "setup" not in words[script]:
-        parse_arguments((["eval"] if "eval" in words[script] else []) + rest)
+        command = Path(words[script]).stem
+        parse_arguments(([command] if command in ("eval", "tune") else []) + rest)
 
 
 def test_the_two_readmes_agree_command_for_command_and_link_for_link():

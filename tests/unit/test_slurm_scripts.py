@@ -259,7 +259,7 @@ def test_the_environment_is_activated(project):
     assert err == "error: there is no none.sh: CIFAR_DIST_ACTIVATE names the file that activates the environment\n"
 
 
-@pytest.mark.parametrize("script", ["train.sh", "eval.sh", "array.sh"])
+@pytest.mark.parametrize("script", ["train.sh", "eval.sh", "array.sh", "tune.sh"])
 def test_elsewhere_it_is_one_line(project, script):
     code, out, err = run(project, script, SLURM_SUBMIT_DIR="/tmp")
     assert (code, out, err) == (2, "", "error: there is no launch.py in /tmp: submit from its folder\n")
@@ -289,6 +289,30 @@ def test_evaluation(project):
     assert " ".join(words[:-1]) == f"{layout} python launch.py eval --ckpt runs/x"
 
 
+@pytest.mark.parametrize(
+    ("srun_code", "batch", "code", "requeued"),
+    [(0, 1, 0, False), (75, 1, 0, True), (75, 0, 75, False), (2, 1, 2, False)],
+)
+def test_a_worker_of_a_study_is_one_task_and_goes_on_after_a_warning(project, srun_code, batch, code, requeued):
+    env = {
+        "SLURM_ARRAY_JOB_ID": "70",
+        "SLURM_ARRAY_TASK_ID": "2",
+        "SRUN_CODE": str(srun_code),
+        "BATCH_FLAG": str(batch),
+    }
+    env |= slurm("GPUS_ON_NODE=4 CPUS_ON_NODE=8")
+    assert run(project, "tune.sh", "--study", "s", "--trials", "9", **env) == (code, "", "")
+    (words,) = calls(project, "srun")
+    layout = "--nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task=8"
+    assert " ".join(words[:-1]) == f"{layout} python launch.py tune --study s --trials 9"
+    assert (calls(project, "scontrol")[-1] == ["requeue", "70_2"]) == requeued
+
+
+def test_a_worker_of_a_study_has_one_node(project):
+    message = "error: a worker of a study has one node: leave out --nodes, and type --array for more workers\n"
+    assert run(project, "tune.sh", "--study", "s", **slurm(TWO)) == (2, "", message)
+
+
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
 def test_shellcheck():
     scripts = [*(ROOT / "slurm").glob("*.sh"), *(ROOT / "benchmarks").glob("*.sh"), ROOT / "tests/slurm/cluster.sh"]
@@ -296,7 +320,7 @@ def test_shellcheck():
     assert checked.returncode == 0, checked.stdout
 
 
-@pytest.mark.parametrize("script", ["train.sh", "array.sh", "eval.sh"])
+@pytest.mark.parametrize("script", ["train.sh", "array.sh", "eval.sh", "tune.sh"])
 def test_a_job_asks_for_nothing_that_a_node_may_lack(script):
     lines = (ROOT / "slurm" / script).read_text().splitlines()
     asked = {line.split()[1].partition("=")[0] for line in lines if line.startswith("#SBATCH")}
