@@ -119,7 +119,7 @@ class Worker:
 
     def _work_on(self, claim: Claim) -> bool:
         """Train a trial and store how it ended. Return False if it was interrupted. Raises UserError."""
-        study, run = self.study, self.study.run_directory(claim.number)
+        study, run = self.study, RunDirectory(self.study.trial_path(claim.number))
         self.view.on_start(claim.number, claim.values, is_taken_over=claim.is_taken_over)
         try:
             recipe = study.definition.recipe_of(claim.values)
@@ -138,7 +138,7 @@ class Worker:
             value = max(record.val_acc or 0.0 for record in run.read_records())
             study.finish(claim, "COMPLETE", value=value)
         elif code in _INTERRUPTED:
-            study.release(claim)
+            claim.lock.release()
             return False
         else:
             study.finish(claim, "FAIL", reason=self._reason(claim, code))
@@ -154,7 +154,7 @@ class Worker:
         if is_pruned or is_over:  # its worker did not come to store it
             return EXIT_DONE, is_pruned or self._report(claim, run, epochs, reported)
         is_told = False
-        with _process(words, self.study.log_file(claim.number)) as process:
+        with _process(words, self.study.trial_path(claim.number, ".log")) as process:
             while True:
                 code = process.poll()  # first: all records of an ended process are read
                 is_pruned = is_pruned or self._report(claim, run, epochs, reported)
@@ -178,7 +178,7 @@ class Worker:
 
     def _reason(self, claim: Claim, code: int) -> str:
         """Return why a training failed. Raises UserError for a mistake that other values would not mend."""
-        lines = self.study.log_file(claim.number).read_text(errors="replace").split("\n")
+        lines = self.study.trial_path(claim.number, ".log").read_text(errors="replace").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")
         if code < 0:
             name = signal.Signals(-code).name
@@ -187,7 +187,7 @@ class Worker:
             last = last.removeprefix("error: ")
             fields = {part for name in claim.values for part in (name, name.rpartition(".")[2])}
             if not fields & set(re.findall(r"[\w.]+", last)):
-                self.study.release(claim)
+                claim.lock.release()
                 raise UserError(last)
         return last[:300] or f"exit code {code}"
 

@@ -16,7 +16,6 @@ from cifar_dist.config.own_code import OWN_CODE_FIELDS, is_own_code, refuse_unty
 from cifar_dist.config.recipe import DEFAULT_RECIPE, Recipe, recipe_label, recipe_to_mapping, resolve_recipe
 from cifar_dist.config.schema import build, flatten, nested, read_yaml, to_mapping
 from cifar_dist.config.space import Choices, Space, default_space, parse_space, read_space
-from cifar_dist.run.directory import RunDirectory
 from cifar_dist.run.lock import RunLock
 from cifar_dist.run.resolve import DEFAULT_DATASET, RunSpec, resolve
 
@@ -137,8 +136,7 @@ class Study:
 
     def __init__(self, path: Path, definition: StudyDefinition) -> None:
         """Open or create the study. Raises UserError if it searches something else, OSError if the disk refuses."""
-        self.path, self.definition = path, definition
-        self.trials, self.best_recipe = path / "trials", path / "best.yaml"
+        self.path, self.trials, self.definition = path, path / "trials", definition
         self.trials.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(path / ".lock")
         self._space = definition.parse_space()
@@ -149,17 +147,9 @@ class Study:
                 _write_yaml(path / "study.yaml", "# What this study searches.\n", to_mapping(definition))
             self.optuna_study = open_journal(path, self._lock)
 
-    def run_directory(self, number: int) -> RunDirectory:
-        """Return the run directory of a trial."""
-        return RunDirectory(self.trials / f"{number:04}")
-
-    def recipe_file(self, number: int) -> Path:
-        """Return the recipe file of a trial."""
-        return self.trials / f"{number:04}.yaml"
-
-    def log_file(self, number: int) -> Path:
-        """Return the file with the output of a trial's training."""
-        return self.trials / f"{number:04}.log"
+    def trial_path(self, number: int, suffix: str = "") -> Path:
+        """Return the run directory of a trial; its recipe with the suffix `.yaml`, its output with `.log`."""
+        return self.trials / f"{number:04}{suffix}"
 
     def all_trials(self) -> list[Any]:
         """Return Optuna's records of all trials."""
@@ -202,40 +192,34 @@ class Study:
             if reason is not None:
                 claim.trial.set_user_attr("reason", reason)
             self.optuna_study.tell(claim.number, value, TrialState[state])
-            self.write_best()
-            self.release(claim)
+            self._keep_best()
+            claim.lock.release()
             Path(claim.lock.lock_file).unlink(missing_ok=True)
 
-    def release(self, claim: Claim) -> None:
-        """Leave a trial to the next worker."""
-        claim.lock.release()
-
-    def write_best(self) -> None:
-        """Write best.yaml, and remove the checkpoints of the other finished trials."""
+    def _keep_best(self) -> None:
         best = best_trial(self.all_trials())
-        unfinished = {*self.unfinished(), *([] if best is None else [best.number])}
+        kept = {*self.unfinished(), *([] if best is None else [best.number])}
         for folder in self.trials.glob("*/checkpoints"):
-            if int(folder.parent.name) not in unfinished:
+            if int(folder.parent.name) not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
         if best is not None:
             comment = f"# Trial {best.number} of {self.path}: validation accuracy {best.value:.2%}.\n"
-            recipe = self.definition.recipe_of(best.params)
-            _write_yaml(self.best_recipe, comment, recipe_to_mapping(recipe))
+            _write_yaml(self.path / "best.yaml", comment, recipe_to_mapping(self.definition.recipe_of(best.params)))
 
     def write_recipe(self, claim: Claim, recipe: Recipe) -> Path:
         """Write the recipe file of a trial."""
-        file = self.recipe_file(claim.number)
+        file = self.trial_path(claim.number, ".yaml")
         _write_yaml(file, f"# Trial {claim.number}.\n", recipe_to_mapping(recipe))
         return file
 
     def _lock_trial(self, number: int) -> FileLock | None:
         """Lock a trial; None if its worker lives, or a training that a killed worker left still saves."""
-        lock = FileLock(self.trials / f"{number:04}.lock", timeout=0)
+        lock = FileLock(self.trial_path(number, ".lock"), timeout=0)
         try:
             lock.acquire()
-            if (run := self.run_directory(number)).path.exists():
+            if (run := self.trial_path(number)).exists():
                 with RunLock() as run_lock:
-                    run_lock.acquire(run.path)
+                    run_lock.acquire(run)
         except (Timeout, UserError):
             lock.release()
             return None

@@ -137,7 +137,7 @@ def test_any_content_of_a_checkpoint(document):
 
 CASES = {
     "trian": "unknown command 'trian', did you mean 'train'?"
-    " (commands: train, eval, predict, report, export, bench, doctor)",
+    " (commands: train, eval, predict, report, export, tune, bench, doctor)",
     "--epochs ten": "argument --epochs: invalid int value: 'ten' (see launch.py train --help)",
     "--precision fp8": "argument --precision: invalid choice: 'fp8' (choose from ",
     "eval": "the following arguments are required: --ckpt (see launch.py eval --help)",

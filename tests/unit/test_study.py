@@ -63,7 +63,7 @@ def test_two_workers_have_different_trials_and_a_dead_ones_trial_goes_on(tmp_pat
     first, second = one.claim(2), two.claim(2)
     assert [(claim.number, claim.is_taken_over) for claim in (first, second)] == [(0, False), (1, False)]
     assert one.claim(2) is None and two.claim(2) is None, "both live, and there are two"
-    one.release(first)  # as the system does when the process ends
+    first.lock.release()  # as the system does when the process ends
     again = two.claim(2)
     assert (again.number, again.values, again.is_taken_over) == (0, first.values, True)
     assert one.claim(2) is None
@@ -75,8 +75,8 @@ def test_two_workers_have_different_trials_and_a_dead_ones_trial_goes_on(tmp_pat
 
 def test_a_trial_whose_training_outlives_its_worker_is_not_taken_over(tmp_path):
     study = Study(tmp_path, define())
-    study.release(study.claim(1))
-    run = study.run_directory(0).path
+    study.claim(1).lock.release()
+    run = study.trial_path(0)
     with RunLock() as training:
         training.acquire(run)
         (run / "config.yaml").touch()
@@ -117,7 +117,7 @@ def test_the_best_trial_alone_keeps_its_checkpoints(tmp_path):
     (tmp_path / "trials/0000/checkpoints").mkdir(parents=True)
     for value in (0.3, 0.5, None, 0.4):
         claim = study.claim(None)
-        (study.run_directory(claim.number).path / "checkpoints").mkdir(parents=True)
+        (study.trial_path(claim.number) / "checkpoints").mkdir(parents=True)
         study.finish(claim, "COMPLETE" if value else "FAIL", value=value)
     kept = sorted(folder.parent.name for folder in tmp_path.glob("trials/*/checkpoints"))
     assert kept == ["0000", "0002"], "the running one's and the best one's"
