@@ -117,6 +117,9 @@ def _prepare_for_torch() -> None:
         tempfile.gettempdir()
     except FileNotFoundError:
         raise UserError("torch needs a folder for temporary files: set TMPDIR to one that can be written") from None
+    from cifar_dist.config.cpus import begin_load_sample
+
+    begin_load_sample()
 
 
 def _report(error: BaseException, world: World, interrupt: InterruptBeforeTraining) -> int | None:

@@ -48,6 +48,8 @@ class ComputeSettings:
     precision: Precision
     precision_reason: str
     num_threads: int
+    threads_reason: str
+    """Why there are fewer threads than usual; empty otherwise."""
     compiler: str | None
     """torch.compile's backend; None: the model is not compiled."""
     replays: bool
@@ -57,11 +59,12 @@ class ComputeSettings:
 
     @property
     def line(self) -> str:
-        """Device, precision with its reason, and threads."""
+        """Device, precision and threads with their reasons."""
         how = f", compiled by {self.compiler.lower()}" if self.compiler else ""
         how = ", steps replayed as CUDA graphs" if self.replays else how
         reason = f" ({self.precision_reason})" if self.precision_reason else ""
-        return f"{self.device_type}, {FULL_NAMES[self.precision]}{reason}, {self._threads}{how}"
+        busy = f" ({self.threads_reason})" if self.threads_reason else ""
+        return f"{self.device_type}, {FULL_NAMES[self.precision]}{reason}, {self._threads}{busy}{how}"
 
     @property
     def short(self) -> str:
@@ -117,15 +120,15 @@ def choose_compute(
     can_replay = facts.type == "cuda" and world.size == 1 and micro_batches == 1 and precision != "fp16"
     if backend == "CUDAGRAPHS" and has_steps and not can_replay:
         notes.append("CUDAGRAPHS needs CUDA, one process, one micro-batch and no fp16: steps are not replayed")
+    threads_reason = ""
     if num_threads is None:
-        num_threads = choose_num_threads(
-            environ, local_processes=world.local_size, torch_threads=torch.get_num_threads()
-        )
+        num_threads, threads_reason = choose_num_threads(environ, world, torch_threads=torch.get_num_threads())
     return ComputeSettings(
         device_type=facts.type,
         precision=precision,
         precision_reason=reason,
         num_threads=num_threads,
+        threads_reason=threads_reason,
         compiler=compiler,
         replays=has_steps and can_replay and backend in (None, "CUDAGRAPHS") and config.dynamo_backend != "NO",
         notes=tuple(notes),

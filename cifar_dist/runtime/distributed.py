@@ -219,7 +219,7 @@ def _set_environment(world: World, *, cpu: bool) -> None:
             os.environ.pop(name, None)
         return
     visible = torch.cuda.device_count() if torch.cuda.is_available() else world.local_size
-    threads = choose_num_threads(os.environ, local_processes=world.local_size, torch_threads=torch.get_num_threads())
+    threads, _ = choose_num_threads(os.environ, world, torch_threads=torch.get_num_threads())
     os.environ |= {
         "RANK": str(world.rank),
         "WORLD_SIZE": str(world.size),

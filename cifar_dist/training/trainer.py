@@ -18,6 +18,7 @@ from cifar_dist.training.evaluation import EvaluationSet
 from cifar_dist.training.state import Best, TrainState, copy_weights, monitored_value
 from cifar_dist.training.step import TrainingStep
 
+_SLOWDOWN, _SLOW_SECONDS = 3, 20.0
 RankRows = Sequence[Sequence[float]]
 """A row of numbers for each rank."""
 
@@ -71,6 +72,8 @@ class Trainer:
         self._clock = time.perf_counter()
         self._shown = (0.0, 0.0)  # loss and images when the loss was last shown
         self._has_shown = False
+        self._is_watched = self.runtime.is_main and self.runtime.device.type == "cpu"
+        self._image_size, self._fastest_seconds, self._slow_seconds = 0, math.inf, 0.0
 
     def fit(self) -> list[EpochRecord]:
         """Train the rest of the plan. Return the records of these epochs.
@@ -93,11 +96,15 @@ class Trainer:
         self.step.begin_epoch(epoch)
         loss, _, images = self._agree() if self._step_of(epoch) else (0.0, 0.0, 0.0)
         self._shown = (loss, images)  # a resumed epoch has sums of its steps so far
+        begun = time.perf_counter()
         for batch in self.batches.epoch(epoch, steps_done=self._step_of(epoch)):
             self.step.train_on(batch, is_frozen=epoch <= self.recipe.freeze_epochs)
             if batch.ends_step:
+                if self._is_watched and batch.images_in_step == self.plan.global_batch_size:
+                    self._note_slowdown(time.perf_counter() - begun, batch.images.shape[-1])
                 self._end_step(epoch)
                 yield self._step_of(epoch)
+                begun = time.perf_counter()
 
     @property
     def stopped_early(self) -> bool:
@@ -107,6 +114,20 @@ class Trainer:
     def _step_of(self, epoch: int) -> int:
         """Return how many steps of the epoch are done."""
         return self.state.step - (epoch - 1) * self.plan.steps_per_epoch
+
+    def _note_slowdown(self, seconds: float, image_size: int) -> None:
+        """Print one note for the run once slow steps of an image size have taken 20 s more than others."""
+        if image_size != self._image_size:
+            self._image_size, self._fastest_seconds, self._slow_seconds = image_size, math.inf, 0.0
+        self._fastest_seconds = min(self._fastest_seconds, seconds)
+        counted = min(seconds, _SLOW_SECONDS / 4)  # a suspended process has one long step
+        self._slow_seconds += counted if seconds > _SLOWDOWN * self._fastest_seconds else -counted
+        self._slow_seconds = max(self._slow_seconds, 0.0)
+        if self._slow_seconds >= _SLOW_SECONDS:
+            self._is_watched = False
+            advice = ", or begin a new run with OMP_NUM_THREADS=1" if self.runtime.num_threads > 1 else ""
+            what = f"steps take more than {_SLOWDOWN} times as long as the fastest"
+            self.observer.on_note(f"{what}: other programs seem to use the CPUs; end them{advice}")
 
     def _end_step(self, epoch: int) -> None:
         """Count a step. From time to time, agree with the other ranks, show the loss, and save."""

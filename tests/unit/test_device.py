@@ -4,6 +4,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -117,7 +118,95 @@ def test_a_requested_precision_becomes_what_the_device_supports(requested, facts
 def test_threads_are_the_users_or_a_share_of_the_cores(monkeypatch, environ, processes, threads):
     monkeypatch.setattr(cpus, "usable_cores", lambda: 8)
     monkeypatch.setattr(cpus, "usable_cpus", lambda: 16)
-    assert choose_num_threads(environ, local_processes=processes, torch_threads=6) == threads
+    monkeypatch.setattr(cpus, "_busy_cpus", lambda: 14.6 if threads == 6 else pytest.fail("nobody needs the load"))
+    world = World(size=processes, local_size=processes)
+    assert choose_num_threads(environ, world, torch_threads=6) == (
+        (1, "15 of 16 CPUs are busy") if threads == 6 else (threads, "")
+    )
+    monkeypatch.setattr(cpus, "_busy_cpus", lambda: 0.4)
+    assert choose_num_threads(environ, world, torch_threads=6) == (threads, "")
+    other_machine = World(size=2)
+    monkeypatch.setattr(cpus, "_busy_cpus", lambda: pytest.fail("several processes, as many threads as ever"))
+    assert choose_num_threads({}, other_machine, torch_threads=6) == (6, "")
+
+
+@pytest.mark.parametrize(
+    ("most", "count", "busy", "threads", "reason"),
+    [
+        (2, 2, 0.4, 2, ""), (2, 2, 0.6, 1, "1 of 2 CPUs is busy"), (2, 2, 1.9, 1, "2 of 2 CPUs are busy"),
+        (2, 2, 7.3, 1, "2 of 2 CPUs are busy"), (8, 8, 2.7, 5, "3 of 8 CPUs are busy"), (1, 1, 1.0, 1, ""),
+        (4, 8, 4.4, 4, ""), (4, 8, 4.6, 3, "5 of 8 CPUs are busy"),  # two threads of the processor a core
+    ],
+)  # fmt: skip
+def test_there_are_as_many_threads_as_free_cpus(most, count, busy, threads, reason):
+    assert cpus.free_threads(most, count, busy) == (threads, reason)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine of four CPUs of which this process may use the last two. `spend` moves its faked counters."""
+    clock, counters, own = [100.0], [[50.0, 900.0] for _ in range(4)], [20.0]
+    slept: list[float] = []
+
+    def spend(seconds: float, *, by_us: float, by_others: float) -> None:
+        """Pass time in which programs use this many of our CPUs, and others all of the first two."""
+        clock[0] += seconds
+        own[0] += by_us * seconds
+        for number, (share, _) in enumerate(counters):
+            used = 1.0 if number < 2 else (by_us + by_others) / 2
+            counters[number] = [share + used * seconds, counters[number][1] + (1 - used) * seconds]
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        spend(seconds, by_us=0, by_others=1)
+
+    def read(percpu: bool) -> list[SimpleNamespace]:
+        return [SimpleNamespace(user=busy / 2, steal=busy / 2, idle=idle, guest=busy) for busy, idle in counters]
+
+    monkeypatch.setattr(cpus, "_sample_begun", None)
+    monkeypatch.setattr(cpus, "cpu_quota", lambda: float("inf"))
+    monkeypatch.setattr(cpus.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(cpus.time, "sleep", sleep)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2, 3}, raising=False)
+    monkeypatch.setattr(os, "times", lambda: (own[0] / 2, 0.0, own[0] / 4, own[0] / 4, 7.0))
+    monkeypatch.setattr("psutil.cpu_times", read)
+    monkeypatch.setattr("psutil.cpu_count", lambda logical: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    return SimpleNamespace(spend=spend, slept=slept)
+
+
+@pytest.mark.parametrize(("by_others", "threads"), [(0.0, 2), (0.4, 2), (0.7, 1), (1.2, 1)])
+def test_threads_leave_out_the_cpus_of_others_since_the_start(machine, by_others, threads):
+    cpus.begin_load_sample()
+    machine.spend(3, by_us=0.8, by_others=by_others)
+    compute = choose_compute(ON_CPU, {}, World())
+    assert machine.slept == [], "the sample is free"
+    assert compute.num_threads == threads
+    assert ("1 thread (1 of 2 CPUs is busy)" in compute.line) == (threads == 1)
+    assert compute.short.endswith(f"{threads} thread{'s' if threads > 1 else ''}")
+
+
+@pytest.mark.parametrize("is_begun", [False, True])
+def test_a_short_sample_is_taken_anew(machine, is_begun):
+    if is_begun:
+        cpus.begin_load_sample()
+        machine.spend(0.2, by_us=1, by_others=0)
+    assert choose_num_threads({}, World(), torch_threads=2) == (1, "1 of 2 CPUs is busy")
+    assert machine.slept == [0.3]
+
+
+def test_an_unknown_load_changes_nothing(machine, monkeypatch):
+    cpus.begin_load_sample()
+    machine.spend(3, by_us=0, by_others=2)
+    assert choose_num_threads({}, World(), torch_threads=2)[0] == 1
+    assert choose_compute(ON_CPU, {}, World(), num_threads=2).num_threads == 2, "a resumed run's"
+    monkeypatch.setattr(cpus, "cpu_quota", lambda: 2.0)
+    assert choose_num_threads({}, World(), torch_threads=2) == (2, "")
+    monkeypatch.setattr(cpus, "cpu_quota", lambda: float("inf"))
+    for failure in ("psutil.cpu_times", lambda percpu: []), ("psutil.cpu_times", Mock(side_effect=OSError)):
+        monkeypatch.setattr(*failure)
+        cpus.begin_load_sample()
+        assert choose_num_threads({}, World(), torch_threads=2) == (2, "")
 
 
 V1 = "4:cpu,cpuacct:/docker/3f\n3:cpuset:/\n1:name=systemd:/docker/3f\n"
@@ -254,7 +343,7 @@ def test_the_gpu_of_a_slurm_task(monkeypatch, visible, number):
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("gpu07", "12071")
     # What is chosen afterwards reads them there: a 1 would be taken for the user's.
     assert os.environ["OMP_NUM_THREADS"] == "8"
-    assert choose_num_threads(os.environ, local_processes=2, torch_threads=3) == 8
+    assert choose_num_threads(os.environ, world, torch_threads=3) == (8, "")
 
 
 def test_ranks_that_would_each_be_alone_are_refused(monkeypatch):

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+from types import SimpleNamespace
 from unittest.mock import Mock, call
 
 import pytest
@@ -15,6 +16,7 @@ from cifar_dist.data.loader import Normalizer, resized
 from cifar_dist.run.checkpoint import load_checkpoint
 from cifar_dist.run.results import Observer
 from cifar_dist.training import setup
+from cifar_dist.training import trainer as trainer_module
 from cifar_dist.training.evaluation import EvaluationSet, batch_loss
 from cifar_dist.training.setup import build_trainer
 from cifar_dist.training.trainer import DivergedError, InterruptedRun, Trainer
@@ -144,6 +146,58 @@ def test_the_observer_is_called_in_order(runtime):
     assert (32 * first + 32 * second + 48 * third) / 112 == pytest.approx(record.train_loss, rel=1e-5)
     assert calls[0] == call.on_epoch_start(1, 0.05)
     assert calls[-2:] == [call.on_evaluation(16, 16), call.on_epoch_end(record, True)]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that moves only if `now` is changed."""
+    faked = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(trainer_module, "time", SimpleNamespace(perf_counter=lambda: faked.now))
+    return faked
+
+
+SLOW = "steps take more than 3 times as long as the fastest: other programs seem to use the CPUs; end them"
+
+
+def steps_with_notes(runtime, clock, *fields: str, seconds: list[float]) -> list[str]:
+    """Run an epoch whose steps take these times on the clock, and return the notes. A last, small batch takes none."""
+    observer = Mock(spec=Observer)
+    dataset = make_dataset(num_train=32 * len(seconds) + 7)
+    trainer, left = trainer_for(runtime, "epochs=1", *fields, dataset=dataset, observer=observer), iter([*seconds, 0])
+
+    def wait(*arguments, **named) -> None:
+        clock.now += 60
+
+    def step(batch, *, is_frozen) -> None:
+        clock.now += next(left)
+
+    trainer.step.train_on, observer.on_step = step, wait
+    for _ in trainer.steps(1):
+        wait()
+    return [each.args[0] for each in observer.on_note.call_args_list]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "is_noted"),
+    [
+        ([1, *[3.1] * 6], False), ([1, *[3.1] * 7], True), ([1, *[3.1] * 30], True), ([1, *[2.9] * 30], False),
+        ([9, 9, 1, *[4, 1] * 7], True), ([1, *[4, 1, 1, 1] * 9], False), ([1, 3600, 1], False),
+        ([0.1, *[6] * 4], True), ([0.1, *[6] * 3], False),
+    ],
+    ids=["not yet", "slow", "once", "3x", "some fast", "most fast", "a pause", "long steps", "long, not yet"],
+)  # fmt: skip
+def test_one_note_tells_of_steps_that_have_become_slow(runtime, clock, seconds, is_noted):
+    assert steps_with_notes(runtime, clock, seconds=seconds) == [SLOW] * is_noted
+
+
+def test_steps_are_compared_with_those_of_their_size_and_only_on_the_main_process(runtime, clock, monkeypatch):
+    grown = [1.0] * 10 + [4.0] * 10
+    assert steps_with_notes(runtime, clock, "image_size_schedule=[[16, 0.5], [32, 1.0]]", seconds=grown) == []
+    monkeypatch.setattr(runtime, "num_threads", 2)
+    advice = [f"{SLOW}, or begin a new run with OMP_NUM_THREADS=1"]
+    assert steps_with_notes(runtime, clock, seconds=grown) == advice
+    monkeypatch.setattr(runtime, "is_main", False)
+    assert steps_with_notes(runtime, clock, seconds=grown) == []
 
 
 def test_the_first_loss_after_a_resume_is_that_of_the_steps_since(runtime):
