@@ -9,6 +9,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from cifar_dist import cli
 from cifar_dist.config import cpus
 from cifar_dist.config.accelerate_config import AccelerateConfig
 from cifar_dist.config.cpus import choose_num_threads
@@ -177,7 +178,7 @@ def machine(monkeypatch):
 
 @pytest.mark.parametrize(("by_others", "threads"), [(0.0, 2), (0.4, 2), (0.7, 1), (1.2, 1)])
 def test_threads_leave_out_the_cpus_of_others_since_the_start(machine, by_others, threads):
-    cpus.begin_load_sample()
+    cli._prepare_for_torch()
     machine.spend(3, by_us=0.8, by_others=by_others)
     compute = choose_compute(ON_CPU, {}, World())
     assert machine.slept == [], "the sample is free"

@@ -159,11 +159,11 @@ def clock(monkeypatch):
 SLOW = "steps take more than 3 times as long as the fastest: other programs seem to use the CPUs; end them"
 
 
-def steps_with_notes(runtime, clock, *fields: str, seconds: list[float]) -> list[str]:
-    """Run an epoch whose steps take these times on the clock, and return the notes. A last, small batch takes none."""
-    observer = Mock(spec=Observer)
+def steps_with_notes(runtime, clock, *fields: str, seconds: list[float], epochs: int = 1) -> list[str]:
+    """Run epochs whose steps take these times on the clock, and return the notes. A last, small batch takes none."""
+    observer, left = Mock(spec=Observer), iter([*seconds, 0] * epochs)
     dataset = make_dataset(num_train=32 * len(seconds) + 7)
-    trainer, left = trainer_for(runtime, "epochs=1", *fields, dataset=dataset, observer=observer), iter([*seconds, 0])
+    trainer = trainer_for(runtime, f"epochs={epochs}", *fields, dataset=dataset, observer=observer)
 
     def wait(*arguments, **named) -> None:
         clock.now += 60
@@ -172,8 +172,9 @@ def steps_with_notes(runtime, clock, *fields: str, seconds: list[float]) -> list
         clock.now += next(left)
 
     trainer.step.train_on, observer.on_step = step, wait
-    for _ in trainer.steps(1):
-        wait()
+    for epoch in range(1, epochs + 1):
+        for _ in trainer.steps(epoch):
+            wait()
     return [each.args[0] for each in observer.on_note.call_args_list]
 
 
@@ -191,6 +192,7 @@ def test_one_note_tells_of_steps_that_have_become_slow(runtime, clock, seconds, 
 
 
 def test_steps_are_compared_with_those_of_their_size_and_only_on_the_main_process(runtime, clock, monkeypatch):
+    assert steps_with_notes(runtime, clock, seconds=[1.0] * 25, epochs=2) == []
     grown = [1.0] * 10 + [4.0] * 10
     assert steps_with_notes(runtime, clock, "image_size_schedule=[[16, 0.5], [32, 1.0]]", seconds=grown) == []
     monkeypatch.setattr(runtime, "num_threads", 2)
