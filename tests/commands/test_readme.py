@@ -33,6 +33,12 @@ ADDED = {
     ],
     "python launch.py --recipe original --epochs 20": ["--dry-run"],
     "python launch.py --dataset shapes --recipe quick --epochs 3 --set model=mynet.py:net": SMALL,
+    "python launch.py --recipe quick --budget 10m": ["--dry-run", "--measure", *SMALL, "image_size_schedule=null"],
+    "python launch.py --recipe quick --set train_size=0.1 --dry-run --measure": [*SMALL, "image_size_schedule=null"],
+    "python launch.py --dataset shapes --recipe quick --epochs 1 --seeds 2": SMALL,
+    "python launch.py tune --dataset shapes --recipe quick --epochs 3 --trials 20": [
+        "--epochs", "1", "--trials", "2", *SMALL,
+    ],
     "python launch.py --num-processes 2": ["--dry-run"],
     "accelerate launch launch.py --config accelerate_configs/mps.yaml --dataset shapes --epochs 1": [
         *SMALL, "stem=imagenet",
