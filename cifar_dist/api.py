@@ -41,7 +41,7 @@ def _arguments_by_name() -> Iterator[None]:
         yield
     except UserError as error:
         text = re.sub(r"(?<!\S)--(precision|split) (no|test)\b", r'\1="\2"', str(error))
-        text = re.sub(r"(?<!\S)--set model=", "model=", text)
+        text = re.sub(r"(?<!\S)--set ('?)(model=[^']*)\1", r"\2", text)
         text = re.sub(r"(?<!\S)--([a-z][a-z-]+)", lambda flag: _NAMES.get(flag[1], flag[1].replace("-", "_")), text)
         raise type(error)(text) from None
 

@@ -8,6 +8,8 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import re
+import shlex
 import sys
 import types
 from collections.abc import Callable, Mapping
@@ -28,8 +30,14 @@ def is_own_code(name: str | None) -> bool:
 
 
 def register(function: Callable[..., Any]) -> str:
-    """Make a function known to this process, for `train(model=function)`. Return its name."""
-    name = f"{function.__module__}:{function.__qualname__}"
+    """Make a function known to this process, for `train(model=function)`. Return its name. Raises UserError.
+
+    A `functools.partial` has the name of its function.
+    """
+    named = _function_of(function)
+    if not hasattr(named, "__qualname__"):
+        raise UserError(f"model is {type(named).__name__}: pass a name, or a function that returns the network")
+    name = f"{named.__module__}:{named.__qualname__}"
     _REGISTERED[name] = function
     return name
 
@@ -44,7 +52,7 @@ def load_function(name: str) -> Callable[..., Any]:
         function = getattr(_import(absolute, source_hash(name)), attribute, None)
     except UserError:
         raise
-    except Exception as error:  # of the user's module
+    except (Exception, SystemExit) as error:  # of the user's module
         raise UserError(f"cannot import {path}: {type(error).__name__}: {error}") from error
     if not callable(function):
         raise UserError(f"{path} has no function '{attribute}': name it as file.py:function")
@@ -54,13 +62,17 @@ def load_function(name: str) -> Callable[..., Any]:
 def source_hash(name: str) -> str:
     """Return the SHA-256 of the file that defines a function (of its source, for a registered one). Raises UserError.
 
-    Files that this one imports do not count.
+    Files that this one imports do not count. The arguments of a `functools.partial` do, as Python prints them.
     """
     if name in _REGISTERED:
+        function = _REGISTERED[name]
         try:
-            return hashlib.sha256(inspect.getsource(_REGISTERED[name]).encode()).hexdigest()
+            source = inspect.getsource(_function_of(function))
         except (OSError, TypeError):
             return "unknown"  # typed into an interactive Python
+        bound = f"{function.args} {function.keywords}" if isinstance(function, functools.partial) else ""
+        bound = re.sub(r" at 0x[0-9a-f]+", "", bound)  # of a function: its address differs in every process
+        return hashlib.sha256((source + bound).encode()).hexdigest()
     path, _ = _split(name)
     file = _file_of(path)
     try:
@@ -86,8 +98,12 @@ def refuse_untyped_code(stored: Mapping[str, Any], typed: Mapping[str, Any], whe
         if is_own_code(stored.get(field)) and field not in typed:
             raise UserError(
                 f"{where} names the function {stored[field]}, which runs only if you type it:"
-                f" add --set {field}={stored[field]}"
+                f" add --set {shlex.quote(f'{field}={stored[field]}')}"
             )
+
+
+def _function_of(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function.func if isinstance(function, functools.partial) else function
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -106,8 +122,10 @@ def _file_of(path: str) -> Path:
         spec = importlib.util.find_spec(path)
     except Exception as error:  # of a parent package
         raise UserError(f"cannot import {path}: {type(error).__name__}: {error}") from error
-    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+    if spec is None:
         raise UserError(f"there is no Python module {path}: start where it lies, or type file.py:function")
+    if spec.origin is None or not spec.origin.endswith(".py"):
+        raise UserError(f"module {path} has no Python source: type file.py:function or package.module:function")
     return Path(spec.origin)
 
 

@@ -37,7 +37,7 @@ def _build_own(name: str, num_classes: int) -> nn.Module:
         model = load_function(name)(num_classes=num_classes)
     except UserError:
         raise
-    except Exception as error:  # of the user's function
+    except (Exception, SystemExit) as error:  # of the user's function
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{name} failed ({reason}): it must return a network for num_classes={num_classes}") from error
     if not isinstance(model, nn.Module):

@@ -26,6 +26,8 @@ _NUM_IMAGES, _FEWER_IMAGES = 5, 3
 _SIDES = (32, 48, 64, 75, 96, 128, 160, 192, 224, 256, 299, 384)
 """Sides in pixels, one of which is advised if the recipe's does not work."""
 _OWN_STATISTICS = "normalizes each rank's images alone: use torch.nn.BatchNorm1d, 2d or 3d"
+_TOLERANCE = 1e-3
+"""Of the largest logit: an image alone may differ by rounding from the same image in a batch."""
 _UNTRACKED = "draws random numbers{} that do not follow the samples: replace it by torch.nn.Dropout"
 
 
@@ -60,6 +62,10 @@ def probe_network(
                     f"{name} returns {_described(output)}:"
                     f" it must return logits (N, {num_classes}) alone, without auxiliary outputs"
                 )
+            if not output.requires_grad:
+                raise UserError(
+                    f"{name} has nothing to train: its logits must depend on a parameter with requires_grad"
+                )
             with torch.no_grad():
                 for other in smaller:
                     _run(model, name, other, 2, advice="set image_size_schedule=null")
@@ -71,6 +77,8 @@ def probe_network(
     if watch.problems and not allow_untracked_randomness:
         allow = "--set allow_untracked_randomness=true (worlds and resumed runs may then differ)"
         raise UserError(f"{watch.problems[0]}, or {allow}")
+    if not watch.problems:
+        _check_that_images_stay_apart(model, name, side)
     used = _parameters_behind(output)
     unused = any(each.requires_grad and id(each) not in used for each in model.parameters())
     return NetworkTraits(batch_dims=batch_dims, has_unused_parameters=unused)
@@ -91,6 +99,18 @@ def _check_layers(model: nn.Module) -> None:
                 raise UserError(f"{what} has no momentum: set one, such as 0.1")
         if isinstance(module, _InstanceNorm) and module.track_running_stats:
             raise UserError(f"{what} keeps statistics of each rank alone: set track_running_stats=False")
+
+
+def _check_that_images_stay_apart(model: nn.Module, name: str, side: int) -> None:
+    """Raise UserError if the logits of an image depend on the others, apart from BatchNorm's statistics in training."""
+    was_training = model.training
+    for module in model.modules():
+        module.training = not isinstance(module, (_BatchNorm, *TRACKED))
+    with torch.no_grad():
+        many, few = (_run(model, name, side, count) for count in (_NUM_IMAGES, _FEWER_IMAGES))
+    model.train(was_training)
+    if not torch.allclose(many[:_FEWER_IMAGES], few, rtol=0, atol=_TOLERANCE * float(many.abs().max()), equal_nan=True):
+        raise UserError(f"{name} mixes the images of a batch: the logits of an image must depend on that image alone")
 
 
 def _run(
@@ -119,7 +139,7 @@ def _works(model: nn.Module, side: int) -> bool:
 
 
 def _forward(model: nn.Module, side: int, num_images: int, watch: "_Watch | None" = None) -> Any:
-    images = torch.randn(num_images, 3, side, side, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(_NUM_IMAGES, 3, side, side, generator=torch.Generator().manual_seed(0))[:num_images]
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with watch or nullcontext():
         return functional_call(model, buffers, (images,))

@@ -46,13 +46,13 @@ def build_trainer(
     """
     torch.manual_seed(recipe.seed)  # for a user's own model; nothing here draws from it
     model = build_network(recipe, dataset.num_classes)
+    traits = probe(model, recipe, plan, dataset.num_classes)
     use_dense_products(model)
     head = find_head(model, dataset.num_classes)
     if pretrained is not None:
         start_from(model, pretrained, None if head is None else head[0])
     elif isinstance(model, FastNet):
         _whiten(model, recipe, dataset)
-    traits = probe(model, recipe, plan, dataset.num_classes)
     model = model.to(runtime.device, memory_format=runtime.memory_format)  # type: ignore[call-overload]
     # The average is only evaluated, so it keeps torch's own BatchNorm.
     ema = ExponentialMovingAverage(model, recipe.ema_decay) if recipe.ema_decay else None

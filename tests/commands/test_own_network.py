@@ -160,6 +160,20 @@ def test_python_passes_a_function(folder):
 
 
 @pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        (nn.LazyLinear(10), "is lazy: give its sizes"),
+        (nn.Linear(3072, 10).requires_grad_(False), "has nothing to train"),
+        (nn.Sequential(nn.Linear(3072, 10), nn.BatchNorm1d(10, affine=False), nn.Softmax(0)), "mixes the images"),
+    ],
+)
+def test_what_cannot_be_trained_leaves_nothing(folder, last, message):
+    with pytest.raises(UserError, match=message):
+        train("original", model=lambda num_classes: nn.Sequential(nn.Flatten(), last), run_dir="refused", quiet=True)
+    assert not Path("refused").exists()
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["model=mobilenet_v2"], "is no mobilenet_v2: it has no classifier.1.weight"),

@@ -1,11 +1,13 @@
 """Functions of the user's own: how they are found, hashed and refused."""
 
+import functools
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from cifar_dist.config import own_code
 from cifar_dist.config.errors import UserError
@@ -67,23 +69,57 @@ def test_the_hash_is_that_of_the_source(folder):
     assert source_hash(register(one)) != source_hash(register(two))
 
 
+def sized(num_classes, width, activation=None):
+    return nn.Sequential(nn.Linear(1, width), nn.Linear(width, num_classes))
+
+
+def test_a_partial_function_has_the_name_of_its_function_and_a_hash_of_its_arguments(folder):
+    hashes = []
+    for width, activation in ((2, id), (2, id), (3, id), (3, functional.relu)):
+        partial = functools.partial(sized, width=width, activation=activation)
+        name = register(partial)
+        assert name == f"{__name__}:sized" and load_function(name) is partial
+        hashes.append(source_hash(name))
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 3
+    register(functools.partial(sized, 2, lambda: None))
+    first = source_hash(name)
+    register(functools.partial(sized, 2, lambda: None))
+    assert source_hash(name) == first, "without the addresses of functions"
+
+
+@pytest.mark.parametrize("model", [nn.Linear(1, 1), 3, Path("nets.py")])
+def test_what_is_no_function_is_refused(folder, model):
+    with pytest.raises(UserError, match=f"model is {type(model).__name__}: pass a name, or a function"):
+        register(model)
+
+
+def test_the_argument_to_type_is_quoted(folder):
+    with pytest.raises(UserError, match=r"add --set 'model=my nets/a.py:net'$"):
+        own_code.refuse_untyped_code({"model": "my nets/a.py:net"}, {}, "config.yaml")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("absent.py:net", "cannot read absent.py: No such file"),
         ("absent.package:net", "absent"),
-        ("math:sqrt", "there is no Python module math"),  # not written in Python, so that it has no source
+        ("math:sqrt", "module math has no Python source"),
         ("nets.py:other", "nets.py has no function 'other'"),
         ("nets.py:number", "nets.py has no function 'number'"),
         ("nets.py:1", "names no function: type file.py:function"),
         (":net", "names no function"),
         ("broken.py:net", "cannot import broken.py: ZeroDivisionError: division by zero"),
+        ("leaving.py:net", "cannot import leaving.py: SystemExit: 3"),
+        ("nets.py:leave", "nets.py:leave failed .SystemExit: 0.: it must return a network"),
         ("nets.py:none", "nets.py:none returned NoneType: it must return a torch.nn.Module"),
         ("nets.py:nothing", "nets.py:nothing failed .*num_classes.*: it must return a network for num_classes=10"),
     ],
 )
 def test_what_is_no_network_is_refused_in_one_line(folder, name, message):
-    Path("nets.py").write_text("number = 1\ndef none(num_classes): pass\ndef nothing(): pass\n")
+    Path("nets.py").write_text(
+        "number = 1\ndef none(num_classes): pass\ndef nothing(): pass\ndef leave(num_classes): exit(0)\n"
+    )
+    Path("leaving.py").write_text("raise SystemExit(3)\n")
     Path("broken.py").write_text("1 / 0\n")
     with pytest.raises(UserError, match=message):
         build_network(make_recipe(f"model={name}"), 10)

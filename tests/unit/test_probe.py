@@ -111,6 +111,7 @@ WRONG = {
     "several ranks": (nn.SyncBatchNorm(9), r"'between' \(SyncBatchNorm\) normalizes each rank's images alone"),
     "by hand": (Function(batch_norm_by_hand), r"'between' \(Function\) normalizes each rank's images alone"),
     "instances": (nn.InstanceNorm1d(9, track_running_stats=True), r"'between' .* set track_running_stats=False"),
+    "mixed images": (Function(lambda inputs: inputs - inputs.mean(0)), "mine.py:net mixes the images of a batch"),
     "lazy": (nn.LazyLinear(9), r"'between' \(LazyLinear\) is lazy"),
     "two outputs": (Function(lambda inputs: inputs.repeat(2, 1)), r"a tensor of shape \[10, 4\] for 5 images: it must"),
     "bug": (
@@ -125,6 +126,11 @@ def test_what_cannot_be_trained_is_refused_by_name(case):
     part, message = WRONG[case]
     with pytest.raises(UserError, match=message):
         probe(Network(part), allow=True)
+
+
+def test_a_network_without_a_gradient_is_refused():
+    with pytest.raises(UserError, match=r"mine\.py:net has nothing to train: its logits must depend on a parameter"):
+        probe(Network(nn.Identity()).requires_grad_(False))
 
 
 def test_auxiliary_outputs_are_refused():
