@@ -34,9 +34,9 @@ it takes.
 """
 
 CustomAugmentation = Callable[[Tensor, Tensor], Tensor]
-"""Takes images (N, 3, H, W) uint8 on the device and a seed an image, (N,) int64 on the CPU.
+"""A function of images (N, 3, H, W) uint8 on the device and of seeds (N,) int64 on the CPU, one for each image.
 
-Returns images of the same shape, uint8 or float32 in [0, 1].
+Its result has the same shape, and is uint8 or float32 in [0, 1].
 """
 
 JITTER_ORDERS = torch.tensor(list(itertools.permutations(range(4))))

@@ -131,8 +131,8 @@ class Observer:
         """Print a note for the user."""
 
 
-FORMAT_VERSION = 2
-"""Of config.yaml and checkpoints. Version 1 had recipe fields that are gone."""
+FORMAT_VERSION = 3
+"""Of config.yaml and checkpoints. Versions 1 and 2 had other recipe fields."""
 
 _MAY_CHANGE = frozenset({"epochs"})
 """Recipe fields that a resumed run may change."""

@@ -124,7 +124,7 @@ def test_a_file_system_that_cannot_sync_folders_will_do(path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [({"format_version": 99}, "has format 99, and this version reads 2"), ([1, 2], "holds no state dict")],
+    [({"format_version": 99}, "has format 99, and this version reads 3"), ([1, 2], "holds no state dict")],
 )
 def test_what_this_version_does_not_read_is_refused(path, content, message):
     torch.save(content, path)

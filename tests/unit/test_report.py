@@ -37,7 +37,7 @@ def make_run(
     path.mkdir(parents=True)
     recipe = recipe_to_mapping(make_recipe("epochs=3", *changes))
     config = {
-        "format_version": 2, "recipe_name": "original", "recipe": recipe, "class_names": CLASSES, "world_size": 2,
+        "format_version": 3, "recipe_name": "original", "recipe": recipe, "class_names": CLASSES, "world_size": 2,
         "dataset": {"name": "shapes", "data_dir": "/data", "fingerprint": "f0"}, "device": "cpu", "num_threads": 1,
         "precision": precision, "versions": {"torch": "2.14"}, "git_commit": "abc",
     }  # fmt: skip

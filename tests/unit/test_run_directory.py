@@ -110,15 +110,15 @@ def test_the_metadata_comes_back(run):
     ],
 )
 def test_edited_metadata_is_refused(run, change, message):
-    content = {"format_version": 2, **make_metadata().to_mapping(), **change}
+    content = {"format_version": 3, **make_metadata().to_mapping(), **change}
     run.config.write_text(yaml.safe_dump(content))
     with pytest.raises(UserError, match=rf"^run configuration .*config\.yaml is damaged: {message}"):
         run.read_metadata()
 
 
 def test_a_run_of_another_format_is_refused(run):
-    run.config.write_text(yaml.safe_dump({"format_version": 1, **make_metadata().to_mapping()}))
-    with pytest.raises(UserError, match=r"config\.yaml has format 1, and this version reads 2: use the version of"):
+    run.config.write_text(yaml.safe_dump({"format_version": 2, **make_metadata().to_mapping()}))
+    with pytest.raises(UserError, match=r"config\.yaml has format 2, and this version reads 3: use the version of"):
         run.read_metadata()
 
 
