@@ -133,7 +133,7 @@ class TrainOptions(DeviceOptions):
     """A name or a file; the API may pass a whole recipe."""
     dataset: str | None = flag("--dataset", *_DATASET)
     data_dir: Path | None = flag("--data-dir", *_DATA_DIR)
-    run_dir: Path | None = flag("--run-dir", "default: runs/<recipe>-<dataset>-seed<seed>", "DIR")
+    run_dir: Path | None = flag("--run-dir", "default: runs/<recipe>[-<model, if typed>]-<dataset>-seed<seed>", "DIR")
     resume: bool = flag("--resume", "go on with the run in DIR (or --run-dir)", "DIR", default=False, nargs="?")
     resume_dir: Path | None = None
     """The folder typed after `--resume`, which must exist."""

@@ -34,6 +34,8 @@ class RunSpec:
 
     recipe: Recipe
     recipe_name: str
+    other_model: str | None
+    """The network if it is not the recipe's own."""
     dataset: str
     """A dataset's name, or the absolute path of a folder."""
     data_dir: Path
@@ -50,8 +52,9 @@ class RunSpec:
 
     @property
     def default_directory(self) -> Path:
-        """`runs/RECIPE-DATASET-seedN`."""
-        return DEFAULT_RUNS / f"{self.recipe_name}-{Path(self.dataset).name}-seed{self.recipe.seed}"
+        """`runs/RECIPE-DATASET-seedN`, or `runs/RECIPE-NETWORK-DATASET-seedN` for a network that the user typed."""
+        network = [] if self.other_model is None else [self.other_model.rpartition(":")[2]]
+        return DEFAULT_RUNS / "-".join([self.recipe_name, *network, Path(self.dataset).name, f"seed{self.recipe.seed}"])
 
     def compute_settings(self, world_size: int) -> dict[str, Any]:
         """Return the arguments of `choose_compute` and `start` that this run determines."""
@@ -86,6 +89,7 @@ def resolve(options: TrainOptions, job: SlurmJob | None = None) -> RunSpec:
     spec = RunSpec(
         recipe=recipe,
         recipe_name=name,
+        other_model=recipe.model if recipe.model != base.get("model", recipe.model) else None,
         dataset=dataset,
         data_dir=data_dir.absolute(),
         directory=options.run_dir if run is None else run.path,

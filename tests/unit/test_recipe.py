@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -228,3 +229,18 @@ def test_dotted_names_work_in_a_file_as_in_set(tmp_path):
 def test_a_value_in_another_unit_or_form_is_refused_with_the_right_one(assignment, message):
     with pytest.raises(UserError, match=message):
         make_recipe(assignment)
+
+
+@pytest.mark.parametrize(
+    ("typed", "directory"),
+    [
+        ([], "quick-shapes-seed0"),
+        (["model=resnet34"], "quick-resnet34-shapes-seed0"),
+        (["model=mynet.py:net"], "quick-net-shapes-seed0"),
+        (["model=resnet18"], "quick-shapes-seed0"),
+    ],
+)
+def test_the_run_directory_names_another_network(typed, directory):
+    words = ["--recipe", "quick", "--dataset", "shapes", *(["--set", *typed] if typed else [])]
+    options = parse_arguments(words)[1]
+    assert resolve(options).default_directory == Path("runs", directory)
