@@ -13,12 +13,12 @@ __version__ = "0.1.0"
 
 
 def __dir__() -> list[str]:
-    """Name what can be had, for who asks a notebook."""
+    """Return the module's names, for completion in a notebook."""
     return sorted([*globals(), *__all__])
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is asked for: the command line's --help needs no torch."""
+    """Import a public name at its first use: the command line's --help needs no torch."""
     if name not in __all__:
         raise AttributeError(f"module 'cifar_dist' has no attribute '{name}'")
     rooms = {"Recipe": "config.recipe", "UserError": "config.errors"}

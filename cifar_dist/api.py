@@ -60,13 +60,29 @@ def train(
     trackers: str | Sequence[str] = (),
     quiet: bool = False,
 ) -> Summary:
-    """Train a recipe (a name, a file, or a `Recipe`), test it once, and return the summary of the run.
+    """Train a recipe, evaluate it once on the test images, and write the run directory.
 
-    `model` overrides the recipe's: a name, or a function that is called with `num_classes` and returns an `nn.Module`.
-    `run_dir` is where the run is written (default: a new folder in `runs/`); `resume` continues the run there.
-    Defaults are `standard` on CIFAR-10 in `data`, or those of the resumed run. In a process group's process (under
-    `accelerate.notebook_launcher` or torchrun) it is one of the ranks. With `quiet` nothing is printed.
-    Raises UserError for a mistake, and RuntimeError with the reason if training was interrupted or failed.
+    In a process of a process group (under `accelerate.notebook_launcher` or torchrun) this is one rank of the training.
+
+    Args:
+        recipe: A name, a YAML file or a `Recipe`. Default: `standard`, or the recipe of the resumed run.
+        model: Overrides the recipe's `model`: a name, or a function that is called with `num_classes` and returns an
+            `nn.Module`.
+        dataset: `cifar10`, `cifar100`, `shapes`, or a folder of images. Default: `cifar10`, or the resumed run's.
+        data_dir: The folder of the CIFAR files, which are downloaded if they are missing. Default: `data`.
+        run_dir: The folder that the run is written to. Default: a new folder in `runs/`.
+        resume: Continue the run in `run_dir`.
+        precision: `auto` (the default) is the best of the device, `no` is float32.
+        config: An Accelerate config: device and mixed precision.
+        trackers: Names of Accelerate's trackers, such as `tensorboard`.
+        quiet: Print nothing.
+
+    Returns:
+        The content of the run's `summary.json`.
+
+    Raises:
+        UserError: A mistake in an argument, a file or the dataset.
+        RuntimeError: Training was interrupted or diverged; the text says why.
     """
     if resume and run_dir is None:
         raise UserError("resume=True needs run_dir: the run's folder")
@@ -106,10 +122,25 @@ def evaluate(
     config: PathLike | None = None,
     quiet: bool = False,
 ) -> Evaluation:
-    """Evaluate a run directory, a checkpoint or a bare state dict; each image is counted once.
+    """Evaluate weights on a dataset; each image is counted once.
 
-    Defaults are those of the checkpoint. `model` is needed for a network of your own, and for bare weights that are
-    no ResNet-18's. Raises UserError.
+    Args:
+        checkpoint: A run directory, a checkpoint, or a bare state dict.
+        model: Needed for a network of your own, and for a bare state dict that is no ResNet-18's.
+        dataset: Default: the dataset that the weights were trained on.
+        data_dir: The folder of the CIFAR files. Default: that of the training, or `data`.
+        split: `validation` is the images that the training held out.
+        recipe: For a bare state dict: the recipe whose stem and normalization it has.
+        tta: `mirror` averages the predictions of each image and its mirror image.
+        precision: `auto` (the default) is the best of the device, `no` is float32.
+        config: An Accelerate config: device and mixed precision.
+        quiet: Print nothing.
+
+    Returns:
+        Accuracy, loss, and the accuracy of each class.
+
+    Raises:
+        UserError: A mistake in an argument, a file or the dataset.
     """
     places = {"checkpoint": checkpoint, "dataset": dataset, "data_dir": data_dir, "config": config}
     how = {"split": split, "tta": tta, "precision": precision}
@@ -131,10 +162,23 @@ def predict(
     config: PathLike | None = None,
     quiet: bool = False,
 ) -> list[Prediction]:
-    """Predict the `top` most likely classes of image files, or of all images in folders.
+    """Predict the most likely classes of image files.
 
-    `checkpoint` and `model` are those of `evaluate`; the classes of a bare state dict are numbered. Files that could
-    not be read come last, with the reason. Raises UserError if none could be read.
+    Args:
+        checkpoint: As for `evaluate`. The classes of a bare state dict are numbered.
+        images: Files, or folders of files, of any size and mode.
+        model: As for `evaluate`.
+        recipe: As for `evaluate`.
+        top: The number of classes of each image.
+        precision: As for `evaluate`.
+        config: As for `evaluate`.
+        quiet: Print nothing.
+
+    Returns:
+        A prediction of each file. Files that could not be read come last, with the reason.
+
+    Raises:
+        UserError: A mistake in an argument or a file, or no image could be read.
     """
     how = {"top": top, "precision": precision, "config": config}
     options = _options(
@@ -150,12 +194,20 @@ def predict(
 
 @_arguments_by_name()
 def load_model(checkpoint: PathLike, *, model: Model | None = None, recipe: PathLike | None = None) -> nn.Module:
-    """Load the network of a run directory, a checkpoint or a bare state dict, on the CPU.
+    """Load a trained network on the CPU, in evaluation mode.
 
-    `checkpoint` and `model` are those of `evaluate`. The network is in evaluation mode. Its input are normalized images
-    (N, 3, S, S) (`network.recipe.normalization`, `.image_size`), its output logits (N, classes) of
-    `network.class_names`, which is None for a bare state dict.
-    Raises UserError.
+    Args:
+        checkpoint: A run directory, a checkpoint, or a bare state dict.
+        model: As for `evaluate`.
+        recipe: As for `evaluate`.
+
+    Returns:
+        A network from images (N, 3, S, S) float32 to logits (N, classes). S is `network.recipe.image_size`. The images
+            are normalized by `network.recipe.normalization`. The logits are in the order of `network.class_names`,
+            which is None for a bare state dict.
+
+    Raises:
+        UserError: A mistake in an argument or a file.
     """
     options = _options(EvalOptions, checkpoint=checkpoint, assignments=_assign(model), recipe=recipe)
     weights = read_weights(options.checkpoint, options.recipe, options.assignments)

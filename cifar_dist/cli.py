@@ -30,6 +30,8 @@ from cifar_dist.run.resolve import RunSpec
 from cifar_dist.runtime.output import check_output_written, make_output_steady
 from cifar_dist.runtime.signals import InterruptBeforeTraining, StoppedBeforeTraining
 
+_MODULES = {"eval": "evaluate", "recipes": "examples", "config": "examples"}
+"""The module in `commands` of a command whose name is another."""
 _UNUSABLE_PATH = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
 
 
@@ -81,7 +83,7 @@ def _run(argv: list[str], world: World) -> int:
 
         return launch(argv, config, count)
     _prepare_for_torch()
-    module = "lr_range" if getattr(options, "lr_range", False) else {"eval": "evaluate"}.get(command, command)
+    module = "lr_range" if getattr(options, "lr_range", False) else _MODULES.get(command, command)
     code: int = importlib.import_module(f"cifar_dist.commands.{module}").run(options, world, config)
     if not (isinstance(options, TrainOptions) or is_search) or is_dry:
         check_output_written()

@@ -28,6 +28,7 @@ MAY_IMPORT = {
 NO_TORCH = {"config", "display", "cli", "__init__", "__main__"}
 HEAVY = {"torch", "torchvision", "accelerate"}
 NO_TORCH_FILES = {
+    "commands/examples.py",
     "commands/seeds.py",
     "run/results.py",
     "run/resolve.py",
@@ -126,16 +127,20 @@ def test_the_entry_file_is_a_stub():
 PROBE = """
 import sys
 from cifar_dist.cli import main
+from cifar_dist.config.options import COMMANDS
 
 def require_absent(*names):
     if found := set(names) & set(sys.modules):
         sys.exit(f"imported {found}")
 
-for command in ([], ["train"], ["eval"], ["predict"], ["report"], ["export"], ["tune"], ["bench"], ["doctor"]):
+for command in ([], *([name] for name in COMMANDS)):
     try:
         main([*command, "--help"])
     except SystemExit:
         require_absent("torch", "torchvision", "accelerate", "numpy", "matplotlib", "rich", "optuna")
+for command in ("recipes", "config"):
+    assert main([command]) == 0
+require_absent("torch", "torchvision", "accelerate")
 from cifar_dist.data import cifar
 from cifar_dist.display import progress
 from cifar_dist.runtime import launch, signals
@@ -150,5 +155,5 @@ def test_every_help_the_launcher_and_report_load_without_torch():
     """Unlike the table, this finds what is imported through other packages."""
     result = subprocess.run([sys.executable, "-c", PROBE], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("--help") >= 8
+    assert result.stdout.count("--help") >= 10
     assert all(len(line) <= 120 for line in result.stdout.splitlines())

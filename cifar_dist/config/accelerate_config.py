@@ -12,6 +12,8 @@ from cifar_dist.config.recipe import Count, Natural
 from cifar_dist.config.schema import build, read_yaml
 from cifar_dist.config.world import LAUNCHED, World
 
+CONFIGS = Path(__file__).with_name("accelerate_configs")
+"""The example configs. In a checkout it links to the folder of that name at its top."""
 _IGNORED = frozenset(
     """
     command_file commands debug deepspeed_config downcast_bf16 enable_cpu_affinity fp8_config fsdp_config
@@ -56,6 +58,11 @@ class AccelerateConfig:
     dynamo_mode: Literal["default", "reduce-overhead", "max-autotune"] | None = None
     notes: tuple[str, ...] = ()
     """What was asked for and is ignored."""
+
+
+def config_names() -> list[str]:
+    """Return the names of the example configs in alphabetical order."""
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
 def load_accelerate_config(path: str | None, environ: Mapping[str, str] = os.environ) -> AccelerateConfig:

@@ -16,9 +16,9 @@ def printable(text: str) -> str:
 
 
 class UserError(Exception):
-    """A mistake that the user can correct. Raised anywhere, caught in `cli` alone, shown as one line.
+    """A mistake that the user can correct. Its text is one line: what is wrong, and what to do about it.
 
-    The text says what is wrong and what to do about it.
+    Raised anywhere. The command line catches it in `cli` alone, prints it and exits with 2.
     """
 
     def __str__(self) -> str:

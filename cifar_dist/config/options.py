@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 from cifar_dist import __version__
+from cifar_dist.config.accelerate_config import config_names
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.plan import KNOWN_SIZES
+from cifar_dist.config.provenance import PROGRAM
 from cifar_dist.config.recipe import (
     DEFAULT_RECIPE,
     RECIPE_FIELDS,
@@ -275,6 +277,20 @@ class TuneOptions(DeviceOptions):
         return TrainOptions(**{name: getattr(self, name) for name in names} | changes)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecipesOptions(Options):
+    """List the recipes with their accuracy and time, or print one as YAML."""
+
+    recipe: str | None = flag(None, "print this recipe; without it, list all", "NAME", nargs="?")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConfigOptions(Options):
+    """List the example Accelerate configs, or print one."""
+
+    example: str | None = flag(None, "print this config; without it, list all", "NAME", nargs="?")
+
+
 COMMANDS: dict[str, type[Options]] = {
     "train": TrainOptions,
     "eval": EvalOptions,
@@ -284,7 +300,45 @@ COMMANDS: dict[str, type[Options]] = {
     "tune": TuneOptions,
     "bench": BenchOptions,
     "doctor": DoctorOptions,
+    "recipes": RecipesOptions,
+    "config": ConfigOptions,
 }
+_FIRST_RUN = "runs/first-shapes-seed0"
+EXAMPLES: dict[str, Mapping[str, str]] = {
+    "": {"--recipe first": "train in under a minute, without a download", f"eval --ckpt {_FIRST_RUN}": "evaluate it"},
+    "train": {
+        "--recipe quick": "CIFAR-10, which is downloaded if it is missing",
+        "--recipe quick --dataset photos --epochs 20": "your own images: photos/<class>/*.jpg",
+    },
+    "eval": {
+        f"eval --ckpt {_FIRST_RUN} --tta mirror": "a run",
+        "eval --ckpt weights.pth --recipe quick --json result.json": "a bare state dict",
+    },
+    "predict": {
+        f"predict --ckpt {_FIRST_RUN} star.png": "one image",
+        f"predict --ckpt {_FIRST_RUN} photos --top 1 --json result.json": "a folder of images",
+    },
+    "report": {
+        f"report {_FIRST_RUN}": "one run: figures and report.html",
+        "report runs/quick-cifar10-seed0 runs/quick-cifar10-seed1 --out both": "compare two runs",
+    },
+    "export": {
+        f"export --ckpt {_FIRST_RUN} --out model.safetensors": "weights",
+        f"export --ckpt {_FIRST_RUN} --out model.onnx": "a graph for ONNX Runtime",
+    },
+    "tune": {
+        "tune --recipe quick --trials 20": "a study; repeat the command to continue it",
+        "tune --recipe quick --lr-range": "only the learning rate",
+    },
+    "bench": {
+        "bench --recipe quick": "training loop against bare step",
+        "bench --recipe quick --set global_batch_size=128 --json bench.json": "another batch size",
+    },
+    "doctor": {"doctor": "this machine", "doctor --download": "fetch the data, for a node without network"},
+    "recipes": {"recipes": "list them", "recipes quick > mine.yaml": "edit it, then train: --recipe mine.yaml"},
+    "config": {"config": "list them", "config multi_gpu > mine.yaml": "edit it, then train: --config mine.yaml"},
+}
+"""What --help ends with: words that can be typed after the program's name, and what they do."""
 _ALIASES = {
     "--ckpt": "checkpoint weights model",
     "--precision": "amp fp16 mixed_precision",
@@ -300,7 +354,20 @@ _ALIASES = {
 """Names of flags in other programs; the first flag that a command has is meant."""
 
 
+def _program() -> str:
+    """Return the program as it was typed: `python launch.py` or `cifar-dist`."""
+    return os.environ.get(PROGRAM, "python launch.py")
+
+
 class _Parser(argparse.ArgumentParser):
+    examples: Mapping[str, str] = {}
+
+    def format_help(self) -> str:
+        """Return the help, with examples at its end."""
+        width = max(map(len, self.examples), default=0)
+        lines = [f"  {_program()} {words:<{width}}  # {what}\n" for words, what in self.examples.items()]
+        return "".join([super().format_help(), "\nexamples:\n", *lines])
+
     def error(self, message: str) -> NoReturn:
         """Raise UserError: one line, like every other."""
         raise UserError(f"{message} (see {self.prog} --help)")
@@ -319,7 +386,8 @@ def parse_arguments(argv: list[str]) -> tuple[str, Options]:
     command = argv[0] if named else "train"
     if command not in COMMANDS:
         raise UserError(f"unknown command '{command}'{nearest(command, COMMANDS)} (commands: {', '.join(COMMANDS)})")
-    parser = _Parser(prog=f"launch.py {command}", description=COMMANDS[command].__doc__, allow_abbrev=False)
+    parser = _Parser(prog=f"{_program()} {command}", description=COMMANDS[command].__doc__, allow_abbrev=False)
+    parser.examples = EXAMPLES[command]
     _add_arguments(parser, command)
     flags = [word.split("=")[0] for word in takewhile(lambda word: word != "--", argv) if word.startswith("--")]
     if unknown := [each for each in flags if each not in parser._option_string_actions]:  # before one is missed
@@ -375,19 +443,13 @@ def _suggest(unknown: str, parser: argparse.ArgumentParser) -> str:
 def _top_parser() -> argparse.ArgumentParser:
     commands = "\n".join(f"  {name:<8} {options.__doc__}" for name, options in COMMANDS.items())
     parser = _Parser(
-        prog="launch.py",
-        usage=f"launch.py [{'|'.join(COMMANDS)}] [options]",
+        prog=_program(),
+        usage=f"{_program()} [{'|'.join(COMMANDS)}] [options]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train an image classifier, by default ResNet-18 on CIFAR-10, on the device that is there.",
-        epilog=f"""commands (each has its own --help; without one, train runs):
-{commands}
-
-first steps:
-  launch.py --dataset shapes --recipe original --epochs 3    a first try: no files, no network
-  launch.py --recipe original --epochs 20                    CIFAR-10, downloaded when missing
-  launch.py eval --ckpt runs/original-cifar10-seed0          the test accuracy of that run
-""",
+        epilog=f"commands (each has its own --help; without one, train runs):\n{commands}",
     )
+    parser.examples = EXAMPLES[""]
     parser.add_argument("--version", action="version", version=f"cifar-dist {__version__}")
     parser.add_argument("--completion", action="store_true", help="print a script that completes words in bash and zsh")
     return parser
@@ -403,6 +465,7 @@ def completion_script() -> str:
     parser.prog = "cifar-dist"
     words = {"recipe": recipe_names(), "dataset": list(KNOWN_SIZES), "trackers": TRACKERS}
     words["assignments"] = [f"{name}=" for name in RECIPE_FIELDS]
+    words["example"] = config_names()
     commands = parser.add_subparsers()
     parsers = [("train", parser), *((name, commands.add_parser(name, help=name)) for name in COMMANDS)]
     for name, each in parsers:

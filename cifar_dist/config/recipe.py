@@ -16,7 +16,7 @@ from cifar_dist.config.own_code import is_own_code, refuse_untyped_code
 from cifar_dist.config.schema import Check, build, flatten, merge, nearest, nested, parse_yaml, read_yaml, to_mapping
 
 DEFAULT_RECIPE = "standard"
-_RECIPES = Path(__file__).with_name("recipes")
+RECIPES = Path(__file__).with_name("recipes")
 
 Count = Annotated[int, Check(lambda value: value >= 1, "1 or more")]
 Size = Annotated[int, Check(lambda value: value >= 2, "2 or more (BatchNorm)")]
@@ -40,15 +40,21 @@ class OptimizerConfig:
     """How a gradient becomes a step."""
 
     name: Literal["sgd", "adamw", "muon"]
+    """SGD, AdamW (arXiv 1711.05101), or Muon (kellerjordan.github.io/posts/muon) for filters and SGD for the rest."""
     learning_rate: Positive
+    """The peak of the schedule."""
     momentum: FractionBelow1
+    """As in torch.optim.SGD; the first beta of AdamW."""
     nesterov: bool
+    """Nesterov momentum. It needs `momentum` above 0, and AdamW does not use it."""
     weight_decay: NonNegative
+    """As in torch.optim.SGD. AdamW and Muon decay weights apart from the gradient, by rate x `weight_decay`."""
     decay_norm_and_bias: bool
+    """Whether the parameters of BatchNorm and the biases decay too."""
     sgd_learning_rate: Positive | None
-    """For `muon`: the peak for the parameters that SGD steps, which are all but filters; null: as for the filters."""
+    """For `muon`: the peak rate of the parameters that SGD steps; null: the same as for the filters."""
     normalize_filters: bool
-    """For `muon`: each filter bank is scaled to the norm sqrt(its outputs) before a step (airbench94_muon)."""
+    """For `muon`: scale each filter bank to the norm sqrt(number of its outputs) before a step (airbench94_muon)."""
 
     def __post_init__(self) -> None:
         _require(not self.nesterov or self.momentum > 0, "nesterov", True, "false where momentum is 0")
@@ -59,9 +65,13 @@ class ScheduleConfig:
     """The learning rate as a pure function of the step."""
 
     name: Literal["constant", "cosine", "step", "triangular"]
+    """How the rate falls after the warm-up: not at all, to 0 as a cosine, in steps, or to 0 in a straight line."""
     warmup_fraction: FractionBelow1
+    """The part of all steps in which the rate rises in a straight line to its peak."""
     step_epochs: Count | None
+    """For `step`: the epochs between two steps, as `step_size` of torch's StepLR."""
     gamma: Annotated[float, Check(lambda value: 0 < value <= 1, "in (0, 1]")] | None
+    """For `step`: the factor of the rate at each step."""
 
     def __post_init__(self) -> None:
         for field in ("step_epochs", "gamma"):
@@ -75,83 +85,117 @@ class EarlyStoppingConfig:
     """When to stop before the last epoch. `monitor` also decides which epoch is the best."""
 
     enabled: bool
+    """Whether the training may end before its last epoch."""
     monitor: Literal["val_loss", "val_acc", "train_loss"]
+    """The metric that decides when to stop and which epoch is the best."""
     patience: Count
+    """Stop after so many epochs in a row without an improvement."""
     min_delta: NonNegative
+    """An improvement must be larger than this. Accuracies are fractions of 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AugmentationConfig:
-    """Random operations on a training image; 0 (or `none`) switches one off.
-
-    Cutout: arXiv 1708.04552; mixup: 1710.09412, CutMix: 1905.04899, both by the Beta distribution's alpha.
-    TrivialAugmentWide: 2103.10158, RandAugment: 1909.13719, random erasing: 1708.04896.
-    """
+    """Random operations on a training image; 0 (or `none`) switches one off."""
 
     crop_padding: Natural
+    """Pad the image by so many pixels on each side, and crop it to its size at a random place."""
     crop_mode: Literal["zeros", "reflect"]
+    """What the padding shows: black, or the mirrored border."""
     flip: Literal["none", "random", "alternating"]
+    """Mirror half of the images. `alternating` mirrors the other half in the next epoch (arXiv 2404.00498)."""
     rotation_degrees: Degrees
-    """An angle from [-d, d], nearest pixel, as torchvision's RandomRotation."""
+    """Rotate by an angle from [-d, d] degrees, nearest pixel, as torchvision's RandomRotation."""
     brightness: NonNegative
-    """A factor from [max(0, 1-b), 1+b]; contrast and saturation alike (torchvision's ColorJitter)."""
+    """Multiply by a factor from [max(0, 1 - b), 1 + b], as torchvision's ColorJitter."""
     contrast: NonNegative
+    """Multiply the difference to the mean gray by such a factor."""
     saturation: NonNegative
+    """Multiply the difference to the gray image by such a factor."""
     hue: Annotated[float, Check(lambda value: 0 <= value <= 0.5, "in [0, 0.5]")]
+    """Turn the hue by a part of a turn from [-h, h], as torchvision's ColorJitter."""
     affine_degrees: Degrees
+    """Rotate by an angle from [-d, d] degrees, as torchvision's RandomAffine."""
     affine_translate: Fraction
+    """Move by a part of the image's side from [-t, t] in each direction, in whole pixels."""
     affine_scale: FractionBelow1
+    """Scale by a factor from [1 - s, 1 + s]."""
     policy: Literal["none", "trivial", "randaugment"]
+    """TrivialAugmentWide (arXiv 2103.10158), or RandAugment with 2 operations at strength 9 (arXiv 1909.13719)."""
     custom: str | None
-    """A user's function, `package.module:function` or `file.py:function`."""
+    """A function of your own for each batch, `package.module:function` or `file.py:function`."""
     cutout: Natural
+    """Blank a square of so many pixels a side at a random place (arXiv 1708.04552)."""
     random_erasing: Fraction
-    """The probability of an image."""
+    """The probability that a random box of an image is blanked, as torchvision's RandomErasing."""
     mixup: NonNegative
+    """Blend each image with another; the share is drawn from Beta(alpha, alpha) (arXiv 1710.09412)."""
     cutmix: NonNegative
+    """Paste a box of another image; its area is drawn from Beta(alpha, alpha) (arXiv 1905.04899)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NormalizationConfig:
-    """Per channel, for pixels in [0, 1]: (pixel - mean) / std."""
+    """What the network gets of a pixel: (pixel - mean) / std, per channel."""
 
     mean: Annotated[tuple[float, float, float], Check(lambda mean: 0 <= min(mean) <= max(mean) <= 1, _IN_PIXELS)]
+    """The mean of each channel (red, green, blue), for pixels in [0, 1]."""
     std: Annotated[tuple[float, float, float], Check(lambda std: 0 < min(std) <= max(std) <= 1, _IN_PIXELS)]
+    """The standard deviation of each channel."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """One complete experiment."""
+    """One complete experiment: everything that changes what is learned, and nothing of devices or processes.
+
+    Raises:
+        ValueError: Fields contradict each other. `Recipe.load` also checks types and limits, and raises UserError.
+    """
 
     model: str
-    """A classification network of torchvision, `fastnet`, or a function of your own (`config/own_code.py`)."""
+    """A classification network of torchvision, `fastnet`, or a function of your own (`file.py:function`)."""
     allow_untracked_randomness: bool
-    """Whether the network may draw random numbers that depend on the world size (`model/probe.py`)."""
+    """Whether the network may draw random numbers that depend on the world size."""
     stem: Literal["cifar", "small", "imagenet"] | None
-    """Of a network of torchvision; null for others."""
-    pretrained: str | None
-    freeze_epochs: Natural
-    dropout: FractionBelow1
-    batch_norm_group_size: Size | None
-    """Samples that share BatchNorm statistics; null: the global batch."""
-    epochs: Count
-    global_batch_size: Size
-    gradient_accumulation_steps: Count
-    image_size: Count
-    image_size_schedule: tuple[tuple[float, float], ...] | None
-    """(side as a fraction of `image_size`, fraction of the steps at which it ends), the last (1, 1); null: no change.
+    """The first layers of a torchvision network; null for other networks.
 
-    Sides above 1 are pixels, and become fractions.
+    3x3 with stride 1, 3x3 with stride 2, or torchvision's own (in a ResNet 7x7 with max-pool).
+    """
+    pretrained: str | None
+    """Start from `imagenet` (torchvision's weights, downloaded if missing) or from a state dict in a file."""
+    freeze_epochs: Natural
+    """Epochs at the start that train only the head and a new stem. BatchNorm statistics adapt meanwhile."""
+    dropout: FractionBelow1
+    """The probability of dropout before the last layer."""
+    batch_norm_group_size: Size | None
+    """Images that share BatchNorm statistics; null: the global batch."""
+    epochs: Count
+    """Passes over the training images."""
+    global_batch_size: Size
+    """Images of one optimizer step, over all processes."""
+    gradient_accumulation_steps: Count
+    """Micro-batches of one step. BatchNorm statistics are over a micro-batch."""
+    image_size: Count
+    """Pixels a side, in training and evaluation; `auto`: that of the model's ImageNet weights, 224 for most."""
+    image_size_schedule: tuple[tuple[float, float], ...] | None
+    """Train on smaller images first: pairs [side, end], of which the last is [1, 1]; null: no change.
+
+    A side is a fraction of `image_size`, or pixels where it is above 1. An end is a fraction of all steps.
     """
     label_smoothing: FractionBelow1
+    """The part of the target that is spread evenly over all classes (arXiv 1512.00567)."""
     ema_decay: FractionBelow1
+    """Average the weights with this decay a step; the average is validated and tested. 0: no average."""
     gradient_clipping: Positive | None
+    """The largest norm of the gradient; null: no limit."""
     seed: Annotated[int, Check(lambda value: 0 <= value < 2**32, "in [0, 2^32)")]
+    """Decides the first weights, the validation split, the order and every random draw."""
     validation_size: Literal["auto"] | Natural
+    """Images held out in equal parts of the classes; `auto`: a tenth of the training images, at most 5,000; 0: none."""
     train_size: Size | FractionOfAll | None
-    """Training images, or a fraction of those that are not held out; null: all."""
-    """Images held out of the training set, in equal parts of its classes; 0: none; auto: see `plan.num_held_out`."""
+    """Train on so many images, or on a fraction of those not held out, in equal parts of the classes; null: all."""
     selection: Literal["best", "last"]
+    """The weights that are tested. `early_stopping.monitor` decides which epoch is the best."""
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     early_stopping: EarlyStoppingConfig
@@ -162,7 +206,12 @@ class Recipe:
     def load(cls, name_or_file: str = DEFAULT_RECIPE, **changes: Any) -> "Recipe":
         """Load a recipe by name or file, with changes: `Recipe.load("quick", epochs=2)`.
 
-        A nested field is changed by its dotted name: `**{"optimizer.learning_rate": 0.1}`. Raises UserError.
+        Args:
+            name_or_file: A recipe of the package, or a YAML file that overrides `standard`.
+            **changes: New values of fields. A nested field has a dotted name: `**{"optimizer.learning_rate": 0.1}`.
+
+        Raises:
+            UserError: The recipe or a field is unknown, or a value is not allowed.
         """
         return resolve_recipe(read_recipe(name_or_file, changes), nested(changes))
 
@@ -254,7 +303,7 @@ def describe_network(recipe: Recipe) -> str:
 
 def recipe_names() -> list[str]:
     """Return the names of the package's recipes in alphabetical order."""
-    return sorted(path.stem for path in _RECIPES.glob("*.yaml"))
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def read_recipe(name_or_file: str, typed: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -264,7 +313,7 @@ def read_recipe(name_or_file: str, typed: Mapping[str, Any] | None = None) -> di
     """
     path, names = Path(name_or_file), recipe_names()
     if name_or_file in names:
-        return read_yaml(_RECIPES / f"{name_or_file}.yaml", "recipe")
+        return read_yaml(RECIPES / f"{name_or_file}.yaml", "recipe")
     if not path.exists():
         if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
             raise UserError(f"recipe file {path} does not exist")

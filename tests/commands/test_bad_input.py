@@ -137,10 +137,10 @@ def test_any_content_of_a_checkpoint(document):
 
 CASES = {
     "trian": "unknown command 'trian', did you mean 'train'?"
-    " (commands: train, eval, predict, report, export, tune, bench, doctor)",
-    "--epochs ten": "argument --epochs: invalid int value: 'ten' (see launch.py train --help)",
+    " (commands: train, eval, predict, report, export, tune, bench, doctor, recipes, config)",
+    "--epochs ten": "argument --epochs: invalid int value: 'ten' (see python launch.py train --help)",
     "--precision fp8": "argument --precision: invalid choice: 'fp8' (choose from ",
-    "eval": "the following arguments are required: --ckpt (see launch.py eval --help)",
+    "eval": "the following arguments are required: --ckpt (see python launch.py eval --help)",
     "--set epochs": "--set takes FIELD=VALUE, not 'epochs'",
     "--set stem=!!python/name:os.system": "--set stem: '!!python/name:os.system' is not valid YAML",
     "--set optimizer.foo=0.1": "unknown recipe field 'optimizer.foo' (known are name, learning_rate, ",

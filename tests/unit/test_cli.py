@@ -89,6 +89,8 @@ def test_openmp_spins_briefly_unless_the_user_chose(environ, expected, monkeypat
         (("--set", "epochs=1", "optimizer.m"), {"optimizer.momentum="}),
         (("--tracker", "w"), {"wandb"}),
         (("eval", "--tta", ""), {"none", "mirror"}),
+        (("recipes", ""), {"quick", "standard"}),
+        (("config", "multi"), {"multi_cpu", "multi_gpu", "multi_node"}),
     ],
 )
 def test_a_shell_completes_commands_flags_and_values(typed, offered, capsys, monkeypatch):
@@ -162,14 +164,14 @@ def test_a_flag_of_another_program_is_answered_with_ours(capsys, meant, guesses)
     [
         ("--workers 4", "unknown argument '--workers': images are in memory"),
         ("eval --model a.pt", "did you mean '--ckpt'?"),
-        ("eval --lr 1", "unknown argument '--lr' (see launch.py eval --help)"),
+        ("eval --lr 1", "unknown argument '--lr' (see python launch.py eval --help)"),
         ("eval --output a", "did you mean '--json'?"),
         ("bench --batch-size 8", "did you mean '--set global_batch_size=VALUE'?"),
         ("--set lr=0.1", "unknown recipe field 'lr', did you mean 'optimizer.learning_rate'?"),
         ("--set optimizer.lr=0.1", "unknown recipe field 'optimizer.lr', did you mean 'optimizer.learning_rate'?"),
         ("--set optimizer.momentun=0", "did you mean 'momentum'?"),
         ("--set optimizer=sgd", "unknown recipe field 'optimizer', did you mean 'optimizer.name'?"),
-        ("--zzz", "unknown argument '--zzz' (see launch.py train --help)"),
+        ("--zzz", "unknown argument '--zzz' (see python launch.py train --help)"),
     ],
 )
 def test_so_are_other_commands_and_fields(capsys, argv, said):
