@@ -50,13 +50,16 @@ def values(hint: Any) -> str:
     if origin is Literal:
         return ", ".join(f"`{each}`" for each in arguments)
     if origin is Annotated:
-        allowed = " ".join(check.allowed for check in arguments[1:])
-        is_whole = "or null" in allowed or typing.get_origin(arguments[0]) is tuple
-        return allowed if is_whole else f"{values(arguments[0])} {allowed}"
+        kind, allowed = values(arguments[0]), " ".join(check.allowed for check in arguments[1:])
+        if typing.get_origin(arguments[0]) is tuple:
+            return kind
+        return allowed if "or null" in allowed else f"{kind} {allowed}"
     if origin in (typing.Union, types.UnionType):
         texts = [values(each) for each in arguments]
         return next((text for text in texts if "or null" in text), ", ".join(texts))  # it describes them all
-    return "list" if origin is tuple else _NAMES[hint]
+    if origin is tuple:
+        return "list" if ... in arguments else f"{len(arguments)} numbers"
+    return _NAMES[hint]
 
 
 def with_table(page: str) -> str:

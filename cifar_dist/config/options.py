@@ -311,12 +311,12 @@ EXAMPLES: dict[str, Mapping[str, str]] = {
         "--recipe quick --dataset photos --epochs 20": "your own images: photos/<class>/*.jpg",
     },
     "eval": {
-        f"eval --ckpt {_FIRST_RUN} --tta mirror": "a run",
+        f"eval --ckpt {_FIRST_RUN} --tta mirror": "a run, also over mirror images",
         "eval --ckpt weights.pth --recipe quick --json result.json": "a bare state dict",
     },
     "predict": {
         f"predict --ckpt {_FIRST_RUN} star.png": "one image",
-        f"predict --ckpt {_FIRST_RUN} photos --top 1 --json result.json": "a folder of images",
+        f"predict --ckpt {_FIRST_RUN} photos --json result.json": "a folder of images",
     },
     "report": {
         f"report {_FIRST_RUN}": "one run: figures and report.html",
@@ -327,14 +327,14 @@ EXAMPLES: dict[str, Mapping[str, str]] = {
         f"export --ckpt {_FIRST_RUN} --out model.onnx": "a graph for ONNX Runtime",
     },
     "tune": {
-        "tune --recipe quick --trials 20": "a study; repeat the command to continue it",
+        "tune --recipe quick --trials 20": "a study; the same command continues it",
         "tune --recipe quick --lr-range": "only the learning rate",
     },
     "bench": {
-        "bench --recipe quick": "training loop against bare step",
-        "bench --recipe quick --set global_batch_size=128 --json bench.json": "another batch size",
+        "bench --recipe quick": "the training loop against the bare step",
+        "bench --recipe quick --set global_batch_size=128": "another batch size",
     },
-    "doctor": {"doctor": "this machine", "doctor --download": "fetch the data, for a node without network"},
+    "doctor": {"doctor": "show this machine", "doctor --download": "fetch the data, for a node without network"},
     "recipes": {"recipes": "list them", "recipes quick > mine.yaml": "edit it, then train: --recipe mine.yaml"},
     "config": {"config": "list them", "config multi_gpu > mine.yaml": "edit it, then train: --config mine.yaml"},
 }
@@ -364,8 +364,7 @@ class _Parser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         """Return the help, with examples at its end."""
-        width = max(map(len, self.examples), default=0)
-        lines = [f"  {_program()} {words:<{width}}  # {what}\n" for words, what in self.examples.items()]
+        lines = [f"  # {what}\n  {_program()} {words}\n" for words, what in self.examples.items()]
         return "".join([super().format_help(), "\nexamples:\n", *lines])
 
     def error(self, message: str) -> NoReturn:
