@@ -96,7 +96,7 @@ class EarlyStoppingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AugmentationConfig:
-    """Random operations on a training image; 0 (or `none`) switches one off."""
+    """Random operations on a training image, in the order of the fields; 0 (or `none`) switches one off."""
 
     crop_padding: Natural
     """Pad the image by so many pixels on each side, and crop it to its size at a random place."""
@@ -106,14 +106,6 @@ class AugmentationConfig:
     """Mirror half of the images. `alternating` mirrors the other half in the next epoch (arXiv 2404.00498)."""
     rotation_degrees: Degrees
     """Rotate by an angle from [-d, d] degrees, nearest pixel, as torchvision's RandomRotation."""
-    brightness: NonNegative
-    """Multiply by a factor from [max(0, 1 - b), 1 + b], as torchvision's ColorJitter."""
-    contrast: NonNegative
-    """Multiply the difference to the mean gray by such a factor."""
-    saturation: NonNegative
-    """Multiply the difference to the gray image by such a factor."""
-    hue: Annotated[float, Check(lambda value: 0 <= value <= 0.5, "in [0, 0.5]")]
-    """Turn the hue by a part of a turn from [-h, h], as torchvision's ColorJitter."""
     affine_degrees: Degrees
     """Rotate by an angle from [-d, d] degrees, as torchvision's RandomAffine."""
     affine_translate: Fraction
@@ -124,6 +116,14 @@ class AugmentationConfig:
     """TrivialAugmentWide (arXiv 2103.10158), or RandAugment with 2 operations at strength 9 (arXiv 1909.13719)."""
     custom: str | None
     """A function of your own for each batch, `package.module:function` or `file.py:function`."""
+    brightness: NonNegative
+    """Multiply by a factor from [max(0, 1 - b), 1 + b]. This and the next three come in a random order."""
+    contrast: NonNegative
+    """Multiply the difference to the mean gray by such a factor."""
+    saturation: NonNegative
+    """Multiply the difference to the gray image by such a factor."""
+    hue: Annotated[float, Check(lambda value: 0 <= value <= 0.5, "in [0, 0.5]")]
+    """Turn the hue by a part of a turn from [-h, h]."""
     cutout: Natural
     """Blank a square of so many pixels a side at a random place (arXiv 1708.04552)."""
     random_erasing: Fraction
