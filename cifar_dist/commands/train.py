@@ -82,8 +82,11 @@ def train(
         runtime = start(ranks, config, **spec.compute_settings(world.size))
         if options.budget is not None and spec.stored is None:
             spec, pace = measure_run(options, spec, dataset.sizes, runtime, begun)
-            prepared = replace(prepared, spec=spec)
             line = f"--budget {options.budget}: --epochs {spec.recipe.epochs}; {pace.line}"
+            if spec.recipe.image_size_schedule != prepared.spec.recipe.image_size_schedule:
+                ends = ", ".join(f"{end:.0%}" for _, end in spec.recipe.image_size_schedule or ())
+                line += f"; images grow at {ends.removesuffix(', 100%')} of the steps"
+            prepared = replace(prepared, spec=spec)
             print_notes(console, [None if options.quiet else line])
         trainer, recorder, display = _build(console, prepared, dataset, fingerprint, runtime, interrupt, options.quiet)
         resume_command = _resume_command(options, prepared.directory, spec.recipe)

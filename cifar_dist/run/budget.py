@@ -2,6 +2,7 @@
 
 import time
 from bisect import bisect_right
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
@@ -15,6 +16,8 @@ from cifar_dist.training.measure import Pace, measure_pace
 
 _MEASURING_SECONDS = 3.0  # at each image size; with a budget 1 % of it
 _MOST_EPOCHS = 1_000_000
+_POWERS = [2 / 3 + step / 60 for step in range(20)]
+"""Of the ends of image sizes, where a budget asks for smaller images: from 2/3 to nearly 1."""
 _CHEAPEST = "quick"
 """The recipe to name where the budget is too small for another."""
 
@@ -22,10 +25,11 @@ _CHEAPEST = "quick"
 def measure_run(
     options: TrainOptions, spec: RunSpec, sizes: DatasetSizes, runtime: Runtime, begun: float
 ) -> tuple[RunSpec, Pace]:
-    """Measure the pace of a run. Return the run, with `--budget` with the most epochs that fit, and the pace.
+    """Measure the pace of a run. Return the run, with `--budget` with the epochs that fit, and the pace.
 
-    The budget counts from `begun`, rank 0's `time.monotonic()`; a resumed run keeps its epochs. A collective. Raises
-    UserError on all ranks if not even one epoch fits.
+    The image sizes change earlier or later, so that these epochs take the whole budget. It counts from `begun`, rank
+    0's `time.monotonic()`; a resumed run keeps its plan. A collective. Raises UserError on all ranks if not even one
+    epoch fits.
     """
     budget_seconds = None if options.budget is None or spec.stored is not None else parse_duration(options.budget)
     measuring_seconds = _MEASURING_SECONDS if budget_seconds is None else min(10.0, max(0.5, 0.01 * budget_seconds))
@@ -43,7 +47,8 @@ def measure_run(
     if budget_seconds is None:
         return spec, pace
     if epochs:
-        return replace(spec, recipe=replace(spec.recipe, epochs=epochs)), pace
+        recipe = _fill(spec.recipe, epochs, left, lambda each: _seconds(pace, each, sizes, runtime, each.epochs))
+        return replace(spec, recipe=recipe), pace
     advice = "allow more time, or train on a part of the images with train_size"
     if spec.recipe_name != _CHEAPEST:
         with suppress(UserError):  # it may not fit this world or dataset
@@ -55,6 +60,28 @@ def measure_run(
             f" {_seconds(pace, spec.recipe, sizes, runtime, 1):,.0f} s here, and {max(left, 0):,.0f} s are left after"
             f" measuring: {advice}"
         )
+
+
+def _fill(recipe: Recipe, epochs: int, left: float, seconds_of: Callable[[Recipe], float]) -> Recipe:
+    """Return the recipe with the epochs and the image sizes that take nearly `left` seconds, but no more.
+
+    The ends of its image sizes, fractions of the steps, are raised to one power: below 1 for one epoch more and smaller
+    images, above 1 for larger ones.
+    """
+    fitting = replace(recipe, epochs=epochs)
+    schedule = recipe.image_size_schedule
+    if schedule is None or len(schedule) < 2:
+        return fitting
+
+    def at(num_epochs: int, power: float) -> Recipe:
+        stretched = tuple((side, round(end**power, 3)) for side, end in schedule)
+        return replace(recipe, epochs=num_epochs, image_size_schedule=stretched)
+
+    for num_epochs, powers in ((epochs + 1, _POWERS), (epochs, [1 / power for power in reversed(_POWERS)])):
+        fits = [at(num_epochs, power) for power in powers]
+        if count := bisect_right(fits, left, key=seconds_of):
+            return fits[count - 1]
+    return fitting
 
 
 def _seconds(pace: Pace, recipe: Recipe, sizes: DatasetSizes, runtime: Runtime, epochs: int) -> float:

@@ -81,7 +81,8 @@ def resolve(options: TrainOptions, job: SlurmJob | None = None) -> RunSpec:
     if stored is not None and recipe.validation_size == "auto":
         recipe = replace(recipe, validation_size=stored.recipe.validation_size)
     if stored is not None and options.budget is not None:  # planned when the run began
-        recipe = replace(recipe, epochs=stored.recipe.epochs)
+        planned = {name: getattr(stored.recipe, name) for name in ("epochs", "image_size_schedule")}
+        recipe = replace(recipe, **planned)
     dataset = options.dataset or (DEFAULT_DATASET if stored is None else stored.dataset.name)
     if dataset not in KNOWN_SIZES and Path(dataset).is_dir():  # a resumed run finds it from anywhere
         dataset = str(Path(dataset).absolute())

@@ -111,6 +111,39 @@ def test_the_time_of_a_plan():
     assert pace.seconds(plan) == pytest.approx(1.02 * (2.5 * 1 * 1.0 + 2.5 * 3 * 3.0 + 0.1 * (4 * 5 + 10)))
 
 
+@pytest.mark.parametrize("left", [200, 230, 330, 480, 640, 1000])
+def test_the_image_sizes_fill_the_budget(left):
+    """Steps of a second at 16 pixels and 3 at 32: an epoch of 20 steps takes 50 s, and epochs are whole."""
+    recipe = make_recipe("image_size_schedule=[[16, 0.25], [32, 1.0]]", "global_batch_size=100", "validation_size=0")
+    sizes = DatasetSizes(num_train=2000, num_test=10)
+    pace = Pace(step_seconds={16: 1.0, 32: 3.0}, evaluation_seconds=1e-9)
+
+    def seconds_of(recipe):
+        return pace.seconds(make_plan(recipe, world_size=1, sizes=sizes, device_type="cpu"))
+
+    whole = int(left // (1.02 * 50))
+    filled = budget._fill(recipe, whole, left, seconds_of)
+    assert 0.95 * left < seconds_of(filled) <= left
+    assert filled.epochs in (whole, whole + 1)
+    ends = [end for _, end in filled.image_size_schedule]
+    assert 0.125 <= ends[0] <= 0.4 and ends[1] == 1
+    assert (filled.epochs > whole) == (ends[0] > 0.25)
+    fixed = budget._fill(make_recipe("image_size_schedule=null"), whole, left, seconds_of)
+    assert (fixed.epochs, fixed.image_size_schedule) == (whole, None)
+
+
+def test_a_resumed_run_keeps_the_image_sizes_that_fill_its_budget(capsys, monkeypatch):
+    pace = Pace(step_seconds={16: 50.0, 32: 100.0}, evaluation_seconds=0.1)
+    monkeypatch.setattr(budget, "measure_pace", lambda *_, **__: pace)
+    fields = ["--set", "image_size_schedule=[[16, 0.5], [32, 1.0]]", "--run-dir", "run"]
+    train("--budget", "700s", *EVERYTHING, *fields)
+    assert "images grow at " in capsys.readouterr().out
+    stored = RunDirectory(Path("run")).read_metadata().recipe
+    assert stored.image_size_schedule[0][1] != 0.5
+    train("--budget", "700s", *EVERYTHING, *fields, "--resume")
+    assert RunDirectory(Path("run")).read_metadata().recipe == stored
+
+
 def test_a_budget_that_is_too_small_names_the_recipe_that_fits(capsys, monkeypatch):
     paces = {"quick": dict.fromkeys((16, 24, 32), 1.0), "other": dict.fromkeys((16, 24, 32), 900.0)}
 
