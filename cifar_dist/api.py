@@ -64,8 +64,9 @@ def train(
 
     `model` overrides the recipe's: a name, or a function that is called with `num_classes` and returns an `nn.Module`.
     `run_dir` is where the run is written (default: a new folder in `runs/`); `resume` continues the run there.
-    Defaults are `standard` on CIFAR-10 in `data`, or those of the resumed run. In a process group's process (under
-    `accelerate.notebook_launcher` or torchrun) it is one of the ranks. With `quiet` nothing is printed.
+    Defaults are those of the resumed run; of a new one `standard`, the recipe's dataset or CIFAR-10, and `data`. In a
+    process group's process (under `accelerate.notebook_launcher` or torchrun) it is one of the ranks. With `quiet`
+    nothing is printed.
     Raises UserError for a mistake, and RuntimeError with the reason if training was interrupted or failed.
     """
     if resume and run_dir is None:

@@ -54,7 +54,10 @@ def flag(name: str | None, help: str, metavar: str | None = None, *, default: An
 
 
 # Flags that several commands share: help and metavar.
-_DATASET = ("cifar10 (default), cifar100, shapes (needs no files), or a folder of images", "NAME|DIR")
+_DATASET = (
+    "cifar10, cifar100, shapes (needs no files) or a folder of images (default: the run's, the recipe's, or cifar10)",
+    "NAME|DIR",
+)
 _DATA_DIR = ("holds the CIFAR files (default: data)", "DIR")
 _RECIPE = (f"{', '.join(recipe_names())} (default {DEFAULT_RECIPE}), or YAML", "NAME|FILE")
 _RECIPE_OF_WEIGHTS = ("for bare weights: whose stem and normalisation they have", "NAME|FILE")
@@ -383,9 +386,9 @@ def _top_parser() -> argparse.ArgumentParser:
 {commands}
 
 first steps:
-  launch.py --dataset shapes --recipe original --epochs 3    a first try: no files, no network
-  launch.py --recipe original --epochs 20                    CIFAR-10, downloaded when missing
-  launch.py eval --ckpt runs/original-cifar10-seed0          the test accuracy of that run
+  launch.py --recipe first                             a first try: no files, no network
+  launch.py --recipe original --epochs 20              CIFAR-10, downloaded when missing
+  launch.py eval --ckpt runs/original-cifar10-seed0    the test accuracy of that run
 """,
     )
     parser.add_argument("--version", action="version", version=f"cifar-dist {__version__}")
