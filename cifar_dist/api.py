@@ -68,7 +68,8 @@ def train(
         recipe: A name, a YAML file or a `Recipe`. Default: `standard`, or the recipe of the resumed run.
         model: Overrides the recipe's `model`: a name, or a function that is called with `num_classes` and returns an
             `nn.Module`.
-        dataset: `cifar10`, `cifar100`, `shapes`, or a folder of images. Default: `cifar10`, or the resumed run's.
+        dataset: `cifar10`, `cifar100`, `shapes`, or a folder of images. Default: the resumed run's, the
+            recipe's, or `cifar10`.
         data_dir: The folder of the CIFAR files, which are downloaded if they are missing. Default: `data`.
         run_dir: The folder that the run is written to. Default: a new folder in `runs/`.
         resume: Continue the run in `run_dir`.

@@ -81,7 +81,7 @@ def _read(options: EvalOptions) -> SavedWeights:
 def _load_data(console: Console, options: EvalOptions, weights: SavedWeights) -> Dataset:
     """Load the dataset of the command line, else the one that the weights were trained on."""
     trained_on = weights.trained_on
-    name = options.dataset or (DEFAULT_DATASET if trained_on is None else trained_on.name)
+    name = options.dataset or (weights.recipe.dataset or DEFAULT_DATASET if trained_on is None else trained_on.name)
     data_dir = options.data_dir or (DEFAULT_DATA_DIR if trained_on is None else Path(trained_on.data_dir))
     check_dataset_name(name)
     with loading_progress(console, name) as progress:

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from cifar_dist.config.errors import EXIT_DONE, EXIT_FAILED, UserError
 from cifar_dist.config.options import TrainOptions, parse_arguments, parse_seeds
@@ -12,7 +13,7 @@ from cifar_dist.config.world import World
 from cifar_dist.display.report import compare_runs, read_run
 from cifar_dist.display.terminal import make_console, print_notes
 from cifar_dist.run.directory import RunDirectory
-from cifar_dist.run.resolve import DEFAULT_DATASET, RunSpec, resolve
+from cifar_dist.run.resolve import RunSpec, resolve
 from cifar_dist.runtime.signals import StoppedBeforeTraining
 
 
@@ -66,9 +67,10 @@ def _arguments(argv: Sequence[str], seed: int) -> list[str]:
     words += ["--seed", str(seed)]
     options = parse_arguments(words)[1]
     assert isinstance(options, TrainOptions)
+    spec = resolve(replace(options, run_dir=None))
     words += [] if options.recipe else ["--recipe", DEFAULT_RECIPE]
-    words += [] if options.dataset else ["--dataset", DEFAULT_DATASET]
-    directory = options.run_dir / f"seed{seed}" if options.run_dir else resolve(options).default_directory
+    words += [] if options.dataset else ["--dataset", spec.dataset]
+    directory = options.run_dir / f"seed{seed}" if options.run_dir else spec.default_directory
     return [*words, "--run-dir", str(directory), "--resume"]
 
 

@@ -56,7 +56,10 @@ def flag(name: str | None, help: str, metavar: str | None = None, *, default: An
 
 
 # Flags that several commands share: help and metavar.
-_DATASET = ("cifar10 (default), cifar100, shapes (needs no files), or a folder of images", "NAME|DIR")
+_DATASET = (
+    "cifar10, cifar100, shapes (needs no files) or a folder of images (default: the run's, the recipe's, or cifar10)",
+    "NAME|DIR",
+)
 _DATA_DIR = ("holds the CIFAR files (default: data)", "DIR")
 _RECIPE = (f"{', '.join(recipe_names())} (default {DEFAULT_RECIPE}), or YAML", "NAME|FILE")
 _RECIPE_OF_WEIGHTS = ("for bare weights: whose stem and normalisation they have", "NAME|FILE")

@@ -1,13 +1,13 @@
 """The experiment: every choice that changes what is learned, in frozen dataclasses, and how it is read from YAML.
 
 A `Recipe` says nothing of devices or processes (that is the world, `config/world.py`). docs/recipes.md describes its
-fields. They have no defaults: `config/recipes/*.yaml` are complete, and a user's file overrides `standard`.
+fields. All but `dataset` have no default: `config/recipes/*.yaml` are complete, and a user's file overrides `standard`.
 """
 
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -201,6 +201,8 @@ class Recipe:
     early_stopping: EarlyStoppingConfig
     augmentation: AugmentationConfig
     normalization: NormalizationConfig
+    dataset: str | None = field(default=None, compare=False)
+    """The default of `--dataset`. A run stores the dataset that it was trained on, and not this."""
 
     @classmethod
     def load(cls, name_or_file: str = DEFAULT_RECIPE, **changes: Any) -> "Recipe":
@@ -244,11 +246,12 @@ class Recipe:
 
 
 RECIPE_FIELDS = [
-    f"{field.name}.{inner.name}" if inner else field.name
-    for field in fields(Recipe)
-    for inner in (fields(field.type) if is_dataclass(field.type) else (None,))
+    f"{outer.name}.{inner.name}" if inner else outer.name
+    for outer in fields(Recipe)
+    for inner in (fields(outer.type) if is_dataclass(outer.type) else (None,))
+    if outer.compare
 ]
-"""Dotted names."""
+"""Dotted names of all but `dataset`."""
 PRETRAINED_SIDES = {
     "efficientnet_b1": 240, "efficientnet_b2": 288, "efficientnet_b3": 300, "efficientnet_b4": 380,
     "efficientnet_b5": 456, "efficientnet_b6": 528, "efficientnet_b7": 600,
@@ -291,7 +294,7 @@ def resolve_recipe(*layers: Mapping[str, Any]) -> Recipe:
 
 
 def recipe_to_mapping(recipe: Recipe) -> dict[str, Any]:
-    """Return the recipe as plain values, as config.yaml and checkpoints store it."""
+    """Return the recipe as plain values, without its `dataset`, as config.yaml and checkpoints store it."""
     mapping: dict[str, Any] = to_mapping(recipe)
     return mapping
 
@@ -342,6 +345,8 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
         name, equals, text = assignment.partition("=")
         if not equals or not all(name.strip().split(".")):
             raise UserError(f"--set takes FIELD=VALUE, not '{assignment}'")
+        if name.strip() == "dataset":
+            raise UserError(f"--set {assignment}: the dataset has a flag of its own, type --dataset {text}")
         value = parse_yaml(text, f"--set {name.strip()}: '{text}'")
         result = merge(result, nested({name.strip(): value}))
     return result

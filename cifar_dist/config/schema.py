@@ -153,9 +153,13 @@ def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
 
 
 def to_mapping(value: Any) -> Any:
-    """Convert dataclasses to dicts, lists and scalars, which YAML and `torch.load(weights_only=True)` both read."""
+    """Convert dataclasses to dicts, lists and scalars, which YAML and `torch.load(weights_only=True)` both read.
+
+    Fields with `compare=False` are left out.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_mapping(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        fields = [field for field in dataclasses.fields(value) if field.compare]
+        return {field.name: to_mapping(getattr(value, field.name)) for field in fields}
     return [to_mapping(item) for item in value] if isinstance(value, list | tuple) else value
 
 

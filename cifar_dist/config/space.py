@@ -11,7 +11,7 @@ from cifar_dist.config.errors import UserError
 from cifar_dist.config.recipe import Recipe, find_field
 from cifar_dist.config.schema import build, convert, flatten, nearest, read_yaml, to_mapping
 
-_NOT_SEARCHED = ("validation_size", "seed")
+_NOT_SEARCHED = ("validation_size", "seed", "dataset")
 """They decide which images are held out."""
 
 

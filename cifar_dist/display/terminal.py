@@ -14,6 +14,7 @@ from rich.text import Text
 
 from cifar_dist.config.errors import printable
 from cifar_dist.config.provenance import command_line
+from cifar_dist.run.directory import RunDirectory
 from cifar_dist.run.results import EpochRecord, Evaluation, Summary
 
 
@@ -55,12 +56,10 @@ def format_outcome(summary: Summary, *, total_epochs: int) -> str:
 def format_evaluation(evaluation: Evaluation, *, split: str = "") -> list[str]:
     """Return an evaluation as lines: totals, a bar for each class, and the most frequent confusions.
 
-    Top-5 is shown from 11 classes, and of more than 20 classes only the worst are.
+    Of more than 20 classes the 10 worst are shown.
     """
     accuracies = dict(evaluation.per_class_accuracy)
-    top5 = f", top-5 {format_percent(evaluation.top5)}" if len(accuracies) > 10 else ""
-    totals = f"accuracy {format_percent(evaluation.top1)}{top5}, loss {evaluation.loss:.4f}"
-    lines = [f"{split}{totals} on {evaluation.num_samples:,} images", ""]
+    lines = [_format_totals(evaluation, split), ""]
     names = list(accuracies)
     if len(names) > 20:
         known = [name for name in names if accuracies[name] is not None]
@@ -73,6 +72,28 @@ def format_evaluation(evaluation: Evaluation, *, split: str = "") -> list[str]:
         lines.append(line.rstrip())
     confusions = format_confusions(evaluation, count=3)
     return [*lines, "", "most frequent confusions:", *confusions] if confusions else lines
+
+
+def _format_totals(evaluation: Evaluation, split: str) -> str:
+    """Return the accuracy, from 11 classes on also the top-5 accuracy, and the loss."""
+    top5 = f", top-5 {format_percent(evaluation.top5)}" if len(evaluation.per_class_accuracy) > 10 else ""
+    totals = f"accuracy {format_percent(evaluation.top1)}{top5}, loss {evaluation.loss:.4f}"
+    return f"{split}{totals} on {evaluation.num_samples:,} images"
+
+
+def format_worst_classes(evaluation: Evaluation, *, count: int) -> list[str]:
+    """Return the classes with the lowest accuracies, each with the class that it is most often taken for."""
+    names, found = list(evaluation.per_class_accuracy), []
+    for i, row in enumerate(evaluation.confusion_matrix):
+        others = ((n, name) for name, n in zip(names, row, strict=True) if name != names[i])
+        wrong, other = max(others, default=(0, ""))
+        if wrong:
+            found.append((row[i] / sum(row), names[i], f"most often taken for {other} ({wrong:,} of {sum(row):,})"))
+    worst = sorted(found)[:count]
+    width = max((cell_len(name) for _, name, _ in worst), default=0)
+    return [
+        f"{name}{' ' * (width - cell_len(name))}  {format_percent(share):>7}  {words}" for share, name, words in worst
+    ]
 
 
 def format_confusions(evaluation: Evaluation, *, count: int) -> list[str]:
@@ -181,7 +202,7 @@ def print_header(console: Console, values: Mapping[str, str]) -> None:
 def print_result(
     console: Console, summary: Summary, total_epochs: int, directory: Path, own_model: Sequence[str] = ()
 ) -> None:
-    """Print the outcome and the test of a run, and the commands that may follow.
+    """Print the test of a run, its worst classes and how it ended, its figures, and the commands that may follow.
 
     `own_model` are the arguments that name a network of the user's own.
     """
@@ -190,10 +211,9 @@ def print_result(
         test = command_line("eval", "--ckpt", directory, *own_model)
         print_notes(console, [outcome, f"not tested, as --skip-test asks; test it with: {test}"])
         return
-    print_lines(console, [outcome, *format_evaluation(summary.test, split="test ")], title="result")
-    commands = (
-        ["report", directory],
-        ["predict", "--ckpt", directory, "IMAGE", *own_model],
-        ["export", "--ckpt", directory, "--out", "model.pth", *own_model],
-    )
+    worst, figures = format_worst_classes(summary.test, count=3), RunDirectory(directory).figures
+    lines = [_format_totals(summary.test, "test "), outcome, *(["", "worst classes:", *worst] if worst else [])]
+    print_lines(console, lines, title="result")
+    commands = (["predict", "--ckpt", directory, "IMAGE", *own_model], ["report", directory])
+    print_notes(console, [f"pictures: {figures}" if any(figures.glob("*.png")) else None])
     print_notes(console, ["next:", *(f"  {command_line(*words)}" for words in commands)])  # no panel: to be copied

@@ -1,4 +1,4 @@
-"""Resolve what one training run is: command-line values over a stored run over the defaults. Imports no torch."""
+"""Resolve what one training run is: command-line values over a stored run over the recipe. Imports no torch."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -83,7 +83,7 @@ def resolve(options: TrainOptions, job: SlurmJob | None = None) -> RunSpec:
     if stored is not None and options.budget is not None:  # planned when the run began
         planned = {name: getattr(stored.recipe, name) for name in ("epochs", "image_size_schedule")}
         recipe = replace(recipe, **planned)
-    dataset = options.dataset or (DEFAULT_DATASET if stored is None else stored.dataset.name)
+    dataset = options.dataset or (recipe.dataset or DEFAULT_DATASET if stored is None else stored.dataset.name)
     if dataset not in KNOWN_SIZES and Path(dataset).is_dir():  # a resumed run finds it from anywhere
         dataset = str(Path(dataset).absolute())
     data_dir = options.data_dir or (DEFAULT_DATA_DIR if stored is None else Path(stored.dataset.data_dir))
@@ -147,7 +147,7 @@ def _base_recipe(
     """Return the recipe's name, and its fields before the flags."""
     typed = flatten(options.assignments)
     if isinstance(options.recipe, Recipe):
-        return "recipe", recipe_to_mapping(options.recipe)
+        return "recipe", {**recipe_to_mapping(options.recipe), "dataset": options.recipe.dataset}
     if options.recipe is None and run is not None and stored is not None:
         values = recipe_to_mapping(stored.recipe)
         refuse_untyped_code(flatten(values), typed, f"{run.config}")

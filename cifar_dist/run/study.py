@@ -17,7 +17,7 @@ from cifar_dist.config.recipe import DEFAULT_RECIPE, Recipe, recipe_label, recip
 from cifar_dist.config.schema import build, flatten, nested, read_yaml, to_mapping
 from cifar_dist.config.space import Choices, Space, default_space, parse_space, read_space
 from cifar_dist.run.lock import RunLock
-from cifar_dist.run.resolve import DEFAULT_DATASET, RunSpec, resolve
+from cifar_dist.run.resolve import RunSpec, resolve
 
 DEFAULT_STUDIES = Path("studies")
 
@@ -51,7 +51,7 @@ def resolve_study(options: TuneOptions) -> tuple[Path, StudyDefinition, RunSpec]
     What is not typed is that of an existing study. Raises UserError if something else was typed.
     """
     name = recipe_label(options.recipe or DEFAULT_RECIPE)
-    path = options.study or DEFAULT_STUDIES / f"{name}-{Path(options.dataset or DEFAULT_DATASET).name}"
+    path = options.study or DEFAULT_STUDIES / f"{name}-{Path(resolve(options.as_training()).dataset).name}"
     stored = read_definition(path)
     if stored is not None:
         _refuse_untyped_code(stored, options, path / "study.yaml")

@@ -58,6 +58,15 @@ def run_with_codes(codes: dict[int, int], argv: list[str], world: World = World(
     return seeds.run(parse_arguments(argv)[1], argv, world, end_at_once), begun
 
 
+@pytest.mark.parametrize("place", [[], ["--run-dir", "runs"]])
+def test_the_dataset_is_that_of_the_recipe_unless_typed(place):
+    for typed, dataset in (([], "shapes"), (["--dataset", "cifar100"], "cifar100")):
+        code, begun = run_with_codes({}, ["--recipe", "first", "--seeds", "2", *typed, *place])
+        assert (code, [options.dataset for options in begun]) == (0, [dataset, dataset])
+        expected = "runs/seed1" if place else f"runs/first-{dataset}-seed1"
+        assert begun[1].run_dir == Path(expected)
+
+
 def test_a_run_is_a_command_of_its_own_and_a_failed_one_does_not_stop_the_others():
     argv = ["--max-minutes", "5", "--set", "stem=small", "--seeds=3,0-1", "--dataset", "shapes"]
     code, begun = run_with_codes({3: 1}, argv)

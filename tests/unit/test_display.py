@@ -24,6 +24,7 @@ from cifar_dist.display.terminal import (
     format_epoch,
     format_evaluation,
     format_outcome,
+    format_worst_classes,
     print_header,
     print_result,
     print_table,
@@ -85,10 +86,21 @@ def test_the_result_in_words():
     assert second == " 15.0% of cat taken for dog (3 of 20)"
     perfect = dataclasses.replace(TEST, confusion_matrix=[[20, 0, 0], [0, 0, 0], [0, 0, 9]])
     assert format_confusions(perfect, count=3) == []
+    assert format_worst_classes(perfect, count=3) == []
     outcome = "Early stopping triggered: training ended after 8 of 20 epochs in 1 h 20 min, best epoch 5"
     assert format_outcome(SUMMARY, total_epochs=20) == outcome
     one = dataclasses.replace(SUMMARY, status="completed", epochs=1, best_epoch=None)
     assert format_outcome(one, total_epochs=1) == "Training completed after 1 of 1 epoch in 1 h 20 min"
+
+
+def test_the_worst_classes_come_first():
+    rows = [[18, 0, 2, 0], [0, 20, 0, 0], [1, 4, 15, 0], [0, 0, 0, 0]]
+    accuracies = {"cat": 0.9, "dog": 1.0, "[red]ship": 0.75, "猫": None}
+    test = dataclasses.replace(TEST, per_class_accuracy=accuracies, confusion_matrix=rows)
+    ship, cat = format_worst_classes(test, count=3)
+    assert ship == "[red]ship   75.00%  most often taken for dog (4 of 20)"
+    assert cat == "cat         90.00%  most often taken for [red]ship (2 of 20)"
+    assert format_worst_classes(test, count=1) == ["[red]ship   75.00%  most often taken for dog (4 of 20)"]
 
 
 def test_of_many_classes_the_worst_are_shown():
@@ -108,10 +120,15 @@ def test_the_result_is_a_panel_on_a_terminal_and_plain_lines_elsewhere(terminal,
     print_result(shown, SUMMARY, 20, tmp_path)
     text = text_of(shown)
     assert ("╭" in text) == terminal
-    assert "25.0% of cat taken for [red]ship" in text, "a class name is no markup"
-    assert [line.split()[2] for line in text.splitlines()[-3:]] == ["report", "predict", "export"]
-    assert f"\n  python launch.py report {tmp_path}\n" in text
-    assert "\x1b" not in text
+    assert "test accuracy 75.00%" in text and "8 of 20 epochs" in text
+    assert "cat   60.00%  most often taken for [red]ship (5 of 20)" in text, "a class name is no markup"
+    assert [line.split()[2] for line in text.splitlines()[-2:]] == ["predict", "report"]
+    assert f"\n  python launch.py predict --ckpt {tmp_path} IMAGE\n" in text
+    assert "\x1b" not in text and "pictures" not in text
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "curves.png").touch()
+    print_result(shown, SUMMARY, 20, tmp_path)
+    assert f"\npictures: {tmp_path}/figures\n" in text_of(shown)
 
 
 def test_headers_and_tables_are_aligned_and_a_narrow_terminal_wraps_their_cells():

@@ -23,6 +23,7 @@ from cifar_dist.config.recipe import (
 from cifar_dist.config.schema import read_yaml
 from cifar_dist.run.directory import RunDirectory
 from cifar_dist.run.resolve import resolve
+from cifar_dist.run.results import DatasetMetadata
 from tests.conftest import make_recipe
 from tests.runs import make_metadata
 
@@ -99,6 +100,27 @@ def test_a_file_overrides_standard(tmp_path):
     expected = make_recipe("epochs=7", "optimizer.learning_rate=0.5", base="standard")
     assert make_recipe(base=str(file)) == expected != make_recipe(base="standard")
     assert recipe_label(str(file)) == "mine"
+
+
+@pytest.mark.parametrize("base", ["first", "mine.yaml"])
+def test_the_dataset_of_a_recipe_is_a_default_and_no_part_of_the_experiment(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("dataset: shapes\nepochs: 2\n")
+    recipe = Recipe.load(base)
+    for given in (base, recipe, dataclasses.replace(recipe, epochs=3)):
+        assert resolve(TrainOptions(recipe=given)).dataset == "shapes"
+        assert resolve(TrainOptions(recipe=given, dataset="cifar100")).dataset == "cifar100"
+    assert resolve(TrainOptions()).dataset == resolve(TrainOptions(recipe="quick")).dataset == "cifar10"
+    assert recipe == dataclasses.replace(recipe, dataset=None) and "dataset" not in recipe_to_mapping(recipe)
+
+
+def test_a_resumed_run_keeps_its_dataset_whatever_the_recipe_names(tmp_path):
+    dataset = DatasetMetadata(name="cifar10", data_dir="data", fingerprint="x")
+    RunDirectory(tmp_path).write_metadata(make_metadata(recipe=make_recipe(base="first"), dataset=dataset))
+    for named in ({}, {"recipe": "first"}, {"recipe": "first", "dataset": "cifar10"}):
+        assert resolve(TrainOptions(resume_dir=tmp_path, resume=True, **named)).dataset == "cifar10"
+    with pytest.raises(UserError, match="this differs: dataset cifar10 -> shapes"):
+        resolve(TrainOptions(resume_dir=tmp_path, resume=True, recipe="first", dataset="shapes"))
 
 
 def test_the_config_of_a_run_is_a_recipe_file(tmp_path):

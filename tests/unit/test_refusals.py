@@ -27,6 +27,11 @@ REFUSALS = {
     "--set learning_rat=0.1": "unknown recipe field 'learning_rat'",
     "--epochs 0": "epochs must be 1 or more, not 0",
     "--dataset cifar": "unknown dataset 'cifar', did you mean 'cifar10'?",
+    "--recipe misspelt.yaml": "unknown dataset 'shaps', did you mean 'shapes'?",
+    "tune --recipe misspelt.yaml": "unknown dataset 'shaps', did you mean 'shapes'?",
+    "--recipe misspelt.yaml --seeds 2": "unknown dataset 'shaps', did you mean 'shapes'?",
+    "--recipe number.yaml": "dataset must be text, not 3",
+    "--set dataset=shapes": "--set dataset=shapes: the dataset has a flag of its own, type --dataset shapes",
     "--dataset done": "done holds 1 class folders for training",
     "--dataset images --set global_batch_size=7 gradient_accumulation_steps=2": "global_batch_size=7 does not divide",
     "--dataset images --set validation_size=26": "validation_size=26 leaves",
@@ -60,6 +65,8 @@ def folder(tmp_path_factory):
     """A folder with a damaged run, one that is done, images, and checkpoints that are no checkpoints."""
     folder = tmp_path_factory.mktemp("refusals")
     make_images(folder / "images")
+    (folder / "misspelt.yaml").write_text("dataset: shaps\n")
+    (folder / "number.yaml").write_text("dataset: 3\n")
     metadata = make_metadata(recipe=make_recipe("validation_size=500", base="standard"))
     for name in ("run", "done"):
         (folder / name / "checkpoints").mkdir(parents=True)

@@ -62,6 +62,7 @@ RATE = "optimizer.learning_rate"
         ({"optimizer.name": {"choices": []}}, "choices must be a list of values"),
         ({"normalization.mean": {"choices": [[0.5, 0.5, 0.5]]}}, "is a list, which cannot be searched"),
         ({"validation_size": {"choices": [0, 100]}}, "decides which images are held out"),
+        ({"dataset": {"choices": ["cifar10", "shapes"]}}, "decides which images are held out"),
     ],
 )
 def test_a_mistake_is_named(values, message):

@@ -144,6 +144,7 @@ def test_a_study_stays_what_it_is(tmp_path, monkeypatch):
     path, definition, spec = resolve_study(typed)
     assert (path, spec.recipe.epochs, definition.sampler) == (Path("studies/quick-shapes"), 3, "tpe")
     assert definition.space["label_smoothing"]["high"] == 0.2
+    assert resolve_study(TuneOptions(recipe="first"))[0] == Path("studies/first-shapes"), "the recipe names its dataset"
     Study(path, definition)
     stored = yaml.safe_load((path / "study.yaml").read_text())
     assert stored["recipe"]["epochs"] == 3
