@@ -1,4 +1,4 @@
-"""The network of docs/extending.md is trained on two processes, killed, resumed and exported by the commands there."""
+"""The network of docs/your-network.md is trained on two processes, killed, resumed and exported by the commands there."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 from tests.launching.test_launch import BIN, begin, family, finish, wait_for
 
 pytestmark = pytest.mark.full
-SECTION = (ROOT / "docs" / "extending.md").read_text().split("\n### ")[0]
+SECTION = (ROOT / "docs" / "your-network.md").read_text().split("\n### ")[0]
 (NETWORK,) = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
 TRAIN, RESUME, EXPORT = re.findall(r"```sh\n(.*?)```", SECTION, re.DOTALL)
 
