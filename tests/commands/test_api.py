@@ -111,7 +111,7 @@ def test_what_is_given_is_passed_on(monkeypatch, tmp_path):
 def test_a_notebook_launches_two_processes(tmp_path):
     """The last block, in a script; on a small part of the images, for time."""
     script = tmp_path / "notebook.py"
-    body = BLOCKS[-1].replace('"original",', 'Recipe.load("original", epochs=1, global_batch_size=500, image_size=16),')
+    body = BLOCKS[-1].replace('"first",', 'Recipe.load("first", epochs=1, global_batch_size=500, image_size=16),')
     script.write_text(body.replace("import train", "import Recipe, train"))
     environ = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "1"}
     ended = subprocess.run(

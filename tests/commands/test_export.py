@@ -13,7 +13,7 @@ from cifar_dist.run.weights import read_weights
 from tests.commands.test_train import NarrowResNet, small_world_in, train
 from tests.conftest import ROOT, make_recipe
 
-RUN = "runs/original-shapes-seed0"
+RUN = "runs/first-shapes-seed0"
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "after-training.md").read_text(), re.DOTALL)
 
 
@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
     with small_world_in(folder), pytest.MonkeyPatch.context() as patch:
         patch.setattr("torchvision.models.resnet18", NarrowResNet)
         patch.setattr(torch.onnx, "export", export_once(torch.onnx.export))
-        train("--epochs", "1")
+        train("--epochs", "1", "--run-dir", RUN)
         for suffix in ("pth", "safetensors", "onnx"):
             assert main(["export", "--ckpt", RUN, "--out", f"resnet18.{suffix}"]) == 0
         yield folder

@@ -1,4 +1,4 @@
-"""The network of docs/your-network.md is trained on two processes, killed, resumed and exported by the commands there."""
+"""The network of docs/your-network.md is trained on two processes, killed, resumed and exported by the commands."""
 
 import os
 import re

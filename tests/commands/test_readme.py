@@ -32,9 +32,7 @@ ADDED = {
     ],
     "python launch.py --recipe first --set model=mynet.py:net": ["--epochs", "1", "--set", "image_size=16"],
     "python launch.py --recipe first --num-processes 2": ["--dry-run"],
-    "accelerate launch launch.py --config accelerate_configs/mps.yaml --recipe first": [
-        "--epochs", "1", "--set", "image_size=16",
-    ],
+    "accelerate launch launch.py --config accelerate_configs/mps.yaml --recipe first": ["--set", "image_size=16"],
 }  # fmt: skip
 INSTALL = "python3 -m venv .venv && . .venv/bin/activate && pip install -e . && "
 TEST_COMMAND = "python3 -m venv .venv && . .venv/bin/activate && pip install -e '.[test]' && pytest"
@@ -85,10 +83,10 @@ def test_a_command_of_the_readme(clone, command):
     assert code == 0, out + err
     if command == COMMANDS[0].removeprefix(INSTALL):
         summary = json.loads((clone / "runs" / "first-shapes-seed0" / "summary.json").read_text())
-        assert summary["test"]["top1"] > 0.9, "far below what the README says"
+        assert summary["test"]["top1"] >= 0.96, "the README promises 97 %"
     if "--num-processes" in command:
         assert "per device x 2 processes" in out
     if "mps.yaml" in command and not torch.backends.mps.is_available() and not torch.cuda.is_available():
         assert "no MPS or CUDA device here: the CPU computes" in out
     if "star.png" in command:
-        assert re.search(r"star\.png\W+star", out), out
+        assert re.search(r"star\.png\s+star", out), out
