@@ -3,7 +3,7 @@
     python launch.py --data-dir DIR --recipe original --epochs 5 --run-dir RUN
     python benchmarks/fidelity.py RUN
 
-Prints the table of docs/fidelity.md and exits with 1 where an epoch is more than 0.06 away from the printed loss.
+Prints the losses of docs/accuracy.md, and exits with 1 where an epoch is more than 0.06 away from the printed loss.
 """
 
 import argparse

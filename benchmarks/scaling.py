@@ -1,4 +1,4 @@
-"""Measures the training loop on 1, 2, 4 and 8 GPUs, as many as there are, and prints the table of docs/scaling.md.
+"""Measures the training loop on 1, 2, 4 and 8 GPUs, as many as there are, and prints the table of docs/benchmarks.md.
 
     python benchmarks/scaling.py OUT [--recipe standard] [--seconds 5]
 

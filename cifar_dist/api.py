@@ -1,4 +1,4 @@
-"""The commands as Python functions. See docs/api.md."""
+"""The commands as Python functions. See docs/python-api.md."""
 
 import os
 import re

@@ -158,7 +158,7 @@ class EvaluationSet:
         return summarize(logits, self.labels, self.class_names)
 
     def figure_arrays(self, logits: Tensor) -> dict[str, NDArray[Any]]:
-        """Return the arrays of test_predictions.npz (docs/outputs.md)."""
+        """Return the arrays of test_predictions.npz (docs/after-training.md)."""
         labels, images = self.labels, self.data.images
         mistakes = confident_mistakes(logits, labels)
         return {

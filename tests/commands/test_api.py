@@ -1,4 +1,4 @@
-"""The Python of docs/api.md runs as it stands, and does what the commands do."""
+"""The Python of docs/python-api.md runs as it stands, and does what the commands do."""
 
 import os
 import re
@@ -21,7 +21,7 @@ from cifar_dist.run.results import Summary
 from tests.commands.test_train import NarrowResNet, small_world_in
 from tests.conftest import ROOT, make_images
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "api.md").read_text(), re.DOTALL)
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python-api.md").read_text(), re.DOTALL)
 
 
 def test_the_package_itself_comes_without_torch():

@@ -53,7 +53,8 @@ def test_it_measures_and_writes_its_figures(capsys):
     assert re.search(r"^\d+ rounds, in turns: about [\d.]+ (s|min)", shown, re.MULTILINE), shown
     replayed = format_bench({**result, "compiler": "CUDAGRAPHS"})
     assert any("each given to the GPU by itself, not replayed, and waited for" in line for line in replayed)
-    documented = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "outputs.md").read_text().split("## `bench --json`")[1]))
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    documented = set(re.findall(r"`(\w+)`", page.split("## `bench --json`")[1]))
     assert {key.removesuffix("_min").removesuffix("_max") for key in result} <= documented
 
 

@@ -1,4 +1,4 @@
-"""The network of docs/extending.md is trained on two processes, killed, resumed and exported by the commands there."""
+"""The network of docs/your-network.md is trained on two processes, killed, resumed and exported by the commands."""
 
 import os
 import re
@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from cifar_dist import Recipe
 from cifar_dist.run.checkpoint import load_checkpoint
 from tests.commands.test_train import assert_same_run
 from tests.conftest import ROOT
 from tests.launching.test_launch import BIN, begin, family, finish, wait_for
 
 pytestmark = pytest.mark.full
-SECTION = (ROOT / "docs" / "extending.md").read_text().split("\n### ")[0]
+SECTION = (ROOT / "docs" / "your-network.md").read_text().split("\n### ")[0]
 (NETWORK,) = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
 TRAIN, RESUME, EXPORT = re.findall(r"```sh\n(.*?)```", SECTION, re.DOTALL)
 
@@ -53,7 +54,7 @@ def test_a_network_of_your_own_is_trained_killed_resumed_and_exported(folder):
     steps = load_checkpoint(last)["step"], load_checkpoint(whole / "checkpoints" / "last.pt")["step"]
     assert steps[0] < steps[1], "it was not killed in mid-run"
     run(RESUME, folder)
-    assert_same_run(whole, mynet)
+    assert_same_run(whole, mynet, epochs=Recipe.load("first").epochs)
 
     run(EXPORT, folder)
     names: dict = {}

@@ -1,4 +1,4 @@
-"""Links, commands and fields in the documents. Commands of the README are run in tests/commands/test_readme.py."""
+"""Words, links, commands and fields in the documents. tests/commands/test_readme.py runs the commands of the README."""
 
 import dataclasses
 import re
@@ -13,19 +13,62 @@ from cifar_dist.config.schema import flatten
 from cifar_dist.run.results import EpochRecord, Evaluation, Summary
 from tests.conftest import ROOT
 
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+README, PAGES = ROOT / "README.md", sorted(ROOT.glob("docs/*.md"))
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *PAGES])
 NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
+MAX_WORDS, MAX_COLUMNS, MAX_README_LINES, MAX_DOCS_LINES = 30, 120, 120, 1200
+UNPLAIN = re.compile(
+    r"\b(says|tells|hears|heard|meets|offers|believes|wishes|wins|nobody|accidents?|own words|of no account"
+    r"|to be alone|gone on with|(as|what (is|was)) typed)\b",
+    re.IGNORECASE,
+)
+"""What files and processes do not do, and other words that readers had to read twice."""
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a document without its code blocks; a cell of a table is one, too. A link is its text."""
+    text = re.sub(r"^\[.+\]: \S+$", "", without_code(text), flags=re.MULTILINE)
+    text = re.sub(r"\[([^\]]*)\](\([^)]*\)|\[[^\]]*\])", r"\1", text)
+    text = re.sub(r"`[^`]+`", "code", text)
+    text = re.sub(r"^(#+ |\s*[-*] |\s*\d+\. |\|)|\|", "\n\n", text, flags=re.MULTILINE)
+    blocks = [" ".join(block.split()) for block in re.split(r"\n\s*\n", text)]
+    return [each for block in blocks for each in re.split(r"(?<=[.!?])[)*]* ", block)]
+
+
+@pytest.mark.parametrize("document", [README, ROOT / "CONTRIBUTING.md", *PAGES], ids=lambda path: path.name)
+def test_words_are_plain_and_lines_are_short(document):
+    text = document.read_text()
+    written = re.sub(r"<!-- fields: .*?-->.*?<!-- end of fields -->", "", text, flags=re.DOTALL)  # not that table
+    lines = [line for line in written.splitlines() if not re.match(r"\[\w+\]: https://\S+$", line)]  # unbreakable
+    assert [line for line in lines if len(line) > MAX_COLUMNS] == []
+    assert [each for each in sentences(text) if len(re.findall(r"\S*\w\S*", each)) > MAX_WORDS] == []
+    assert [each for each in sentences(text) if UNPLAIN.search(each)] == []
+
+
+def test_the_documents_are_short():
+    assert len(README.read_text().splitlines()) <= MAX_README_LINES
+    pages = [page for page in PAGES if page.name not in ("index.md", "reference.md")]  # of the site alone
+    assert sum(len(page.read_text().splitlines()) for page in pages) <= MAX_DOCS_LINES
+
+
+def test_sentences_are_found_wherever_they_stand():
+    text = "# A title\n\nOne two\n`a flag` [three](x.md). Four.\n\n- Five\n| six | seven. |\n\n```\nx\n```\n[id]: https://x\n"
+    assert list(filter(None, sentences(text))) == ["A title", "One two code three.", "Four.", "Five", "six", "seven."]
 
 
 def anchors(text: str) -> set[str]:
     """The anchors that GitHub gives to the headings of a document."""
-    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", without_code(text), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
 def test_every_link_and_every_named_file_exists(document):
-    """A `folder/file.py` is named from the root or from the package."""
+    """A `folder/file.py` is named from the root or from the package. Pages of the site link to pages of the site."""
     text = document.read_text()
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         if link.startswith("https://"):
@@ -34,15 +77,20 @@ def test_every_link_and_every_named_file_exists(document):
         target = (document.parent / path).resolve() if path else document
         assert target.exists(), link
         assert not anchor or anchor in anchors(target.read_text()), link
+        assert document not in PAGES or target.is_relative_to(ROOT / "docs"), link
+    used, defined = re.findall(r"\]\[(\w+)\]", without_code(text)), re.findall(r"^\[(\w+)\]: ", text, re.MULTILINE)
+    assert set(used) == set(defined)
     for name in re.findall(r"`([\w./-]+/[\w.-]+\.(?:py|sh|md|yaml|jsonl))`", text):
         if not name.startswith(("runs/", "DIR/")):
             assert (ROOT / name).exists() or (ROOT / "cifar_dist" / name).exists(), name
 
 
 def commands(document: Path) -> list[str]:
-    """The command lines in a document's code blocks, continued ones joined and comments left out."""
-    blocks = re.findall(r"```\w*\n(.*?)```", document.read_text(), re.DOTALL)
+    """The command lines in a document's code blocks and within its text; continued lines are joined."""
+    text = document.read_text()
+    blocks = re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)
     lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines += re.findall(r"`(python launch\.py [^`]+)`", without_code(text))
     lines = [line for line in lines if not line.startswith("eval ")]  # the shell's own
     return [line for line in lines if re.search(r"launch\.py|cifar-dist |slurm/\w+\.sh|benchmarks/\w+\.", line)]
 
@@ -80,7 +128,7 @@ def first_column(text: str) -> list[str]:
 
 
 def test_the_fields_of_what_is_written_are_documented():
-    documented = first_column((ROOT / "docs" / "outputs.md").read_text())
+    documented = first_column((ROOT / "docs" / "after-training.md").read_text())
     written = [field.name for each in (EpochRecord, Summary, Evaluation) for field in dataclasses.fields(each)]
     assert set(written) <= set(documented)
     tables = [name for name in documented if name in written]
