@@ -73,12 +73,12 @@ def _fill(recipe: Recipe, epochs: int, left: float, seconds_of: Callable[[Recipe
     if schedule is None or len(schedule) < 2:
         return fitting
 
-    def at(num_epochs: int, power: float) -> Recipe:
-        stretched = tuple((side, round(end**power, 3)) for side, end in schedule)
-        return replace(recipe, epochs=num_epochs, image_size_schedule=stretched)
+    def stretched(num_epochs: int, power: float) -> Recipe:
+        ends = tuple((side, end**power) for side, end in schedule)
+        return replace(recipe, epochs=num_epochs, image_size_schedule=ends)
 
     for num_epochs, powers in ((epochs + 1, _POWERS), (epochs, [1 / power for power in reversed(_POWERS)])):
-        fits = [at(num_epochs, power) for power in powers]
+        fits = [stretched(num_epochs, power) for power in powers]
         if count := bisect_right(fits, left, key=seconds_of):
             return fits[count - 1]
     return fitting
