@@ -14,10 +14,10 @@ from cifar_dist.run.resolve import RunSpec
 from cifar_dist.runtime.distributed import Runtime
 from cifar_dist.training.measure import Pace, measure_pace
 
-_MEASURING_SECONDS = 3.0  # at each image size; with a budget 1 % of it
+_MEASURING_SECONDS = 3.0  # at each image size; with a budget 2 % of it
 _MOST_EPOCHS = 1_000_000
-_POWERS = [2 / 3 + step / 60 for step in range(20)]
-"""Of the ends of image sizes, where a budget asks for smaller images: from 2/3 to nearly 1."""
+_POWERS = [4 ** (step / 30 - 1) for step in range(30)]
+"""Of the ends of image sizes, where a budget asks for smaller images: from 1/4 to nearly 1."""
 _CHEAPEST = "quick"
 """The recipe to name where the budget is too small for another."""
 
@@ -32,7 +32,7 @@ def measure_run(
     epoch fits.
     """
     budget_seconds = None if options.budget is None or spec.stored is not None else parse_duration(options.budget)
-    measuring_seconds = _MEASURING_SECONDS if budget_seconds is None else min(10.0, max(0.5, 0.01 * budget_seconds))
+    measuring_seconds = _MEASURING_SECONDS if budget_seconds is None else min(10.0, max(0.5, 0.02 * budget_seconds))
     side = KNOWN_SIDE if spec.dataset in KNOWN_SIZES else spec.recipe.image_size
 
     def measure(recipe: Recipe) -> tuple[Pace, float, int]:
@@ -46,8 +46,8 @@ def measure_run(
     pace, left, epochs = measure(spec.recipe)
     if budget_seconds is None:
         return spec, pace
-    if epochs:
-        recipe = _fill(spec.recipe, epochs, left, lambda each: _seconds(pace, each, sizes, runtime, each.epochs))
+    recipe = _fill(spec.recipe, epochs, left, lambda each: _seconds(pace, each, sizes, runtime, each.epochs))
+    if recipe.epochs:
         return replace(spec, recipe=recipe), pace
     advice = "allow more time, or train on a part of the images with train_size"
     if spec.recipe_name != _CHEAPEST:
@@ -66,19 +66,19 @@ def _fill(recipe: Recipe, epochs: int, left: float, seconds_of: Callable[[Recipe
     """Return the recipe with the epochs and the image sizes that take nearly `left` seconds, but no more.
 
     The ends of its image sizes, fractions of the steps, are raised to one power: below 1 for one epoch more and smaller
-    images, above 1 for larger ones.
+    images, above 1 for larger ones. 0 epochs if not even one fits.
     """
     fitting = replace(recipe, epochs=epochs)
     schedule = recipe.image_size_schedule
     if schedule is None or len(schedule) < 2:
         return fitting
 
-    def at(num_epochs: int, power: float) -> Recipe:
-        stretched = tuple((side, round(end**power, 3)) for side, end in schedule)
-        return replace(recipe, epochs=num_epochs, image_size_schedule=stretched)
+    def stretched(num_epochs: int, power: float) -> Recipe:
+        ends = tuple((side, end**power) for side, end in schedule)
+        return replace(recipe, epochs=num_epochs, image_size_schedule=ends)
 
     for num_epochs, powers in ((epochs + 1, _POWERS), (epochs, [1 / power for power in reversed(_POWERS)])):
-        fits = [at(num_epochs, power) for power in powers]
+        fits = [stretched(num_epochs, power) for power in powers]
         if count := bisect_right(fits, left, key=seconds_of):
             return fits[count - 1]
     return fitting

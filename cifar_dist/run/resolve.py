@@ -1,5 +1,6 @@
 """Resolve what one training run is: command-line values over a stored run over the recipe. Imports no torch."""
 
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -53,7 +54,8 @@ class RunSpec:
     @property
     def default_directory(self) -> Path:
         """`runs/RECIPE-DATASET-seedN`, or `runs/RECIPE-NETWORK-DATASET-seedN` for a network that the user typed."""
-        network = [] if self.other_model is None else [self.other_model.rpartition(":")[2]]
+        network = [] if self.other_model is None else [re.split(r"[:.]", self.other_model)[-1]]
+        network = [re.sub(r"\W", "", each) for each in network]  # "<lambda>", "a/b"
         return DEFAULT_RUNS / "-".join([self.recipe_name, *network, Path(self.dataset).name, f"seed{self.recipe.seed}"])
 
     def compute_settings(self, world_size: int) -> dict[str, Any]:

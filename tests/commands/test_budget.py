@@ -111,7 +111,7 @@ def test_the_time_of_a_plan():
     assert pace.seconds(plan) == pytest.approx(1.02 * (2.5 * 1 * 1.0 + 2.5 * 3 * 3.0 + 0.1 * (4 * 5 + 10)))
 
 
-@pytest.mark.parametrize("left", [200, 230, 330, 480, 640, 1000])
+@pytest.mark.parametrize("left", [35, 45, 60, 90, 120, 200, 230, 330, 480, 640, 1000])
 def test_the_image_sizes_fill_the_budget(left):
     """Steps of a second at 16 pixels and 3 at 32: an epoch of 20 steps takes 50 s, and epochs are whole."""
     recipe = make_recipe("image_size_schedule=[[16, 0.25], [32, 1.0]]", "global_batch_size=100", "validation_size=0")
@@ -126,7 +126,7 @@ def test_the_image_sizes_fill_the_budget(left):
     assert 0.95 * left < seconds_of(filled) <= left
     assert filled.epochs in (whole, whole + 1)
     ends = [end for _, end in filled.image_size_schedule]
-    assert 0.125 <= ends[0] <= 0.4 and ends[1] == 1
+    assert ends[0] < 1 and ends[1] == 1
     assert (filled.epochs > whole) == (ends[0] > 0.25)
     fixed = budget._fill(make_recipe("image_size_schedule=null"), whole, left, seconds_of)
     assert (fixed.epochs, fixed.image_size_schedule) == (whole, None)

@@ -260,6 +260,8 @@ def test_a_value_in_another_unit_or_form_is_refused_with_the_right_one(assignmen
         (["model=resnet34"], "quick-resnet34-shapes-seed0"),
         (["model=mynet.py:net"], "quick-net-shapes-seed0"),
         (["model=resnet18"], "quick-shapes-seed0"),
+        (["model=__main__:make.<locals>.<lambda>"], "quick-lambda-shapes-seed0"),
+        (["model=../../up"], "quick-up-shapes-seed0"),
     ],
 )
 def test_the_run_directory_names_another_network(typed, directory):
