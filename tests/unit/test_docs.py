@@ -14,7 +14,7 @@ from cifar_dist.run.results import EpochRecord, Evaluation, Summary
 from tests.conftest import ROOT
 
 README, PAGES = ROOT / "README.md", sorted(ROOT.glob("docs/*.md"))
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *PAGES])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *PAGES, *ROOT.glob("docs/zh/*.md")])
 NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 MAX_WORDS, MAX_COLUMNS, MAX_README_LINES, MAX_DOCS_LINES = 30, 120, 120, 1200
 UNPLAIN = re.compile(
@@ -108,16 +108,20 @@ def test_every_command_parses(line):
         parse_arguments(([command] if command in ("eval", "tune") else []) + rest)
 
 
-def test_the_two_readmes_agree_command_for_command_and_link_for_link():
-    english, chinese = ((ROOT / name).read_text() for name in ("README.md", "README.zh-CN.md"))
-    blocks = [re.findall(r"```\w*\n.*?```", text, re.DOTALL) for text in (english, chinese)]
-    assert blocks[0] == blocks[1] and len(blocks[0]) > 5
-    links = [  # a heading of its own page has another name in another language
-        sorted(set(re.findall(r"\]\((#|[^#)\s][^)\s]*)", text)) - {"README.md", "README.zh-CN.md"})
-        for text in (english, chinese)
+TRANSLATIONS = [("README.md", "README.zh-CN.md"), ("docs/getting-started.md", "docs/zh/getting-started.md")]
+
+
+@pytest.mark.parametrize(("english", "chinese"), TRANSLATIONS)
+def test_a_translation_has_the_same_commands_links_and_headings(english, chinese):
+    texts = [(ROOT / name).read_text() for name in (english, chinese)]
+    blocks = [re.findall(r"```\w*\n.*?```", text, re.DOTALL) for text in texts]
+    assert blocks[0] == blocks[1] and len(blocks[0]) >= 4
+    links = [  # without the language, and without anchors, which are translated
+        sorted(re.sub(r"^\.\./|(?<=docs/)zh/|#.*|\.zh-CN", "", link) for link in re.findall(r"\]\(([^)\s]+)\)", text))
+        for text in texts
     ]
     assert links[0] == links[1]
-    headings = [len(re.findall(r"^## ", text, re.MULTILINE)) for text in (english, chinese)]
+    headings = [len(re.findall(r"^## ", text, re.MULTILINE)) for text in texts]
     assert headings[0] == headings[1]
 
 
