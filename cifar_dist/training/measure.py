@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -18,8 +19,10 @@ from cifar_dist.training.setup import build_trainer
 from cifar_dist.training.step import WARMUP_STEPS
 from cifar_dist.training.trainer import Trainer
 
-_RESERVE = 0.02
-"""For checkpoints, which take at most 1 % of the time, and for the rest of an epoch's end."""
+_RESERVE = 0.04
+"""For checkpoints, which take at most 1 % of the time, the rest of an epoch's end, and what short steps do not show."""
+_ENDS_SECONDS = 6.0  # Python's start, figures, exit
+_ROUNDS = 3
 _TINY_RATE = 1e-6  # measured weights stay as they are, whatever the images
 
 
@@ -33,13 +36,13 @@ class Pace:
     """Of one image."""
 
     def seconds(self, plan: RunPlan) -> float:
-        """Return the time of the steps, the validation after each epoch, and the test."""
+        """Return the time of the steps, the validation after each epoch, the test, and the figures."""
         starts = [0, *(end for _, end in plan.image_sizes)]
         sizes = zip(starts, plan.image_sizes, strict=False)
         steps = sum((end - start) * self.step_seconds[side] for start, (side, end) in sizes)
         filled = plan.images_per_epoch / (plan.steps_per_epoch * plan.global_batch_size)
         num_evaluated = plan.epochs * plan.num_validation + plan.num_test
-        return (1 + _RESERVE) * (filled * steps + num_evaluated * self.evaluation_seconds)
+        return (1 + _RESERVE) * (filled * steps + num_evaluated * self.evaluation_seconds) + _ENDS_SECONDS
 
     @property
     def line(self) -> str:
@@ -90,14 +93,16 @@ def _measure(recipe: Recipe, runtime: Runtime, dataset: Dataset, seconds: float)
 
 
 def _seconds_of_step(trainer: Trainer, image_size: int, seconds: float) -> float:
-    """Return the mean time of a step over about `seconds`, after a warm-up."""
+    """Return the time of a step after a warm-up: the median of three means, over about `seconds` together."""
     trainer.batches.image_size = lambda epoch, step: image_size
     loop = endless_steps(trainer)
     for _ in range(WARMUP_STEPS + 1 if trainer.runtime.compute.replays else 1):
         loop()
     once = _slowest(loop, 1, trainer.runtime)
-    count = int(seconds / once)
-    return once if count < 2 else _slowest(loop, count, trainer.runtime) / count
+    count = int(seconds / once / _ROUNDS)
+    if count < 1:
+        return once
+    return statistics.median(_slowest(loop, count, trainer.runtime) for _ in range(_ROUNDS)) / count
 
 
 def _slowest(action: Callable[[], object], count: int, runtime: Runtime) -> float:
