@@ -74,10 +74,10 @@ class ScheduleConfig:
     """For `step`: the factor of the rate at each step."""
 
     def __post_init__(self) -> None:
-        for field in ("step_epochs", "gamma"):
+        for name in ("step_epochs", "gamma"):
             is_set = getattr(self, field) is not None
             only = "set with schedule.name=step, and only with it"
-            _require(is_set == (self.name == "step"), field, getattr(self, field), only)
+            _require(is_set == (self.name == "step"), name, getattr(self, name), only)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
