@@ -49,9 +49,18 @@ class OptimizerConfig:
     """For `muon`: the peak for the parameters that SGD steps, which are all but filters; null: as for the filters."""
     normalize_filters: bool
     """For `muon`: each filter bank is scaled to the norm sqrt(its outputs) before a step (airbench94_muon)."""
+    orthogonalization_steps: Count
+    """For `muon`: its Newton-Schulz steps."""
+    sgd_momentum: FractionBelow1 | None
+    """For `muon`: the momentum of the parameters that SGD steps; null: `momentum`."""
+    head_learning_rate: Positive | None
+    """The peak for the last layer; null: as for the other matrices that SGD or AdamW steps."""
+    bias_learning_rate: Positive | None
+    """The peak for biases and BatchNorm's parameters; null: as for the other parameters that SGD or AdamW steps."""
 
     def __post_init__(self) -> None:
-        _require(not self.nesterov or self.momentum > 0, "nesterov", True, "false where momentum is 0")
+        lowest = self.momentum if self.sgd_momentum is None else min(self.momentum, self.sgd_momentum)
+        _require(not self.nesterov or lowest > 0, "nesterov", True, "false where momentum or sgd_momentum is 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,6 +143,14 @@ class Recipe:
     dropout: FractionBelow1
     batch_norm_group_size: Size | None
     """Samples that share BatchNorm statistics; null: the global batch."""
+    batch_norm_momentum: Annotated[float, Check(lambda value: 0 < value <= 1, "in (0, 1]")] | None
+    """The weight of a batch in BatchNorm's running statistics, torch's `momentum`; null: the network's own."""
+    batch_norm_scale: bool
+    """Whether BatchNorm's scales are trained; if not they stay 1."""
+    head_scale: Positive
+    """A factor on the initial weights of the last layer (docs/recipes.md)."""
+    whitening_bias_epochs: Natural | None
+    """For `fastnet`: the first layer's bias is trained for so many epochs, then the layer is frozen; null: always."""
     epochs: Count
     global_batch_size: Size
     gradient_accumulation_steps: Count
@@ -171,6 +188,8 @@ class Recipe:
             object.__setattr__(self, "stem", None)
         else:
             _require(self.stem is not None, "stem", None, f"cifar, small or imagenet for {self.model}")
+        if self.model != "fastnet":
+            object.__setattr__(self, "whitening_bias_epochs", None)
         freeze = self.freeze_epochs
         _require(not freeze or self.pretrained is not None, "freeze_epochs", freeze, "0 without pretrained")
         stopping = self.early_stopping
