@@ -103,7 +103,7 @@ def boundary(recipe: str, epochs: int = 6) -> None:
     """Print what lies between two epochs."""
     ends, begins, end = [], [], Trainer._end_step
 
-    def train_on(step: TrainingStep, batch: Batch, *, is_frozen: bool) -> None:
+    def train_on(step: TrainingStep, batch: Batch) -> None:
         """Note when a batch arrives; compute nothing."""
         begins.append((step.state.epoch + 1, time.perf_counter()))
         step.state.sums.add(torch.ones(()), torch.zeros(len(batch.labels), 10), batch.labels)

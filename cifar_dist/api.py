@@ -18,7 +18,7 @@ from cifar_dist.commands import predict as predict_command
 from cifar_dist.commands import train as train_command
 from cifar_dist.config.accelerate_config import AccelerateConfig, load_accelerate_config, processes_to_start
 from cifar_dist.config.errors import EXIT_DONE, UserError
-from cifar_dist.config.options import EvalOptions, Precision, PredictOptions, TrainOptions
+from cifar_dist.config.options import EvalOptions, Precision, PredictOptions, TrainOptions, Tta
 from cifar_dist.config.own_code import register
 from cifar_dist.config.recipe import Recipe
 from cifar_dist.config.world import World
@@ -118,7 +118,7 @@ def evaluate(
     data_dir: PathLike | None = None,
     split: Literal["test", "validation"] = "test",
     recipe: PathLike | None = None,
-    tta: Literal["none", "mirror"] = "none",
+    tta: Tta = "none",
     precision: Precision | None = None,
     config: PathLike | None = None,
     quiet: bool = False,

@@ -44,7 +44,7 @@ def evaluate(options: EvalOptions, world: World, config: AccelerateConfig, conso
         names, model = dataset.class_names, weights.build(runtime.device, runtime.memory_format)
         split = EvaluationSet(data=data, indices=indices, class_names=names, recipe=weights.recipe, runtime=runtime)
         with CountProgress(console, "evaluating", unit="images") as observer:
-            logits = split.predict(model, observer, mirror=options.tta == "mirror")
+            logits = split.predict(model, observer, tta=options.tta)
         evaluation = split.summarize(logits)
         with ranks.together():
             weights.check_finite(torch.tensor(evaluation.loss), runtime.precision)

@@ -77,7 +77,7 @@ def run(options: TuneOptions, world: World, config: AccelerateConfig) -> int:
 def range_test(trainer: Trainer) -> tuple[list[float], list[float]]:
     """Train 100 steps; stop at a loss above 4 times the lowest smoothed one. Return the rates and the losses.
 
-    A group with a learning rate of its own (Muon's `sgd_learning_rate`) keeps its share of the rate.
+    A group with a learning rate of its own (`sgd_learning_rate`, `head_learning_rate`) keeps its share of the rate.
     """
     rates, losses = np.geomspace(_LOWEST, _HIGHEST, _STEPS).tolist(), list[float]()
     base = trainer.recipe

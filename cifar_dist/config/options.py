@@ -119,6 +119,7 @@ def parse_seeds(text: str) -> list[int]:
 
 
 Precision = Literal["auto", "no", "fp16", "bf16"]
+Tta = Literal["none", "mirror", "six"]
 FULL_NAMES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -196,7 +197,7 @@ class EvalOptions(DeviceOptions):
     split: Literal["test", "validation"] = flag("--split", "default: test", default="test")
     recipe: str | None = flag("--recipe", *_RECIPE_OF_WEIGHTS)
     assignments: Mapping[str, Any] = flag("--set", *_SET_OF_WEIGHTS, **_SEVERAL)
-    tta: Literal["none", "mirror"] = flag("--tta", "average over the mirror image too", default="none")
+    tta: Tta = flag("--tta", "average over the mirror image too, or over that and shifts (six views)", default="none")
     json: Path | None = flag("--json", *_JSON)
     figures: Path | None = flag("--figures", "draw confusion matrix, accuracy by class, predictions there", "DIR")
 

@@ -55,9 +55,18 @@ class OptimizerConfig:
     """For `muon`: the peak rate of the parameters that SGD steps; null: the same as for the filters."""
     normalize_filters: bool
     """For `muon`: scale each filter bank to the norm sqrt(number of its outputs) before a step (airbench94_muon)."""
+    orthogonalization_steps: Count
+    """For `muon`: Newton-Schulz steps that orthogonalize an update."""
+    sgd_momentum: FractionBelow1 | None
+    """For `muon`: the momentum of the parameters that SGD steps; null: `momentum`."""
+    head_learning_rate: Positive | None
+    """The peak rate of the last layer; null: that of the other matrices that SGD or AdamW steps."""
+    bias_learning_rate: Positive | None
+    """The peak rate of biases and BatchNorm's parameters; null: that of the others that SGD or AdamW steps."""
 
     def __post_init__(self) -> None:
-        _require(not self.nesterov or self.momentum > 0, "nesterov", True, "false where momentum is 0")
+        lowest = self.momentum if self.sgd_momentum is None else min(self.momentum, self.sgd_momentum)
+        _require(not self.nesterov or lowest > 0, "nesterov", True, "false where momentum or sgd_momentum is 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +84,7 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         for name in ("step_epochs", "gamma"):
-            is_set = getattr(self, field) is not None
+            is_set = getattr(self, name) is not None
             only = "set with schedule.name=step, and only with it"
             _require(is_set == (self.name == "step"), name, getattr(self, name), only)
 
@@ -169,6 +178,14 @@ class Recipe:
     """The probability of dropout before the last layer."""
     batch_norm_group_size: Size | None
     """Images that share BatchNorm statistics; null: the global batch."""
+    batch_norm_momentum: Annotated[float, Check(lambda value: 0 < value <= 1, "in (0, 1]")] | None
+    """The weight of a batch in BatchNorm's running statistics, torch's `momentum`; null: the network's own."""
+    batch_norm_scale: bool
+    """Whether BatchNorm's scales are trained. If not, they stay 1."""
+    head_scale: Positive
+    """A factor on the initial weights of the last layer."""
+    whitening_bias_epochs: Natural | None
+    """For `fastnet`: epochs that train the bias of the first layer, which is then frozen; null: all epochs."""
     epochs: Count
     """Passes over the training images."""
     global_batch_size: Size
@@ -222,6 +239,8 @@ class Recipe:
             object.__setattr__(self, "stem", None)
         else:
             _require(self.stem is not None, "stem", None, f"cifar, small or imagenet for {self.model}")
+        if self.model != "fastnet":
+            object.__setattr__(self, "whitening_bias_epochs", None)
         freeze = self.freeze_epochs
         _require(not freeze or self.pretrained is not None, "freeze_epochs", freeze, "0 without pretrained")
         stopping = self.early_stopping

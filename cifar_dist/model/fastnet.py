@@ -13,11 +13,14 @@ _IMAGES_AT_ONCE = 500
 class FastNet(nn.Module):
     """Seven convolutions and a linear head, 1.97 million parameters with 10 classes (section 3.1).
 
-    The input is normalized images (N, 3, H, W) of at least 9 x 9 pixels, the output logits (N, num_classes). In two
-    points it departs from the paper: BatchNorm has scales, and the last pooling is over the whole image, so that any
-    image size fits. The weights are drawn from torch's global generator. The filters of `whitening` are frozen, and
-    random until `whiten` sets them.
+    The input is normalized images (N, 3, H, W) of at least 9 x 9 pixels, the output logits (N, num_classes). Unlike the
+    paper's, the last pooling is over the whole image, so that any image size fits. The recipe `fast` scales the head
+    and freezes BatchNorm's scales, as the paper does. The weights are drawn from torch's global generator. The filters
+    of `whitening` are frozen, and random until `whiten` sets them.
     """
+
+    whitening_is_frozen = False
+    """Whether the bias of `whitening` has no gradient, too, which saves the backward pass through what follows it."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -29,9 +32,12 @@ class FastNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (N, num_classes) for normalized images (N, 3, H, W)."""
-        features: Tensor = self.blocks(functional.gelu(self.whitening(images)))
+        patches = functional.gelu(self.whitening(images))
+        features: Tensor = self.blocks(patches.detach() if self.whitening_is_frozen else patches)
         logits: Tensor = self.fc(features.amax((2, 3)))
-        return logits / 9
+        if self.whitening_is_frozen and self.training:  # DDP waits for a gradient of every parameter
+            logits = logits + 0 * self.whitening.bias.sum()
+        return logits
 
 
 def _block(channels_in: int, channels_out: int) -> nn.Sequential:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision import models
 from torchvision.models import EfficientNet, MobileNetV2, MobileNetV3, ResNet
 
@@ -26,10 +27,32 @@ def build_network(recipe: Recipe, num_classes: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         if is_own_code(recipe.model):
-            return _build_own(recipe.model, num_classes)
-        if recipe.model == "fastnet":
-            return FastNet(num_classes)
-        return _with_stem(_build_torchvision(recipe, num_classes), recipe)
+            model = _build_own(recipe.model, num_classes)
+        elif recipe.model == "fastnet":
+            model = FastNet(num_classes)
+        else:
+            model = _with_stem(_build_torchvision(recipe, num_classes), recipe)
+    _set_batch_norm(model, recipe)
+    if recipe.head_scale != 1:
+        _scale_head(model, recipe, num_classes)
+    return model
+
+
+def _set_batch_norm(model: nn.Module, recipe: Recipe) -> None:
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.momentum = recipe.batch_norm_momentum or module.momentum
+            if not recipe.batch_norm_scale and module.affine:
+                module.weight.requires_grad_(False)
+
+
+@torch.no_grad()
+def _scale_head(model: nn.Module, recipe: Recipe, num_classes: int) -> None:
+    head = find_head(model, num_classes)
+    if head is None:
+        raise UserError(f"head_scale needs a last layer with {num_classes} outputs, and {recipe.model} has none")
+    for parameter in head[1].parameters():
+        parameter.mul_(recipe.head_scale)
 
 
 def _build_own(name: str, num_classes: int) -> nn.Module:

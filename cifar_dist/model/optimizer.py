@@ -24,21 +24,27 @@ def build_optimizer(
 
     Muon steps `matrices_of` the model, of which `head` is the last layer. `fused` is one kernel over all parameters;
     None: if the device has it. Without `decay_norm_and_bias` only matrices and filters decay: BatchNorm's scales and
-    the biases have one dimension and a group of their own.
+    the biases have one dimension and a group of their own. A group with `head_learning_rate` or `bias_learning_rate`
+    decays as fast as the others: its weight decay is divided by the ratio of the rates.
     """
     is_muon = config.name == "muon"
     trainable = [each for each in model.parameters() if each.requires_grad]
     matrices = matrices_of(model, head) if is_muon else []
-    is_matrix = set(map(id, matrices))
-    members: dict[bool, list[nn.Parameter]] = {}
+    is_matrix, in_head = set(map(id, matrices)), set() if head is None else set(map(id, head[1].parameters()))
+    members: dict[tuple[bool, float | None], list[nn.Parameter]] = {}
     for each in trainable:
         if id(each) not in is_matrix:
-            members.setdefault(config.decay_norm_and_bias or each.ndim > 1, []).append(each)
-    other = config.sgd_learning_rate if is_muon else None
-    scale = 1.0 if other is None else other / config.learning_rate
+            own = config.head_learning_rate if id(each) in in_head else None
+            own = config.bias_learning_rate if own is None and each.ndim == 1 else own
+            members.setdefault((config.decay_norm_and_bias or each.ndim > 1, own), []).append(each)
+    other = (config.sgd_learning_rate if is_muon else None) or config.learning_rate
     groups: list[dict[str, Any]] = [
-        {"params": each, "weight_decay": config.weight_decay if decays else 0.0, "lr_scale": scale}
-        for decays, each in members.items()
+        {
+            "params": each,
+            "weight_decay": config.weight_decay * (other / (own or other)) if decays else 0.0,
+            "lr_scale": (own or other) / config.learning_rate,
+        }
+        for (decays, own), each in members.items()
     ]
     kind = trainable[0].device.type
     if fused is None and kind in ("cpu", "cuda"):  # MPS keeps torch's own choice
@@ -48,8 +54,10 @@ def build_optimizer(
         return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.momentum, 0.999), **how)
     options: dict[str, Any] = {"lr": config.learning_rate, "momentum": config.momentum, "nesterov": config.nesterov}
     if is_muon:
-        options |= {"weight_decay": config.weight_decay, "normalized": config.normalize_filters}
-        return MuonWithSGD(matrices, groups, fused=fused, **options)
+        own_options = {"weight_decay": config.weight_decay, "normalized": config.normalize_filters}
+        own_options["steps"] = config.orthogonalization_steps
+        momentum = config.momentum if config.sgd_momentum is None else config.sgd_momentum
+        return MuonWithSGD(matrices, own_options | options, groups, options | {"momentum": momentum, "fused": fused})
     return _with_momentum(torch.optim.SGD(groups, fused=fused, **options))
 
 
@@ -111,16 +119,13 @@ class MuonWithSGD(torch.optim.Optimizer):
     def __init__(
         self,
         filters: list[nn.Parameter],
+        options: dict[str, Any],
         groups: list[dict[str, Any]],
-        *,
-        weight_decay: float,
-        normalized: bool,
-        fused: bool | None,
-        **options: Any,
+        sgd_options: dict[str, Any],
     ) -> None:
-        self.sgd = _with_momentum(torch.optim.SGD(groups, fused=fused, **options))
-        own = {"params": filters, "weight_decay": weight_decay, "normalized": normalized, **options}
-        super().__init__([own, *self.sgd.param_groups], {})
+        """`options` of Muon: lr, momentum, nesterov, weight_decay, normalized, steps."""
+        self.sgd = _with_momentum(torch.optim.SGD(groups, **sgd_options))
+        super().__init__([{"params": filters, **options}, *self.sgd.param_groups], {})
         for each in filters:
             self.state[each]["momentum_buffer"] = torch.zeros_like(each)
 
@@ -140,7 +145,7 @@ class MuonWithSGD(torch.optim.Optimizer):
         torch._foreach_mul_(momenta, options["momentum"])
         torch._foreach_add_(momenta, gradients)
         ahead = torch._foreach_add(gradients, momenta, alpha=options["momentum"]) if options["nesterov"] else momenta
-        directions = orthogonalized(ahead)
+        directions = orthogonalized(ahead, options["steps"])
         if options["normalized"]:
             lengths = torch._foreach_norm(weights)
             torch._foreach_reciprocal_(lengths)
@@ -165,25 +170,25 @@ class MuonWithSGD(torch.optim.Optimizer):
         self.param_groups[1:] = self.sgd.param_groups  # loading replaces them; both must see one learning rate
 
 
-def orthogonalized(matrices: Sequence[Tensor]) -> list[Tensor]:
+def orthogonalized(matrices: Sequence[Tensor], steps: int = 5) -> list[Tensor]:
     """Return, approximately, the nearest orthogonal matrix of each of (rows, columns): U V' for U S V'.
 
-    Five of Muon's Newton-Schulz steps X <- (a + b G + c G G) X with G = X X', which bring the singular values near 1.
-    On CUDA in TF32 if the convolutions are, and then in two stages: TF32's 11 bits lose the squares of small singular
+    Muon's Newton-Schulz steps X <- (a + b G + c G G) X with G = X X' bring the singular values near 1. On CUDA in TF32 if the convolutions are, and then in two stages: TF32's 11 bits lose the squares of small singular
     values, and that error grows with each step, up to twelve times. A restart from X after three steps stops it.
     """
     products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
     if not (matrices[0].is_cuda and convolutions.fp32_precision == "tf32"):
-        return _newton_schulz(matrices, 5)
+        return _newton_schulz(matrices, steps)
     before, products.fp32_precision = products.fp32_precision, "tf32"
     try:
-        return _newton_schulz_in_stages(matrices)
+        return _newton_schulz_in_stages(matrices, steps)
     finally:
         products.fp32_precision = before
 
 
-def _newton_schulz_in_stages(matrices: Sequence[Tensor]) -> list[Tensor]:
-    return _newton_schulz(_newton_schulz(matrices, 3, least_side=128), 2, scales=False, least_side=128)
+def _newton_schulz_in_stages(matrices: Sequence[Tensor], steps: int) -> list[Tensor]:
+    first = _newton_schulz(matrices, min(steps, 3), least_side=128)
+    return _newton_schulz(first, steps - 3, scales=False, least_side=128) if steps > 3 else first
 
 
 def _newton_schulz(matrices: Sequence[Tensor], steps: int, *, scales: bool = True, least_side: int = 0) -> list[Tensor]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cifar_dist.config.options import Tta
 from cifar_dist.config.recipe import Recipe
 from cifar_dist.data.dataset import LabelledImages
 from cifar_dist.data.loader import Batch, Normalizer, evaluation_batches
@@ -100,6 +101,27 @@ def summarize(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> Eva
     )
 
 
+def views(images: Tensor, tta: Tta) -> list[tuple[Tensor, float]]:
+    """Return versions of normalized images (N, C, H, W) whose logits are averaged at test time, and their weights.
+
+    `mirror`: the images and their mirror images. `six`: half the weight is that of `mirror`, half that of both shifted
+    by one pixel of 32 up and left, and down and right, the border reflected (arXiv 2404.00498, section 3.5).
+    """
+    if tta == "none":
+        return [(images, 1.0)]
+    if tta == "mirror":
+        return [(images, 0.5), (images.flip(3), 0.5)]
+    height, width = images.shape[2:]
+    shift = max(1, round(height / 32))
+    padded = functional.pad(images, [shift] * 4, mode="reflect")
+    corners = [padded[:, :, begin : begin + height, begin : begin + width] for begin in (0, 2 * shift)]
+    return [
+        (view, weight / 2)
+        for shifted, weight in ((images, 0.5), (corners[0], 0.25), (corners[1], 0.25))
+        for view in (shifted, shifted.flip(3))
+    ]
+
+
 def batch_size_for(image_size: int) -> int:
     """Return the batch size of an evaluation: 250 images of 32 pixels, fewer of larger ones.
 
@@ -124,11 +146,11 @@ class EvaluationSet:
         """(N,) int64, on the CPU."""
         return self.data.labels.cpu()[self.indices]
 
-    def predict(self, model: nn.Module, observer: Observer, *, mirror: bool = False) -> Tensor:
+    def predict(self, model: nn.Module, observer: Observer, *, tta: Tta = "none") -> Tensor:
         """Return the logits (N, num_classes) float32 of the unwrapped model, on the CPU. A collective.
 
-        With `mirror`, they are the mean over an image and its mirror image. Each rank fills in the rows of its own
-        samples, and one sum joins them: nothing is padded, so no sample counts twice.
+        They are the mean over the `views` of an image. Each rank fills in the rows of its own samples, and one sum
+        joins them: nothing is padded, so no sample counts twice.
         """
         runtime, indices, image_size = self.runtime, self.indices, self.recipe.image_size
         mine = slice(runtime.world.rank, None, runtime.world.size)
@@ -143,10 +165,7 @@ class EvaluationSet:
         model.eval()
         with torch.no_grad(), runtime.accelerator.autocast():
             for images in batches:
-                logits = model(images).float()
-                if mirror:
-                    logits = (logits + model(images.flip(3)).float()) / 2
-                own.append(logits)
+                own.append(sum(weight * model(view).float() for view, weight in views(images, tta)))
                 observer.on_evaluation(min(len(indices), len(own) * batch_size * runtime.world.size), len(indices))
         all_logits = torch.zeros(len(indices), len(self.class_names), device=runtime.device)
         if own:

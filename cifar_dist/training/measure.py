@@ -73,7 +73,13 @@ def _measure(recipe: Recipe, runtime: Runtime, dataset: Dataset, seconds: float)
         pretrained=None,
         freeze_epochs=0,
         early_stopping=replace(recipe.early_stopping, enabled=False),
-        optimizer=replace(recipe.optimizer, learning_rate=_TINY_RATE, sgd_learning_rate=None),
+        optimizer=replace(
+            recipe.optimizer,
+            learning_rate=_TINY_RATE,
+            sgd_learning_rate=None,
+            head_learning_rate=None,
+            bias_learning_rate=None,
+        ),
     )
     plan = make_plan(endless, world_size=runtime.world.size, sizes=dataset.sizes, device_type=runtime.device.type)
     trainer, step_seconds = build_trainer(endless, plan, dataset, runtime, Observer()), {}

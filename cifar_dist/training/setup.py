@@ -1,6 +1,6 @@
 """Build a trainer from a recipe, a plan and a dataset."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +75,7 @@ def build_trainer(
         plan=plan,
         runtime=runtime,
         state=state,
-        frozen=parts_to_freeze(model, recipe, dataset.num_classes) if recipe.freeze_epochs else (),
+        frozen=_freezing(model, recipe, dataset.num_classes),
         draws=_track_randomness(model, traits.batch_dims, head, recipe, runtime.device),
         has_unused_parameters=traits.has_unused_parameters,
         cuda_graph=CudaGraphStep(state.optimizer, observer.on_note) if replays else None,
@@ -92,6 +92,20 @@ def build_trainer(
         interrupt=interrupt or Interrupt(),
         recorder=recorder or Recorder(),
     )
+
+
+def _freezing(model: nn.Module, recipe: Recipe, num_classes: int) -> Callable[[int], tuple[nn.Parameter, ...]]:
+    """Return the function that freezes parts of the model for an epoch, and returns the frozen parameters."""
+    first = parts_to_freeze(model, recipe, num_classes) if recipe.freeze_epochs else ()
+
+    def freeze(epoch: int) -> tuple[nn.Parameter, ...]:
+        if isinstance(model, FastNet) and recipe.whitening_bias_epochs is not None:
+            model.whitening_is_frozen = epoch > recipe.whitening_bias_epochs
+            if model.whitening_is_frozen:
+                return (*model.whitening.parameters(),)
+        return first if epoch <= recipe.freeze_epochs else ()
+
+    return freeze
 
 
 def probe(model: nn.Module, recipe: Recipe, plan: RunPlan, num_classes: int) -> NetworkTraits:

@@ -138,8 +138,8 @@ class TrainingStep:
     plan: RunPlan
     runtime: Runtime
     state: TrainState
-    frozen: tuple[nn.Parameter, ...] = ()
-    """Parameters that the first `freeze_epochs` do not train."""
+    frozen: Callable[[int], tuple[nn.Parameter, ...]] = lambda _: ()
+    """Returns the parameters that an epoch does not train."""
     draws: Draws | None = None
     """What the masks of dropout depend on; None without dropout."""
     has_unused_parameters: bool = False
@@ -148,6 +148,7 @@ class TrainingStep:
     """None: each step is launched operation by operation."""
 
     def __post_init__(self) -> None:
+        self._frozen: tuple[nn.Parameter, ...] = ()
         self.model, self.optimizer = self.runtime.prepare(
             self.state.model, self.state.optimizer, has_unused_parameters=self.has_unused_parameters
         )
@@ -155,21 +156,21 @@ class TrainingStep:
     def begin_epoch(self, epoch: int) -> None:
         """Set training mode and the key of the random masks."""
         self.model.train()
+        self._frozen = self.frozen(epoch)
         if self.draws is not None:
             self.draws.set_key(derive_seed("dropout", self.recipe.seed, epoch))
 
-    def train_on(self, batch: Batch, *, is_frozen: bool = False) -> None:
+    def train_on(self, batch: Batch) -> None:
         """Set the learning rate, add a micro-batch's gradient, and after the last one of a step update the weights."""
         step = self.state.step
         set_learning_rate(self.optimizer, learning_rate(self.recipe, self.plan, step))
         self.state.sums.at_step(step + 1)
         if self.draws is not None:
             self.draws.set_step(step)
-        run = functools.partial(self._forward_backward_step, is_frozen=is_frozen)
         if self.cuda_graph is None or batch.images_in_step < self.plan.global_batch_size:
-            run(batch)
+            self._forward_backward_step(batch)
         else:
-            self.cuda_graph.run(run, batch, kind=is_frozen)
+            self.cuda_graph.run(self._forward_backward_step, batch, kind=self._frozen)
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the logits (B, num_classes) of a micro-batch, in training mode."""
@@ -180,7 +181,7 @@ class TrainingStep:
         logits: Tensor = self.model(batch.images)
         return logits
 
-    def _forward_backward_step(self, batch: Batch, *, is_frozen: bool) -> None:
+    def _forward_backward_step(self, batch: Batch) -> None:
         accelerator = self.runtime.accelerator
         with contextlib.nullcontext() if batch.ends_step else accelerator.no_sync(self.model):
             logits = self.forward(batch)
@@ -189,7 +190,7 @@ class TrainingStep:
             accelerator.backward(loss * (self.plan.world_size / batch.images_in_step))
         self.state.sums.add(loss.detach(), logits, batch.labels)
         if batch.ends_step:
-            for parameter in self.frozen if is_frozen else ():
+            for parameter in self._frozen:
                 parameter.grad = None  # neither a step, nor momentum, nor weight decay
             if self.recipe.gradient_clipping is not None:
                 accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.gradient_clipping)

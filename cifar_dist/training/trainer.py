@@ -98,7 +98,7 @@ class Trainer:
         self._shown = (loss, images)  # a resumed epoch has sums of its steps so far
         begun = time.perf_counter()
         for batch in self.batches.epoch(epoch, steps_done=self._step_of(epoch)):
-            self.step.train_on(batch, is_frozen=epoch <= self.recipe.freeze_epochs)
+            self.step.train_on(batch)
             if batch.ends_step:
                 if self._is_watched and batch.images_in_step == self.plan.global_batch_size:
                     self._note_slowdown(time.perf_counter() - begun, batch.images.shape[-1])

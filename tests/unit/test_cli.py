@@ -88,7 +88,7 @@ def test_openmp_spins_briefly_unless_the_user_chose(environ, expected, monkeypat
         (("train", "--recipe", "s"), {"standard", "strong"}),
         (("--set", "epochs=1", "optimizer.m"), {"optimizer.momentum="}),
         (("--tracker", "w"), {"wandb"}),
-        (("eval", "--tta", ""), {"none", "mirror"}),
+        (("eval", "--tta", ""), {"none", "mirror", "six"}),
         (("recipes", ""), {"quick", "standard"}),
         (("config", "multi"), {"multi_cpu", "multi_gpu", "multi_node"}),
     ],
@@ -112,7 +112,7 @@ def test_completion_is_for_zsh_too(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         cli.main(["--completion"])
     script = capsys.readouterr().out
-    assert "compdef" in script and "--tta[" in script and "(none mirror)" in script
+    assert "compdef" in script and "--tta[" in script and "(none mirror six)" in script
 
 
 def test_completion_names_the_package_that_it_needs(monkeypatch, capsys):

@@ -47,7 +47,7 @@ def test_any_image_size_has_logits_and_one_layer_is_frozen(model):
     assert frozen == ["whitening.weight"]
 
 
-def test_features_are_the_maxima_of_the_image_and_logits_a_ninth_of_the_heads_outputs(model):
+def test_features_are_the_maxima_of_the_image(model):
     model, images, calls = copy.deepcopy(model).eval(), torch.randn(2, 3, 32, 32), {}
     for name in ("blocks", "fc"):
         getattr(model, name).register_forward_hook(lambda _, args, out, name=name: calls.update({name: (args[0], out)}))
@@ -55,7 +55,19 @@ def test_features_are_the_maxima_of_the_image_and_logits_a_ninth_of_the_heads_ou
     torch.testing.assert_close(calls["blocks"][0], functional.gelu(model.whitening(images)))
     assert calls["blocks"][1].shape == (2, 256, 3, 3)
     torch.testing.assert_close(calls["fc"][0], calls["blocks"][1].flatten(2).max(2).values)
-    torch.testing.assert_close(logits, calls["fc"][1] / 9)
+    assert torch.equal(logits, calls["fc"][1])
+
+
+def test_a_frozen_first_layer_changes_no_output_and_has_no_gradient(model):
+    free, frozen = copy.deepcopy(model), copy.deepcopy(model)
+    frozen.whitening_is_frozen = True
+    images = torch.randn(4, 3, 16, 16)
+    for each in (free, frozen):
+        each(images).logsumexp(1).sum().backward()
+    assert torch.equal(free(images), frozen(images))
+    assert bool(free.whitening.bias.grad.abs().min() > 0)
+    assert torch.equal(frozen.whitening.bias.grad, torch.zeros(24)), "0 and not None: DDP waits for it"
+    torch.testing.assert_close(frozen.blocks[0][0].weight.grad, free.blocks[0][0].weight.grad)
 
 
 def test_whitened_patches_have_identity_covariance(model):

@@ -257,6 +257,36 @@ def test_filters_are_brought_to_their_norm_before_a_step():
     assert torch.equal(model.fc.weight, before), "without a gradient nothing moves"
 
 
+@pytest.mark.parametrize("name", ["sgd", "muon"])
+def test_head_and_biases_may_have_rates_of_their_own(name):
+    fields = (f"name={name}", "learning_rate=0.1", "weight_decay=0.02", "decay_norm_and_bias=true")
+    own = ("head_learning_rate=0.4", "bias_learning_rate=0.05", "sgd_momentum=0.5")
+    model = narrow_resnet()
+    config = make_recipe(*(f"optimizer.{each}" for each in (*fields, *own))).optimizer
+    optimizer = build_optimizer(model, config, find_head(model, 10))
+    set_learning_rate(optimizer, 0.1)
+    of = {id(each): group for group in optimizer.param_groups for each in group["params"]}
+    head, bias, filters = (of[id(each)] for each in (model.fc.weight, model.bn1.bias, model.layer2.conv1.weight))
+    assert [group["lr"] for group in (head, bias, filters)] == pytest.approx([0.4, 0.05, 0.1])
+    assert [group["lr"] * group["weight_decay"] for group in (head, bias, filters)] == pytest.approx([0.002] * 3)
+    assert of[id(model.fc.bias)] is head
+    momenta = [group["momentum"] for group in (head, filters)]
+    assert momenta == ([0.5, 0.9] if name == "muon" else [0.9, 0.9])
+
+
+@pytest.mark.parametrize("model", ["fastnet", "resnet18"])
+def test_batch_norm_and_the_head_are_as_the_recipe_says(model):
+    plain, changed = (
+        build_network(make_recipe(f"model={model}", *fields), 10)
+        for fields in ((), ("batch_norm_momentum=0.4", "batch_norm_scale=false", "head_scale=0.25"))
+    )
+    norms = [each for each in changed.modules() if isinstance(each, nn.BatchNorm2d)]
+    assert {each.momentum for each in norms} == {0.4}
+    assert not any(each.weight.requires_grad for each in norms) and all(each.bias.requires_grad for each in norms)
+    assert {each.momentum for each in plain.modules() if isinstance(each, nn.BatchNorm2d)} == {0.1}
+    torch.testing.assert_close(changed.fc.weight, plain.fc.weight / 4)
+
+
 @pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
 def test_a_state_from_another_device_gets_the_kernel_and_layout_of_this_one(name):
     """As from a CPU, which has a fused kernel and channels_last, to MPS and back."""

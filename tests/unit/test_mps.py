@@ -123,7 +123,7 @@ def train_and_evaluate(runtime, monkeypatch, *assignments) -> OperatorsOnDevice:
         images = EvaluationSet(
             data=test, indices=torch.arange(len(test)), class_names=dataset.class_names, recipe=recipe, runtime=runtime
         )
-        images.predict(state.evaluated_model, Observer(), mirror=True)
+        images.predict(state.evaluated_model, Observer(), tta="six")
     return mode
 
 

@@ -168,7 +168,7 @@ def steps_with_notes(runtime, clock, *fields: str, seconds: list[float], epochs:
     def wait(*arguments, **named) -> None:
         clock.now += 60
 
-    def step(batch, *, is_frozen) -> None:
+    def step(batch) -> None:
         clock.now += next(left)
 
     trainer.step.train_on, observer.on_step = step, wait
@@ -257,20 +257,44 @@ def test_an_interrupted_run_is_saved_at_its_step(runtime, tmp_path):
     assert load_checkpoint(run.last)["step"] == 1
 
 
-@pytest.mark.parametrize(("count", "mirror"), [(1, False), (250, False), (251, False), (251, True)])
-def test_evaluation_counts_each_image_once(runtime, count, mirror):
+def six_views(model, pixels):
+    """As arXiv 2404.00498 describes it for 32 pixels."""
+    padded = functional.pad(pixels, (1, 1, 1, 1), mode="reflect")
+    mean = [(model(each) + model(each.flip(3))) / 2 for each in (pixels, padded[:, :, :32, :32], padded[:, :, 2:, 2:])]
+    return mean[0] / 2 + (mean[1] + mean[2]) / 4
+
+
+EXPECTED = {
+    "none": lambda model, pixels: model(pixels),
+    "mirror": lambda model, pixels: (model(pixels) + model(pixels.flip(3))) / 2,
+    "six": six_views,
+}
+
+
+@pytest.mark.parametrize(("count", "tta"), [(1, "none"), (250, "none"), (251, "none"), (251, "mirror"), (251, "six")])
+def test_evaluation_counts_each_image_once(runtime, count, tta):
     dataset, trainer, observer = make_dataset(num_test=count), trainer_for(runtime), Mock(spec=Observer)
     model, indices = trainer.state.model.eval(), torch.arange(count).flip(0)
     images = EvaluationSet(
         data=dataset.test, indices=indices, class_names=dataset.class_names, recipe=trainer.recipe, runtime=runtime
     )
-    result = images.predict(model, observer, mirror=mirror)
+    result = images.predict(model, observer, tta=tta)
     assert torch.equal(images.labels, dataset.test.labels[indices])
     pixels = trainer.batches.normalize(dataset.test.images[indices].float() / 255)
     with torch.no_grad():
-        expected = (model(pixels) + model(pixels.flip(3))) / 2 if mirror else model(pixels)
+        expected = EXPECTED[tta](model, pixels)
     torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
     assert observer.method_calls[-1] == call.on_evaluation(count, count)
+
+
+@pytest.mark.parametrize(("side", "shift"), [(16, 1), (32, 1), (96, 3)])
+def test_shifted_views_reflect_the_border(side, shift):
+    images = torch.randn(2, 3, side, side)
+    seen = views(images, "six")
+    assert sum(weight for _, weight in seen) == 1
+    up_left = seen[2][0]
+    assert torch.equal(up_left[:, :, shift:, shift:], images[:, :, :-shift, :-shift])
+    assert torch.equal(up_left[:, :, 0, shift:], images[:, :, shift, :-shift])
 
 
 def test_normalization_is_torchvisions():

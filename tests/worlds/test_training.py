@@ -43,6 +43,12 @@ VARIANTS = {
         "augmentation.flip=alternating",
         "image_size=32", "image_size_schedule=[[0.75, 0.5], [1.0, 1.0]]", "epochs=2",
     ),
+    "fast": (
+        "model=fastnet", "epochs=2", "whitening_bias_epochs=1", "batch_norm_scale=false", "batch_norm_momentum=0.4",
+        "head_scale=0.1", "dropout=0",
+        "optimizer={name: muon, learning_rate: 0.02, momentum: 0.6, sgd_momentum: 0.8, head_learning_rate: 0.01,"
+        " bias_learning_rate: 0.1, normalize_filters: true, orthogonalization_steps: 3}",
+    ),
     # In three steps: each lets a change of 1e-15 grow by ten.
     "mobilenet_v2": ("model=mobilenet_v2", *DEEP),
     "efficientnet_b0": ("model=efficientnet_b0", *DEEP),
