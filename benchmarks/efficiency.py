@@ -31,7 +31,7 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
 
 
 def seconds_of(action: Callable[[], object], budget: float) -> float:
-    """Return the median time of a call over about `budget` seconds, at least three calls, after two that do not count."""
+    """Return the median time of a call over about `budget` seconds and at least three calls, after two others."""
     action()
     action()
     times, begun = list[float](), time.perf_counter()
@@ -105,7 +105,8 @@ def measure(recipe: Recipe, size: int, precision: str, attainable: float, second
     inside = sum(taken[key][1] * count for key, count in kinds.items())
     print(
         f"| `{recipe.model}` {recipe.stem or ''} | {size} | {batch} | {flops / 1e9:,.0f} | {whole:.3f} |"
-        f" {flops / whole / 1e9:,.0f} | {flops / whole / attainable:.2f} | {inside / whole:.2f} | {updating / whole:.2f} |",
+        f" {flops / whole / 1e9:,.0f} | {flops / whole / attainable:.2f} | {inside / whole:.2f} |"
+        f" {updating / whole:.2f} |",
         flush=True,
     )
     for key, count in kinds.items() if layers else ():

@@ -132,7 +132,8 @@ def evaluate(
         data_dir: The folder of the CIFAR files. Default: that of the training, or `data`.
         split: `validation` is the images that the training held out.
         recipe: For a bare state dict: the recipe whose stem and normalization it has.
-        tta: `mirror` averages the predictions of each image and its mirror image.
+        tta: `mirror` averages the predictions of each image and its mirror image, `six` also of shifts by a pixel
+                (arXiv 2404.00498).
         precision: `auto` (the default) is the best of the device, `no` is float32.
         config: An Accelerate config: device and mixed precision.
         quiet: Print nothing.

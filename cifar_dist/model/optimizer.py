@@ -173,8 +173,9 @@ class MuonWithSGD(torch.optim.Optimizer):
 def orthogonalized(matrices: Sequence[Tensor], steps: int = 5) -> list[Tensor]:
     """Return, approximately, the nearest orthogonal matrix of each of (rows, columns): U V' for U S V'.
 
-    Muon's Newton-Schulz steps X <- (a + b G + c G G) X with G = X X' bring the singular values near 1. On CUDA in TF32 if the convolutions are, and then in two stages: TF32's 11 bits lose the squares of small singular
-    values, and that error grows with each step, up to twelve times. A restart from X after three steps stops it.
+    Muon's Newton-Schulz steps X <- (a + b G + c G G) X with G = X X' bring the singular values near 1. On CUDA in TF32
+    if the convolutions are, and then in two stages: TF32's 11 bits lose the squares of small singular values, and that
+    error grows with each step, up to twelve times. A restart from X after three steps stops it.
     """
     products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
     if not (matrices[0].is_cuda and convolutions.fp32_precision == "tf32"):

@@ -17,7 +17,7 @@ from cifar_dist.run.checkpoint import load_checkpoint
 from cifar_dist.run.results import Observer
 from cifar_dist.training import setup
 from cifar_dist.training import trainer as trainer_module
-from cifar_dist.training.evaluation import EvaluationSet, batch_loss
+from cifar_dist.training.evaluation import EvaluationSet, batch_loss, views
 from cifar_dist.training.setup import build_trainer
 from cifar_dist.training.trainer import DivergedError, InterruptedRun, Trainer
 from tests.conftest import make_dataset, make_recipe
