@@ -113,7 +113,8 @@ def build_bare_step(recipe: Recipe, runtime: Runtime) -> Callable[[], object]:
     model = build_network(recipe, NUM_CLASSES)
     use_dense_products(model)
     model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
-    optimizer = build_optimizer(model, recipe.optimizer, find_head(model, NUM_CLASSES))
+    head, precision = find_head(model, NUM_CLASSES), runtime.compute.precision
+    optimizer = build_optimizer(model, recipe.optimizer, head, precision=precision)
     if runtime.compute.compiler is not None:
         model = runtime.compile(model, runtime.compute.compiler)
     images = torch.rand(batch, 3, recipe.image_size, recipe.image_size).to(device, memory_format=layout)

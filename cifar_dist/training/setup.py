@@ -63,7 +63,7 @@ def build_trainer(
         model = use_groups(model, groups)
     state = TrainState(
         model=model,
-        optimizer=build_optimizer(model, recipe.optimizer, head),
+        optimizer=build_optimizer(model, recipe.optimizer, head, precision=runtime.compute.precision),
         early_stopping=EarlyStopping(recipe.early_stopping),
         ema=ema,
         groups=groups,
