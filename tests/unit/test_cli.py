@@ -145,6 +145,11 @@ FLAGS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def program(monkeypatch):
+    monkeypatch.setenv("CIFAR_DIST_PROGRAM", "python launch.py")  # also under python -m pytest
+
+
 def answer(capsys, *argv: str) -> str:
     assert cli.main(list(argv)) == 2
     return capsys.readouterr().err
