@@ -22,13 +22,13 @@ from cifar_dist.commands import train
 from cifar_dist.display.progress import LiveTraining
 from cifar_dist.display.terminal import print_header
 
-WORDS = ["--dataset", "shapes", "--recipe", "original", "--epochs", "8"]
-EPOCH, STEP = 7, 21
+WORDS = ["--recipe", "first"]
+EPOCH, STEP = 4, 21
 """Of the picture."""
 
 
 def terminal(*, record: bool) -> Console:
-    """Give a console that nobody sees."""
+    """Return a console that prints nowhere."""
     return Console(record=record, width=100, height=30, force_terminal=True, file=io.StringIO())
 
 
@@ -46,12 +46,12 @@ paper = terminal(record=True)
 
 
 def main() -> int:
-    """Train, and write the picture; give the exit code."""
+    """Train, and write the picture; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, metavar="FILE.svg")
     file = parser.parse_args().file
     # The run's folder is a temporary one; a person would have this.
-    train.print_header = lambda _, values: print_header(paper, values | {"run": "runs/original-shapes-seed0"})
+    train.print_header = lambda _, values: print_header(paper, values | {"run": "runs/first-shapes-seed0"})
     train.training_display = lambda _, plan, *, quiet, facts, memory: Photographed(
         terminal(record=False), plan, facts, memory
     )
