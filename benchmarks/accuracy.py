@@ -77,10 +77,14 @@ def digest(recipe: Recipe) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+NEUTRAL = {"batch_norm_scale": True, "head_scale": 1.0, "orthogonalization_steps": 5}
+"""The values at which newer fields change nothing."""
+
+
 def switched_on(values: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what is null, zero, false or none."""
+    """Leave out what is null, zero, false, none or neutral."""
     inner = {key: switched_on(value) if isinstance(value, dict) else value for key, value in values.items()}
-    return {key: value for key, value in inner.items() if value and value != "none"}
+    return {key: value for key, value in inner.items() if value and value not in ("none", NEUTRAL.get(key))}
 
 
 def read_programme(path: Path) -> list[Row]:

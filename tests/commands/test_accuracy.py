@@ -59,3 +59,12 @@ def test_a_programme_continues_and_does_no_run_twice(capsys, monkeypatch, tmp_pa
     assert rows[0][2:5] == ["", "", f"{tuned['val_acc']:.2%}"]
     mean = sum(line["plain"] for line in lines[1:]) / 2
     assert rows[1][2].startswith(f"{mean:.2%} ± ")
+
+
+@pytest.mark.parametrize(("programme", "row"), [("cpu", "quick"), ("gpu", "standard-eager"), ("gpu", "strong")])
+def test_the_readme_shows_committed_results_of_the_recipes_as_they_are(capsys, monkeypatch, programme, row):
+    """A changed recipe has another digest, and no results until it is measured again."""
+    assert accuracy(monkeypatch, "table", str(ROOT / "benchmarks" / "programmes" / f"{programme}.yaml")) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"| {row} |")]
+    shown = line.split(" | ")[2].replace("%", "").strip()
+    assert shown and f"{shown} % (n = {line.split(' | ')[1]})" in (ROOT / "README.md").read_text()
