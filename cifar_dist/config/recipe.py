@@ -19,7 +19,7 @@ DEFAULT_RECIPE = "standard"
 RECIPES = Path(__file__).with_name("recipes")
 
 Count = Annotated[int, Check(lambda value: value >= 1, "1 or more")]
-Size = Annotated[int, Check(lambda value: value >= 2, "2 or more (BatchNorm)")]
+Size = Annotated[int, Check(lambda value: value >= 2, "2 or more")]
 Natural = Annotated[int, Check(lambda value: value >= 0, "0 or more")]
 Positive = Annotated[float, Check(lambda value: value > 0, "above 0")]
 NonNegative = Annotated[float, Check(lambda value: value >= 0, "0 or above")]
