@@ -36,7 +36,7 @@ class FastNet(nn.Module):
         features: Tensor = self.blocks(patches.detach() if self.whitening_is_frozen else patches)
         logits: Tensor = self.fc(features.amax((2, 3)))
         if self.whitening_is_frozen and self.training:  # DDP waits for a gradient of every parameter
-            logits = logits + 0 * self.whitening.bias.sum()
+            logits = logits + 0 * self.whitening.bias.sum()  # type: ignore[union-attr]
         return logits
 
 

@@ -56,7 +56,7 @@ def build_optimizer(
         return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.momentum, 0.999), **how)
     options: dict[str, Any] = {"lr": config.learning_rate, "momentum": config.momentum, "nesterov": config.nesterov}
     if is_muon:
-        own_options = {"weight_decay": config.weight_decay, "normalized": config.normalize_filters}
+        own_options: dict[str, Any] = {"weight_decay": config.weight_decay, "normalized": config.normalize_filters}
         steps = config.orthogonalization_steps
         own_options |= {
             "steps": steps,
