@@ -57,11 +57,8 @@ def build_optimizer(
     options: dict[str, Any] = {"lr": config.learning_rate, "momentum": config.momentum, "nesterov": config.nesterov}
     if is_muon:
         own_options: dict[str, Any] = {"weight_decay": config.weight_decay, "normalized": config.normalize_filters}
-        steps = config.orthogonalization_steps
-        own_options |= {
-            "steps": steps,
-            "dtype": torch.bfloat16 if precision == "bf16" and steps <= _BF16_STEPS else None,
-        }
+        in_bf16 = precision == "bf16" and config.orthogonalization_steps <= _BF16_STEPS
+        own_options |= {"steps": config.orthogonalization_steps, "dtype": torch.bfloat16 if in_bf16 else None}
         momentum = config.momentum if config.sgd_momentum is None else config.sgd_momentum
         return MuonWithSGD(matrices, own_options | options, groups, options | {"momentum": momentum, "fused": fused})
     return _with_momentum(torch.optim.SGD(groups, fused=fused, **options))
