@@ -195,10 +195,12 @@ def draw_study(study: Any, folder: Path) -> Iterator[str]:
 
 
 def _tidy(axes: Sequence[Any], *, has_accuracies: bool) -> None:
-    """Shorten the names of fields, remove labels between powers of ten, and show accuracies in percent."""
+    """Shorten the names of fields, remove labels between powers of ten, turn words, and show accuracies in percent."""
     for each in axes:
         each.set_xlabel(each.get_xlabel().rpartition(".")[2])
         if each.get_xscale() == "log":
             each.xaxis.set_minor_formatter("")
+        if any(label.get_text().startswith("'") for label in each.get_xticklabels()):  # a categorical field
+            each.tick_params(axis="x", rotation=30)
         if has_accuracies and each.get_ylabel() != "Trial":
             each.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%")
