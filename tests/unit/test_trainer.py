@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from cifar_dist.config.plan import make_plan
 from cifar_dist.data.loader import Normalizer, resized
+from cifar_dist.model.networks import build_network
 from cifar_dist.run.checkpoint import load_checkpoint
 from cifar_dist.run.results import Observer
 from cifar_dist.training import setup
@@ -52,6 +53,22 @@ def test_dropout_differs_between_epochs_and_seeds(runtime):
     assert torch.equal(seen[0][0], seen[0][1])
     assert not torch.equal(seen[0][0], seen[0][2])
     assert not torch.equal(seen[0][0], seen[1][0])
+
+
+def test_the_first_layer_of_fastnet_is_trained_for_some_epochs(runtime, monkeypatch):
+    monkeypatch.setattr(setup, "build_network", build_network)
+    biases, heads = [], []
+
+    class Watching(Observer):
+        def on_epoch_end(self, record, is_best):
+            biases.append(trainer.state.model.whitening.bias.tolist())
+            heads.append(trainer.state.model.fc.weight.tolist())
+
+    fields = ("model=fastnet", "stem=null", "whitening_bias_epochs=1", "epochs=2")
+    trainer = trainer_for(runtime, *fields, observer=Watching())
+    list(trainer.fit())
+    assert biases[0] == biases[1] != [0.0] * 24
+    assert heads[0] != heads[1]
 
 
 @pytest.mark.parametrize(
