@@ -309,7 +309,8 @@ def test_shifted_views_reflect_the_border(side, shift):
     images = torch.randn(2, 3, side, side)
     seen = views(images, "six")
     assert sum(weight for _, weight in seen) == 1
-    up_left = seen[2][0]
+    up_left, down_right = seen[2][0], seen[4][0]
+    assert torch.equal(down_right[:, :, :-shift, :-shift], images[:, :, shift:, shift:])
     assert torch.equal(up_left[:, :, shift:, shift:], images[:, :, :-shift, :-shift])
     assert torch.equal(up_left[:, :, 0, shift:], images[:, :, shift, :-shift])
 
