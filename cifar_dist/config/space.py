@@ -96,8 +96,8 @@ def _field_hints(cls: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def default_space(recipe: Recipe) -> Space:
     """Return ranges around a recipe: rates, decay, batch, warm-up, smoothing, augmentation."""
     fields, batch = flatten(to_mapping(recipe)), recipe.global_batch_size
-    factors = {"optimizer.learning_rate": 5, "optimizer.weight_decay": 10}
-    factors |= {"optimizer.sgd_learning_rate": 5} if recipe.optimizer.name == "muon" else {}
+    rates = ("learning_rate", "sgd_learning_rate", "head_learning_rate", "bias_learning_rate")
+    factors = {f"optimizer.{name}": 5 for name in rates} | {"optimizer.weight_decay": 10}
     ranges: dict[str, Range | Choices] = {
         name: Range(low=float(f"{value / factor:.3g}"), high=float(f"{value * factor:.3g}"), log=True)
         for name, factor in factors.items()

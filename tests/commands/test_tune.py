@@ -181,7 +181,10 @@ def test_values_that_exclude_each_other_fail_and_train_nothing(pretend):
     )
     trials = tune("--trials", "12", "--num-processes", "2")
     reasons = {each.user_attrs["reason"].partition("=")[0] for each in trials if each.state.name == "FAIL"}
-    assert reasons == {"optimizer.nesterov must be false where momentum is 0, not True", "global_batch_size"}
+    assert reasons == {
+        "optimizer.nesterov must be false where momentum or sgd_momentum is 0, not True",
+        "global_batch_size",
+    }
     good = {"optimizer.momentum": 0.9, "global_batch_size": 512}
     assert all((each.state.name == "COMPLETE") == (each.params == good) for each in trials)
 

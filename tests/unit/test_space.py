@@ -6,7 +6,7 @@ import pytest
 
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.recipe import Recipe, recipe_names, recipe_to_mapping, resolve_recipe
-from cifar_dist.config.schema import nested, to_mapping
+from cifar_dist.config.schema import flatten, nested, to_mapping
 from cifar_dist.config.space import Choices, Range, default_space, parse_space, read_space
 
 SPACE = """
@@ -75,7 +75,8 @@ def test_the_ends_of_a_default_space_are_recipes(name):
     recipe = Recipe.load(name)
     space = default_space(recipe)
     assert parse_space({name: to_mapping(each) for name, each in space.items()}, "") == space
-    assert ("optimizer.sgd_learning_rate" in space) == (recipe.optimizer.name == "muon")
+    rates = {name for name in space if name.endswith("learning_rate")}
+    assert rates == {name for name, value in flatten(recipe_to_mapping(recipe)).items() if "_rate" in name and value}
     for end in ("low", "high"):
         values = {
             n: getattr(each, end, None) or each.choices[0] for n, each in space.items() if hasattr(each, "choices")
