@@ -24,10 +24,10 @@ def build_optimizer(
     """Build SGD, AdamW (`momentum` is its first beta) or Muon over the model's trainable parameters.
 
     Muon steps `matrices_of` the model, of which `head` is the last layer. `fused` is one kernel over all parameters;
-    None: if the device has it. With `precision` bf16 Muon's products are in bfloat16. Without
+    None: if the device has it. With `precision` bf16, up to three Newton-Schulz steps are computed in bfloat16. Without
     `decay_norm_and_bias` only matrices and filters decay: BatchNorm's scales and the biases have one dimension and a
-    group of their own. A group with `head_learning_rate` or `bias_learning_rate`
-    decays as fast as the others: its weight decay is divided by the ratio of the rates.
+    group of their own. A group with `head_learning_rate` or `bias_learning_rate` decays as fast as the others: its
+    weight decay is divided by the ratio of the rates.
     """
     is_muon = config.name == "muon"
     trainable = [each for each in model.parameters() if each.requires_grad]
