@@ -187,7 +187,7 @@ def find_images(paths: Sequence[Path]) -> tuple[list[ImageFile], dict[str, str],
         for file in files:
             found.setdefault(file.path, file)
     if not found:
-        raise UserError(f"no image is left: {name_some([f'{name} {reason}' for name, reason in refused.items()])}")
+        raise UserError(f"no image to predict: {name_some([f'{name} {reason}' for name, reason in refused.items()])}")
     return list(found.values()), refused, _describe(skipped)
 
 

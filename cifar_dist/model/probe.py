@@ -28,7 +28,7 @@ _SIDES = (32, 48, 64, 75, 96, 128, 160, 192, 224, 256, 299, 384)
 _OWN_STATISTICS = "normalizes each rank's images alone: use torch.nn.BatchNorm1d, 2d or 3d"
 _TOLERANCE = 1e-3
 """Of the largest logit: an image alone may differ by rounding from the same image in a batch."""
-_UNTRACKED = "draws random numbers{} that do not follow the samples: replace it by torch.nn.Dropout"
+_UNTRACKED = "draws random numbers{} itself, as functional.dropout does: use a layer such as torch.nn.Dropout"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +75,7 @@ def probe_network(
         model.train(was_training)
     batch_dims = _find_batch_dims(watch, again)
     if watch.problems and not allow_untracked_randomness:
-        allow = "--set allow_untracked_randomness=true (worlds and resumed runs may then differ)"
+        allow = "--set allow_untracked_randomness=true (the result then depends on processes and resumes)"
         raise UserError(f"{watch.problems[0]}, or {allow}")
     if not watch.problems:
         _check_that_images_stay_apart(model, name, side)

@@ -52,13 +52,16 @@ def prepare_run(
 ) -> PreparedRun:
     """Resolve the run, lock its directory, and load its checkpoint or the pretrained weights.
 
-    `note` is called with one line on a download. Raises UserError; nothing is left on disk then.
+    `note` is called with one line on a download or a numbered folder. Raises UserError; nothing is left on disk then.
     """
     spec = resolve(options, job)
     check_plan(spec, world_size=world_size)
     if spec.stored is None:
         pretrained = pretrained_weights(spec.recipe, note)
-        return PreparedRun(spec=spec, directory=_new_directory(spec, lock), pretrained=pretrained)
+        directory = _new_directory(spec, lock)
+        if spec.directory is None and directory != spec.default_directory:
+            note(f"{spec.default_directory} exists: this run is {directory}")
+        return PreparedRun(spec=spec, directory=directory, pretrained=pretrained)
     assert spec.directory is not None
     run = RunDirectory(spec.directory)
     if (finished := run.finished(spec.recipe.epochs)) is not None:

@@ -138,7 +138,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_predicted(folder, capsys, mon
 def test_where_nothing_can_be_read_nothing_is_written(folder, capsys):
     (folder / "hollow").mkdir()
     assert main(["predict", "--ckpt", "run", "--json", "none.json", "hollow", "absent.png"]) == 2
-    assert capsys.readouterr().err == "error: no image is left: hollow holds no images, absent.png does not exist\n"
+    assert capsys.readouterr().err == "error: no image to predict: hollow holds no images, absent.png does not exist\n"
     assert not (folder / "none.json").exists()
 
 

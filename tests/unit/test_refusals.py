@@ -51,7 +51,7 @@ REFUSALS = {
     "eval --ckpt good.pt --json no/such/file": "--json no/such/file cannot be written",
     "eval --ckpt good.pt --figures good.pt": "--figures good.pt is a file",
     "predict --ckpt good.pt images --json no/such/file": "--json no/such/file cannot be written",
-    "predict --ckpt good.pt nothere.png": "no image is left: nothere.png does not exist",
+    "predict --ckpt good.pt nothere.png": "no image to predict: nothere.png does not exist",
     "export --ckpt good.pt --out a.txt": "--out a.txt must end in .pth, .safetensors, .onnx, not in '.txt'",
     "export --ckpt good.pt --out good.pt.pth": "--out good.pt.pth exists already",
     "report nothere": "there is no run in nothere",
