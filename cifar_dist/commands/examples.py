@@ -16,7 +16,7 @@ from cifar_dist.config.world import World
 
 _ACCURACY_NOTE = (
     "Accuracy: of the test images of CIFAR-10, if nothing else is named. The recipe trained on all 50,000 images (--set"
-    " validation_size=0). Time: of the training. A dash: not measured. Source: docs/accuracy.md."
+    " validation_size=0). Time: of the training. What is missing was not measured. Source: docs/accuracy.md."
 )
 
 
