@@ -375,13 +375,6 @@ def wrap(text: str, indent: str = "", mark: str = "") -> str:
     return f"{mark}\n".join(lines)
 
 
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Break the help of flags at spaces alone."""
-
-    def _split_lines(self, text: str, width: int) -> list[str]:
-        return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
-
-
 class _Parser(argparse.ArgumentParser):
     examples: Mapping[str, str] = {}
 
@@ -410,10 +403,8 @@ def parse_arguments(argv: list[str]) -> tuple[str, Options]:
     command = argv[0] if named else "train"
     if command not in COMMANDS:
         raise UserError(f"unknown command '{command}'{nearest(command, COMMANDS)} (commands: {', '.join(COMMANDS)})")
-    about = wrap(COMMANDS[command].__doc__ or "")
-    prog = f"{_program()} {command}"
-    parser = _Parser(prog=prog, description=about, allow_abbrev=False, formatter_class=_Formatter)
-    parser.examples, parser.usage = EXAMPLES[command], _usage(prog, _add_arguments(parser, command))
+    parser = _Parser(prog=f"{_program()} {command}", description=COMMANDS[command].__doc__, allow_abbrev=False)
+    parser.examples, parser.usage = EXAMPLES[command], _usage(parser.prog, _add_arguments(parser, command))
     flags = [word.split("=")[0] for word in takewhile(lambda word: word != "--", argv) if word.startswith("--")]
     if unknown := [each for each in flags if each not in parser._option_string_actions]:  # before one is missed
         raise UserError(f"unknown argument '{unknown[0]}'{_suggest(unknown[0], parser)}")
@@ -481,7 +472,7 @@ def _top_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=_program(),
         usage="%(prog)s [COMMAND] [options]",
-        formatter_class=_Formatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description=wrap("Train an image classifier, by default ResNet-18 on CIFAR-10, on the device that is there."),
         epilog=f"commands (each has its own --help; without one, train runs):\n{commands}",
     )
