@@ -8,15 +8,16 @@ from typing import NamedTuple
 
 from cifar_dist.config.accelerate_config import CONFIGS, AccelerateConfig
 from cifar_dist.config.errors import EXIT_DONE, UserError
-from cifar_dist.config.options import ConfigOptions, RecipesOptions
+from cifar_dist.config.options import ConfigOptions, RecipesOptions, wrap
 from cifar_dist.config.provenance import command_line
 from cifar_dist.config.recipe import RECIPES, Recipe, describe_network, recipe_names
 from cifar_dist.config.schema import nearest
 from cifar_dist.config.world import World
 
-_ACCURACY_NOTE = """\
-Accuracy: of the test images of CIFAR-10, if nothing else is named. The recipe trained on all 50,000 images
-(--set validation_size=0). Time: of the training. A dash: not measured. Source: docs/accuracy.md."""
+_ACCURACY_NOTE = (
+    "Accuracy: of the test images of CIFAR-10, if nothing else is named. The recipe trained on all 50,000 images (--set"
+    " validation_size=0). Time: of the training. What is missing was not measured. Source: docs/accuracy.md."
+)
 
 
 class Comment(NamedTuple):
@@ -46,30 +47,38 @@ def run(options: RecipesOptions | ConfigOptions, world: World, config: Accelerat
 
 
 def list_recipes() -> str:
-    """Return a table of the package's recipes, the shortest first."""
-    rows = []
-    for name in sorted(recipe_names(), key=lambda each: Recipe.load(each).epochs):
+    """Return a table of the package's recipes, the shortest first; where it does not fit, a block for each."""
+    names = sorted(recipe_names(), key=lambda each: Recipe.load(each).epochs)
+    indent = " " * (max(map(len, names)) + 2)
+    rows, block_lines = [("recipe", "network", "epochs", "accuracy", "time", "")], []
+    for name in names:
         recipe, comment = Recipe.load(name), read_comment(RECIPES / f"{name}.yaml")
-        facts = (describe_network(recipe), str(recipe.epochs), comment.accuracy or "-", comment.time or "-")
-        rows.append((name, *facts, comment.sentence))
-    header = ("recipe", "network", "epochs", "accuracy", "time", "")
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(4)]
+        network, accuracy, time = describe_network(recipe), comment.accuracy, comment.time
+        rows.append((name, network, str(recipe.epochs), accuracy or "-", time or "-", comment.sentence))
+        facts = [accuracy and f"accuracy {accuracy}", time and f"time {time}", comment.sentence]
+        block_lines.append(f"{name:<{len(indent)}}{network}, {recipe.epochs} epochs")
+        block_lines += [f"{indent}{each}" for each in facts if each]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = []
-    for *columns, time, sentence in [header, *rows]:
+    for *columns, time, sentence in rows:
         padded = [text.ljust(width) for text, width in zip(columns, widths, strict=True)]
-        lines.append("  ".join([*padded, time]))
-        lines += [f"{'':{widths[0]}}  {sentence}"] if sentence else []
-    example = f"{command_line('recipes', 'quick')} > mine.yaml", command_line("--recipe", "mine.yaml")
-    return "\n".join([*lines, "", _ACCURACY_NOTE, f"Start your own: {example[0]}; {example[1]}", ""])
+        lines += ["  ".join([*padded, time]), *([f"{indent}{sentence}"] if sentence else [])]
+    if any(wrap(line) != line for line in lines):
+        lines = [wrap(line, indent) for line in block_lines]
+    return "\n".join([*lines, "", wrap(_ACCURACY_NOTE), *_how_to_start("recipes quick", "--recipe")])
 
 
 def list_configs() -> str:
     """Return a table of the example Accelerate configs."""
     files = sorted(CONFIGS.glob("*.yaml"))
-    width = max((len(path.stem) for path in files), default=0)
-    lines = [f"{path.stem:{width}}  {read_comment(path).sentence}" for path in files]
-    example = f"{command_line('config', 'cpu')} > mine.yaml", command_line("--config", "mine.yaml")
-    return "\n".join([*lines, "", f"Start your own: {example[0]}; {example[1]}", ""])
+    indent = " " * (max((len(path.stem) for path in files), default=0) + 2)
+    lines = [wrap(f"{path.stem:{len(indent)}}{read_comment(path).sentence}", indent) for path in files]
+    return "\n".join([*lines, "", *_how_to_start("config cpu", "--config")])
+
+
+def _how_to_start(words: str, flag: str) -> list[str]:
+    commands = f"{command_line(*words.split())} > mine.yaml", command_line(flag, "mine.yaml")
+    return ["Start your own:", *(f"  {each}" for each in commands), ""]
 
 
 def read_comment(path: Path) -> Comment:

@@ -34,7 +34,7 @@ def run(options: ExportOptions, world: World, config: AccelerateConfig) -> int:
     recipe = weights.recipe
     mean, std = list(recipe.normalization.mean), list(recipe.normalization.std)
     images = f"RGB images (N, 3, {recipe.image_size}, {recipe.image_size}) in [0, 1]"
-    images += "" if kind == ".onnx" else f", normalised by mean {mean} and std {std}"
+    images += "" if kind == ".onnx" else f", normalized by mean {mean} and std {std}"
     what = f"{out}: {describe_network(recipe)}, {weights.num_classes} classes; takes {images}"
     print_notes(make_console(), (*weights.notes, what))
     return EXIT_DONE

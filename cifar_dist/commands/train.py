@@ -310,6 +310,9 @@ def _header(
         **plan.lines,
         "learning rate": learning_rate_line(recipe, plan),
     }
+    if spec.recipe.validation_size == "auto" and plan.num_validation == 0:
+        reason = "0 validation (too few images to hold some out)"
+        lines["images"] = lines["images"].replace("0 validation", reason)
     note = plan.few_steps_note if spec.stored is None else version_note(spec.stored.versions)
     notes = "; ".join(each for each in (*compute.notes, damage, note) if each)
     return lines | {"note": notes} if notes else lines

@@ -10,6 +10,8 @@ import importlib.util
 import math
 import os
 import re
+import shutil
+import textwrap
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -62,7 +64,7 @@ _DATASET = (
 )
 _DATA_DIR = ("holds the CIFAR files (default: data)", "DIR")
 _RECIPE = (f"{', '.join(recipe_names())} (default {DEFAULT_RECIPE}), or YAML", "NAME|FILE")
-_RECIPE_OF_WEIGHTS = ("for bare weights: whose stem and normalisation they have", "NAME|FILE")
+_RECIPE_OF_WEIGHTS = ("for bare weights: whose stem and normalization they have", "NAME|FILE")
 _TRACKER = ("log to tensorboard, wandb, mlflow or another of Accelerate's trackers; may be repeated", "NAME")
 _JSON = ("write the result there; - for the standard output", "FILE")
 _SET = ("set fields of the recipe, e.g. optimizer.learning_rate=0.1; overrides flags and files", "KEY=VALUE")
@@ -363,13 +365,25 @@ def _program() -> str:
     return os.environ.get(PROGRAM, "python launch.py")
 
 
+def wrap(text: str, indent: str = "", mark: str = "") -> str:
+    """Return text as lines that fit the terminal, 120 columns in a pipe.
+
+    It is broken at spaces alone. `mark` ends each line but the last one, and `indent` begins each but the first.
+    """
+    width = min(shutil.get_terminal_size((120, 24)).columns, 120) - len(mark)
+    lines = textwrap.wrap(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return f"{mark}\n".join(lines)
+
+
 class _Parser(argparse.ArgumentParser):
     examples: Mapping[str, str] = {}
 
     def format_help(self) -> str:
-        """Return the help, with examples at its end."""
-        lines = [f"  # {what}\n  {_program()} {words}\n" for words, what in self.examples.items()]
-        return "".join([super().format_help(), "\nexamples:\n", *lines])
+        """Return the help, with examples at its end, whose lines end with a backslash where they are broken."""
+        program, lines = _program().replace(" ", "\xa0"), []  # not broken
+        for words, what in self.examples.items():
+            lines += [wrap(f"  # {what}", "  # "), wrap(f"  {program} {words}", "      ", " \\").replace("\xa0", " ")]
+        return "\n".join([super().format_help(), "examples:", *lines, ""])
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError: one line, like every other."""
@@ -390,8 +404,7 @@ def parse_arguments(argv: list[str]) -> tuple[str, Options]:
     if command not in COMMANDS:
         raise UserError(f"unknown command '{command}'{nearest(command, COMMANDS)} (commands: {', '.join(COMMANDS)})")
     parser = _Parser(prog=f"{_program()} {command}", description=COMMANDS[command].__doc__, allow_abbrev=False)
-    parser.examples = EXAMPLES[command]
-    _add_arguments(parser, command)
+    parser.examples, parser.usage = EXAMPLES[command], _usage(parser.prog, _add_arguments(parser, command))
     flags = [word.split("=")[0] for word in takewhile(lambda word: word != "--", argv) if word.startswith("--")]
     if unknown := [each for each in flags if each not in parser._option_string_actions]:  # before one is missed
         raise UserError(f"unknown argument '{unknown[0]}'{_suggest(unknown[0], parser)}")
@@ -425,6 +438,17 @@ def _add_arguments(parser: argparse.ArgumentParser, command: str) -> list[argpar
     return actions
 
 
+def _usage(prog: str, actions: Sequence[argparse.Action]) -> str:
+    """Return the usage with what must be typed; the other flags are listed below it."""
+    words = [prog]
+    for each in actions:
+        if each.option_strings:
+            words += [f"{each.option_strings[0]} {each.metavar}"] if each.required else []
+        else:
+            words.append(f"[{each.metavar}]" if each.nargs == "?" else f"{each.metavar} ...")
+    return wrap(f"usage: {' '.join(words)} [options]", " " * 7).removeprefix("usage: ").replace("%", "%%")
+
+
 def _suggest(unknown: str, parser: argparse.ArgumentParser) -> str:
     """Return a hint that names the flag or the recipe field that an unknown flag means."""
     name, actions = unknown[2:].replace("-", "_").lower(), parser._option_string_actions
@@ -444,12 +468,12 @@ def _suggest(unknown: str, parser: argparse.ArgumentParser) -> str:
 
 
 def _top_parser() -> argparse.ArgumentParser:
-    commands = "\n".join(f"  {name:<8} {options.__doc__}" for name, options in COMMANDS.items())
+    commands = "\n".join(wrap(f"  {name:<8} {each.__doc__}", " " * 11) for name, each in COMMANDS.items())
     parser = _Parser(
         prog=_program(),
-        usage=f"{_program()} [{'|'.join(COMMANDS)}] [options]",
+        usage="%(prog)s [COMMAND] [options]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Train an image classifier, by default ResNet-18 on CIFAR-10, on the device that is there.",
+        description=wrap("Train an image classifier, by default ResNet-18 on CIFAR-10, on the device that is there."),
         epilog=f"commands (each has its own --help; without one, train runs):\n{commands}",
     )
     parser.examples = EXAMPLES[""]

@@ -96,9 +96,9 @@ def refuse_untyped_code(stored: Mapping[str, Any], typed: Mapping[str, Any], whe
     """Raise UserError if a run's file names a function that the user has not typed again. Both have dotted names."""
     for field in OWN_CODE_FIELDS:
         if is_own_code(stored.get(field)) and field not in typed:
+            what = "network" if field == "model" else "augmentation"
             raise UserError(
-                f"{where} names the function {stored[field]}, which runs only if you type it:"
-                f" add --set {shlex.quote(f'{field}={stored[field]}')}"
+                f"{where} needs the code of its {what}: add --set {shlex.quote(f'{field}={stored[field]}')}"
             )
 
 

@@ -208,7 +208,8 @@ class Recipe:
     seed: Annotated[int, Check(lambda value: 0 <= value < 2**32, "in [0, 2^32)")]
     """Decides the first weights, the validation split, the order and every random draw."""
     validation_size: Literal["auto"] | Natural
-    """Images held out in equal parts of the classes; `auto`: a tenth of the training images, at most 5,000; 0: none."""
+    """Images held out in equal parts of the classes; `auto`: a tenth of the training images, at most 5,000, and none
+    where that is fewer than 50; 0: none."""
     train_size: Size | FractionOfAll | None
     """Train on so many images, or on a fraction of those not held out, in equal parts of the classes; null: all."""
     selection: Literal["best", "last"]

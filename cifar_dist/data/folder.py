@@ -148,7 +148,8 @@ def _check_training(path: Path, parts: Mapping[str, Classes], depth: int) -> Non
             f" classes, perhaps {path / likely}, or move the images up"
         )
     if len(train) < 2:
-        raise UserError(f"{path} holds {len(train)} class folders for training: a dataset needs two or more")
+        count = f"{len(train)} class folder{'' if len(train) == 1 else 's'}"
+        raise UserError(f"{path} holds {count} for training: a dataset needs two or more")
     if empty := [name for name, members in train.items() if not members]:
         raise UserError(f"there are no training images in {path} of {name_some(empty)}: add some, or remove the class")
     if unknown := sorted({name for classes in parts.values() for name in classes if name not in train}):

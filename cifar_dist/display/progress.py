@@ -7,13 +7,13 @@ from typing import Self
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column, Table
 from rich.text import Text
 
 from cifar_dist.config.errors import printable
 from cifar_dist.config.plan import KNOWN_SIZES, RunPlan
-from cifar_dist.display.terminal import can_draw, format_epoch, format_percent
+from cifar_dist.display.terminal import can_draw, format_duration, format_epoch, format_percent
 from cifar_dist.run.results import EpochRecord, Observer
 
 _HEARTBEAT_SECONDS = 30.0
@@ -28,8 +28,23 @@ _COLUMNS: dict[str, Callable[[EpochRecord], str]] = {
     "val\nacc": lambda record: format_percent(record.val_acc),
     "lr": lambda record: f"{record.lr:.4g}",
     "images\n/s": lambda record: f"{record.images_per_second:,.0f}",
-    "time": lambda record: str(timedelta(seconds=round(record.epoch_seconds))),
+    "time": lambda record: format_duration(record.epoch_seconds),
 }
+_LEAST_NEEDED = ("images\n/s", "lr", "train\nacc", "val\nloss", "time")
+"""Columns that a narrow terminal leaves out, the first ones first."""
+_WHOLE = Column(no_wrap=True)
+"""Of numbers beside a bar: a narrow terminal makes the bar shorter."""
+
+
+class _TimeLeft(ProgressColumn):
+    """The expected time to the end of a bar, once it is known."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        """Return `left 1 min 44 s`, or nothing."""
+        left = f"left {format_duration(task.time_remaining)}" if task.time_remaining else ""
+        return Text(left, style="progress.remaining")
 
 
 class Display(Observer):
@@ -63,8 +78,8 @@ class CountProgress(Display):
         """Counts are divided by `scale` before they are shown."""
         super().__init__(console)
         self.task, self.unit, self.scale = task, unit, scale
-        name, count = TextColumn("{task.description}", markup=False), MofNCompleteColumn()
-        columns = (name, BarColumn(None), count, TextColumn(unit), TimeRemainingColumn(True))
+        name, count = TextColumn("{task.description}", markup=False), MofNCompleteColumn(table_column=_WHOLE)
+        columns = (name, BarColumn(None), count, TextColumn(unit), _TimeLeft(_WHOLE))
         self._bar = Progress(*columns, console=console, transient=True, expand=True)
 
     def __exit__(self, *error: object) -> None:
@@ -142,8 +157,8 @@ class LiveTraining(Display):
         self.epochs: list[EpochRecord] = []
         self.best: EpochRecord | None = None
         self.epoch, self._lr, self._loss = 0, 0.0, "waiting for the first step"
-        columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn())
-        self.progress = Progress(*columns, TimeRemainingColumn(True), console=console, expand=True)
+        columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(table_column=_WHOLE))
+        self.progress = Progress(*columns, _TimeLeft(_WHOLE), console=console, expand=True)
         self.run = self.progress.add_task("run", total=plan.total_steps)
         self.steps = self.progress.add_task("epoch", total=plan.steps_per_epoch)
         self.evaluation = self.progress.add_task("evaluation", total=1, visible=False)
@@ -172,11 +187,20 @@ class LiveTraining(Display):
         yield self.progress
 
     def _table(self, rows: int) -> Table:
-        """Build the table of the last epochs; the best one stays in it."""
+        """Build the table of the last epochs, with the columns that fit; the best epoch stays in it."""
         shown = self.epochs[-rows:]
         if self.best is not None and self.best not in shown:
             shown = [self.best, *shown[1:]]
+        for count in range(len(_LEAST_NEEDED) + 1):
+            table = self._table_without(_LEAST_NEEDED[:count], shown)
+            unlimited = self.console.options.update(max_width=1000)
+            if self.console.measure(table, options=unlimited).maximum <= self.console.width:
+                break
+        return table
+
+    def _table_without(self, left_out: Sequence[str], shown: Sequence[EpochRecord]) -> Table:
         names = [name for name in _COLUMNS if self.plan.num_validation or not name.startswith("val")]
+        names = [name for name in names if name not in left_out]
         table = Table(box=None, pad_edge=False, header_style="bold", collapse_padding=self.console.width < 80)
         for name in (*names, ""):
             table.add_column(name, justify="right", no_wrap=True)

@@ -11,11 +11,24 @@ from rich.console import Console, Group
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
+from rich.theme import Theme
 
 from cifar_dist.config.errors import printable
 from cifar_dist.config.provenance import command_line
 from cifar_dist.run.directory import RunDirectory
 from cifar_dist.run.results import EpochRecord, Evaluation, Summary
+
+# The terminal's own colours, which can be read on its background; Rich's bars have fixed ones.
+_THEME = Theme(
+    {
+        "bar.back": "dim",
+        "bar.complete": "green",
+        "bar.finished": "green",
+        "bar.pulse": "green",
+        "progress.download": "default",
+        "progress.remaining": "default",
+    }
+)
 
 
 def format_percent(fraction: float | None) -> str:
@@ -140,7 +153,7 @@ def format_bench(result: Mapping[str, Any]) -> list[str]:
 
 def make_console(*, quiet: bool = False, stderr: bool = False) -> Console:
     """Build the console for stdout or stderr. `FORCE_COLOR` colours a pipe, and animates nothing there."""
-    console = Console(quiet=quiet, stderr=stderr, emoji=False, highlight=False)
+    console = Console(quiet=quiet, stderr=stderr, emoji=False, highlight=False, theme=_THEME)
     with contextlib.suppress(ValueError, AttributeError):  # a closed stream, or none
         console.is_interactive = console.is_interactive and (console.is_jupyter or console.file.isatty())
     return console
@@ -163,23 +176,35 @@ def print_notes(console: Console, notes: Iterable[str | None]) -> None:
 
 
 def print_lines(console: Console, lines: Sequence[str], *, title: str) -> None:
-    """Print lines; on a terminal in a panel with a title."""
+    """Print lines; on a terminal in a panel with a title, which is in the panel if it is too long for the border."""
     if can_draw(console):
-        text = Group(*(Text(printable(line)) for line in lines))
-        console.print(Panel(text, title=Text(printable(title)), border_style="green", expand=False))
+        name, texts = Text(printable(title)), [Text(printable(line)) for line in lines]
+        fits = name.cell_len <= console.width - 6
+        text = Group(*texts) if fits else Group(name, Text(), *texts)
+        console.print(Panel(text, title=name if fits else None, border_style="green", expand=False))
         return
     for line in lines:
         console.print(Text(printable(line)), soft_wrap=True)
 
 
 def print_table(console: Console, rows: Sequence[Sequence[str]]) -> None:
-    """Print rows of cells below a row of headings; a narrow terminal wraps cells, not rows."""
+    """Print rows of cells below a row of headings; where they do not fit, a block of lines for each row."""
     if not can_draw(console):
         print_notes(console, format_table(rows))
         return
-    table = Table(*rows[0], box=None, pad_edge=False)
+    first, *others = zip(*rows, strict=True)
+    needed = max(cell_len(word) for cell in first for word in cell.split())  # the first column may wrap
+    needed += sum(1 + max(map(cell_len, column)) for column in others)
+    if needed > console.width:
+        width = max(map(len, rows[0]))
+        for name, *cells in rows[1:]:
+            console.print(Text(printable(name), style="bold"))
+            named = zip(rows[0][1:], cells, strict=True)
+            print_notes(console, [f"  {heading:<{width}}  {cell}" for heading, cell in named if cell])
+        return
+    table = Table(*rows[0], box=None, pad_edge=False, collapse_padding=needed + len(others) > console.width)
     for column in table.columns[1:]:
-        column.justify = "right"
+        column.justify, column.no_wrap = "right", True
     for row in rows[1:]:
         table.add_row(*(Text(printable(cell)) for cell in row))
     console.print(table)

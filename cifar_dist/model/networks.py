@@ -64,7 +64,7 @@ def _build_own(name: str, num_classes: int) -> nn.Module:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{name} failed ({reason}): it must return a network for num_classes={num_classes}") from error
     if not isinstance(model, nn.Module):
-        raise UserError(f"{name} returned {type(model).__name__}: it must return a torch.nn.Module")
+        raise UserError(f"{name} returns a {type(model).__name__}, not a torch.nn.Module")
     return model
 
 

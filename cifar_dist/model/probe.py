@@ -269,7 +269,9 @@ def _random_states_kept(name: str, problems: list[str]) -> Iterator[None]:
 def _described(output: Any) -> str:
     if isinstance(output, Tensor):
         return f"a tensor of shape {list(output.shape)} for {_NUM_IMAGES} images"
-    return f"{type(output).__name__}({', '.join(getattr(output, '_fields', ()))})"
+    if hasattr(output, "_fields"):
+        return f"{type(output).__name__}({', '.join(output._fields)})"
+    return f"a {type(output).__name__}"
 
 
 def _label(name: str, module: nn.Module) -> str:

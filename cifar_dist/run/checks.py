@@ -137,7 +137,8 @@ def check_tuning(options: TuneOptions, *, world_size: int) -> RunSpec:
         check_plan(spec, world_size=world_size, sizes=sizes)
     if num_held_out(spec.recipe, sizes) == 0 and not options.lr_range:
         raise UserError(
-            "tune compares trials on validation images, and validation_size is 0: --set validation_size=auto"
+            "tune compares trials on validation images, and none is held out: --set validation_size=N (auto needs 500"
+            " training images)"
         )
     return spec
 
@@ -146,7 +147,7 @@ def check_packages(command: str, *more: str) -> None:
     """Raise UserError if a package is missing that a study needs."""
     for package in ("optuna", *more):
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"{command} needs the package {package}: pip install optuna scipy")
+            raise UserError(f"{command} needs the package {package}: pip install -e '.[tune]'")
 
 
 def _check_weights(options: EvalOptions | PredictOptions | ExportOptions) -> None:
@@ -167,5 +168,5 @@ def _check_export(options: ExportOptions) -> None:
     check_output("--out", out)
     for package in EXPORT_PACKAGES[kind]:
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"{kind} needs the package {package}: pip install {' '.join(EXPORT_PACKAGES[kind])}")
+            raise UserError(f"{kind} needs the package {package}: pip install -e '.[export]'")
     _check_weights(options)

@@ -126,9 +126,12 @@ def check_dataset_name(name: str) -> None:
     if Path(name).is_absolute() and not Path(name).is_dir():  # as a run stores it
         raise UserError(f"the dataset's folder {name} is not there: name its place with --dataset")
     if name not in KNOWN_SIZES and not Path(name).is_dir():
-        known = ", ".join(KNOWN_SIZES)
+        folders: list[str] = []
+        with suppress(OSError, ValueError):  # no such folder, or a name that no file may have
+            folders = [str(each) for each in Path(name).parent.iterdir() if each.is_dir()]
         raise UserError(
-            f"unknown dataset '{name}'{nearest(name, KNOWN_SIZES)} (datasets: {known}, or a folder of class folders)"
+            f"there is no dataset or folder '{name}'{nearest(name, [*folders, *KNOWN_SIZES])}"
+            f" (datasets: {', '.join(KNOWN_SIZES)}, or a folder of class folders)"
         )
 
 

@@ -70,7 +70,7 @@ def test_the_block_of_a_network_of_your_own(small):
     names: dict[str, object] = {}
     exec(BLOCKS[3], names)
     names["net"](10).load_state_dict(names["model"].state_dict(), strict=True)
-    with pytest.raises(UserError, match="names the function"):
+    with pytest.raises(UserError, match="needs the code of its"):
         load_model("runs/net")
 
 

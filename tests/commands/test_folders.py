@@ -54,6 +54,10 @@ def test_folder_that_changed_since_the_training_is_reported(capsys):
 def test_classes_of_any_size_and_number_of_images(capsys):
     put("zoo", ant=3, cow=21)
     put("zoo", bee=19, size=(40, 36), first=60)
+    reason = " (too few images to hold some out)"
+    for typed, note in (((), reason), (("--set", "validation_size=0"), "")):
+        assert main(["--recipe", "quick", "--dataset", "zoo", "--dry-run", *typed]) == 0
+        assert f"34 training, 0 validation{note}, 9 test\n" in capsys.readouterr().out
     train("--dataset", "zoo", "--run-dir", "run")
     output = capsys.readouterr().out
     assert "43 image files, resized and cropped to 32x32 pixels" in output

@@ -72,9 +72,7 @@ def test_it_is_named_with_the_hash_of_its_source(folder):
 def test_commands_need_it_typed_again(folder, capsys, command):
     assert main(command) == 2
     said = capsys.readouterr().err
-    assert said.endswith(
-        "names the function nets.py:net, which runs only if you type it: add --set model=nets.py:net\n"
-    )
+    assert said.endswith(" needs the code of its network: add --set model=nets.py:net\n")
     assert said.count("\n") == 1
     assert main([*command, *TYPED]) == 0
 
@@ -134,14 +132,14 @@ def test_words_of_a_file_run_no_code(folder, hostile, capsys):
         ["bench", "--recipe", config],
     ):
         assert main(command) == 2, command
-        assert "runs only if you type it" in capsys.readouterr().err, command
+        assert "needs the code of its network" in capsys.readouterr().err, command
     main(["report", str(hostile)])
     for call in (lambda: load_model(last), lambda: evaluate(last), lambda: predict(last, "images")):
-        with pytest.raises(UserError, match="runs only if you type it"):
+        with pytest.raises(UserError, match="needs the code of its network"):
             call()
-    with pytest.raises(UserError, match="runs only if you type it"):
+    with pytest.raises(UserError, match="needs the code of its network"):
         Recipe.load(config)
-    with pytest.raises(UserError, match="runs only if you type it"):
+    with pytest.raises(UserError, match="needs the code of its network"):
         train(run_dir=hostile, resume=True)
     assert not Path("ran").exists()
 
@@ -155,7 +153,7 @@ def test_python_passes_a_function(folder):
     assert evaluate("python", model=net, quiet=True).top1 == summary.test.top1
     assert load_model("python", model=net)[2].out_features == 10
     assert len(predict("python", "images/train", model=net, quiet=True)) > 0
-    with pytest.raises(UserError, match="runs only if you type it: add model=test_own_network:"):
+    with pytest.raises(UserError, match="needs the code of its network: add model=test_own_network:"):
         evaluate("python", quiet=True)
 
 

@@ -158,7 +158,7 @@ def test_resuming_the_whole_recipe_gives_the_same_bits(monkeypatch):
 def test_a_default_validation_size_is_cut_to_the_dataset_and_stays():
     argv = ["--recipe", "standard", *DATA, "--run-dir", "x", "--set", "stem=imagenet", "global_batch_size=32"]
     assert main([*argv, "--epochs", "1"]) == 0
-    assert yaml.safe_load(Path("x/config.yaml").read_text())["recipe"]["validation_size"] == 9
+    assert yaml.safe_load(Path("x/config.yaml").read_text())["recipe"]["validation_size"] == 0
     assert main(["--resume", "x", "--epochs", "2"]) == 0
     assert main([*argv, "--resume", "--epochs", "3"]) == 0, "the words of a requeued job"
     assert saved()["epoch"] == 3

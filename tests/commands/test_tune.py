@@ -355,10 +355,10 @@ def test_the_live_view(pretend):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--set", "validation_size=0"], "tune compares trials on validation images, and validation_size is 0"),
+        (["--set", "validation_size=0"], "tune compares trials on validation images, and none is held out"),
         (["--space", "none.yaml"], "cannot read space file none.yaml: No such file or directory"),
         (["--trials", "0"], "--trials must be 1 or more, not 0"),
-        (["--dataset", "nowhere"], "unknown dataset 'nowhere'"),
+        (["--dataset", "nowhere"], "no dataset or folder 'nowhere'"),
         (["--sampler", "grid"], "argument --sampler: invalid choice"),
     ],
 )
@@ -373,7 +373,7 @@ def test_a_missing_package_is_one_line(monkeypatch, capsys, sampler, missing):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == missing else find(name, *rest))
     assert main(["tune", *QUICK, "--sampler", sampler]) == 2
-    assert error_of(capsys) == f"tune needs the package {missing}: pip install optuna scipy"
+    assert error_of(capsys) == f"tune needs the package {missing}: pip install -e '.[tune]'"
 
 
 def test_a_learning_rate_range_test(capsys, tmp_path):

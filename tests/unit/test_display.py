@@ -25,7 +25,9 @@ from cifar_dist.display.terminal import (
     format_evaluation,
     format_outcome,
     format_worst_classes,
+    make_console,
     print_header,
+    print_lines,
     print_result,
     print_table,
 )
@@ -131,16 +133,50 @@ def test_the_result_is_a_panel_on_a_terminal_and_plain_lines_elsewhere(terminal,
     assert f"\npictures: {tmp_path}/figures\n" in text_of(shown)
 
 
-def test_headers_and_tables_are_aligned_and_a_narrow_terminal_wraps_their_cells():
+def test_headers_and_tables_are_aligned_and_a_narrow_terminal_wraps_them():
     shown, narrow = console(False), console(True, width=30)
     print_header(shown, {"run": "runs/x", "learning rate": "0.1"})
     print_table(shown, [["run", "loss"], ["猫", "0.5"]])
     assert text_of(shown) == "run            runs/x\nlearning rate  0.1\nrun  loss\n猫    0.5\n"
     print_header(narrow, {"device": "cpu, float32 (no fast bf16 here), 2 threads"})
-    print_table(narrow, [["run", "mean ± standard deviation"], ["a b c", "1.0"]])
     lines = [line.rstrip() for line in text_of(narrow).splitlines()]
-    assert lines[:2] == ["device  cpu, float32 (no fast", "        bf16 here), 2 threads"]
-    assert lines[-1].split() == ["a", "b", "c", "1.0"] and len(lines) == 5
+    assert lines == ["device  cpu, float32 (no fast", "        bf16 here), 2 threads"]
+    rows = [["run", "status", "loss of the test"], ["[red]a b", "completed", "0.5"], ["mean of 2", "", "0.5 ± 0.1"]]
+    drawn = {
+        40: ["run           status  loss of the test", "[red]a b   completed               0.5"],
+        33: ["run       status loss of the test", "[red]a completed              0.5", "b"],
+        32: [
+            "[red]a b",
+            "  status            completed",
+            "  loss of the test  0.5",
+            "mean of 2",
+            "  loss of the test  0.5 ± 0.1",
+        ],
+    }
+    for width, expected in drawn.items():
+        narrow = console(True, width=width)
+        print_table(narrow, rows)
+        assert [line.rstrip() for line in text_of(narrow).splitlines()][: len(expected)] == expected
+
+
+def test_a_title_that_is_too_long_for_the_border_is_in_the_panel():
+    for length, above in ((54, True), (55, False)):
+        shown, title = console(True, width=60), "x" * (length - 5) + " test"
+        print_lines(shown, ["accuracy"], title=title)
+        first, second, *_ = text_of(shown).splitlines()
+        assert (title in first, title in second) == (above, not above)
+
+
+def test_bars_have_the_colours_of_the_terminal(monkeypatch, capsys):
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm-256color", "COLORTERM": "truecolor"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    view = LiveTraining(make_console(), PLAN, "cpu", lambda: None)
+    view.on_epoch_start(1, 0.1)
+    view.on_step(40, 1.0)
+    view.console.print(view.progress)
+    codes = set(re.findall(r"\x1b\[([\d;]+)m", capsys.readouterr().out))
+    assert {"2", "32"} <= codes and not [code for code in codes if ";" in code], codes
 
 
 # Plain lines
@@ -240,9 +276,9 @@ def test_it_shows_progress_rates_and_the_device(clock):
     assert " ".join(heading).split() == "train train val val images epoch loss acc loss acc lr /s time".split()
     view.plan = PLAIN
     assert "val" not in "".join(drawn(view)), "without a validation split its columns are left out"
-    assert first.split() == ["1", "1.000", "50.00%", "0.500", "1.00%", "0.1", "100", "0:00:02"]
+    assert first.split() == ["1", "1.000", "50.00%", "0.500", "1.00%", "0.1", "100", "2.0", "s"]
     assert second.split()[-1] == "best"
-    assert run.split()[0] == "run" and "792/7820" in run
+    assert run.split()[0] == "run" and run.rstrip().endswith(" 792/7820 left 45 s")
     assert steps.startswith("epoch 3/20") and "10/391" in steps
 
 
@@ -251,7 +287,7 @@ def test_a_resumed_run_shows_its_earlier_epochs_and_the_speed_of_its_own_steps(c
     view.progress.get_time = lambda: clock[0]
     view.on_earlier_epochs([record(epoch, val_loss=0.5, val_acc=0.5) for epoch in (1, 2, 3)], 2)
     view.on_epoch_start(4, 0.1)
-    assert epochs_in(drawn(view)) == {"1": "0:00:02", "2": "best", "3": "0:00:02"}
+    assert epochs_in(drawn(view)) == {"1": "s", "2": "best", "3": "s"}
     for step in range(301, 311):
         clock[0] += 1.0
         view.on_step(step, 1.0 if step == 310 else None)
@@ -277,14 +313,21 @@ def test_the_best_epoch_stays_in_sight_and_a_low_terminal_shows_less():
 
 
 @pytest.mark.parametrize("width", [40, 60, 80])
-def test_nothing_is_wider_than_the_terminal_and_from_60_columns_nothing_is_left_out(width):
+def test_nothing_is_wider_than_the_terminal_and_whole_columns_are_left_out(width):
     view = view_on(console(True, width))
     train(view, 3)
-    view.epochs[0] = record(1, lr=0.01234, images_per_second=12345, epoch_seconds=123)
+    best = {"val_acc": 1.0, "train_acc": 1.0, "lr": 0.01234, "images_per_second": 12345, "epoch_seconds": 123}
+    view.best = view.epochs[0] = record(1, val_loss=0.5, **best)
     lines = drawn(view, width)
     assert max(map(len, lines)) <= width
     assert len(lines) == 10, "a line was broken"
-    assert ({"0.01234", "12,345", "0:02:03"} <= set(lines[4].split())) == (width >= 60)
+    cells = {
+        80: "1 1.000 100.00% 0.500 100.00% 0.01234 12,345 2 min 3 s best",
+        60: "1 1.000 100.00% 0.500 100.00% 0.01234 2 min 3 s best",
+        40: "1 1.000 0.500 100.00% 2 min 3 s best",
+    }
+    assert lines[4].split() == cells[width].split()
+    assert "…" not in "".join(lines[2:])
 
 
 def test_notes_and_prints_go_above_and_the_table_stays_at_the_end(capsys):

@@ -1,5 +1,6 @@
 """`recipes` and `config`, the examples at the end of each --help, and tables that repeat what recipes are."""
 
+import contextlib
 import re
 import shlex
 
@@ -12,6 +13,11 @@ from cifar_dist.config.options import COMMANDS, EXAMPLES, parse_arguments
 from cifar_dist.config.recipe import RECIPES, Recipe, recipe_names
 from tests.conftest import ROOT
 from tests.recipe_table import PAGE, read_docstrings, with_table
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
 
 
 def output(capsys, *argv: str) -> str:
@@ -36,6 +42,23 @@ def test_recipes_are_listed_with_network_epochs_accuracy_and_time(capsys):
     epochs = [int(row[2]) for row in list(rows.values())[1:]]
     assert epochs == sorted(epochs)
     assert "\n          The default: the 3x3 stem, Muon, and images that grow.\n" in text
+
+
+@pytest.mark.parametrize("argv", ["recipes", "config", "--help", *(f"{command} --help" for command in COMMANDS)])
+def test_lines_are_broken_between_words_at_the_width_of_the_terminal(capsys, monkeypatch, argv):
+    def shown(width: int) -> list[str]:
+        monkeypatch.setenv("COLUMNS", str(width))
+        with contextlib.suppress(SystemExit):
+            cli.main(argv.split())
+        return capsys.readouterr().out.splitlines()
+
+    narrow, wide = shown(60), shown(120)
+    assert max(map(len, narrow)) <= 60
+    broken, whole = ([word for line in lines for word in line.split() if word not in "#\\"] for lines in (narrow, wide))
+    if argv == "recipes":  # other headings: blocks in place of a table
+        assert {word.strip(",") for word in whole} - {"-", "recipe"} <= {word.strip(",") for word in broken}
+    else:
+        assert broken == whole
 
 
 def test_configs_are_listed_and_printed(tmp_path, capsys):

@@ -229,7 +229,7 @@ def test_what_can_be_evaluated_and_not_trained_on(tmp_path):
 def test_a_dataset_in_another_case_is_recognized(name):
     meant = "shapes" if name == "Shapes" else "cifar10"
     assert meant in KNOWN_SIZES
-    with pytest.raises(UserError, match=f"unknown dataset '{name}', did you mean '{meant}'"):
+    with pytest.raises(UserError, match=f"no dataset or folder '{name}', did you mean '{meant}'"):
         check_dataset_name(name)
 
 

@@ -109,10 +109,9 @@ def test_each_class_keeps_a_training_image(counts, size):
 
 
 def test_auto_leaves_each_class_an_image_and_a_typed_one_is_refused():
-    for num_classes in (38, 40):
-        sizes = DatasetSizes(num_train=40, num_test=1, num_classes=num_classes)
-        recipe = fit_to_dataset(make_recipe(base="quick"), sizes)
-        assert recipe.validation_size == 40 - num_classes
+    for num_classes, size in ((940, 60), (951, 0)):
+        sizes = DatasetSizes(num_train=1000, num_test=1, num_classes=num_classes)
+        assert fit_to_dataset(make_recipe(base="quick"), sizes).validation_size == size
     sizes = DatasetSizes(num_train=40, num_test=1, num_classes=38)
     with pytest.raises(UserError, match=r"leaves a class without an image .* of 38 classes, set it to at most 2"):
         fit_to_dataset(make_recipe("validation_size=3"), sizes)

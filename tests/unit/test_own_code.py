@@ -111,7 +111,7 @@ def test_the_argument_to_type_is_quoted(folder):
         ("broken.py:net", "cannot import broken.py: ZeroDivisionError: division by zero"),
         ("leaving.py:net", "cannot import leaving.py: SystemExit: 3"),
         ("nets.py:leave", "nets.py:leave failed .SystemExit: 0.: it must return a network"),
-        ("nets.py:none", "nets.py:none returned NoneType: it must return a torch.nn.Module"),
+        ("nets.py:none", "nets.py:none returns a NoneType, not a torch.nn.Module"),
         ("nets.py:nothing", "nets.py:nothing failed .*num_classes.*: it must return a network for num_classes=10"),
     ],
 )

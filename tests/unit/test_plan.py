@@ -61,6 +61,8 @@ def test_auto_holds_out_a_tenth_and_at_most_5000():
     assert fit_to_dataset(recipe, cifar).validation_size == 5_000
     typed = make_recipe("validation_size=2000", base="standard")
     assert fit_to_dataset(typed, shapes).validation_size == 2_000
+    few = {499: 0, 500: 50}
+    assert {n: fit_to_dataset(recipe, DatasetSizes(num_train=n, num_test=9)).validation_size for n in few} == few
     with pytest.raises(UserError, match="set it to at most 4990"):
         fit_to_dataset(make_recipe("validation_size=5000"), shapes)
 
@@ -98,7 +100,7 @@ def plan_of(num_train: int, *changes: str, base: str = "quick", world_size: int 
 def test_few_steps_name_a_batch_that_fits(num_train, batch, world_size, fitting, steps):
     changes = f"global_batch_size={batch}"
     note = plan_of(num_train, changes, world_size=world_size).few_steps_note
-    assert note.endswith(f"may be too few to learn: --set global_batch_size={fitting} makes {steps}")
+    assert note.endswith(f"may be too few to learn: --set global_batch_size={fitting} gives {steps} steps")
     assert "1 step an epoch" in note or "9 steps" in note
     assert plan_of(num_train, f"global_batch_size={fitting}", world_size=world_size).few_steps_note is None
 

@@ -138,6 +138,13 @@ def test_auxiliary_outputs_are_refused():
     with pytest.raises(UserError, match=r"returns GoogLeNetOutputs\(logits, .*must return logits \(N, 4\) alone"):
         probe(network, 64)
 
+    class Two(Network):
+        def forward(self, images):
+            return super().forward(images), None
+
+    with pytest.raises(UserError, match=r"mine\.py:net returns a tuple: it must return logits \(N, 4\) alone"):
+        probe(Two(nn.Identity()))
+
 
 def test_a_size_that_is_too_small_is_refused_with_one_that_works():
     network = nn.Sequential(nn.Conv2d(3, 4, 33), nn.MaxPool2d(16), nn.AdaptiveAvgPool2d(1), nn.Flatten())

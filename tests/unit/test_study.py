@@ -160,10 +160,8 @@ def test_a_study_stays_what_it_is(tmp_path, monkeypatch):
 
 def test_a_stored_study_runs_no_function_that_was_not_typed(tmp_path):
     Study(tmp_path / "a", define(recipe=Recipe.load("quick", model="net.py:small")))
-    with pytest.raises(UserError, match=r"runs only if you type it: add --set model=net.py:small"):
+    with pytest.raises(UserError, match=r"needs the code of its network: add --set model=net.py:small"):
         resolve_study(TuneOptions(study=tmp_path / "a"))
     Study(tmp_path / "b", define(space={"model": {"choices": ["resnet18", "net.py:small"]}}))
-    with pytest.raises(
-        UserError, match=r"names the function net.py:small, which runs only if you type it: add --space"
-    ):
+    with pytest.raises(UserError, match=r"needs the code of the network net.py:small: add --space"):
         resolve_study(TuneOptions(study=tmp_path / "b"))
