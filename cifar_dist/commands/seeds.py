@@ -87,4 +87,4 @@ def _resolve(words: Sequence[str]) -> RunSpec:
 
 def _print_rest(argv: Sequence[str], seed: int, world: World) -> None:
     if world.rank == 0:
-        print(f"seed {seed} has not ended; go on with all: {command_line(*argv)}", file=sys.stderr)
+        print(f"seed {seed} has not ended; resume all with: {command_line(*argv)}", file=sys.stderr)

@@ -106,7 +106,7 @@ def train(
         except OSError as error:  # a full or vanished disk
             text, code = recorder.directory.explain_write_error(error, resume_command), EXIT_FAILED
         except KeyboardInterrupt:
-            text, code = f"interrupted; go on with: {resume_command}", EXIT_KEYBOARD_INTERRUPT
+            text, code = f"interrupted; resume with: {resume_command}", EXIT_KEYBOARD_INTERRUPT
         else:
             recorder.trackers.finish()
             own_model = words_to_type({"model": spec.recipe.model})
@@ -135,7 +135,7 @@ def _build(
         plan = make_plan(recipe, world_size=size, sizes=dataset.sizes, device_type=runtime.device.type)
     if not quiet:
         step = (prepared.checkpoint or {}).get("step")
-        where = f"{prepared.directory}" + (f", going on after {plan.place_of(step)}" if step else "")
+        where = f"{prepared.directory}" + (f", resumed after {plan.place_of(step)}" if step else "")
         lines = _header(where, spec, runtime.compute, plan, recipe, prepared.damage)
         if dataset.origin is not None:
             mean, std = list(recipe.normalization.mean), list(recipe.normalization.std)
@@ -215,7 +215,7 @@ def _end_early(
     else:
         recorder.write_summary("interrupted", trainer.state)
         place = trainer.plan.place_of(trainer.state.step)
-        text, code = f"interrupted in {place}, and saved; go on with: {resume_command}", EXIT_INTERRUPTED
+        text, code = f"interrupted in {place}, and saved; resume with: {resume_command}", EXIT_INTERRUPTED
     recorder.trackers.finish()
     if ranks.is_main:
         on_failure(text)

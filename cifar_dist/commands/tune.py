@@ -80,7 +80,7 @@ def run(options: TuneOptions, world: World, config: AccelerateConfig) -> int:
     trials = ["--trials", options.trials] if options.trials else []
     trials += ["--minutes", options.minutes] if options.minutes else []
     again = command_line("tune", "--study", path, *trials, *_world_words(options), *own_model)
-    print_error(f"interrupted; go on with: {again}")
+    print_error(f"interrupted; resume with: {again}")
     return EXIT_KEYBOARD_INTERRUPT if interrupt.requested == "SIGINT" else EXIT_INTERRUPTED
 
 

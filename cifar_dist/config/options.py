@@ -142,7 +142,7 @@ class TrainOptions(DeviceOptions):
     dataset: str | None = flag("--dataset", *_DATASET)
     data_dir: Path | None = flag("--data-dir", *_DATA_DIR)
     run_dir: Path | None = flag("--run-dir", "default: runs/<recipe>[-<model, if typed>]-<dataset>-seed<seed>", "DIR")
-    resume: bool = flag("--resume", "go on with the run in DIR (or --run-dir)", "DIR", default=False, nargs="?")
+    resume: bool = flag("--resume", "resume the run in DIR (or --run-dir)", "DIR", default=False, nargs="?")
     resume_dir: Path | None = None
     """The folder typed after `--resume`, which must exist."""
     assignments: Mapping[str, Any] = flag("--set", *_SET, **_SEVERAL)
@@ -263,7 +263,7 @@ class TuneOptions(DeviceOptions):
     recipe: str | None = flag("--recipe", *_RECIPE)
     dataset: str | None = flag("--dataset", *_DATASET)
     data_dir: Path | None = flag("--data-dir", *_DATA_DIR)
-    study: Path | None = flag("--study", "default: studies/<recipe>-<dataset>; an existing study goes on", "DIR")
+    study: Path | None = flag("--study", "default: studies/<recipe>-<dataset>; an existing study is resumed", "DIR")
     space: Path | None = flag("--space", "fields and their ranges (default: around the recipe's values)", "YAML")
     trials: Count | None = flag("--trials", "of the study in all (default 20; with --minutes: no limit)", "N")
     minutes: Positive | None = flag("--minutes", "stop after so long; the trial in progress is saved", "M")

@@ -139,7 +139,7 @@ class RunDirectory:
         what = f"cannot write {error.filename or self.path}: {error.strerror or error}"
         kept = self.last if self.last.exists() else self.previous
         left = f"the last good checkpoint stays: {kept}" if kept.exists() else "there was no checkpoint yet"
-        return f"{what}; {left}; go on with: {resume_command}"
+        return f"{what}; {left}; resume with: {resume_command}"
 
     def _read_lines(self) -> Iterator[tuple[EpochRecord, bytes]]:
         for line in self.metrics.read_bytes().splitlines() if self.metrics.exists() else ():
@@ -204,14 +204,14 @@ def load_newest(run: RunDirectory, load: Callable[[Path], T]) -> tuple[T | None,
     if not run.last.exists():
         if not run.previous.exists():
             return None, None
-        return load(run.previous), f"{run.last} is missing: going on from {run.previous.name}"
+        return load(run.previous), f"{run.last} is missing: resuming from {run.previous.name}"
     try:
         return load(run.last), None
     except UserError as error:
         if not run.previous.exists():
             raise
         try:
-            return load(run.previous), f"{error}: going on from {run.previous.name}"
+            return load(run.previous), f"{error}: resuming from {run.previous.name}"
         except UserError as second:
             raise UserError(f"{error}; and {second}") from None
 

@@ -177,7 +177,7 @@ def _find_run(options: TrainOptions) -> RunDirectory | None:
     if options.resume_dir is not None and not run.holds_run:
         raise UserError(f"there is no run in {path} to resume")
     if run.holds_run and not options.resume:
-        raise UserError(f"{path} holds a run already: add --resume to go on with it, or name another --run-dir")
+        raise UserError(f"{path} holds a run already: add --resume to resume it, or name another --run-dir")
     if not run.holds_run and (file := run.find_foreign_file()) is not None:
         raise UserError(f"{path} is no run, and a run would overwrite {file}: name another --run-dir")
     return run if run.holds_run else None

@@ -33,7 +33,7 @@ def test_from_an_interrupted_training_to_exported_weights(folder, capsys):
     command = [sys.executable, str(ROOT / "launch.py"), *TRAIN, "--run-dir", "run", "--max-minutes", "0.0001"]
     ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 75, ended.stdout + ended.stderr
-    assert "and saved; go on with: python " in ended.stderr and ended.stderr.endswith(" --resume run\n")
+    assert "and saved; resume with: python " in ended.stderr and ended.stderr.endswith(" --resume run\n")
     assert json.loads(Path("run/summary.json").read_text())["status"] == "interrupted"
     assert load_checkpoint(Path("run/checkpoints/last.pt"))["step"] < 4
 

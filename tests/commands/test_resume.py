@@ -79,7 +79,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(capsys, monkeypatch, whole, 
         capsys.readouterr()
         assert main(argv) == 75
         argv = ["--resume", "parts"]
-        assert capsys.readouterr().err.endswith("and saved; go on with: python launch.py --resume parts\n")
+        assert capsys.readouterr().err.endswith("and saved; resume with: python launch.py --resume parts\n")
         summary = RunDirectory(Path("parts")).read_summary()
         assert (summary.status, summary.test) == ("interrupted", None)
         assert saved("parts")["step"] >= step
@@ -190,7 +190,7 @@ def test_a_requeued_slurm_job_resumes_its_own_run(monkeypatch, capsys):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     capsys.readouterr()
     train("--epochs", "2")
-    assert "run            runs/original-shapes-seed0-2, going on after epoch" in capsys.readouterr().out
+    assert "run            runs/original-shapes-seed0-2, resumed after epoch" in capsys.readouterr().out
     assert status("runs/original-shapes-seed0") == "interrupted"
     monkeypatch.setenv("SLURM_JOB_ID", "9")  # was requeued before it made a run
     train("--epochs", "1")

@@ -30,7 +30,7 @@ def test_an_interrupted_command_goes_on_and_ends_with_the_table(capsys, monkeypa
     monkeypatch.setattr(Trainer, "_end_step", stop_in_seed_1)
     assert main(ARGV) == 75
     *_, last = capsys.readouterr().err.splitlines()
-    message, _, command = last.partition("go on with all: python launch.py ")
+    message, _, command = last.partition("resume all with: python launch.py ")
     assert (message, shlex.split(command)) == ("seed 1 has not ended; ", ARGV)
     assert [RunDirectory(Path(run)).holds_run for run in RUNS] == [True, True, False]
     before = files_of(RUNS[0])

@@ -111,7 +111,7 @@ def test_a_damaged_last_checkpoint_is_replaced_by_the_previous(capsys, whole, tw
     damaged = (last if last.exists() else kept).read_bytes()
     assert main(["--resume", "parts", "--epochs", "3"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "going on from previous.pt" in shown
+    assert "resuming from previous.pt" in shown
     assert f"parts/checkpoints/last.pt {message}" in shown
     assert not Path("ran").exists()
     assert_same_run(whole, "parts")
@@ -156,7 +156,7 @@ def test_a_disk_that_fails_during_training_is_one_line_and_code_1(capsys, monkey
     assert disks[0].calls
     line = capsys.readouterr().err
     assert line.count("\n") == 1
-    assert "No space left on device; the last good checkpoint stays: x/checkpoints/last.pt; go on with: python" in line
+    assert "No space left on device; the last good checkpoint stays: x/checkpoints/last.pt; resume with: python" in line
     assert not list(Path("x").rglob("*.tmp"))
     assert step_saved_last("x") >= 1
     assert main(["--resume", "x"]) == 0

@@ -327,7 +327,7 @@ def test_an_interrupted_rank_prints_before_the_others_may_end_it():
     )
     trainer = SimpleNamespace(plan=plan, state=SimpleNamespace(step=46), runtime=SimpleNamespace(ranks=ranks))
     assert _end_early(trainer, recorder, InterruptedRun(), "go on", calls.append) == 75
-    text = "interrupted in epoch 2, step 6, and saved; go on with: go on"
+    text = "interrupted in epoch 2, step 6, and saved; resume with: go on"
     assert calls == ["interrupted", "finished", text, "barrier"]
 
 
@@ -346,7 +346,7 @@ def test_a_second_ctrl_c_ends_with_130_and_the_command_to_resume(capsys, monkeyp
         patch.setattr(Trainer, "fit", stop if saving else interrupt)
         patch.setattr(RunRecorder, "save", interrupt)
         train("--epochs", "1", "--run-dir", "x", code=130)
-    assert capsys.readouterr().err == "interrupted; go on with: python launch.py --resume x\n"
+    assert capsys.readouterr().err == "interrupted; resume with: python launch.py --resume x\n"
     assert RunDirectory(Path("x")).read_summary().status == "interrupted"
     assert main(["--resume", "x"]) == 0
 

@@ -219,7 +219,7 @@ def test_an_interrupted_study_goes_on_with_its_trial(pretend, capsys, number, co
     assert trial.state.name == "RUNNING"
     values = dict(trial.params)
     line = capsys.readouterr().err
-    assert line == "interrupted; go on with: python launch.py tune --study s --trials 2\n"
+    assert line == "interrupted; resume with: python launch.py tune --study s --trials 2\n"
     pretend(lambda trial, done: iter([0.7] * (3 - done)))
     assert main(["tune", "--study", "s", "--trials", "2"]) == 0
     trials = trials_of(Path("s"))

@@ -139,7 +139,7 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on(folder):
     ranks(process)[0].kill()  # it has the lock
     ((code, out, err),) = finish(process)
     assert code == 0, err
-    assert out.count("going on after epoch") == 1
+    assert out.count("resumed after epoch") == 1
     assert (summary_of(run)["status"], summary_of(run)["world_size"]) == ("completed", 2)
     assert epochs_of(run) == list(range(1, 13))
 
@@ -168,10 +168,10 @@ def test_a_run_goes_on_with_the_same_bits_however_its_processes_were_ended(folde
         process.send_signal(number)
         ((code, out, err),) = finish(process)
         assert code == 75, err
-        assert ("going on after epoch" in out) == (arguments is again)
+        assert ("resumed after epoch" in out) == (arguments is again)
         line, command = err.strip().splitlines()[-1], shlex.join([LAUNCH, *arguments[:2], "--resume", "run"])
         assert line.startswith("interrupted in epoch ")
-        assert line.endswith(f"and saved; go on with: python {command}")
+        assert line.endswith(f"and saved; resume with: python {command}")
         assert_nobody_is_left(started)
         assert summary_of(run)["status"] == "interrupted"
 
@@ -232,7 +232,7 @@ def test_the_processes_of_each_seed_are_started_after_those_of_the_last(folder):
     command = (sys.executable, LAUNCH, "--num-processes", "2", "--seeds", "4,7", *QUICK, "--epochs", "2")
     ((code, _, err),) = finish(begin(*command, "--max-minutes", "0.001", cwd=folder))
     assert code == 75
-    assert "seed 4 has not ended; go on with all: " in err.splitlines()[-1]
+    assert "seed 4 has not ended; resume all with: " in err.splitlines()[-1]
     ((code, out, err),) = finish(begin(*command, cwd=folder))
     assert code == 0, err
     assert "mean ± sd of 2 runs" in out
