@@ -214,7 +214,7 @@ def draw_images(images: NDArray[np.uint8], captions: Sequence[str], path: Path, 
         axes.set_axis_off()
     for axes, image, caption in zip(grid, images, captions, strict=False):
         axes.imshow(image.transpose(1, 2, 0), interpolation="nearest")
-        axes.set_title(caption, fontsize=9, color=_RED if caption.startswith("✗") else "black")
+        axes.set_title(caption, fontsize=8.5, color=_RED if caption.startswith("✗") else "black")
     _save(figure, path)
 
 

@@ -163,6 +163,11 @@ def compare_runs(runs: Sequence[ReportedRun], out: Path | None, console: Console
         with writing(out, _ADVICE):
             written = f"written: {', '.join(write_comparison(runs, out))} in {out}"
     print_lines(console, [*comparison_notes(runs), written], title="report")
+    if out is not None:
+        from cifar_dist.display.figures import font_note
+
+        again = command_line("report", *(run.path for run in runs), "--out", out)
+        print_notes(console, [font_note([run.name for run in runs], again)])
 
 
 def run_font_note(run: ReportedRun, out: Path | None = None) -> str | None:

@@ -191,7 +191,8 @@ def install(monkeypatch, tmp_path):
     """Leave DejaVu Sans alone, and return a function that installs a font with the given letters, one em wide each."""
     default = next(font for font in fontManager.ttflist if font.name == "DejaVu Sans" and font.weight == 400)
     monkeypatch.setattr(fontManager, "ttflist", [default])
-    files = []
+    (tmp_path / "damaged.ttf").touch()
+    files = [str(tmp_path / "damaged.ttf")]
     monkeypatch.setattr("cifar_dist.display.figures.findSystemFonts", lambda: files)
 
     def install(name: str, letters: str) -> None:
@@ -229,7 +230,7 @@ def test_a_note_names_what_no_font_draws_until_one_is_installed(install):
     head, tail = "note: no font here draws", f"; install one ({package}), then: draw"
     assert font_note(NAMES, "draw") == f"{head} 红色方块, 绿色三角, 蓝圆, ...{tail}"
     assert font_note(["蓝圆", "cat"], "draw") == f"{head} 蓝圆{tail}"
-    assert font_note(["cat", "café", "☃"], "draw") is None
+    assert font_note(["cat", "café", "🥑"], "draw") is None
     assert describe_fonts() == f"none for Chinese, Japanese, Korean: {package}"
     install("SimHei", "红色方块绿三角中あ")
     assert font_note(NAMES, "draw") == f"{head} 蓝圆, 黄星{tail}"
@@ -237,7 +238,6 @@ def test_a_note_names_what_no_font_draws_until_one_is_installed(install):
 
 
 def test_a_font_that_is_newer_than_matplotlibs_list_is_used(install, monkeypatch, tmp_path):
-    (tmp_path / "damaged.ttf").touch()
     install("WenQuanYi Micro Hei", "红中あ한")
     monkeypatch.setattr("cifar_dist.display.figures.warnings.filterwarnings", lambda *_, **__: None)  # an error, then
     names = {name.replace("cat", "红红"): value for name, value in TEST.per_class_accuracy.items()}
@@ -256,6 +256,8 @@ def test_long_chinese_names_do_not_overlap_and_stay_within_the_figure(install, m
         extents = [axes.title.get_window_extent() for axes in figure.axes if axes.get_title()]
         ticks = [label.get_window_extent() for axes in figure.axes[:1] for label in axes.get_yticklabels()]
         boxes[path.stem] = (figure.bbox.width, [(box.x0, box.x1) for box in extents or ticks])
+        title = figure.texts[0].get_window_extent()
+        assert figure.get_suptitle() == figure.texts[0].get_text() and 0 <= title.x0 and title.x1 <= figure.bbox.width
 
     monkeypatch.setattr("cifar_dist.display.figures._save", measure)
     names = ["红色方块" * 10, "方块" * 20, "红色" * 20]
@@ -264,7 +266,7 @@ def test_long_chinese_names_do_not_overlap_and_stay_within_the_figure(install, m
     saved |= {"images": np.zeros((16, 3, 8, 8), np.uint8), "mistakes": np.arange(16)}
     saved["mistaken_images"] = saved["images"]
     accuracies = dict(zip(names, TEST.per_class_accuracy.values(), strict=True))
-    draw_evaluation(Path(), replace(TEST, per_class_accuracy=accuracies), saved, title="红色" * 60)
+    draw_evaluation(Path(), replace(TEST, per_class_accuracy=accuracies), saved, title="红色 方块 " * 12)
     for name, (width, places) in boxes.items():
         assert places and all(0 <= left and right <= width for left, right in places), name
     for name in ("predictions", "mistakes"):

@@ -2,6 +2,7 @@
 
 import html
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,9 @@ def test_a_run_of_ones_own_network_is_named_and_run_again_with_it(tmp_path, no_p
 def test_a_replaced_network_is_in_the_title_and_that_of_a_recipe_is_not(tmp_path):
     assert read_run(make_run(tmp_path / "a", "model=resnet34"), "a").title == "original with resnet34 on shapes, seed 0"
     assert read_run(make_run(tmp_path / "b"), "b").title == "original on shapes, seed 0"
+    config = make_run(tmp_path / "c", "model=mynet.py:net") / "config.yaml"
+    config.write_text(config.read_text().replace("recipe_name: original", "recipe_name: mine"))
+    assert read_run(config.parent, "c").title == "mine with net on shapes, seed 0"
 
 
 def test_a_name_that_no_font_draws_is_noted_with_the_command_that_draws_it(tmp_path, no_pixels, capsys, monkeypatch):
@@ -127,6 +131,10 @@ def test_a_name_that_no_font_draws_is_noted_with_the_command_that_draws_it(tmp_p
         line = capsys.readouterr().out.splitlines()[-1]
         assert line.startswith("note: no font here draws 蓝圆; install one (apt install fonts-noto-cjk), then: ")
         assert line.endswith(f" report {' '.join(words)}")
+    words = [str(run), str(make_run(tmp_path / "红")), "--out", str(out)]
+    assert main(["report", *words]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("note: no font here draws 红; ") and line.endswith(f" report {shlex.join(words)}")
 
 
 def test_the_page_loads_nothing_and_escapes_names(run):
