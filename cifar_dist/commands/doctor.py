@@ -13,6 +13,7 @@ from cifar_dist.config.recipe import DEFAULT_RECIPE, read_recipe, resolve_recipe
 from cifar_dist.config.world import World
 from cifar_dist.data.cifar import CIFAR10, CIFAR100, where_found
 from cifar_dist.data.dataset import load_dataset
+from cifar_dist.display.figures import describe_fonts
 from cifar_dist.display.progress import loading_progress
 from cifar_dist.display.terminal import make_console, print_header, print_notes
 from cifar_dist.model.pretrained import imagenet_weights, imagenet_weights_path
@@ -32,6 +33,7 @@ def run(options: DoctorOptions, world: World, config: AccelerateConfig) -> int:
         console,
         _machine()
         | _data(data_dir)
+        | {"fonts": describe_fonts()}
         | {"plan of a run": command_line("--dry-run"), "time of a run": command_line("--dry-run", "--measure")},
     )
     return EXIT_DONE

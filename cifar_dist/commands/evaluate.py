@@ -48,9 +48,8 @@ def evaluate(options: EvalOptions, world: World, config: AccelerateConfig, conso
         evaluation = split.summarize(logits)
         with ranks.together():
             weights.check_finite(torch.tensor(evaluation.loss), runtime.precision)
-        where = f"{weights.path}, {dataset.name} {options.split}"
-        title = f"{where}, tta {options.tta}, {FULL_NAMES[runtime.precision]}"
-        print_lines(console, format_evaluation(evaluation), title=title)
+        how = f"{dataset.name} {options.split}, tta {options.tta}, {FULL_NAMES[runtime.precision]}"
+        print_lines(console, format_evaluation(evaluation), title=f"{weights.path}, {how}")
         if ranks.is_main:
             described = {
                 "checkpoint": str(weights.path),
@@ -62,11 +61,15 @@ def evaluate(options: EvalOptions, world: World, config: AccelerateConfig, conso
             }
             write_json(options.json, asdict(evaluation) | described)
             if options.figures is not None:
-                from cifar_dist.display.figures import draw_evaluation  # imports matplotlib
+                from cifar_dist.display.figures import draw_evaluation, font_note  # imports matplotlib
 
+                typed = options.checkpoint.absolute()
+                name = f"{typed.parents[1].name} {typed.name}" if typed.parent.name == "checkpoints" else typed.name
                 with writing(options.figures, "name another folder"):
                     options.figures.mkdir(parents=True, exist_ok=True)
-                    draw_evaluation(options.figures, evaluation, split.figure_arrays(logits), title=title)
+                    draw_evaluation(options.figures, evaluation, split.figure_arrays(logits), title=f"{name}, {how}")
+                note = font_note([*names, dataset.name], "evaluate again")
+                print_notes(console, [f"pictures: {options.figures}", note])
     return evaluation
 
 

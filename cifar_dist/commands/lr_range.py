@@ -15,7 +15,7 @@ from cifar_dist.config.errors import EXIT_DONE
 from cifar_dist.config.files import writing
 from cifar_dist.config.options import TuneOptions
 from cifar_dist.config.plan import fit_to_dataset, make_plan
-from cifar_dist.config.recipe import Recipe, recipe_to_mapping, resolve_recipe
+from cifar_dist.config.recipe import Recipe, describe_recipe, recipe_to_mapping, resolve_recipe
 from cifar_dist.config.world import World
 from cifar_dist.data.dataset import load_dataset
 from cifar_dist.display.figures import draw_lr_range
@@ -50,7 +50,8 @@ def run(options: TuneOptions, world: World, config: AccelerateConfig) -> int:
         runtime = start(ranks, config, **spec.compute_settings(world.size))
         recipe = fit_to_dataset(resolve_recipe(recipe_to_mapping(spec.recipe), EQUAL_STEPS), dataset.sizes)
         plan = make_plan(recipe, world_size=world.size, sizes=dataset.sizes, device_type=runtime.device.type)
-        what = f"{spec.recipe_name} on {spec.dataset}, seed {recipe.seed}, {recipe.optimizer.name}"
+        name = describe_recipe(spec.recipe_name, recipe)
+        what = f"{name} on {spec.dataset}, seed {recipe.seed}, {recipe.optimizer.name}"
         words = f"{_LOWEST:g} to {_HIGHEST:g} in {_STEPS} steps"
         print_header(console, {"recipe": what, "device": runtime.compute.line, **plan.lines, "learning rate": words})
         pretrained = ranks.broadcast_from_main(lambda: pretrained_weights(recipe, Display(console).on_note))

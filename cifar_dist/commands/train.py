@@ -102,7 +102,7 @@ def train(
                 except KeyboardInterrupt:
                     recorder.write_summary("interrupted", trainer.state)
                     raise
-                summary = _write_results(trainer, recorder, tested)
+                summary, font_note = _write_results(trainer, recorder, tested)
         except OSError as error:  # a full or vanished disk
             text, code = recorder.directory.explain_write_error(error, resume_command), EXIT_FAILED
         except KeyboardInterrupt:
@@ -110,7 +110,7 @@ def train(
         else:
             recorder.trackers.finish()
             own_model = words_to_type({"model": spec.recipe.model})
-            print_result(console, summary, trainer.plan.epochs, prepared.directory, own_model)
+            print_result(console, summary, trainer.plan.epochs, prepared.directory, own_model, font_note)
             return EXIT_DONE, summary
         ranks.abandoned = True
         recorder.trackers.finish()
@@ -227,8 +227,8 @@ def _end_early(
 
 def _write_results(
     trainer: Trainer, recorder: RunRecorder, tested: tuple[Evaluation, Mapping[str, NDArray[Any]]] | None
-) -> Summary:
-    """Write predictions, summary and figures; of an untested run the summary alone.
+) -> tuple[Summary, str | None]:
+    """Write predictions, summary and figures; of an untested run the summary alone. Return it, and `run_font_note`.
 
     Without figures the run is complete: their failure is a note.
     """
@@ -241,19 +241,20 @@ def _write_results(
     status: Status = "early_stopped" if trainer.stopped_early else "completed"
     summary = recorder.write_summary(status, trainer.state, evaluation, peak_memory_mib=largest)
     if not ranks.is_main or not tested:
-        return summary
-    page = directory.path / "report.html"
+        return summary, None
+    page, font_note = directory.path / "report.html", None
     try:
-        from cifar_dist.display.report import read_run, write_run  # imports matplotlib
+        from cifar_dist.display.report import read_run, run_font_note, write_run  # imports matplotlib
 
         run = read_run(directory.path, directory.path.name)
         write_run(run, arrays, directory.figures, page if page.exists() else None)
+        font_note = run_font_note(run)
     except Exception as error:  # a backend, fonts, the disk: the result matters more
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         again = command_line("report", directory.path)
         trainer.observer.on_note(f"the figures could not be drawn: {reason}; draw them with: {again}")
     recorder.trackers.log_test(summary, trainer.state.step, directory.figures)
-    return summary
+    return summary, font_note
 
 
 def _dry_run(console: Console, options: TrainOptions, world: World, config: AccelerateConfig) -> int:

@@ -6,6 +6,7 @@ fields. All but `dataset` have no default: `config/recipes/*.yaml` are complete,
 
 import functools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -322,6 +323,17 @@ def recipe_to_mapping(recipe: Recipe) -> dict[str, Any]:
 def describe_network(recipe: Recipe) -> str:
     """Return the network in words: its name, and its stem if it has one."""
     return recipe.model if recipe.stem is None else f"{recipe.model}, stem {recipe.stem}"
+
+
+def network_label(model: str) -> str:
+    """Return the last part of a network's name, as it stands in the name of a run directory."""
+    return re.sub(r"\W", "", re.split(r"[:.]", model)[-1])  # "<lambda>", "a/b"
+
+
+def describe_recipe(name: str, recipe: Recipe) -> str:
+    """Return the recipe's name, and its network if it is your own or replaces that of the package's recipe."""
+    is_replaced = name in recipe_names() and recipe.model != read_recipe(name)["model"]
+    return f"{name} with {network_label(recipe.model)}" if is_replaced or is_own_code(recipe.model) else name
 
 
 def recipe_names() -> list[str]:

@@ -1,8 +1,10 @@
 """Figures of a run as PNG files. They need no display, and are readable in print and with any colour vision."""
 
+import functools
+import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,11 @@ import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.font_manager import fontManager
+from matplotlib.font_manager import FontProperties, findSystemFonts, fontManager, get_font
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
+from rich.cells import cell_len, set_cell_size
 
 from cifar_dist.config.files import write_atomically
 from cifar_dist.run.results import EpochRecord, Evaluation
@@ -38,6 +41,8 @@ _CJK_FONTS = (
     "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback", "Microsoft YaHei", "SimHei", "SimSun",
     "PingFang SC", "Hiragino Sans GB", "Heiti TC", "Arial Unicode MS", "Yu Gothic", "Malgun Gothic", "AppleGothic",
 )  # fmt: skip
+_LETTERS = {"Chinese": "中", "Japanese": "あ", "Korean": "한"}
+_FONT_PACKAGE = "apt install fonts-noto-cjk"
 _PANELS = {
     "Cross-entropy loss": {"training": "train_loss", "validation": "val_loss"},
     "Accuracy": {"training": "train_acc", "validation": "val_acc"},
@@ -52,11 +57,60 @@ def _own_style() -> Iterator[None]:
     fonts = {
         name: value for name, value in matplotlib.rcParams.items() if name.startswith("font.") and name != "font.size"
     }
-    installed = {font.name for font in fontManager.ttflist}
-    fallback = [*(name for name in _CJK_FONTS if name in installed), "DejaVu Sans"]
-    fonts["font.family"] = [*fonts["font.family"], *fallback]
+    fonts["font.family"] = _font_families()
     with matplotlib.style.context(["default", _STYLE | fonts]):
         yield
+
+
+def _font_families() -> list[str]:
+    if not (cjk_fonts := _installed_cjk_fonts()):
+        _add_new_fonts()
+        cjk_fonts = _installed_cjk_fonts()
+    return [*matplotlib.rcParams["font.family"], *cjk_fonts, "DejaVu Sans"]
+
+
+def _installed_cjk_fonts() -> list[str]:
+    installed = {font.name for font in fontManager.ttflist}
+    return [name for name in _CJK_FONTS if name in installed]
+
+
+@functools.cache
+def _add_new_fonts() -> None:
+    """Add the fonts that were installed after matplotlib wrote its list of fonts, which it keeps."""
+    for path in set(findSystemFonts()) - {font.fname for font in fontManager.ttflist}:
+        with suppress(Exception):  # a damaged font
+            fontManager.addfont(path)
+
+
+def _find_font(character: str) -> str | None:
+    """Return the name of the font that draws a character; None if no font of the figures has it."""
+    for family in _font_families():
+        with suppress(ValueError):  # not installed
+            font = get_font(fontManager.findfont(FontProperties(family=[family]), fallback_to_default=False))
+            if font.get_char_index(ord(character)):
+                return font.family_name
+    return None
+
+
+def describe_fonts() -> str:
+    """Return the fonts that draw Chinese, Japanese and Korean, and how to install one where there is none."""
+    languages: dict[str, list[str]] = {}
+    for language, letter in _LETTERS.items():
+        languages.setdefault(_find_font(letter) or "none", []).append(language)
+    text = "; ".join(f"{font} for {', '.join(names)}" for font, names in languages.items())
+    return f"{text}: {_FONT_PACKAGE}" if "none" in languages else text
+
+
+def font_note(names: Iterable[str], then: str) -> str | None:
+    """Return a note on names in Chinese, Japanese or Korean that no font draws, else None; `then` draws them later."""
+    boxes = [name for name in names if any(_find_font(letter) is None for letter in name if _is_cjk(letter))]
+    more = ", ..." if len(boxes) > 3 else ""
+    text = f"note: no font here draws {', '.join(boxes[:3])}{more}; install one ({_FONT_PACKAGE}), then: {then}"
+    return text if boxes else None
+
+
+def _is_cjk(letter: str) -> bool:
+    return letter.isalpha() and unicodedata.east_asian_width(letter) in "WF"
 
 
 @_own_style()
@@ -83,7 +137,7 @@ def draw_curves(
     if len(runs) > 1:
         # Explicit handles: labels with a leading underscore would be left out.
         lines, names = [Line2D([], [], **look) for look in looks], [*map(_shorten, runs)]
-        columns = max(1, min(3, 150 // max(map(len, names))))
+        columns = max(1, min(3, 150 // max(map(cell_len, names))))
         figure.legend(lines, names, loc="outside lower center", ncols=columns, title="dashed: validation")
     _save(figure, path)
 
@@ -99,10 +153,15 @@ def _plot(axes: Axes, records: Sequence[EpochRecord], field: str, part: str, **l
 
 @_own_style()
 def draw_confusion(evaluation: Evaluation, path: Path, *, title: str) -> None:
-    """Draw the confusion matrix, each row in percent of its true class."""
+    """Draw the confusion matrix, each row in percent of its true class.
+
+    The numbers are whole percent; where a class has fewer than 100 images, all are numbers of images.
+    """
     names = [_shorten(name, 18) for name in evaluation.per_class_accuracy]
     counts = np.asarray(evaluation.confusion_matrix, dtype=np.float64)
-    percent = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    totals = counts.sum(1)
+    percent = 100 * counts / np.maximum(totals, 1)[:, None]
+    has_few = bool(((totals > 0) & (totals < 100)).any())
     has_numbers = len(names) <= _NUMBERED_CLASSES
     size, fontsize = 7.5 if has_numbers else 14, min(8, max(3, 600 / len(names)))
     figure = _figure(size, 0.9 * size, title)
@@ -114,11 +173,12 @@ def draw_confusion(evaluation: Evaluation, path: Path, *, title: str) -> None:
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     if has_numbers:
-        for (row, column), value in np.ndenumerate(percent):
-            if (text := f"{value:.3g}") != "0":
-                color = "white" if value > 60 else "black"
+        for (row, column), value in np.ndenumerate(counts if has_few else percent):
+            if (text := f"{value:.0f}") != "0":
+                color = "white" if percent[row, column] > 60 else "black"
                 axes.text(column, row, text, ha="center", va="center", fontsize=fontsize, color=color)
-    figure.colorbar(image, label="percent of the true class", shrink=0.85)
+    label = "percent of the true class" + ("; the numbers are images" if has_numbers and has_few else "")
+    figure.colorbar(image, label=label, shrink=0.85)
     _save(figure, path)
 
 
@@ -132,7 +192,7 @@ def draw_per_class(evaluation: Evaluation, path: Path, *, title: str) -> None:
     figure = _figure(7.5, max(2.8, 1.6 + 0.28 * len(names)), title)
     axes = figure.subplots()
     axes.barh(range(len(names)), [known[name] for name in names], color=_BLUE)
-    axes.set_yticks(range(len(names)), [f"{_shorten(name, 24)}  {known[name]:.3g}" for name in names])
+    axes.set_yticks(range(len(names)), [f"{_shorten(name, 24)}  {known[name]:.1f}" for name in names])
     axes.axvline(100 * evaluation.top1, color=_RED, linestyle="--", label="all images")
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
@@ -146,14 +206,15 @@ def draw_images(images: NDArray[np.uint8], captions: Sequence[str], path: Path, 
     """Draw up to 24 images (N, 3, H, W) with captions; one that starts with ✗ is red."""
     images = images[:_NUM_IMAGES]
     rows = -(-len(images) // 8)
-    legend = "the true class; ✗ marks a mistake: true class → predicted class with its probability"
-    figure = _figure(12, 1 + 1.75 * rows, f"{_shorten(title, 100)}\n{legend}")
-    grid = figure.subplots(rows, 8, squeeze=False).ravel()
+    columns = -(-len(images) // rows)
+    width = max(6.0, 1.5 * columns)
+    figure = _figure(width, 1 + rows * min(3.5, 0.25 + width / columns), title)
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in grid:
         axes.set_axis_off()
     for axes, image, caption in zip(grid, images, captions, strict=False):
         axes.imshow(image.transpose(1, 2, 0), interpolation="nearest")
-        axes.set_title(caption, fontsize=9, color=_RED if caption.startswith("✗") else "black")
+        axes.set_title(caption, fontsize=8.5, color=_RED if caption.startswith("✗") else "black")
     _save(figure, path)
 
 
@@ -188,21 +249,27 @@ def draw_evaluation(
     folder: Path, evaluation: Evaluation, saved: Mapping[str, NDArray[Any]], *, title: str
 ) -> list[Path]:
     """Draw all figures of an evaluation, and return their paths; `saved` is test_predictions.npz."""
-    heading = f"{title}: {evaluation.top1:.2%} of {evaluation.num_samples:,} images right"
+    heading = f"{evaluation.top1:.2%} of {evaluation.num_samples:,} images right: {title}"
+    legend = "true class → predicted class with its probability"
     files = [folder / f"{name}.png" for name in ("confusion", "per_class", "predictions")]
     draw_confusion(evaluation, files[0], title=heading)
     draw_per_class(evaluation, files[1], title=heading)
-    draw_images(saved["images"], _captions(saved, range(len(saved["images"]))), files[2], title=heading)
+    shown = saved.get("shown", np.arange(len(saved["images"])))
+    count = min(_NUM_IMAGES, len(shown))
+    spread = np.arange(count) * len(shown) // count
+    heading += f"\ntrue class; ✗ marks a mistake: {legend}"
+    draw_images(saved["images"][spread], _captions(saved, shown[spread]), files[2], title=heading)
     if len(rows := saved["mistakes"]):
         files.append(folder / "mistakes.png")
-        heading = f"{title}: the most confident mistakes"
-        draw_images(saved["mistaken_images"], _captions(saved, rows), files[3], title=heading)
+        captions = [caption.removeprefix("✗ ") for caption in _captions(saved, rows)]
+        heading = f"{title}: the most confident mistakes\n{legend}"
+        draw_images(saved["mistaken_images"], captions, files[3], title=heading)
     return files
 
 
 def _captions(saved: Mapping[str, NDArray[Any]], rows: Iterable[int]) -> list[str]:
     """Return the true class of test images, and the predicted one with its probability if it differs."""
-    names, captions = [_shorten(name, 14) for name in saved["class_names"].tolist()], []
+    names, captions = [_shorten(name, 13) for name in saved["class_names"].tolist()], []
     for row in rows:
         label, logits = saved["labels"][row], saved["logits"][row].astype(np.float64)
         predicted, probability = logits.argmax(), 1 / np.exp(logits - logits.max()).sum()
@@ -213,19 +280,19 @@ def _captions(saved: Mapping[str, NDArray[Any]], rows: Iterable[int]) -> list[st
 
 def _figure(width: float, height: float, title: str) -> Figure:
     figure = Figure(figsize=(width, height))
-    figure.suptitle(_shorten(title, 200), fontsize="large")
+    figure.suptitle("\n".join(map(_shorten, title.split("\n"))), fontsize="large", wrap=True)
     return figure
 
 
-def _shorten(text: str, length: int = 200) -> str:
-    """Cut a long text; a path may have bytes that are no text."""
+def _shorten(text: str, width: int = 200) -> str:
+    """Cut a text to a width in columns, two for a Chinese character; a path may have bytes that are no text."""
     text = text.encode(errors="backslashreplace").decode()
-    return text if len(text) <= length else f"{text[: length - 1]}…"
+    return text if cell_len(text) <= width else f"{set_cell_size(text, width - 1).rstrip()}…"
 
 
 def _save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, atomically."""
     with warnings.catch_warnings():
-        # Characters that no font has become boxes; the page and the tables have them.
+        # Characters that no font has become boxes: see `font_note`.
         warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
         write_atomically(path, lambda file: figure.savefig(file, dpi=110, format="png"))

@@ -16,8 +16,9 @@ from rich.console import Console
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.files import write_output, writing
 from cifar_dist.config.options import FULL_NAMES
+from cifar_dist.config.own_code import words_to_type
 from cifar_dist.config.provenance import command_line
-from cifar_dist.config.recipe import Recipe, recipe_to_mapping
+from cifar_dist.config.recipe import Recipe, describe_recipe, recipe_to_mapping
 from cifar_dist.config.schema import flatten
 from cifar_dist.display.terminal import (
     format_confusions,
@@ -31,6 +32,7 @@ from cifar_dist.run.directory import RunDirectory
 from cifar_dist.run.results import EpochRecord, RunMetadata, Summary
 
 _ADVICE = "name another folder with --out"
+_CONTENT = "content of the dataset"
 # Columns of the table: heading, digits after the point, factor, and the name in `ReportedRun.measures`.
 _MEASURES = (
     ("accuracy %", 2, 100, "top1"),
@@ -53,9 +55,14 @@ class ReportedRun:
 
     @property
     def title(self) -> str:
-        """Recipe, dataset and seed."""
-        metadata = self.metadata
-        return f"{metadata.recipe_name} on {Path(metadata.dataset.name).name}, seed {metadata.recipe.seed}"
+        """Recipe, network if it is another one than the recipe's, dataset and seed."""
+        recipe = self.metadata.recipe
+        return f"{describe_recipe(self.metadata.recipe_name, recipe)} on {self.dataset_name}, seed {recipe.seed}"
+
+    @property
+    def dataset_name(self) -> str:
+        """The name of the dataset, or of its folder."""
+        return Path(self.metadata.dataset.name).name
 
     @property
     def experiment(self) -> dict[str, Any]:
@@ -63,7 +70,7 @@ class ReportedRun:
         data, fields = self.metadata.dataset, flatten(recipe_to_mapping(self.metadata.recipe))
         del fields["seed"]
         fields |= {"device": self.summary.device, "precision": self.summary.precision, "dataset": data.name}
-        return fields | {"content of the dataset": data.fingerprint[:8]}
+        return fields | {_CONTENT: data.fingerprint[:8]}
 
     @property
     def measures(self) -> dict[str, float | None]:
@@ -122,7 +129,7 @@ def comparison_notes(runs: Sequence[ReportedRun]) -> list[str]:
 
 def untested_note(run: ReportedRun) -> str:
     """Describe an untested run, with the command that tests its last checkpoint."""
-    command = command_line("eval", "--ckpt", run.path)
+    command = command_line("eval", "--ckpt", run.path, *words_to_type({"model": run.metadata.recipe.model}))
     return f"not tested yet: {command}" if RunDirectory(run.path).last.exists() else "not tested yet"
 
 
@@ -144,8 +151,8 @@ def report_run(run: ReportedRun, out: Path | None, console: Console) -> None:
     if run.summary.test is not None:
         lines += format_evaluation(run.summary.test, split="test ")
     print_lines(console, [*lines, "", f"written: {page}, and its figures in {figures}"], title="report")
-    if run.summary.test is None:
-        print_notes(console, [untested_note(run)])  # outside of the panel, to be copied
+    # Outside of the panel, to be copied.
+    print_notes(console, [run_font_note(run, out), untested_note(run) if run.summary.test is None else None])
 
 
 def compare_runs(runs: Sequence[ReportedRun], out: Path | None, console: Console) -> None:
@@ -156,6 +163,19 @@ def compare_runs(runs: Sequence[ReportedRun], out: Path | None, console: Console
         with writing(out, _ADVICE):
             written = f"written: {', '.join(write_comparison(runs, out))} in {out}"
     print_lines(console, [*comparison_notes(runs), written], title="report")
+    if out is not None:
+        from cifar_dist.display.figures import font_note
+
+        again = command_line("report", *(run.path for run in runs), "--out", out)
+        print_notes(console, [font_note([run.name for run in runs], again)])
+
+
+def run_font_note(run: ReportedRun, out: Path | None = None) -> str | None:
+    """Return a note if no font draws the class names in the run's figures, else None."""
+    from cifar_dist.display.figures import font_note
+
+    words = ["report", run.path, *(["--out", out] if out is not None else [])]
+    return font_note([*run.metadata.class_names, run.dataset_name], command_line(*words))
 
 
 def write_run(run: ReportedRun, saved: Mapping[str, NDArray[Any]] | None, figures: Path, page: Path | None) -> None:
@@ -173,10 +193,10 @@ def write_run(run: ReportedRun, saved: Mapping[str, NDArray[Any]] | None, figure
         files += draw_evaluation(figures, test, saved, title=run.title)
     if page is None:
         return
-    standard = flatten(recipe_to_mapping(Recipe.load()))
+    standard, recipe = (flatten(recipe_to_mapping(each)) for each in (Recipe.load(), run.metadata.recipe))
     changed = [
         f"{name}: {json.dumps(value)}  (standard: {json.dumps(standard.get(name))})"
-        for name, value in flatten(recipe_to_mapping(run.metadata.recipe)).items()
+        for name, value in recipe.items()
         if value != standard.get(name)
     ]
     data = run.metadata.dataset
@@ -184,7 +204,7 @@ def write_run(run: ReportedRun, saved: Mapping[str, NDArray[Any]] | None, figure
     words += ["--num-processes", summary.world_size] if summary.world_size > 1 else []
     texts = {
         "Most frequent confusions": "" if test is None else "\n".join(format_confusions(test, count=10)),
-        "To run it again": command_line(*words, "--precision", summary.precision),
+        "To run it again": command_line(*words, "--precision", summary.precision, *words_to_type(recipe)),
         "Recipe: differences from standard": "\n".join(changed),
         "config.yaml": RunDirectory(run.path).config.read_text(encoding="utf-8"),
     }
@@ -248,7 +268,11 @@ def _differing_fields(runs: Sequence[ReportedRun]) -> list[str]:
     """Return the names of the fields, seed apart, that have more than one value."""
     experiments = [run.experiment for run in runs]
     names = sorted({name for fields in experiments for name in fields})
-    return [name for name in names if len({str(fields.get(name)) for fields in experiments}) > 1]
+    differing = [name for name in names if len({str(fields.get(name)) for fields in experiments}) > 1]
+    # The fingerprint of a folder is that of its resized images.
+    contents = {(fields["image_size"], fields[_CONTENT]) for fields in experiments}
+    is_resized = len(contents) == len({size for size, _ in contents})
+    return [name for name in differing if name != _CONTENT or not is_resized]
 
 
 def _format_mean(values: Sequence[float | None], digits: int, factor: float) -> str:

@@ -95,13 +95,14 @@ def _format_totals(evaluation: Evaluation, split: str) -> str:
 
 
 def format_worst_classes(evaluation: Evaluation, *, count: int) -> list[str]:
-    """Return the classes with the lowest accuracies, each with the class that it is most often taken for."""
+    """Return the classes with the lowest accuracies, each with a class that it is taken for most often."""
     names, found = list(evaluation.per_class_accuracy), []
     for i, row in enumerate(evaluation.confusion_matrix):
-        others = ((n, name) for name, n in zip(names, row, strict=True) if name != names[i])
+        others = [(n, name) for name, n in zip(names, row, strict=True) if name != names[i]]
         wrong, other = max(others, default=(0, ""))
         if wrong:
-            found.append((row[i] / sum(row), names[i], f"most often taken for {other} ({wrong:,} of {sum(row):,})"))
+            often = "most often " if [n for n, _ in others].count(wrong) == 1 else ""
+            found.append((row[i] / sum(row), names[i], f"{often}taken for {other} ({wrong:,} of {sum(row):,})"))
     worst = sorted(found)[:count]
     width = max((cell_len(name) for _, name, _ in worst), default=0)
     return [
@@ -225,7 +226,12 @@ def print_header(console: Console, values: Mapping[str, str]) -> None:
 
 
 def print_result(
-    console: Console, summary: Summary, total_epochs: int, directory: Path, own_model: Sequence[str] = ()
+    console: Console,
+    summary: Summary,
+    total_epochs: int,
+    directory: Path,
+    own_model: Sequence[str] = (),
+    font_note: str | None = None,
 ) -> None:
     """Print the test of a run, its worst classes and how it ended, its figures, and the commands that may follow.
 
@@ -240,5 +246,5 @@ def print_result(
     lines = [_format_totals(summary.test, "test "), outcome, *(["", "worst classes:", *worst] if worst else [])]
     print_lines(console, lines, title="result")
     commands = (["predict", "--ckpt", directory, "IMAGE", *own_model], ["report", directory])
-    print_notes(console, [f"pictures: {figures}" if any(figures.glob("*.png")) else None])
+    print_notes(console, [f"pictures: {figures}" if any(figures.glob("*.png")) else None, font_note])
     print_notes(console, ["next:", *(f"  {command_line(*words)}" for words in commands)])  # no panel: to be copied

@@ -1,6 +1,5 @@
 """Resolve what one training run is: command-line values over a stored run over the recipe. Imports no torch."""
 
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from cifar_dist.config.plan import KNOWN_SIZES, DatasetSizes, fit_to_dataset, ma
 from cifar_dist.config.recipe import (
     DEFAULT_RECIPE,
     Recipe,
+    network_label,
     read_recipe,
     recipe_label,
     recipe_to_mapping,
@@ -54,8 +54,7 @@ class RunSpec:
     @property
     def default_directory(self) -> Path:
         """`runs/RECIPE-DATASET-seedN`, or `runs/RECIPE-NETWORK-DATASET-seedN` for a network that the user typed."""
-        network = [] if self.other_model is None else [re.split(r"[:.]", self.other_model)[-1]]
-        network = [re.sub(r"\W", "", each) for each in network]  # "<lambda>", "a/b"
+        network = [] if self.other_model is None else [network_label(self.other_model)]
         return DEFAULT_RUNS / "-".join([self.recipe_name, *network, Path(self.dataset).name, f"seed{self.recipe.seed}"])
 
     def compute_settings(self, world_size: int) -> dict[str, Any]:

@@ -179,13 +179,15 @@ class EvaluationSet:
     def figure_arrays(self, logits: Tensor) -> dict[str, NDArray[Any]]:
         """Return the arrays of test_predictions.npz (docs/after-training.md)."""
         labels, images = self.labels, self.data.images
-        mistakes = confident_mistakes(logits, labels)
+        mistakes, count = confident_mistakes(logits, labels), min(64, len(labels))
+        shown = labels.argsort(stable=True)[torch.arange(count) * len(labels) // count]  # of all classes
         return {
             "indices": self.indices.numpy(),
             "labels": labels.numpy(),
             # A model that hardly trained can have logits that float16 cannot hold.
             "logits": logits.clamp(-65504, 65504).numpy().astype(np.float16),
-            "images": images[self.indices[:64]].numpy(),
+            "shown": shown.numpy(),
+            "images": images[self.indices[shown]].numpy(),
             "mistakes": mistakes.numpy(),
             "mistaken_images": images[self.indices[mistakes]].numpy(),
             "class_names": np.array(self.class_names),

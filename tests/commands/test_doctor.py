@@ -43,6 +43,7 @@ def test_doctor_prints_the_machine_and_what_is_missing(capsys, tmp_path):
     assert lines["CUDA"].startswith("no GPU is visible")
     assert lines["cifar10"].startswith(f"the folder {tmp_path / 'data'} does not exist: it would be made"), "a typo?"
     assert lines["ImageNet weights"].startswith("missing")
+    assert " for Chinese" in lines["fonts"]
     assert list(lines)[-2:] == ["plan of a run", "time of a run"]
     assert lines["plan of a run"].endswith(" --dry-run") and lines["time of a run"].endswith(" --dry-run --measure")
     assert list(tmp_path.iterdir()) == []

@@ -71,6 +71,17 @@ def test_classes_of_any_size_and_number_of_images(capsys):
     assert main(["--resume", "../run", "--epochs", "2"]) == 0
 
 
+def test_classes_that_no_font_draws_are_noted_below_the_pictures(capsys, monkeypatch):
+    monkeypatch.setattr("cifar_dist.display.figures._find_font", lambda letter: None)
+    put("照片", 蓝圆=20, cat=20)
+    train("--dataset", "照片", "--run-dir", "run", "--set", "global_batch_size=8")
+    note = "note: no font here draws 蓝圆, 照片; install one (apt install fonts-noto-cjk), then: "
+    pictures = "pictures: run/figures"
+    assert f"\n{pictures}\n{note}python launch.py report run\nnext:\n" in capsys.readouterr().out
+    evaluate("--ckpt", "run", "--figures", "drawn")
+    assert f"\npictures: drawn\n{note}evaluate again\n" in capsys.readouterr().out
+
+
 def test_validation_folder_is_the_validation_set(capsys):
     for part, count in (("train", 20), ("val", 6), ("test", 4)):
         put(f"data/{part}", left=count, right=count)

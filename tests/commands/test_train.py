@@ -239,7 +239,16 @@ def test_eval_of_a_file_or_of_an_untested_run_uses_those_weights(finished):
     assert untested["checkpoint"] == "x/checkpoints/last.pt" and untested["loss"] == last["loss"]
 
 
-def test_eval_with_mirror_and_figures(finished):
+def test_eval_with_mirror_and_figures(finished, capsys, monkeypatch):
+    titles = []
+    monkeypatch.setattr("cifar_dist.display.figures.draw_per_class", lambda *_, title: titles.append(title))
+    for named in (finished.path, str(finished.run.last)):
+        evaluate("--ckpt", named, "--figures", "named")
+    name = finished.run.path.name
+    for title, weights in zip(titles, (name, f"{name} last.pt"), strict=True):
+        assert title.endswith(f"% of 40 images right: {weights}, brightness test, tta none, float32")
+    monkeypatch.undo()
+    assert "\npictures: named\n" in capsys.readouterr().out
     mirror = evaluate("--ckpt", finished.path, "--tta", "mirror", "--figures", "new/figures")
     assert mirror["tta"] == "mirror"
     assert mirror["loss"] != evaluate("--ckpt", finished.path)["loss"]

@@ -105,6 +105,15 @@ def test_the_worst_classes_come_first():
     assert format_worst_classes(test, count=1) == ["[red]ship   75.00%  most often taken for dog (4 of 20)"]
 
 
+def test_most_often_needs_a_class_that_is_taken_for_more_often_than_each_other():
+    rows = [[10, 1, 1], [1, 9, 2], [0, 0, 12]]
+    test = dataclasses.replace(TEST, confusion_matrix=rows, per_class_accuracy=dict.fromkeys(("蓝圆", "cat", "dog")))
+    assert format_worst_classes(test, count=3) == [
+        "cat    75.00%  most often taken for dog (2 of 12)",
+        "蓝圆   83.33%  taken for dog (1 of 12)",
+    ]
+
+
 def test_of_many_classes_the_worst_are_shown():
     accuracies = {f"class{i}": (i * 7 % 100) / 100 for i in range(100)}
     many = dataclasses.replace(TEST, per_class_accuracy=accuracies, confusion_matrix=[[0] * 100] * 100)
@@ -129,8 +138,8 @@ def test_the_result_is_a_panel_on_a_terminal_and_plain_lines_elsewhere(terminal,
     assert "\x1b" not in text and "pictures" not in text
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "curves.png").touch()
-    print_result(shown, SUMMARY, 20, tmp_path)
-    assert f"\npictures: {tmp_path}/figures\n" in text_of(shown)
+    print_result(shown, SUMMARY, 20, tmp_path, font_note="note: no font")
+    assert f"\npictures: {tmp_path}/figures\nnote: no font\nnext:\n" in text_of(shown)
 
 
 def test_headers_and_tables_are_aligned_and_a_narrow_terminal_wraps_them():

@@ -4,15 +4,26 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib.font_manager import fontManager
 from PIL import Image
 
-from cifar_dist.display.figures import draw_confusion, draw_curves, draw_evaluation, draw_per_class
+from cifar_dist.display.figures import (
+    _add_new_fonts,
+    describe_fonts,
+    draw_confusion,
+    draw_curves,
+    draw_evaluation,
+    draw_per_class,
+    font_note,
+)
 from cifar_dist.run.results import Evaluation
 from tests.conftest import ROOT
 from tests.unit.test_metrics import record
@@ -45,9 +56,26 @@ def test_a_row_of_the_confusion_matrix_is_a_true_class(drawn):
     assert axes.images[0].get_array()[0].tolist() == [60, 15, 25]
     assert axes.images[0].norm(50) == 0.5, "the scale is linear"
     numbers = {text.get_position(): text.get_text() for text in axes.texts}
-    assert numbers[2, 0] == "25" and numbers[0, 2] == "10" and (1, 2) not in numbers, "(column, row)"
+    assert numbers[2, 0] == "5" and numbers[0, 2] == "1" and (1, 2) not in numbers, "(column, row)"
     for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
         assert [label.get_text() for label in labels] == ["cat", "dog", "ship"]
+
+
+@pytest.mark.parametrize(
+    ("second_class", "numbers", "are_images"),
+    [
+        ([8, 91, 1], ["100", "8", "91", "1", "67", "33"], False),
+        ([0, 0, 0], ["100", "67", "33"], False),
+        ([8, 90, 1], ["150", "8", "90", "1", "100", "50"], True),
+    ],
+    ids=["100 of each class", "a class without images", "99 of a class"],
+)
+def test_the_numbers_of_a_confusion_matrix_are_all_percent_or_all_images(drawn, second_class, numbers, are_images):
+    rows = [[150, 0, 0], second_class, [0, 100, 50]]
+    draw_confusion(replace(TEST, confusion_matrix=rows), Path("confusion.png"), title="")
+    axes, colors = drawn["confusion"].axes
+    assert [text.get_text() for text in axes.texts] == numbers
+    assert colors.get_ylabel().endswith("; the numbers are images") == are_images
 
 
 def test_each_bar_stands_beside_its_class_the_worst_on_top(drawn):
@@ -55,8 +83,8 @@ def test_each_bar_stands_beside_its_class_the_worst_on_top(drawn):
     axes = drawn["per_class"].axes[0]
     places = {tick: label.get_text() for tick, label in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)}
     bars = {places[bar.get_y() + bar.get_height() / 2]: bar.get_width() for bar in axes.patches}
-    assert bars == {"dog  25": 25, "cat  60": 60, "ship  90": 90}
-    assert places[0] == "dog  25" and axes.get_ylim()[0] > axes.get_ylim()[1]
+    assert bars == {"dog  25.0": 25, "cat  60.0": 60, "ship  90.0": 90}
+    assert places[0] == "dog  25.0" and axes.get_ylim()[0] > axes.get_ylim()[1]
     assert [line.get_xdata()[0] for line in axes.lines] == [pytest.approx(55)], "that of all images"
 
 
@@ -85,9 +113,39 @@ def test_curves_mark_epochs_and_name_last_values(drawn):
 def test_mistakes_are_marked_with_the_predicted_class_and_its_probability(drawn):
     files = draw_evaluation(Path(), TEST, SAVED, title="x")
     assert [path.stem for path in files] == list(drawn) == ["confusion", "per_class", "predictions", "mistakes"]
-    first, surest = ([axes.get_title() for axes in drawn[name].axes] for name in ("predictions", "mistakes"))
-    assert first == ["cat", "✗ cat\n→ dog 70%", "✗ dog\n→ ship 80%", *[""] * 5]
-    assert surest == ["✗ dog\n→ ship 80%", "✗ cat\n→ dog 70%", *[""] * 6]
+    shown, surest = ([axes.get_title() for axes in drawn[name].axes] for name in ("predictions", "mistakes"))
+    assert shown == ["cat", "✗ cat\n→ dog 70%", "✗ dog\n→ ship 80%"]
+    assert surest == ["dog\n→ ship 80%", "cat\n→ dog 70%"], "all are mistakes: no mark"
+    assert [axes.title.get_color() for axes in drawn["mistakes"].axes] == ["black"] * 2
+    legend = "true class → predicted class with its probability"
+    titles = {name: figure.get_suptitle() for name, figure in drawn.items()}
+    assert titles["per_class"] == titles["confusion"] == "55.00% of 40 images right: x"
+    assert titles["predictions"] == f"55.00% of 40 images right: x\ntrue class; ✗ marks a mistake: {legend}"
+    assert titles["mistakes"] == f"x: the most confident mistakes\n{legend}"
+
+
+@pytest.mark.parametrize(("count", "width", "columns"), [(1, 6, 1), (3, 6, 3), (9, 7.5, 5), (24, 12, 8)])
+def test_a_figure_has_the_size_of_its_images(drawn, count, width, columns):
+    images = np.zeros((count, 3, 8, 8), np.uint8)
+    saved = SAVED | {"mistakes": np.ones(count, int), "mistaken_images": images}
+    draw_evaluation(Path(), TEST, saved, title="x")
+    figure = drawn["mistakes"]
+    assert figure.get_figwidth() == width
+    assert figure.axes[0].get_gridspec().ncols == columns
+    figure.draw_without_rendering()
+    covered = sum(axes.get_position().width * axes.get_position().height for axes in figure.axes[:count])
+    assert covered > 0.35, "most would be white"
+
+
+def test_the_shown_images_are_spread_over_all_that_were_saved(drawn):
+    shown = np.arange(64) + 100
+    many = {"labels": np.arange(164) % 3, "logits": np.zeros((164, 3), np.float16), "shown": shown}
+    images = np.broadcast_to(np.arange(64, dtype=np.uint8)[:, None, None, None], (64, 3, 8, 8))
+    draw_evaluation(Path(), TEST, SAVED | many | {"images": images}, title="x")
+    places = [int(axes.images[0].get_array()[0, 0, 0]) for axes in drawn["predictions"].axes]
+    assert len(places) == 24 and set(np.diff(places)) == {2, 3} and places[-1] >= 60
+    captions = [axes.get_title() for axes in drawn["predictions"].axes]
+    assert [("cat", "dog", "ship")[(100 + place) % 3] in each for place, each in zip(places, captions, strict=True)]
 
 
 def test_every_run_is_in_the_legend_and_looks_different(drawn):
@@ -126,3 +184,91 @@ def test_the_users_font_comes_first_and_then_an_installed_one_with_chinese_chara
         draw_per_class(TEST, Path(), title="")
     families = used[0]["font.family"]
     assert used[0][setting][0] == "My Font" and families[1:] == ["SimHei", "DejaVu Sans"]
+
+
+@pytest.fixture
+def install(monkeypatch, tmp_path):
+    """Leave DejaVu Sans alone, and return a function that installs a font with the given letters, one em wide each."""
+    default = next(font for font in fontManager.ttflist if font.name == "DejaVu Sans" and font.weight == 400)
+    monkeypatch.setattr(fontManager, "ttflist", [default])
+    (tmp_path / "damaged.ttf").touch()
+    files = [str(tmp_path / "damaged.ttf")]
+    monkeypatch.setattr("cifar_dist.display.figures.findSystemFonts", lambda: files)
+
+    def install(name: str, letters: str) -> None:
+        pen = TTGlyphPen(None)
+        pen.moveTo((0, 0))
+        for corner in ((0, 900), (1000, 900), (1000, 0)):
+            pen.lineTo(corner)
+        pen.closePath()
+        glyphs = {".notdef": pen.glyph(), **{f"u{ord(letter):04X}": pen.glyph() for letter in letters}}
+        font = FontBuilder(1000)
+        font.setupGlyphOrder(list(glyphs))
+        font.setupCharacterMap({ord(letter): f"u{ord(letter):04X}" for letter in letters})
+        font.setupGlyf(glyphs)
+        font.setupHorizontalMetrics(dict.fromkeys(glyphs, (1000, 0)))
+        font.setupHorizontalHeader(ascent=900, descent=-100)
+        font.setupNameTable({"familyName": name, "styleName": "Regular"})
+        font.setupOS2()
+        font.setupPost()
+        font.save(tmp_path / f"{name}.ttf")
+        files.append(str(tmp_path / f"{name}.ttf"))
+        _add_new_fonts.cache_clear()
+
+    _add_new_fonts.cache_clear()
+    fontManager._findfont_cached.cache_clear()
+    yield install
+    _add_new_fonts.cache_clear()
+    fontManager._findfont_cached.cache_clear()
+
+
+NAMES = ["cat", "红色方块", "绿色三角", "蓝圆", "黄星", "café"]
+
+
+def test_a_note_names_what_no_font_draws_until_one_is_installed(install):
+    package = "apt install fonts-noto-cjk"
+    head, tail = "note: no font here draws", f"; install one ({package}), then: draw"
+    assert font_note(NAMES, "draw") == f"{head} 红色方块, 绿色三角, 蓝圆, ...{tail}"
+    assert font_note(["蓝圆", "cat"], "draw") == f"{head} 蓝圆{tail}"
+    assert font_note(["cat", "café", "🥑"], "draw") is None
+    assert describe_fonts() == f"none for Chinese, Japanese, Korean: {package}"
+    install("SimHei", "红色方块绿三角中あ")
+    assert font_note(NAMES, "draw") == f"{head} 蓝圆, 黄星{tail}"
+    assert describe_fonts() == f"SimHei for Chinese, Japanese; none for Korean: {package}"
+
+
+def test_a_font_that_is_newer_than_matplotlibs_list_is_used(install, monkeypatch, tmp_path):
+    install("WenQuanYi Micro Hei", "红中あ한")
+    monkeypatch.setattr("cifar_dist.display.figures.warnings.filterwarnings", lambda *_, **__: None)  # an error, then
+    names = {name.replace("cat", "红红"): value for name, value in TEST.per_class_accuracy.items()}
+    draw_per_class(replace(TEST, per_class_accuracy=names), tmp_path / "per_class.png", title="红")
+    assert describe_fonts() == "WenQuanYi Micro Hei for Chinese, Japanese, Korean"
+    with pytest.raises(UserWarning, match="missing from font"):
+        draw_per_class(TEST, tmp_path / "per_class.png", title="蓝")
+
+
+def test_long_chinese_names_do_not_overlap_and_stay_within_the_figure(install, monkeypatch):
+    install("SimHei", "红色方块")
+    boxes = {}
+
+    def measure(figure, path: Path) -> None:
+        figure.draw_without_rendering()
+        extents = [axes.title.get_window_extent() for axes in figure.axes if axes.get_title()]
+        ticks = [label.get_window_extent() for axes in figure.axes[:1] for label in axes.get_yticklabels()]
+        boxes[path.stem] = (figure.bbox.width, [(box.x0, box.x1) for box in extents or ticks])
+        title = figure.texts[0].get_window_extent()
+        assert figure.get_suptitle() == figure.texts[0].get_text() and 0 <= title.x0 and title.x1 <= figure.bbox.width
+
+    monkeypatch.setattr("cifar_dist.display.figures._save", measure)
+    names = ["红色方块" * 10, "方块" * 20, "红色" * 20]
+    logits = np.eye(3)[[1] * 16].astype(np.float16) * 90
+    saved = SAVED | {"labels": np.zeros(16, int), "logits": logits, "class_names": np.array(names)}
+    saved |= {"images": np.zeros((16, 3, 8, 8), np.uint8), "mistakes": np.arange(16)}
+    saved["mistaken_images"] = saved["images"]
+    accuracies = dict(zip(names, TEST.per_class_accuracy.values(), strict=True))
+    draw_evaluation(Path(), replace(TEST, per_class_accuracy=accuracies), saved, title="红色 方块 " * 12)
+    for name, (width, places) in boxes.items():
+        assert places and all(0 <= left and right <= width for left, right in places), name
+    for name in ("predictions", "mistakes"):
+        row = sorted(boxes[name][1][:8])
+        assert all(right < left for (_, right), (left, _) in pairwise(row)), name

@@ -7,8 +7,9 @@ import torch
 from torch.nn import functional
 
 from cifar_dist.config.recipe import EarlyStoppingConfig
+from cifar_dist.data.dataset import LabelledImages
 from cifar_dist.run.results import EpochRecord
-from cifar_dist.training.evaluation import RunningSums, confident_mistakes, summarize
+from cifar_dist.training.evaluation import EvaluationSet, RunningSums, confident_mistakes, summarize
 from cifar_dist.training.state import EarlyStopping, monitored_value
 
 
@@ -95,6 +96,21 @@ def test_top5_needs_more_than_five_classes(num_classes):
     logits = -torch.arange(num_classes, dtype=torch.float32).repeat(num_classes, 1)
     result = summarize(logits, labels, tuple(map(str, labels.tolist())))
     assert result.top5 == (None if num_classes == 5 else 5 / 6)
+
+
+@pytest.mark.parametrize("num_classes", [3, 10])
+@pytest.mark.parametrize("is_sorted", [True, False])
+def test_the_saved_images_are_of_all_classes(is_sorted, num_classes):
+    labels = torch.arange(640) % num_classes  # every tenth is of one class
+    labels = labels.sort().values if is_sorted else labels
+    pixels = (torch.arange(640) % 256).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+    data = LabelledImages(images=pixels.contiguous(), labels=labels)
+    indices, names = torch.arange(639, -1, -1), tuple(map(str, range(num_classes)))
+    part = EvaluationSet(data=data, indices=indices, class_names=names, recipe=None, runtime=None)
+    arrays = part.figure_arrays(torch.zeros(640, num_classes))
+    assert (arrays["images"][:, 0, 0, 0] == arrays["indices"][arrays["shown"]] % 256).all()
+    counts = torch.bincount(torch.tensor(arrays["labels"][arrays["shown"]]), minlength=num_classes)
+    assert counts.sum() == 64 and counts.min() >= 64 // num_classes - 1
 
 
 def test_records_go_to_json_and_back():

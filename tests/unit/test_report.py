@@ -2,6 +2,7 @@
 
 import html
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -94,10 +95,46 @@ def test_one_run_gets_its_figures_and_a_page(run):
 
 
 def test_the_command_to_run_it_again_can_be_typed(run):
-    words = re.search(r"<pre>(?:python launch.py|cifar-dist) (.*?)</pre>", (run / "report.html").read_text())[1].split()
+    page = (run / "report.html").read_text()
+    words = re.search(r"<pre>(?:python launch.py|python -m cifar_dist|cifar-dist) (.*?)</pre>", page)[1].split()
     command, options = parse_arguments(words)
     assert (command, options.dataset, options.precision, options.num_processes) == ("train", "shapes", "bf16", 2)
     assert read_recipe(options.recipe) == yaml.safe_load((run / "config.yaml").read_text())["recipe"]
+
+
+def test_a_run_of_ones_own_network_is_named_and_run_again_with_it(tmp_path, no_pixels, capsys):
+    own = make_run(tmp_path / "own", "model=mynet.py:net", top1=None)
+    (own / "checkpoints").mkdir()
+    (own / "checkpoints" / "last.pt").touch()
+    assert main(["report", str(own)]) == 0
+    page = (own / "report.html").read_text()
+    assert "<h1>original with net on shapes, seed 0</h1>" in page
+    words = re.search(r"<pre>.*? (--recipe .*?)</pre>", page)[1].split()
+    assert parse_arguments(words)[1].assignments == {"model": "mynet.py:net"}
+    assert f"eval --ckpt {own} --set model=mynet.py:net\n" in capsys.readouterr().out
+
+
+def test_a_replaced_network_is_in_the_title_and_that_of_a_recipe_is_not(tmp_path):
+    assert read_run(make_run(tmp_path / "a", "model=resnet34"), "a").title == "original with resnet34 on shapes, seed 0"
+    assert read_run(make_run(tmp_path / "b"), "b").title == "original on shapes, seed 0"
+    config = make_run(tmp_path / "c", "model=mynet.py:net") / "config.yaml"
+    config.write_text(config.read_text().replace("recipe_name: original", "recipe_name: mine"))
+    assert read_run(config.parent, "c").title == "mine with net on shapes, seed 0"
+
+
+def test_a_name_that_no_font_draws_is_noted_with_the_command_that_draws_it(tmp_path, no_pixels, capsys, monkeypatch):
+    run, out = make_run(tmp_path / "run"), tmp_path / "out"
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("- cat", "- 蓝圆"))
+    monkeypatch.setattr("cifar_dist.display.figures._find_font", lambda letter: None)
+    for words in ([str(run)], [str(run), "--out", str(out)]):
+        assert main(["report", *words]) == 0
+        line = capsys.readouterr().out.splitlines()[-1]
+        assert line.startswith("note: no font here draws 蓝圆; install one (apt install fonts-noto-cjk), then: ")
+        assert line.endswith(f" report {' '.join(words)}")
+    words = [str(run), str(make_run(tmp_path / "红")), "--out", str(out)]
+    assert main(["report", *words]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("note: no font here draws 红; ") and line.endswith(f" report {shlex.join(words)}")
 
 
 def test_the_page_loads_nothing_and_escapes_names(run):
@@ -158,7 +195,7 @@ def test_untested_runs_are_in_no_mean(tmp_path, capsys):
     (untested / "checkpoints").mkdir()
     (untested / "checkpoints" / "last.pt").touch()
     assert main(["report", str(untested)]) == 0
-    command = rf"not tested yet: (cifar-dist|python launch.py) eval --ckpt {untested}"
+    command = rf"not tested yet: (cifar-dist|python launch.py|python -m cifar_dist) eval --ckpt {untested}"
     assert re.search(f"^{command}$", capsys.readouterr().out, re.MULTILINE)
     assert re.search(f"<p>{command}</p>", (untested / "report.html").read_text())
 
@@ -179,6 +216,17 @@ def test_a_mean_is_over_runs_that_differ_in_their_seed_only(tmp_path, capsys, di
     means = re.findall(rf"mean ± sd of 2 runs \({differing}=\w+\) +(\S+) ± 7.07", text)
     assert means == ["55.00", "75.00"]
     assert f"the runs differ in {differing}\n" in text
+
+
+def test_a_folder_at_another_image_size_is_no_other_content(tmp_path, capsys):
+    sizes = {"a": ("f0", 32), "b": ("f1", 48), "c": ("f2", 48)}
+    for name, (fingerprint, size) in sizes.items():
+        config = make_run(tmp_path / name, f"image_size={size}") / "config.yaml"
+        config.write_text(config.read_text().replace("fingerprint: f0", f"fingerprint: {fingerprint}"))
+    assert main(["report", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert "the runs differ in image_size\n" in capsys.readouterr().out
+    assert main(["report", *(str(tmp_path / name) for name in sizes)]) == 0
+    assert "the runs differ in content of the dataset, image_size\n" in capsys.readouterr().out
 
 
 def test_runs_of_one_seed_have_no_mean_and_other_worlds_no_mean_of_times(tmp_path, capsys):
