@@ -46,9 +46,13 @@ _FONT_PACKAGE = "apt install fonts-noto-cjk"
 _PANELS = {
     "Cross-entropy loss": {"training": "train_loss", "validation": "val_loss"},
     "Accuracy": {"training": "train_acc", "validation": "val_acc"},
-    "Learning rate": {"last": "lr"},
+    "Learning rate": {"end of the epoch": "lr"},
 }
 _NUMBERED_CLASSES, _NUM_BARS, _NUM_IMAGES = 20, 40, 24  # the most that have room
+_FLAT_COLUMNS = 60
+"""Class names of so many columns together stand side by side; others are turned."""
+_LOG_SPAN = 10
+"""Largest loss over smallest from which the axis is logarithmic, so that a high first one leaves room for the others."""
 
 
 @contextmanager
@@ -132,6 +136,11 @@ def draw_curves(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if len(runs) == 1:
             axes.legend()
+    losses = [each for records in runs.values() for record in records for each in (record.train_loss, record.val_loss)]
+    known = [each for each in losses if each]
+    if known and max(known) > _LOG_SPAN * min(known):
+        figure.axes[0].set_yscale("log")
+        figure.axes[0].yaxis.set_major_formatter("{x:g}")
     figure.axes[1].yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%")
     figure.axes[2].set_ylim(bottom=0)
     if len(runs) > 1:
@@ -168,7 +177,8 @@ def draw_confusion(evaluation: Evaluation, path: Path, *, title: str) -> None:
     axes = figure.subplots()
     axes.grid(visible=False)
     image = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
-    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=fontsize)
+    rotation = 90 if max(map(cell_len, names)) * len(names) > _FLAT_COLUMNS else 0
+    axes.set_xticks(range(len(names)), names, rotation=rotation, fontsize=fontsize)
     axes.set_yticks(range(len(names)), names, fontsize=fontsize)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
@@ -193,7 +203,7 @@ def draw_per_class(evaluation: Evaluation, path: Path, *, title: str) -> None:
     axes = figure.subplots()
     axes.barh(range(len(names)), [known[name] for name in names], color=_BLUE)
     axes.set_yticks(range(len(names)), [f"{_shorten(name, 24)}  {known[name]:.1f}" for name in names])
-    axes.axvline(100 * evaluation.top1, color=_RED, linestyle="--", label="all images")
+    axes.axvline(100 * evaluation.top1, color=_RED, linestyle="--", label="accuracy over all images")
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
     axes.set_xlabel("accuracy in percent")

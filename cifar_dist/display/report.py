@@ -29,7 +29,8 @@ from cifar_dist.display.terminal import (
     print_table,
 )
 from cifar_dist.run.directory import RunDirectory
-from cifar_dist.run.results import EpochRecord, RunMetadata, Summary
+from cifar_dist.run.lock import is_locked
+from cifar_dist.run.results import EpochRecord, RunMetadata, Status, Summary
 
 _ADVICE = "name another folder with --out"
 _CONTENT = "content of the dataset"
@@ -95,9 +96,11 @@ def read_run(path: Path, name: str) -> ReportedRun:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
     if summary is None:
         raise UserError(f"the run in {path} has no summary.json: it has not begun to train")
-    if summary.status == "running" and records:  # summary.json is from the start of the run
+    if summary.status == "running":  # summary.json is from the start of the run, or the run was killed
         seconds = max(summary.train_seconds, sum(record.epoch_seconds for record in records))
-        summary = replace(summary, epochs=records[-1].epoch, train_seconds=seconds)
+        epochs = records[-1].epoch if records else summary.epochs
+        status: Status = "running" if is_locked(path) else "interrupted"
+        summary = replace(summary, status=status, epochs=epochs, train_seconds=seconds)
     return ReportedRun(name=name, path=path, metadata=metadata, summary=summary, records=records)
 
 

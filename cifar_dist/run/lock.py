@@ -13,6 +13,16 @@ _RESTART_TIMEOUT_SECONDS = 120
 """How long a restarted job waits: the file server frees a lost node's lock after its lease (NFSv4: 90 s)."""
 
 
+def is_locked(folder: Path) -> bool:
+    """Return whether a process trains in a run directory; True if that cannot be tried."""
+    file = folder / ".lock"
+    try:
+        with FileLock(file, timeout=0) if file.exists() else contextlib.nullcontext():
+            return False
+    except (Timeout, OSError):
+        return True
+
+
 class RunLock:
     """The lock of one run directory: `flock` on its file `.lock`, which the system frees when this process ends.
 

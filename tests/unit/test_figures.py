@@ -110,6 +110,22 @@ def test_curves_mark_epochs_and_name_last_values(drawn):
     assert [accuracy.yaxis.get_major_formatter()(value) for value in (0.3, 0.325)] == ["30%", "32.5%"]
 
 
+def test_a_high_first_loss_leaves_room_for_the_others(drawn):
+    for first, scale in ((18.0, "log"), (1.0, "linear")):
+        losses = [record(epoch, val_loss=loss) for epoch, loss in ((1, first), (2, 0.5))]
+        draw_curves({"x": losses}, Path("curves.png"), title="", marks={})
+        assert drawn["curves"].axes[0].get_yscale() == scale
+
+
+@pytest.mark.parametrize(("name", "turn"), [("cat", 0), ("automobile", 90)])
+def test_short_class_names_are_not_turned(drawn, name, turn):
+    accuracies = {f"{name}{number}": 0.5 for number in range(10)}
+    matrix = np.eye(10, dtype=int).tolist()
+    test = replace(TEST, per_class_accuracy=accuracies, confusion_matrix=matrix)
+    draw_confusion(test, Path("confusion.png"), title="")
+    assert {text.get_rotation() for text in drawn["confusion"].axes[0].get_xticklabels()} == {turn}
+
+
 def test_mistakes_are_marked_with_the_predicted_class_and_its_probability(drawn):
     files = draw_evaluation(Path(), TEST, SAVED, title="x")
     assert [path.stem for path in files] == list(drawn) == ["confusion", "per_class", "predictions", "mistakes"]

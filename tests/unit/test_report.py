@@ -14,6 +14,7 @@ from cifar_dist.cli import main
 from cifar_dist.config.options import parse_arguments
 from cifar_dist.config.recipe import read_recipe, recipe_to_mapping
 from cifar_dist.display.report import read_run
+from cifar_dist.run.lock import RunLock
 from cifar_dist.run.results import Evaluation, Summary
 from tests.conftest import make_recipe
 from tests.unit.test_metrics import record
@@ -161,8 +162,11 @@ def test_an_unfinished_run_is_reported_from_its_epochs(tmp_path):
     path = make_run(tmp_path / "run", top1=None, status="running", epochs=0)
     records = [record(1, epoch_seconds=1.0), record(2, images_per_second=300.0, epoch_seconds=300.0)]
     (path / "metrics.jsonl").write_text("".join(each.to_json() + "\n" for each in records))
+    with RunLock() as lock:
+        lock.acquire(path)
+        assert read_run(path, "run").summary.status == "running"
     run = read_run(path, "run")
-    assert (run.summary.epochs, run.summary.train_seconds) == (2, 301)
+    assert (run.summary.status, run.summary.epochs, run.summary.train_seconds) == ("interrupted", 2, 301), "killed"
     assert run.measures["images_per_second"] == pytest.approx((100 + 300 * 300) / 301), "over all epochs"
 
 
