@@ -52,7 +52,7 @@ _NUMBERED_CLASSES, _NUM_BARS, _NUM_IMAGES = 20, 40, 24  # the most that have roo
 _FLAT_COLUMNS = 60
 """Class names of so many columns together stand side by side; others are turned."""
 _LOG_SPAN = 10
-"""Largest loss over smallest from which the axis is logarithmic, so that a high first one leaves room for the others."""
+"""Largest loss over smallest from which the axis is logarithmic: a high first one leaves room for the others."""
 
 
 @contextmanager

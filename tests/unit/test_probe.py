@@ -60,7 +60,10 @@ def on_sequence(inputs, *parts):
 
 
 UNTRACKED = {
-    "functional dropout": (Function(functional.dropout), r"'between' \(Function\) draws random numbers itself, as functional.dropout"),
+    "functional dropout": (
+        Function(functional.dropout),
+        r"'between' \(Function\) draws random numbers itself, as functional.dropout",
+    ),
     "rand": (Function(lambda inputs: inputs + torch.rand(9)), r"'between' \(Function\) draws random numbers"),
     "own generator": (
         Function(lambda inputs: inputs + torch.rand(9, generator=torch.Generator().manual_seed(1))),
