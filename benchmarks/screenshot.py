@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from cifar_dist import cli
 from cifar_dist.commands import train
 from cifar_dist.display.progress import LiveTraining
-from cifar_dist.display.terminal import print_header
+from cifar_dist.display.terminal import THEME, print_header
 
 WORDS = ["--recipe", "first"]
 EPOCH, STEP = 4, 21
@@ -29,7 +29,7 @@ EPOCH, STEP = 4, 21
 
 def terminal(*, record: bool) -> Console:
     """Return a console that prints nowhere."""
-    return Console(record=record, width=100, height=30, force_terminal=True, file=io.StringIO())
+    return Console(record=record, width=100, height=30, force_terminal=True, file=io.StringIO(), theme=THEME)
 
 
 class Photographed(LiveTraining):

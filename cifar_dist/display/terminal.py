@@ -19,7 +19,7 @@ from cifar_dist.run.directory import RunDirectory
 from cifar_dist.run.results import EpochRecord, Evaluation, Summary
 
 # The terminal's own colours, which can be read on its background; Rich's bars have fixed ones.
-_THEME = Theme(
+THEME = Theme(
     {
         "bar.back": "dim",
         "bar.complete": "green",
@@ -154,7 +154,7 @@ def format_bench(result: Mapping[str, Any]) -> list[str]:
 
 def make_console(*, quiet: bool = False, stderr: bool = False) -> Console:
     """Build the console for stdout or stderr. `FORCE_COLOR` colours a pipe, and animates nothing there."""
-    console = Console(quiet=quiet, stderr=stderr, emoji=False, highlight=False, theme=_THEME)
+    console = Console(quiet=quiet, stderr=stderr, emoji=False, highlight=False, theme=THEME)
     with contextlib.suppress(ValueError, AttributeError):  # a closed stream, or none
         console.is_interactive = console.is_interactive and (console.is_jupyter or console.file.isatty())
     return console
