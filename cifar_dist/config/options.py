@@ -142,7 +142,7 @@ class TrainOptions(DeviceOptions):
     dataset: str | None = flag("--dataset", *_DATASET)
     data_dir: Path | None = flag("--data-dir", *_DATA_DIR)
     run_dir: Path | None = flag("--run-dir", "default: runs/<recipe>[-<model, if typed>]-<dataset>-seed<seed>", "DIR")
-    resume: bool = flag("--resume", "resume the run in DIR (or --run-dir)", "DIR", default=False, nargs="?")
+    resume: bool = flag("--resume", "resume the run in DIR, or in --run-dir", "DIR", default=False, nargs="?")
     resume_dir: Path | None = None
     """The folder typed after `--resume`, which must exist."""
     assignments: Mapping[str, Any] = flag("--set", *_SET, **_SEVERAL)
