@@ -220,7 +220,7 @@ def test_the_block_on_images_runs(images):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: train("quick", dataset="shapes", run_dir="held"), "add resume=True to resume it, or name another run_dir"),
+        (lambda: train("quick", dataset="shapes", run_dir="held"), "add resume=True to resume it"),
         (lambda: train("quick", resume=True), "resume=True needs run_dir"),
         (lambda: train("quick", dataset=TensorDataset(torch.ones(1))), "dataset is of type TensorDataset: it must be"),
         (lambda: train(Path("my.yaml"), dataset="shapes"), "recipe file my.yaml does not exist"),
