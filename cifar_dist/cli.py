@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from cifar_dist.config.accelerate_config import load_accelerate_config, processes_to_start, with_processes
+from cifar_dist.config.command_line import parse_arguments
 from cifar_dist.config.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -22,7 +23,7 @@ from cifar_dist.config.errors import (
     SharedError,
     UserError,
 )
-from cifar_dist.config.options import TrainOptions, TuneOptions, parse_arguments
+from cifar_dist.config.options import TrainOptions, TuneOptions
 from cifar_dist.config.provenance import PROGRAM, program_name
 from cifar_dist.config.world import LAUNCHED, World
 from cifar_dist.run.checks import check_before_torch

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cifar_dist.config.accelerate_config import CONFIGS, AccelerateConfig
+from cifar_dist.config.command_line import wrap
 from cifar_dist.config.errors import EXIT_DONE, UserError
-from cifar_dist.config.options import ConfigOptions, RecipesOptions, wrap
+from cifar_dist.config.options import ConfigOptions, RecipesOptions
 from cifar_dist.config.provenance import command_line
 from cifar_dist.config.recipe import RECIPES, Recipe, describe_network, recipe_names
 from cifar_dist.config.schema import nearest

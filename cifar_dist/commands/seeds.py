@@ -5,8 +5,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from cifar_dist.config.command_line import parse_arguments
 from cifar_dist.config.errors import EXIT_DONE, EXIT_FAILED, UserError
-from cifar_dist.config.options import TrainOptions, parse_arguments, parse_seeds
+from cifar_dist.config.options import TrainOptions, parse_seeds
 from cifar_dist.config.provenance import command_line
 from cifar_dist.config.recipe import DEFAULT_RECIPE
 from cifar_dist.config.world import World

@@ -7,7 +7,7 @@ import pytest
 
 from cifar_dist.cli import main
 from cifar_dist.commands import seeds
-from cifar_dist.config.options import parse_arguments
+from cifar_dist.config.command_line import parse_arguments
 from cifar_dist.config.world import World
 from cifar_dist.run.directory import RunDirectory
 from cifar_dist.training.trainer import Trainer

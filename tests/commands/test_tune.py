@@ -19,7 +19,7 @@ from rich.console import Console
 
 from cifar_dist.cli import main
 from cifar_dist.commands.lr_range import smooth, suggest
-from cifar_dist.config.options import parse_arguments
+from cifar_dist.config.command_line import parse_arguments
 from cifar_dist.config.recipe import Recipe
 from cifar_dist.display.study import LiveStudy, study_view
 from cifar_dist.run.directory import RunDirectory

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 from cifar_dist import cli
-from cifar_dist.config import options, recipe
-from cifar_dist.config.options import BenchOptions, EvalOptions, PredictOptions, TrainOptions, parse_arguments
+from cifar_dist.config import command_line, options, recipe
+from cifar_dist.config.command_line import parse_arguments
+from cifar_dist.config.options import BenchOptions, EvalOptions, PredictOptions, TrainOptions
 
 TRAIN_FLAGS = (
     "--config c.yaml --recipe plain --dataset shapes --data-dir d --run-dir r --resume --set epochs=4"
@@ -191,4 +192,4 @@ def test_every_answer_is_a_field_or_a_flag():
         for each in options.fields(kind)
         for name in each.metadata.get("names", ())
     }
-    assert set(options._ALIASES) <= flags
+    assert set(command_line._ALIASES) <= flags

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cifar_dist.config.options import parse_arguments
+from cifar_dist.config.command_line import parse_arguments
 from cifar_dist.config.recipe import read_recipe
 from cifar_dist.config.schema import flatten
 from cifar_dist.run.results import EpochRecord, Evaluation, Summary

@@ -9,7 +9,8 @@ import pytest
 from cifar_dist import cli
 from cifar_dist.commands.examples import read_comment
 from cifar_dist.config.accelerate_config import config_names, load_accelerate_config
-from cifar_dist.config.options import COMMANDS, EXAMPLES, parse_arguments
+from cifar_dist.config.command_line import EXAMPLES, parse_arguments
+from cifar_dist.config.options import COMMANDS
 from cifar_dist.config.recipe import RECIPES, Recipe, recipe_names
 from tests.conftest import ROOT
 from tests.recipe_table import PAGE, read_docstrings, with_table

@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from cifar_dist.config.accelerate_config import load_accelerate_config
+from cifar_dist.config.command_line import parse_arguments
 from cifar_dist.config.errors import UserError
-from cifar_dist.config.options import TrainOptions, parse_arguments
+from cifar_dist.config.options import TrainOptions
 from cifar_dist.config.plan import DatasetSizes, num_held_out
 from cifar_dist.config.recipe import (
     Recipe,

@@ -11,7 +11,7 @@ import yaml
 from matplotlib import image as matplotlib_image
 
 from cifar_dist.cli import main
-from cifar_dist.config.options import parse_arguments
+from cifar_dist.config.command_line import parse_arguments
 from cifar_dist.config.recipe import read_recipe, recipe_to_mapping
 from cifar_dist.display.report import read_run
 from cifar_dist.run.lock import RunLock
