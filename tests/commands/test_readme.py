@@ -25,7 +25,7 @@ COMMANDS = [
 
 # Other arguments for commands that would take long.
 ADDED = {
-    "python launch.py --recipe quick --set validation_size=0": ["--dry-run"],
+    "python launch.py --recipe fast --set validation_size=0": ["--dry-run"],
     "python launch.py --set validation_size=0": ["--dry-run"],
     "python launch.py --dataset photos --recipe quick --epochs 30 --set image_size=64 global_batch_size=32": [
         "--epochs", "1", "--set", "image_size=16", "global_batch_size=8",
