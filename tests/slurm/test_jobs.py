@@ -189,7 +189,7 @@ def test_a_killed_rank_and_a_killed_node_end_the_step_and_the_job_goes_on(cluste
 def test_a_study_goes_on_when_one_of_its_workers_is_preempted(cluster, submit, project):
     """Six trials, none lost or done twice. Each worker has a node of its own."""
     search = ("--study", "study", "--trials", "6", "--epochs", "40", "--pruner", "none")
-    job_id = submit("--array=0-1", "--cpus-per-task=64", "--", *QUICK, "validation_size=auto", *search, script=TUNE)
+    job_id = submit("--array=0-1", "--cpus-per-task=64", "--", *QUICK, "validation_size=8", *search, script=TUNE)
     cluster.wait_for_log(job_id, "trial ", timeout=60)
     high = cluster.submit(
         "--partition=high", "--cpus-per-task=64", "--output=/dev/null", "--wrap", "true", cwd=project
