@@ -147,7 +147,7 @@ def check_packages(command: str, *more: str) -> None:
     """Raise UserError if a package is missing that a study needs."""
     for package in ("optuna", *more):
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"{command} needs the package {package}: pip install -e '.[tune]'")
+            raise UserError(f"{command} needs the package {package}: pip install optuna scipy")
 
 
 def _check_weights(options: EvalOptions | PredictOptions | ExportOptions) -> None:
@@ -168,5 +168,5 @@ def _check_export(options: ExportOptions) -> None:
     check_output("--out", out)
     for package in EXPORT_PACKAGES[kind]:
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"{kind} needs the package {package}: pip install -e '.[export]'")
+            raise UserError(f"{kind} needs the package {package}: pip install {' '.join(EXPORT_PACKAGES[kind])}")
     _check_weights(options)

@@ -80,7 +80,7 @@ def _refuse_untyped_code(stored: StudyDefinition, options: TuneOptions, file: Pa
         refuse_untyped_code(flatten(recipe_to_mapping(stored.recipe)), flatten(options.assignments), str(file))
     choices = [each for name in OWN_CODE_FIELDS for each in stored.space.get(name, {}).get("choices", ())]
     if options.space is None and (named := [each for each in choices if is_own_code(each)]):
-        raise UserError(f"{file} needs the code of the network {named[0]}: add --space")
+        raise UserError(f"{file} needs the code of {named[0]}: add --space")
 
 
 def _training(options: TuneOptions, stored: StudyDefinition | None) -> Any:

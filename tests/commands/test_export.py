@@ -120,5 +120,5 @@ def test_a_full_disk_is_one_line(folder, capsys, monkeypatch):
 def test_a_missing_package_is_named(folder, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
     assert main(["export", "--ckpt", RUN, "--out", "another.onnx"]) == 2
-    message = "error: .onnx needs the package onnx: pip install -e '.[export]'\n"
+    message = "error: .onnx needs the package onnx: pip install onnx onnxscript onnxruntime\n"
     assert capsys.readouterr().err == message and not (folder / "another.onnx").exists()

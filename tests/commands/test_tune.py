@@ -373,7 +373,7 @@ def test_a_missing_package_is_one_line(monkeypatch, capsys, sampler, missing):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == missing else find(name, *rest))
     assert main(["tune", *QUICK, "--sampler", sampler]) == 2
-    assert error_of(capsys) == f"tune needs the package {missing}: pip install -e '.[tune]'"
+    assert error_of(capsys) == f"tune needs the package {missing}: pip install optuna scipy"
 
 
 def test_a_learning_rate_range_test(capsys, tmp_path):

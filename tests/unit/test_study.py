@@ -163,5 +163,5 @@ def test_a_stored_study_runs_no_function_that_was_not_typed(tmp_path):
     with pytest.raises(UserError, match=r"needs the code of its network: add --set model=net.py:small"):
         resolve_study(TuneOptions(study=tmp_path / "a"))
     Study(tmp_path / "b", define(space={"model": {"choices": ["resnet18", "net.py:small"]}}))
-    with pytest.raises(UserError, match=r"needs the code of the network net.py:small: add --space"):
+    with pytest.raises(UserError, match=r"needs the code of net.py:small: add --space"):
         resolve_study(TuneOptions(study=tmp_path / "b"))
