@@ -15,7 +15,7 @@ from rich.console import Console
 from cifar_dist.config.accelerate_config import AccelerateConfig, planned_processes, planned_world
 from cifar_dist.config.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_KEYBOARD_INTERRUPT, UserError
 from cifar_dist.config.options import TrainOptions
-from cifar_dist.config.own_code import own_sources, words_to_type
+from cifar_dist.config.own_code import load_functions, own_sources, words_to_type
 from cifar_dist.config.plan import RunPlan, fit_to_dataset, make_plan
 from cifar_dist.config.provenance import command_line, git_commit, package_versions, version_note
 from cifar_dist.config.recipe import Recipe, describe_network, recipe_to_mapping
@@ -78,6 +78,8 @@ def train(
             print_notes(console, [prepared.finished])
             return EXIT_DONE, ranks.broadcast_from_main(RunDirectory(prepared.directory).read_summary)
         spec = prepared.spec
+        with ranks.together():
+            load_functions(flatten(recipe_to_mapping(spec.recipe)))
         dataset, fingerprint = _load_dataset(console, spec, ranks)
         runtime = start(ranks, config, **spec.compute_settings(world.size))
         if options.budget is not None and spec.stored is None:

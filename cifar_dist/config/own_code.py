@@ -59,6 +59,13 @@ def load_function(name: str) -> Callable[..., Any]:
     return function
 
 
+def load_functions(recipe: Mapping[str, Any]) -> None:
+    """Import each function that a recipe (with dotted names) uses. Raises UserError."""
+    for field in OWN_CODE_FIELDS:
+        if is_own_code(recipe.get(field)):
+            load_function(recipe[field])
+
+
 def source_hash(name: str) -> str:
     """Return the SHA-256 of the file that defines a function (of its source, for a registered one). Raises UserError.
 

@@ -379,6 +379,8 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"--set takes FIELD=VALUE, not '{assignment}'")
         if name.strip() == "dataset":
             raise UserError(f"--set {assignment}: the dataset has a flag of its own, type --dataset {text}")
+        if text.endswith(":"):  # which YAML reads as a mapping
+            raise UserError(f"--set {name.strip()}: '{text}' names no function: type file.py:function")
         value = parse_yaml(text, f"--set {name.strip()}: '{text}'")
         result = merge(result, nested({name.strip(): value}))
     return result

@@ -1,5 +1,6 @@
 """Device, precision and threads: pure functions of what was requested and of facts that are probed once."""
 
+import ctypes
 import platform
 import sys
 from collections.abc import Mapping
@@ -218,6 +219,17 @@ def memory_format(device_type: str) -> torch.memory_format:
     On MPS the backward of BatchNorm in channels_last is wrong or crashes (pytorch#175189).
     """
     return torch.contiguous_format if device_type == "mps" else torch.channels_last
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory of freed tensors for the next ones, where the C library is glibc.
+
+    By default, glibc returns it, and each step gets large tensors in new pages, which the kernel clears one by one.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:  # man 3 mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large tensor
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: no trimming
 
 
 def peak_process_memory_mib() -> int | None:

@@ -181,6 +181,8 @@ def start(
     )
     _check_one_precision(compute.precision, ranks)
     torch.set_num_threads(compute.num_threads)
+    if compute.device_type == "cpu":
+        device_module.keep_freed_memory()
     # DDP need not broadcast the running statistics: they are equal on all ranks, or averaged before use.
     wrapping = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     accelerator = Accelerator(

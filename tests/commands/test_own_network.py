@@ -77,6 +77,13 @@ def test_commands_need_it_typed_again(folder, capsys, command):
     assert main([*command, *TYPED]) == 0
 
 
+def test_a_missing_function_is_found_before_the_plan(folder, capsys):
+    assert main([*TRAIN, "--set", "model=nets.py:missing", "--run-dir", "missing"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "error: nets.py has no function 'missing': name it as file.py:function\n")
+    assert not Path("missing").exists()
+
+
 def test_its_weights_load_into_the_function_itself(folder):
     main(["export", "--ckpt", "run", "--out", "strict.pth", *TYPED])
     space: dict = {}

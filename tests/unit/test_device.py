@@ -1,6 +1,9 @@
 """Device, precision, threads and compiler as pure functions of facts; the CPUs that a process may use."""
 
 import os
+import platform
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -354,3 +357,27 @@ def test_ranks_that_would_each_be_alone_are_refused(monkeypatch):
     world = World(rank=1, size=2, local_rank=1, local_size=2, launcher="torchrun")
     with pytest.raises(UserError, match="each would train alone"), connect(world, ON_CPU):
         pass
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this C library has no mallopt")
+def test_the_memory_of_freed_tensors_is_kept_on_a_cpu():
+    """The second large tensor needs no new page from the kernel; a world begins in a process of its own."""
+    program = """
+import resource, torch
+from cifar_dist.config.accelerate_config import AccelerateConfig
+from cifar_dist.config.world import World
+from cifar_dist.runtime.distributed import connect, start
+
+def new_pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(1 << 25)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+config = AccelerateConfig(use_cpu=True)
+with connect(World(), config) as ranks:
+    start(ranks, config)
+    print(new_pages(), new_pages())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    first, second = map(int, done.stdout.split())
+    assert first > 50 and second < first / 10  # 128 MiB: 32,768 pages, or 64 huge ones
