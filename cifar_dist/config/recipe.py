@@ -49,21 +49,21 @@ class OptimizerConfig:
     nesterov: bool
     """Nesterov momentum. It needs `momentum` above 0, and AdamW does not use it."""
     weight_decay: NonNegative
-    """As in torch.optim.SGD. AdamW and Muon decay weights apart from the gradient, by rate x `weight_decay`."""
+    """As in torch.optim.SGD. For AdamW and Muon it is decoupled: rate x `weight_decay`."""
     decay_norm_and_bias: bool
     """Whether the parameters of BatchNorm and the biases decay too."""
     sgd_learning_rate: Positive | None
-    """For `muon`: the peak rate of the parameters that SGD steps; null: the same as for the filters."""
+    """For `muon`: the peak rate of the parameters that SGD trains; null: the same as for the filters."""
     normalize_filters: bool
-    """For `muon`: scale each filter bank to the norm sqrt(number of its outputs) before a step (airbench94_muon)."""
+    """For `muon`: scale each filter tensor to the norm sqrt(output channels) before a step (airbench94_muon)."""
     orthogonalization_steps: Count
     """For `muon`: Newton-Schulz steps that orthogonalize an update."""
     sgd_momentum: FractionBelow1 | None
-    """For `muon`: the momentum of the parameters that SGD steps; null: `momentum`."""
+    """For `muon`: the momentum of the parameters that SGD trains; null: `momentum`."""
     head_learning_rate: Positive | None
-    """The peak rate of the last layer; null: that of the other matrices that SGD or AdamW steps."""
+    """The peak rate of the last layer; null: as other matrices trained by SGD or AdamW."""
     bias_learning_rate: Positive | None
-    """The peak rate of biases and BatchNorm's parameters; null: that of the others that SGD or AdamW steps."""
+    """The peak rate of biases and BatchNorm's parameters; null: as other parameters trained by SGD or AdamW."""
 
     def __post_init__(self) -> None:
         lowest = self.momentum if self.sgd_momentum is None else min(self.momentum, self.sgd_momentum)
@@ -77,7 +77,7 @@ class ScheduleConfig:
     name: Literal["constant", "cosine", "step", "triangular"]
     """How the rate falls after the warm-up: not at all, to 0 as a cosine, in steps, or to 0 in a straight line."""
     warmup_fraction: FractionBelow1
-    """The part of all steps in which the rate rises in a straight line to its peak."""
+    """The fraction of all steps that is a linear warm-up to the peak."""
     step_epochs: Count | None
     """For `step`: the epochs between two steps, as `step_size` of torch's StepLR."""
     gamma: Annotated[float, Check(lambda value: 0 < value <= 1, "in (0, 1]")] | None
@@ -99,7 +99,7 @@ class EarlyStoppingConfig:
     monitor: Literal["val_loss", "val_acc", "train_loss"]
     """The metric that decides when to stop and which epoch is the best."""
     patience: Count
-    """Stop after so many epochs in a row without an improvement."""
+    """Epochs in a row without an improvement before the stop."""
     min_delta: NonNegative
     """An improvement must be larger than this. Accuracies are fractions of 1."""
 
@@ -109,7 +109,7 @@ class AugmentationConfig:
     """Random operations on a training image, in the order of the fields; 0 (or `none`) switches one off."""
 
     crop_padding: Natural
-    """Pad the image by so many pixels on each side, and crop it to its size at a random place."""
+    """Pad each side by N pixels, then crop to the old size at a random place."""
     crop_mode: Literal["zeros", "reflect"]
     """What the padding shows: black, or the mirrored border."""
     flip: Literal["none", "random", "alternating"]
@@ -119,29 +119,29 @@ class AugmentationConfig:
     affine_degrees: Degrees
     """Rotate by an angle from [-d, d] degrees, as torchvision's RandomAffine."""
     affine_translate: Fraction
-    """Move by a part of the image's side from [-t, t] in each direction, in whole pixels."""
+    """Move along x and y by fractions of the side from [-t, t], in whole pixels."""
     affine_scale: FractionBelow1
     """Scale by a factor from [1 - s, 1 + s]."""
     policy: Literal["none", "trivial", "randaugment"]
-    """TrivialAugmentWide (arXiv 2103.10158), or RandAugment with 2 operations at strength 9 (arXiv 1909.13719)."""
+    """TrivialAugmentWide (arXiv 2103.10158), or RandAugment with 2 operations at magnitude 9 (arXiv 1909.13719)."""
     custom: str | None
     """A function of your own for each batch, `package.module:function` or `file.py:function`."""
     brightness: NonNegative
-    """Multiply by a factor from [max(0, 1 - b), 1 + b]. This and the next three come in a random order."""
+    """Multiply by a factor from [max(0, 1 - b), 1 + b]."""
     contrast: NonNegative
-    """Multiply the difference to the mean gray by such a factor."""
+    """Multiply the difference from the mean gray by a factor from [max(0, 1 - c), 1 + c]."""
     saturation: NonNegative
-    """Multiply the difference to the gray image by such a factor."""
+    """Multiply the difference from the gray image by a factor from [max(0, 1 - s), 1 + s]."""
     hue: Annotated[float, Check(lambda value: 0 <= value <= 0.5, "in [0, 0.5]")]
-    """Turn the hue by a part of a turn from [-h, h]."""
+    """Shift the hue by a fraction of a turn from [-h, h]."""
     cutout: Natural
-    """Blank a square of so many pixels a side at a random place (arXiv 1708.04552)."""
+    """Blank a square of this side in pixels at a random place (arXiv 1708.04552)."""
     random_erasing: Fraction
     """The probability that a random box of an image is blanked, as torchvision's RandomErasing."""
     mixup: NonNegative
-    """Blend each image with another; the share is drawn from Beta(alpha, alpha) (arXiv 1710.09412)."""
+    """Blend each image with another; the share is drawn from Beta(a, a), a this field (arXiv 1710.09412)."""
     cutmix: NonNegative
-    """Paste a box of another image; its area is drawn from Beta(alpha, alpha) (arXiv 1905.04899)."""
+    """Paste a box of another image; its area is drawn from Beta(a, a), a this field (arXiv 1905.04899)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,13 +163,13 @@ class Recipe:
     """
 
     model: str
-    """A classification network of torchvision, `fastnet`, or a function of your own (`file.py:function`)."""
+    """A torchvision classifier, `fastnet`, or a function of your own (`file.py:function`)."""
     allow_untracked_randomness: bool
     """Whether the network may draw random numbers that depend on the world size."""
     stem: Literal["cifar", "small", "imagenet"] | None
-    """The first layers of a torchvision network; null for other networks.
+    """The first layers of a torchvision network; set to null for other networks.
 
-    3x3 with stride 1, 3x3 with stride 2, or torchvision's own (in a ResNet 7x7 with max-pool).
+    In a ResNet: 3x3 with stride 1, 3x3 with stride 2, or 7x7 with max-pool (docs/your-network.md).
     """
     pretrained: str | None
     """Start from `imagenet` (torchvision's weights, downloaded if missing) or from a state dict in a file."""
@@ -178,7 +178,7 @@ class Recipe:
     dropout: FractionBelow1
     """The probability of dropout before the last layer."""
     batch_norm_group_size: Size | None
-    """Images that share BatchNorm statistics; null: the global batch."""
+    """Images that share BatchNorm statistics; null: the global batch, or a micro-batch of it."""
     batch_norm_momentum: Annotated[float, Check(lambda value: 0 < value <= 1, "in (0, 1]")] | None
     """The weight of a batch in BatchNorm's running statistics, torch's `momentum`; null: the network's own."""
     batch_norm_scale: bool
@@ -186,7 +186,7 @@ class Recipe:
     head_scale: Positive
     """A factor on the initial weights of the last layer."""
     whitening_bias_epochs: Natural | None
-    """For `fastnet`: epochs that train the bias of the first layer, which is then frozen; null: all epochs."""
+    """For `fastnet`: epochs before the bias of the first layer is frozen, too; null: never."""
     epochs: Count
     """Passes over the training images."""
     global_batch_size: Size
@@ -194,7 +194,7 @@ class Recipe:
     gradient_accumulation_steps: Count
     """Micro-batches of one step. BatchNorm statistics are over a micro-batch."""
     image_size: Count
-    """Pixels a side, in training and evaluation; `auto`: that of the model's ImageNet weights, 224 for most."""
+    """Pixels a side, in training and evaluation; `auto`: as for the model's ImageNet weights, 224 for most."""
     image_size_schedule: tuple[tuple[float, float], ...] | None
     """Train on smaller images first: pairs [side, end], of which the last is [1, 1]; null: no change.
 
@@ -203,16 +203,16 @@ class Recipe:
     label_smoothing: FractionBelow1
     """The part of the target that is spread evenly over all classes (arXiv 1512.00567)."""
     ema_decay: FractionBelow1
-    """Average the weights with this decay a step; the average is validated and tested. 0: no average."""
+    """Exponential moving average of the weights with this decay per step; it is validated and tested. 0: none."""
     gradient_clipping: Positive | None
     """The largest norm of the gradient; null: no limit."""
     seed: Annotated[int, Check(lambda value: 0 <= value < 2**32, "in [0, 2^32)")]
-    """Decides the first weights, the validation split, the order and every random draw."""
+    """Decides the initial weights, the validation split, the order and every random draw."""
     validation_size: Literal["auto"] | Natural
-    """Images held out in equal parts of the classes; `auto`: a tenth of the training images, at most 5,000, and none
+    """Images held out, stratified by class; `auto`: a tenth of the training images, at most 5,000, and none
     where that is fewer than 50; 0: none."""
     train_size: Size | FractionOfAll | None
-    """Train on so many images, or on a fraction of those not held out, in equal parts of the classes; null: all."""
+    """Train on N images, or on a fraction of those not held out, stratified by class; null: all."""
     selection: Literal["best", "last"]
     """The weights that are tested. `early_stopping.monitor` decides which epoch is the best."""
     optimizer: OptimizerConfig
@@ -221,7 +221,7 @@ class Recipe:
     augmentation: AugmentationConfig
     normalization: NormalizationConfig
     dataset: str | None = field(default=None, compare=False)
-    """The default of `--dataset`. A run stores the dataset that it was trained on, and not this."""
+    """The default of `--dataset`. A run stores the dataset that it used instead."""
 
     @classmethod
     def load(cls, name_or_file: str = DEFAULT_RECIPE, **changes: Any) -> "Recipe":
