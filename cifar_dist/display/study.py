@@ -1,5 +1,6 @@
 """A study of `tune`: its progress, the table of the best trials, and its figures."""
 
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -101,7 +102,7 @@ class LiveStudy(StudyView):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Draw the table and the trial in progress."""
         if len(self._rows) > 1:
-            yield make_table(self._rows)
+            yield make_table(console, self._rows)
         yield Text(self._running, overflow="ellipsis", no_wrap=True)
 
     def on_start(self, number: int, values: Mapping[str, Any], *, is_taken_over: bool) -> None:
@@ -120,14 +121,25 @@ class LiveStudy(StudyView):
             self.on_note(self.describe_end(number))
 
 
-def make_table(rows: Sequence[Sequence[str]]) -> Table:
-    """Build the table of a terminal; its first row is the best."""
+def make_table(console: Console, rows: Sequence[Sequence[str]]) -> Table | Text:
+    """Build the table of a terminal; its first row is the best. In a narrow one, a trial's fields are below it."""
     table = Table(*rows[0], box=None, padding=(0, 1), collapse_padding=True, pad_edge=False, header_style="bold")
-    for column in table.columns:
+    longest = [max(map(len, cells), default=0) for _, *cells in zip(*rows, strict=True)]
+    one_line = sum(max(len(head), cell) + 1 for head, cell in zip(rows[0], longest, strict=True))
+    for column, head, cell in zip(table.columns, rows[0], longest, strict=True):
         column.justify = "right"
+        if one_line > console.width:  # the headings are broken at their spaces
+            column.width = max(cell, *map(len, head.split()))
     for index, row in enumerate(rows[1:]):
         table.add_row(*row, style="bold green" if index == 0 and row[1] == "completed" else None)
-    return table
+    if sum((column.width or 0) + 1 for column in table.columns) <= console.width:
+        return table
+    lines = []
+    for number, status, accuracy, epochs, *values in rows[1:]:
+        lines.append(f"trial {number}  {status}  val acc {accuracy}  epochs {epochs}")
+        fields = (f"{name} {value}".replace(" ", "\xa0") for name, value in zip(rows[0][4:], values, strict=True))
+        lines += textwrap.wrap("  ".join(fields), console.width, initial_indent="  ", subsequent_indent="  ")
+    return Text("\n".join(lines).replace("\xa0", " "))
 
 
 def study_view(console: Console, trials: Callable[[], Sequence[Any]]) -> StudyView:
@@ -142,7 +154,7 @@ def print_study(console: Console, trials: Sequence[Any], path: Path, dataset: st
     """
     rows = trial_rows(trials, _REPORTED_TRIALS)
     if can_draw(console):
-        console.print(make_table(rows))
+        console.print(make_table(console, rows))
     else:
         print_notes(console, format_table(rows))
     counts = {word: sum(each.state.name == name for each in trials) for name, word in _ENDS.items()}

@@ -21,7 +21,7 @@ from cifar_dist.cli import main
 from cifar_dist.commands.lr_range import smooth, suggest
 from cifar_dist.config.command_line import parse_arguments
 from cifar_dist.config.recipe import Recipe
-from cifar_dist.display.study import LiveStudy, study_view
+from cifar_dist.display.study import LiveStudy, make_table, study_view
 from cifar_dist.run.directory import RunDirectory
 from cifar_dist.run.results import EpochRecord, Summary
 from cifar_dist.run.study import Study, read_definition
@@ -350,6 +350,20 @@ def test_the_live_view(pretend):
     shown = console.export_text()
     assert re.search(r"trial +status +val acc +epochs +learning rate", shown)
     assert "13.00%" in shown and "trial 2: label_smoothing 0.1" in shown
+
+
+@pytest.mark.parametrize("width", [60, 72, 80, 200])
+def test_the_table_of_trials_is_whole_in_every_terminal(width):
+    """In a narrow one, the fields are below each trial; nothing is cut."""
+    rows = [["trial", "status", "val acc", "epochs", "learning rate", "weight decay", "global batch size", "flip"]]
+    rows.append(["12", "completed", "56.95%", "4", "0.0512", "0.000512", "512", "alternating"])
+    console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: PTH123, SIM115
+    with console.file:
+        console.print(make_table(console, rows))
+    shown = console.export_text()
+    assert all(value in shown for value in rows[1]) and "…" not in shown
+    assert ("trial 12  completed  val acc" in shown) == (width == 60)
+    assert max(map(len, shown.splitlines())) <= width
 
 
 @pytest.mark.parametrize(
