@@ -69,7 +69,7 @@ def run(options: TuneOptions, world: World, config: AccelerateConfig) -> int:
         lines = [
             f"the loss falls most steeply at learning rate {suggested:.2g} and is lowest at"
             f" {rates[smooth(losses).argmin()]:.2g}; the recipe has {spec.recipe.optimizer.learning_rate:g}",
-            f"try: --set optimizer.learning_rate={suggested:.2g}",
+            f"begin with --set optimizer.learning_rate={suggested:.2g}, and try higher rates",
         ]
     print_lines(console, [*lines, f"written: {path}"], title="learning rate range")
     return EXIT_DONE

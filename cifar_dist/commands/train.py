@@ -37,7 +37,7 @@ from cifar_dist.model.optimizer import learning_rate_line
 from cifar_dist.run.budget import measure_run
 from cifar_dist.run.directory import RunDirectory, numbered_names
 from cifar_dist.run.lock import RunLock
-from cifar_dist.run.prepare import PreparedRun, RunRecorder, prepare_run, restore
+from cifar_dist.run.prepare import PreparedRun, RunRecorder, check_epochs, prepare_run, restore
 from cifar_dist.run.resolve import RunSpec, resolve, seconds_allowed
 from cifar_dist.run.results import DatasetMetadata, Evaluation, RunMetadata, Status, Summary
 from cifar_dist.run.tracking import Trackers
@@ -135,6 +135,7 @@ def _build(
     with ranks.together():
         recipe = fit_to_dataset(spec.recipe, dataset.sizes)
         plan = make_plan(recipe, world_size=size, sizes=dataset.sizes, device_type=runtime.device.type)
+        check_epochs(prepared, plan)
     if not quiet:
         step = (prepared.checkpoint or {}).get("step")
         where = f"{prepared.directory}" + (f", resumed after {plan.place_of(step)}" if step else "")
@@ -212,8 +213,8 @@ def _end_early(
     directory, ranks = recorder.directory, trainer.runtime.ranks
     if isinstance(end, DivergedError):
         recorder.write_summary("diverged", trainer.state)
-        left = "the last good checkpoint stays" if directory.last.exists() else "there was no checkpoint yet"
-        text, code = f"diverged: {end}; {left}: {directory.path}", EXIT_FAILED
+        left = "has its last good checkpoint" if directory.last.exists() else "has no checkpoint yet"
+        text, code = f"diverged: {end}; {directory.path} {left}", EXIT_FAILED
     else:
         recorder.write_summary("interrupted", trainer.state)
         place = trainer.plan.place_of(trainer.state.step)

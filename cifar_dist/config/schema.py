@@ -124,7 +124,10 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         open_ended = arguments[1:] == (Ellipsis,)
         if not isinstance(value, list | tuple) or not (open_ended or len(value) == len(arguments)):
-            raise UserError(f"{where} must be a list{'' if open_ended else f' of {len(arguments)}'}, not {value!r}")
+            hint = f": type [{value}]" if isinstance(value, str) and "," in value else ""
+            raise UserError(
+                f"{where} must be a list{'' if open_ended else f' of {len(arguments)}'}, not {value!r}{hint}"
+            )
         hints = arguments[:1] * len(value) if open_ended else arguments
         return tuple(convert(hints[index], item, f"{where}[{index}]") for index, item in enumerate(value))
     if dataclasses.is_dataclass(hint):

@@ -272,7 +272,7 @@ def draw_evaluation(
     if len(rows := saved["mistakes"]):
         files.append(folder / "mistakes.png")
         captions = [caption.removeprefix("✗ ") for caption in _captions(saved, rows)]
-        heading = f"{title}: the most confident mistakes\n{legend}"
+        heading = f"{title}\nthe most confident mistakes: {legend}"
         draw_images(saved["mistaken_images"], captions, files[3], title=heading)
     return files
 

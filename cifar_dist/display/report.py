@@ -203,7 +203,8 @@ def write_run(run: ReportedRun, saved: Mapping[str, NDArray[Any]] | None, figure
         if value != standard.get(name)
     ]
     data = run.metadata.dataset
-    words = ["--recipe", run.path / "config.yaml", "--dataset", data.name, "--data-dir", data.data_dir]
+    words = ["--recipe", run.path / "config.yaml", "--dataset", data.name]
+    words += ["--data-dir", data.data_dir] if data.name in ("cifar10", "cifar100") else []
     words += ["--num-processes", summary.world_size] if summary.world_size > 1 else []
     texts = {
         "Most frequent confusions": "" if test is None else "\n".join(format_confusions(test, count=10)),

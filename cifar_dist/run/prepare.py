@@ -12,6 +12,7 @@ from torch import Tensor
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.files import writing
 from cifar_dist.config.options import TrainOptions
+from cifar_dist.config.plan import RunPlan
 from cifar_dist.config.world import SlurmJob
 from cifar_dist.run.checkpoint import load_checkpoint, refusing_foreign_content, save_checkpoint
 from cifar_dist.run.directory import RunDirectory, load_newest, numbered_names
@@ -91,6 +92,20 @@ def _new_directory(spec: RunSpec, lock: RunLock) -> Path:
     return spec.directory
 
 
+def check_epochs(prepared: PreparedRun, plan: RunPlan) -> None:
+    """Raise UserError if a resumed run has begun more epochs than are planned now."""
+    checkpoint, stored = prepared.checkpoint, prepared.spec.stored
+    if checkpoint is None or stored is None:
+        return
+    with refusing_foreign_content(prepared.checkpoint_file):
+        begun = max(checkpoint["epoch"], math.ceil(checkpoint["step"] / plan.steps_per_epoch))
+    if plan.epochs < begun:
+        raise UserError(
+            f"epochs={plan.epochs} is below the {begun} that have begun: set it to {begun} or more, or type --resume"
+            f" {prepared.directory} alone (epochs={stored.recipe.epochs})"
+        )
+
+
 def restore(prepared: PreparedRun, trainer: Trainer, metadata: RunMetadata) -> None:
     """Restore the trainer from the checkpoint, if there is one.
 
@@ -104,16 +119,13 @@ def restore(prepared: PreparedRun, trainer: Trainer, metadata: RunMetadata) -> N
         stored.refuse_other_data(metadata)
     if checkpoint is None:
         return
-    state, world, plan = trainer.state, trainer.runtime.world, trainer.plan
+    state, world = trainer.state, trainer.runtime.world
     with refusing_foreign_content(file):
         state.restore(checkpoint)
         _restore_sums(state, checkpoint["epoch_sums"], world.rank, world.size)
         if len(checkpoint["statistics"]) == world.size:
             state.set_own_statistics(checkpoint["statistics"][world.rank])
         trainer.runtime.load_state(checkpoint)
-    begun = max(state.epoch, math.ceil(state.step / plan.steps_per_epoch))
-    if plan.epochs < begun:
-        raise UserError(f"epochs={plan.epochs} is below the {begun} that have begun: set it to {begun} or more")
 
 
 def _restore_sums(state: TrainState, rows: RankRows, rank: int, world_size: int) -> None:

@@ -166,7 +166,8 @@ def _bare_weights(
     num_classes = len(tensors[f"{head[0]}.weight"])
     mean, std = list(recipe.normalization.mean), list(recipe.normalization.std)
     what = f"{describe_network(recipe)}, {num_classes} classes"
-    note = f"bare weights: {what}; normalization of {name} (mean {mean}, std {std})"
+    source = "as typed" if "normalization" in assignments else f"of {name}"
+    note = f"bare weights: {what}; normalization {source} (mean {mean}, std {std})"
     return SavedWeights(
         path=path,
         tensors=tensors,
