@@ -200,6 +200,7 @@ def draw_study(study: Any, folder: Path) -> Iterator[str]:
             plt.switch_backend("agg")
             plot()
             figure = plt.gcf()
+            figure.suptitle("")
             _tidy(figure.axes, has_accuracies=name != "importances")
             figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
             plt.close(figure)
@@ -212,7 +213,8 @@ def _tidy(axes: Sequence[Any], *, has_accuracies: bool) -> None:
         each.set_xlabel(each.get_xlabel().rpartition(".")[2])
         if each.get_xscale() == "log":
             each.xaxis.set_minor_formatter("")
-        if any(label.get_text().startswith("'") for label in each.get_xticklabels()):  # a categorical field
-            each.tick_params(axis="x", rotation=30)
+        names = [label.get_text() for label in each.get_xticklabels()]
+        if any(name.startswith("'") for name in names):  # a categorical field
+            each.set_xticks(each.get_xticks(), [name.strip("'") for name in names], rotation=30, ha="right")
         if has_accuracies and each.get_ylabel() != "Trial":
             each.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%")
