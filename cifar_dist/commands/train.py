@@ -83,11 +83,7 @@ def train(
         dataset, fingerprint = _load_dataset(console, spec, ranks)
         runtime = start(ranks, config, **spec.compute_settings(world.size))
         if options.budget is not None and spec.stored is None:
-            spec, pace = measure_run(options, spec, dataset.sizes, runtime, begun)
-            line = f"--budget {options.budget}: --epochs {spec.recipe.epochs}; {pace.line}"
-            if spec.recipe.image_size_schedule != prepared.spec.recipe.image_size_schedule:
-                ends = ", ".join(f"{end:.0%}" for _, end in spec.recipe.image_size_schedule or ())
-                line += f"; images grow at {ends.removesuffix(', 100%')} of the steps"
+            spec, line = _fit_to_budget(options, spec, dataset, runtime, begun)
             prepared = replace(prepared, spec=spec)
             print_notes(console, [None if options.quiet else line])
         trainer, recorder, display = _build(console, prepared, dataset, fingerprint, runtime, interrupt, options.quiet)
@@ -121,6 +117,18 @@ def train(
         return code, None
 
 
+def _fit_to_budget(
+    options: TrainOptions, spec: RunSpec, dataset: Dataset, runtime: Runtime, begun: float
+) -> tuple[RunSpec, str]:
+    """Return the run with the epochs that fit into `--budget`, and a line that describes it."""
+    fitted, pace = measure_run(options, spec, dataset.sizes, runtime, begun)
+    line = f"--budget {options.budget}: --epochs {fitted.recipe.epochs}; {pace.line}"
+    if fitted.recipe.image_size_schedule != spec.recipe.image_size_schedule:
+        ends = ", ".join(f"{end:.0%}" for _, end in fitted.recipe.image_size_schedule or ())
+        line += f"; images grow at {ends.removesuffix(', 100%')} of the steps"
+    return fitted, line
+
+
 def _build(
     console: Console,
     prepared: PreparedRun,
@@ -152,24 +160,8 @@ def _build(
         facts=f"{runtime.compute.short} · {processes}",
         memory=runtime.peak_memory_mib,
     )
-    metadata = RunMetadata(
-        recipe_name=spec.recipe_name,
-        recipe=recipe,
-        dataset=DatasetMetadata(name=spec.dataset, data_dir=str(spec.data_dir), fingerprint=fingerprint),
-        class_names=dataset.class_names,
-        world_size=size,
-        device=runtime.device.type,
-        precision=runtime.precision,
-        num_threads=runtime.num_threads,
-        checkpoint_every_minutes=spec.checkpoint_every_minutes,
-        checkpoint_every_steps=spec.checkpoint_every_steps,
-        trackers=spec.trackers,
-        sources=own_sources(flatten(recipe_to_mapping(recipe))),
-        plan=to_mapping(plan),
-        versions=package_versions(),
-        git_commit=git_commit(),
-        slurm_job=spec.slurm_job,
-    )
+    data = DatasetMetadata(name=spec.dataset, data_dir=str(spec.data_dir), fingerprint=fingerprint)
+    metadata = _describe(spec, recipe, plan, data, dataset.class_names, runtime)
     recorder = RunRecorder(RunDirectory(prepared.directory), metadata, runtime, Trackers(display.on_note))
     trainer = build_trainer(
         recipe, plan, dataset, runtime, display, interrupt=interrupt, recorder=recorder, pretrained=prepared.pretrained
@@ -182,6 +174,30 @@ def _build(
     if ranks.is_main:
         recorder.trackers.start(metadata, prepared.directory, trainer.state.step)
     return trainer, recorder, display
+
+
+def _describe(
+    spec: RunSpec, recipe: Recipe, plan: RunPlan, data: DatasetMetadata, class_names: tuple[str, ...], runtime: Runtime
+) -> RunMetadata:
+    """Return what config.yaml and checkpoints store of a run."""
+    return RunMetadata(
+        recipe_name=spec.recipe_name,
+        recipe=recipe,
+        dataset=data,
+        class_names=class_names,
+        world_size=runtime.world.size,
+        device=runtime.device.type,
+        precision=runtime.precision,
+        num_threads=runtime.num_threads,
+        checkpoint_every_minutes=spec.checkpoint_every_minutes,
+        checkpoint_every_steps=spec.checkpoint_every_steps,
+        trackers=spec.trackers,
+        sources=own_sources(flatten(recipe_to_mapping(recipe))),
+        plan=to_mapping(plan),
+        versions=package_versions(),
+        git_commit=git_commit(),
+        slurm_job=spec.slurm_job,
+    )
 
 
 def _test(trainer: Trainer, dataset: Dataset) -> tuple[Evaluation, dict[str, NDArray[Any]]]:
