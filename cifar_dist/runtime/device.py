@@ -46,6 +46,8 @@ class ComputeSettings:
     """Device, precision, threads and compiler of a process."""
 
     device_type: DeviceType
+    device_reason: str
+    """Why it is the CPU, if that was not requested; empty otherwise."""
     precision: Precision
     precision_reason: str
     num_threads: int
@@ -63,9 +65,9 @@ class ComputeSettings:
         """Device, precision and threads with their reasons."""
         how = f", compiled by {self.compiler.lower()}" if self.compiler else ""
         how = ", steps replayed as CUDA graphs" if self.replays else how
-        reason = f" ({self.precision_reason})" if self.precision_reason else ""
-        busy = f" ({self.threads_reason})" if self.threads_reason else ""
-        return f"{self.device_type}, {FULL_NAMES[self.precision]}{reason}, {self._threads}{busy}{how}"
+        reasons = (self.device_reason, self.precision_reason, self.threads_reason)
+        device, precision, threads = (f" ({reason})" if reason else "" for reason in reasons)
+        return f"{self.device_type}{device}, {FULL_NAMES[self.precision]}{precision}, {self._threads}{threads}{how}"
 
     @property
     def short(self) -> str:
@@ -99,8 +101,7 @@ def choose_compute(
     """
     use_cpu = cpu_requested(config, environ)
     facts, notes = probe(use_cpu=use_cpu), [*config.notes, *filter(None, [process_count_note(world, config)])]
-    if facts.type == "cpu" and not use_cpu:
-        notes.append("no MPS or CUDA device here: the CPU computes")
+
     requested = precision_requested(requested_precision, config, environ)
     precision, reason = resolve_precision(requested, facts)
     if requested not in ("auto", precision):
@@ -126,6 +127,7 @@ def choose_compute(
         num_threads, threads_reason = choose_num_threads(environ, world, torch_threads=torch.get_num_threads())
     return ComputeSettings(
         device_type=facts.type,
+        device_reason="no MPS or CUDA device here" if facts.type == "cpu" and not use_cpu else "",
         precision=precision,
         precision_reason=reason,
         num_threads=num_threads,

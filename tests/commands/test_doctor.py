@@ -1,5 +1,7 @@
 """The command `doctor`, and the plan of a dry run, for any world size and without starting anything."""
 
+import re
+
 import pytest
 import torch
 import torch._dynamo  # looks, when it is imported, at what is patched below
@@ -76,9 +78,9 @@ def test_doctor_finds_data_and_weights(capsys, tmp_path):
 def test_the_plan_of_a_config(capsys, tmp_path, config, batch, starts):
     lines = lines_of(capsys, "--dry-run", "--config", str(CONFIGS / f"{config}.yaml"))
     assert lines["run"] == "runs/standard-cifar10-seed0"
-    assert lines["device"].startswith(("cpu, float32 (", "cpu, bfloat16 ("))
+    assert re.match(r"cpu \(no MPS or CUDA device here\), (float32|bfloat16) \(", lines["device"])
     assert lines["batch"] == f"global_batch_size {batch} x 1 accumulation"
     assert lines["learning rate"].startswith("triangular, ")
-    assert lines["note"] == "no MPS or CUDA device here: the CPU computes"
+
     assert lines["would start"] == starts
     assert list(tmp_path.iterdir()) == []

@@ -87,6 +87,6 @@ def test_a_command_of_the_readme(clone, command):
     if "--num-processes" in command:
         assert "per device x 2 processes" in out
     if "mps.yaml" in command and not torch.backends.mps.is_available() and not torch.cuda.is_available():
-        assert "no MPS or CUDA device here: the CPU computes" in out
+        assert "cpu (no MPS or CUDA device here), " in out
     if "star.png" in command:
         assert re.search(r"star\.png\s+star", out), out

@@ -289,9 +289,9 @@ def test_what_is_missing_is_named(monkeypatch):
     with connect(World(), AccelerateConfig()) as ranks:
         runtime = start(ranks, AccelerateConfig(), requested_precision="fp16")
         assert (runtime.device.type, runtime.precision) == ("cpu", "no")
-        first, second = runtime.compute.notes
-        assert first == "no MPS or CUDA device here: the CPU computes"
-        assert second.startswith("fp16 is not served by this cpu") and second.endswith("using float32")
+        assert runtime.compute.line.startswith("cpu (no MPS or CUDA device here), float32")
+        (note,) = runtime.compute.notes
+        assert note.startswith("fp16 is not served by this cpu") and note.endswith("using float32")
 
 
 def test_two_runs_with_other_precisions_and_threads_follow_each_other_in_one_process():
