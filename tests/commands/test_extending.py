@@ -18,7 +18,8 @@ from tests.launching.test_launch import BIN, begin, family, finish, wait_for
 pytestmark = pytest.mark.full
 SECTION = (ROOT / "docs" / "your-network.md").read_text().split("\n### ")[0]
 (NETWORK,) = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
-TRAIN, RESUME, EXPORT = re.findall(r"```sh\n(.*?)```", SECTION, re.DOTALL)
+TRAIN, RESUME = re.findall(r"```sh\n(.*?)```", SECTION, re.DOTALL)
+(EXPORT,) = re.findall(r"`(python launch\.py export [^`]+)`", SECTION)
 
 
 @pytest.fixture

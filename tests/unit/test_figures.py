@@ -137,7 +137,7 @@ def test_mistakes_are_marked_with_the_predicted_class_and_its_probability(drawn)
     titles = {name: figure.get_suptitle() for name, figure in drawn.items()}
     assert titles["per_class"] == titles["confusion"] == "55.00% of 40 images right: x"
     assert titles["predictions"] == f"55.00% of 40 images right: x\ntrue class; ✗ marks a mistake: {legend}"
-    assert titles["mistakes"] == f"x: the most confident mistakes\n{legend}"
+    assert titles["mistakes"] == f"x\nthe most confident mistakes: {legend}"
 
 
 @pytest.mark.parametrize(("count", "width", "columns"), [(1, 6, 1), (3, 6, 3), (9, 7.5, 5), (24, 12, 8)])
