@@ -224,7 +224,7 @@ def memory_format(device_type: str) -> torch.memory_format:
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory of freed tensors for the next ones, where the C library is glibc.
+    """Keep the memory of freed tensors in this process, for the next ones, where the C library is glibc.
 
     By default, glibc returns it, and each step gets large tensors in new pages, which the kernel clears one by one.
     """
