@@ -361,7 +361,7 @@ def test_ranks_that_would_each_be_alone_are_refused(monkeypatch):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this C library has no mallopt")
 def test_the_memory_of_freed_tensors_is_kept_on_a_cpu():
-    """The second large tensor needs no new page from the kernel; a world begins in a process of its own."""
+    """After a few large tensors, the next ones need no new page; a world begins in a process of its own."""
     program = """
 import resource, torch
 from cifar_dist.config.accelerate_config import AccelerateConfig
@@ -376,8 +376,9 @@ def new_pages():
 config = AccelerateConfig(use_cpu=True)
 with connect(World(), config) as ranks:
     start(ranks, config)
-    print(new_pages(), new_pages())
+    print(*[new_pages() for _ in range(16)])
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    first, second = map(int, done.stdout.split())
-    assert first > 50 and second < first / 10  # 128 MiB: 32,768 pages, or 64 huge ones
+    first, *later = map(int, done.stdout.split())  # 128 MiB: 32,768 pages, or 64 huge ones
+    # A freed block is too small for the next tensor where a small object took its edge: three or four blocks suffice.
+    assert first > 50 and max(later[-8:]) < first / 10
