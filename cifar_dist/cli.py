@@ -79,6 +79,8 @@ def _run(argv: list[str], world: World) -> int:
     )
     if request is not None and not is_dry:
         _provide_data(request)
+    if os.name == "nt" and (count > 1 or is_search):
+        raise UserError("on Windows cifar-dist trains in one process, and has no tune: use WSL")
     if count > 1 and not is_search and (not is_dry or getattr(options, "measure", False)):
         from cifar_dist.runtime.launch import launch
 

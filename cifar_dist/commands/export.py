@@ -92,15 +92,19 @@ def _onnx(weights: SavedWeights) -> bytes:
     weights.check_finite(expected, "no")
     with warnings.catch_warnings():  # of the exporter's own code
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            model,
-            (images,),
-            dynamo=True,
-            input_names=["images"],
-            output_names=["logits"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                model,
+                (images,),
+                dynamo=True,
+                input_names=["images"],
+                output_names=["logits"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                verbose=False,
+            )
+        except Exception as error:  # of a network of the user's own, in many classes
+            reason = f"{error}".strip().partition("\n")[0]
+            raise UserError(f"torch.onnx cannot export this network; export to .safetensors: {reason}") from error
     assert program is not None
     proto = program.model_proto
     for name, value in _metadata(weights).items():

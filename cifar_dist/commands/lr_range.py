@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifar_dist.config.accelerate_config import AccelerateConfig
-from cifar_dist.config.errors import EXIT_DONE
+from cifar_dist.config.errors import EXIT_DONE, UserError
 from cifar_dist.config.files import writing
 from cifar_dist.config.options import TuneOptions
 from cifar_dist.config.plan import fit_to_dataset, make_plan
@@ -91,6 +91,8 @@ def range_test(trainer: Trainer) -> tuple[list[float], list[float]]:
             if len(losses) == _STEPS or loss > _STOP * smooth(losses).min():
                 break
             trainer.step.recipe = _at_rate(base, rates[len(losses)])
+    if not losses:
+        raise UserError("the loss of the first step is not finite: look at the network and its images")
     return rates[: len(losses)], losses
 
 

@@ -39,11 +39,12 @@ def run(options: ReportOptions, world: World, config: AccelerateConfig) -> int:
 def _report_study(path: Path, out: Path | None) -> None:
     definition, console = read_definition(path), make_console()
     assert definition is not None
-    with writing(path, "name another folder with --out"):
+    with writing(path, "a report locks the study: copy it to a folder of your own"):
         study = Study(path, definition)
-        if not study.all_trials():
-            raise UserError(f"the study {path} has no trial yet: start it with tune")
-        own_model = words_to_type(flatten(recipe_to_mapping(definition.recipe)))
-        print_study(console, study.all_trials(), path, definition.dataset, own_model)
+    if not study.all_trials():
+        raise UserError(f"the study {path} has no trial yet: start it with tune")
+    own_model = words_to_type(flatten(recipe_to_mapping(definition.recipe)))
+    print_study(console, study.all_trials(), path, definition.dataset, own_model)
+    with writing(out or path, "name another folder with --out"):
         files = list(draw_study(study.optuna_study, out or path))
     print_notes(console, [f"written: {', '.join(files)} in {out or path}" if files else None])

@@ -79,6 +79,7 @@ def run(options: TuneOptions, world: World, config: AccelerateConfig) -> int:
         return EXIT_DONE
     trials = ["--trials", options.trials] if options.trials else []
     trials += ["--minutes", options.minutes] if options.minutes else []
+    trials += ["--space", options.space] if options.space and definition.own_code else []
     again = command_line("tune", "--study", path, *trials, *_world_words(options), *own_model)
     print_error(f"interrupted; resume with: {again}")
     return EXIT_KEYBOARD_INTERRUPT if interrupt.requested == "SIGINT" else EXIT_INTERRUPTED
@@ -150,7 +151,7 @@ class Worker:
         reported = set(claim.trial.storage.get_trial(claim.trial._trial_id).intermediate_values)
         is_pruned = bool(reported) and max(reported) < epochs and claim.trial.should_prune()
         summary = run.read_summary()
-        is_over = summary is not None and summary.status in ("completed", "early_stopped")
+        is_over = summary is not None and summary.is_complete
         if is_pruned or is_over:  # its worker did not come to store it
             return EXIT_DONE, is_pruned or self._report(claim, run, epochs, reported)
         is_told = False

@@ -1,7 +1,6 @@
 """What an Accelerate config asks for, and what that means beside running processes and the environment."""
 
 import os
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +29,7 @@ DynamoBackend = Literal["NO", "EAGER", "AOT_EAGER", "INDUCTOR", "CUDAGRAPHS"]
 CUDAGRAPHS captures the whole training step with the optimizer, and torch's backend only the model. On one GPU it is the
 default. If it is named and cannot be done, a note says why.
 """
-_COMPILERS = typing.get_args(DynamoBackend)[1:]
+
 _MULTI_PROCESS_PLUGINS = {"use_fsdp": "FSDP", "use_deepspeed": "DEEPSPEED", "use_megatron_lm": "MEGATRON_LM"}
 
 
@@ -58,6 +57,11 @@ class AccelerateConfig:
     dynamo_mode: Literal["default", "reduce-overhead", "max-autotune"] | None = None
     notes: tuple[str, ...] = ()
     """What was asked for and is ignored."""
+
+    @property
+    def compiler(self) -> str | None:
+        """The backend that compiles the model; None: nothing does."""
+        return None if self.dynamo_backend == "NO" else self.dynamo_backend
 
 
 def config_names() -> list[str]:
@@ -141,13 +145,6 @@ def precision_requested(typed: str | None, config: AccelerateConfig, environ: Ma
     """
     outer = environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     return typed or config.mixed_precision or (outer if outer in ("fp16", "bf16") else "auto")
-
-
-def requested_compiler(config: AccelerateConfig, environ: Mapping[str, str]) -> str | None:
-    """Return the backend that compiles the model: the config's, else that of an outer `accelerate launch`."""
-    outer = environ.get("ACCELERATE_DYNAMO_BACKEND", "").upper()
-    requested = outer if config.path is None else config.dynamo_backend
-    return requested if requested in _COMPILERS else None
 
 
 def has_outer_launcher(environ: Mapping[str, str]) -> bool:

@@ -50,9 +50,12 @@ def writing(path: Path, advice: str = "name another place") -> Iterator[None]:
 
 
 def write_output(path: Path, content: bytes) -> None:
-    """Write a file atomically. Raises UserError."""
+    """Write a file atomically, through a link, or write to a device or a pipe. Raises UserError."""
     with writing(path):
-        write_atomically(path, lambda file: file.write(content))
+        if path.exists() and not path.is_file():  # /dev/null must stay what it is
+            path.write_bytes(content)
+        else:
+            write_atomically(path.resolve(), lambda file: file.write(content))
 
 
 def write_json(path: Path | None, content: Mapping[str, Any]) -> None:

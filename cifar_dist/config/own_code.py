@@ -24,9 +24,9 @@ OWN_CODE_FIELDS = ("model", "augmentation.custom")
 _REGISTERED: dict[str, Callable[..., Any]] = {}
 
 
-def is_own_code(name: str | None) -> bool:
+def is_own_code(name: object) -> bool:
     """Return whether the name is that of a function of your own, and not of this package."""
-    return name is not None and ":" in name
+    return isinstance(name, str) and ":" in name
 
 
 def register(function: Callable[..., Any]) -> str:

@@ -310,7 +310,7 @@ def resolve_recipe(*layers: Mapping[str, Any]) -> Recipe:
         if name not in RECIPE_FIELDS and (meant := find_field(name.rpartition(".")[2])):
             raise UserError(f"unknown recipe field '{name}', did you mean '{meant}'?")
     if values.get("image_size") == "auto":
-        values = {**values, "image_size": PRETRAINED_SIDES.get(values.get("model", ""), 224)}
+        values = {**values, "image_size": PRETRAINED_SIDES.get(str(values.get("model")), 224)}
     return build(Recipe, values)
 
 

@@ -16,6 +16,7 @@ from cifar_dist.config.provenance import command_line
 from cifar_dist.display.progress import Display
 from cifar_dist.display.terminal import can_draw, format_percent, format_table, print_lines, print_notes
 from cifar_dist.run.results import EpochRecord
+from cifar_dist.run.study import best_trial
 
 _ENDS = {"COMPLETE": "completed", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running", "WAITING": "waiting"}
 _LIVE_TRIALS, _REPORTED_TRIALS = 5, 10
@@ -70,10 +71,9 @@ class StudyView(Display):
     def describe_end(self, number: int) -> str:
         """Return how a trial ended, and which one is the best so far."""
         trials = self.trials()
-        trial, completed = trials[number], [each for each in trials if each.state.name == "COMPLETE"]
+        trial, best = trials[number], best_trial(trials)
         value = "" if trial.value is None else f", val acc {trial.value:.2%}"
         reason = f": {trial.user_attrs['reason']}" if "reason" in trial.user_attrs else ""
-        best = max(completed, key=lambda each: each.value, default=None)
         best_text = "" if best is None else f"  (best: trial {best.number}, {best.value:.2%})"
         return f"trial {number} {_ENDS[trial.state.name]}{value}{reason}{best_text}"
 
@@ -163,12 +163,10 @@ def print_study(console: Console, trials: Sequence[Any], path: Path, dataset: st
         f"trial {each.number} failed: {each.user_attrs.get('reason')}" for each in trials if each.state.name == "FAIL"
     ]
     print_lines(console, [f"{len(trials)} trials: {total}", *failed[-_LIVE_TRIALS:]], title="study")
-    completed = [each for each in trials if each.state.name == "COMPLETE"]
-    if completed:
-        best = max(completed, key=lambda each: each.value).number
+    if (best := best_trial(trials)) is not None:
         commands: list[list[Any]] = [
             ["report", path],
-            ["--resume", path / "trials" / f"{best:04}", *own_model],
+            ["--resume", path / "trials" / f"{best.number:04}", *own_model],
             ["--recipe", path / "best.yaml", "--dataset", dataset, "--seed", 1],
         ]
         hints = ("draw the figures", "test the best trial", "train its recipe with another seed")

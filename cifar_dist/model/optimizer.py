@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cifar_dist.config.errors import UserError
 from cifar_dist.config.plan import RunPlan
 from cifar_dist.config.recipe import OptimizerConfig, Recipe
 
@@ -39,6 +40,8 @@ def build_optimizer(
             own = config.head_learning_rate if id(each) in in_head else None
             own = config.bias_learning_rate if own is None and each.ndim == 1 else own
             members.setdefault((config.decay_norm_and_bias or each.ndim > 1, own), []).append(each)
+    if not members:
+        raise UserError("muon needs a parameter that it leaves to SGD, such as a bias: set optimizer.name=sgd")
     other = (config.sgd_learning_rate if is_muon else None) or config.learning_rate
     groups: list[dict[str, Any]] = [
         {

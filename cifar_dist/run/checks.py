@@ -1,6 +1,7 @@
 """What can be refused before torch is imported, which takes seconds: paths, recipes and plans that were typed."""
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def check_before_torch(options: Options, *, world_size: int, machine_rank: int) 
 
         for path in options.run_dirs:
             if is_study(path):
-                check_packages("report")
+                check_packages("report", ["optuna"])
                 if len(options.run_dirs) > 1:
                     raise UserError(f"{path} is a study, which is reported alone: name no other folder")
             elif not RunDirectory(path).holds_run:
@@ -126,7 +127,7 @@ def check_tuning(options: TuneOptions, *, world_size: int) -> RunSpec:
     else:
         from cifar_dist.run.study import resolve_study
 
-        check_packages("tune", *(["scipy"] if options.sampler == "gp" else []))
+        check_packages("tune", ["optuna", *(["scipy"] if options.sampler == "gp" else [])])
         _, _, spec = resolve_study(options)
     check_plan(spec, world_size=world_size)
     sizes = KNOWN_SIZES.get(spec.dataset)
@@ -143,11 +144,11 @@ def check_tuning(options: TuneOptions, *, world_size: int) -> RunSpec:
     return spec
 
 
-def check_packages(command: str, *more: str) -> None:
-    """Raise UserError if a package is missing that a study needs."""
-    for package in ("optuna", *more):
+def check_packages(what: str, packages: Sequence[str]) -> None:
+    """Raise UserError, with the command that installs them, if one of the packages is missing."""
+    for package in packages:
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"{command} needs the package {package}: pip install optuna scipy")
+            raise UserError(f"{what} needs the package {package}: pip install {' '.join(packages)}")
 
 
 def _check_weights(options: EvalOptions | PredictOptions | ExportOptions) -> None:
@@ -166,7 +167,5 @@ def _check_export(options: ExportOptions) -> None:
     if out.exists():
         raise UserError(f"--out {out} exists already: name a new file")
     check_output("--out", out)
-    for package in EXPORT_PACKAGES[kind]:
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"{kind} needs the package {package}: pip install {' '.join(EXPORT_PACKAGES[kind])}")
+    check_packages(kind, EXPORT_PACKAGES[kind])
     _check_weights(options)

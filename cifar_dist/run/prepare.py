@@ -72,7 +72,7 @@ def prepare_run(
     checkpoint, damage = load_newest(run, load_checkpoint)
     if checkpoint is None:
         summary = run.read_summary()
-        if summary is not None and summary.test is not None:
+        if summary is not None and summary.is_complete:
             raise UserError(f"the checkpoints of {run.path} are gone, and it cannot go on: type a new --run-dir")
         return PreparedRun(spec=spec, directory=run.path, pretrained=pretrained_weights(spec.recipe, note))
     prepared = PreparedRun(spec=spec, directory=run.path, checkpoint=checkpoint, damage=damage)

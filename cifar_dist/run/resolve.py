@@ -107,9 +107,7 @@ def resolve(options: TrainOptions, job: SlurmJob | None = None) -> RunSpec:
         stored.refuse_other_recipe(spec.recipe, spec.dataset)
     check_dataset_name(spec.dataset)
     if stored is None and options.run_dir is None and job is not None and job.restarts > 0:
-        own = _find_run_of_job(spec.default_directory, job.name)
-        if own is not None:
-            return resolve(replace(options, resume=True, resume_dir=own))
+        return _find_run_of_job(options, spec.default_directory, job.name) or spec
     return spec
 
 
@@ -182,10 +180,10 @@ def _find_run(options: TrainOptions) -> RunDirectory | None:
     return run if run.holds_run else None
 
 
-def _find_run_of_job(path: Path, job: str) -> Path | None:
-    """Return `path`, or a numbered one, if a Slurm job began its run there before it was requeued."""
+def _find_run_of_job(options: TrainOptions, path: Path, job: str) -> RunSpec | None:
+    """Return the run at `path`, or at a numbered one, that a Slurm job began before it was requeued."""
     for candidate in takewhile(Path.exists, numbered_names(path)):
-        with suppress(UserError):  # another run, damaged
+        with suppress(UserError):  # another run, damaged, or of another recipe that the job trained in turn
             if RunDirectory(candidate).read_config().get("slurm_job") == job:
-                return candidate
+                return resolve(replace(options, resume=True, resume_dir=candidate))
     return None

@@ -88,6 +88,11 @@ class Summary:
     peak_memory_mib: int | None
     test: Evaluation | None
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether the run came to its end, tested or not."""
+        return self.status in ("completed", "early_stopped")
+
     def to_json(self) -> str:
         """Return JSON with one field a line."""
         lines = (f' "{name}": {json.dumps(value, allow_nan=False)}' for name, value in asdict(self).items())

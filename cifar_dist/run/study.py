@@ -1,7 +1,7 @@
 """A study of `tune`: its folder, the trials in Optuna's journal, and which worker has which trial. Imports no torch."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from cifar_dist.config.own_code import OWN_CODE_FIELDS, is_own_code, refuse_unty
 from cifar_dist.config.recipe import DEFAULT_RECIPE, Recipe, recipe_label, recipe_to_mapping, resolve_recipe
 from cifar_dist.config.schema import build, flatten, nested, read_yaml, to_mapping
 from cifar_dist.config.space import Choices, Space, default_space, parse_space, read_space
-from cifar_dist.run.lock import RunLock
+from cifar_dist.run.lock import RunLock, is_locked
 from cifar_dist.run.resolve import RunSpec, resolve
 
 DEFAULT_STUDIES = Path("studies")
@@ -35,6 +35,12 @@ class StudyDefinition:
     pruner: Pruner
     space: dict = field(default_factory=dict)  # type: ignore[type-arg]
     """As in a space file."""
+
+    @property
+    def own_code(self) -> list[str]:
+        """The functions of the user's own that the space chooses from: a command must name their file."""
+        choices = (each for name in OWN_CODE_FIELDS for each in self.space.get(name, {}).get("choices", ()))
+        return [each for each in choices if is_own_code(each)]
 
     def parse_space(self) -> Space:
         """Return the checked space."""
@@ -78,9 +84,8 @@ def resolve_study(options: TuneOptions) -> tuple[Path, StudyDefinition, RunSpec]
 def _refuse_untyped_code(stored: StudyDefinition, options: TuneOptions, file: Path) -> None:
     if options.recipe is None:
         refuse_untyped_code(flatten(recipe_to_mapping(stored.recipe)), flatten(options.assignments), str(file))
-    choices = [each for name in OWN_CODE_FIELDS for each in stored.space.get(name, {}).get("choices", ())]
-    if options.space is None and (named := [each for each in choices if is_own_code(each)]):
-        raise UserError(f"{file} needs the code of {named[0]}: add --space")
+    if options.space is None and stored.own_code:
+        raise UserError(f"{file} needs the code of {stored.own_code[0]}: add --space")
 
 
 def _training(options: TuneOptions, stored: StudyDefinition | None) -> Any:
@@ -184,7 +189,8 @@ class Study:
     def finish(self, claim: Claim, state: str, *, value: float | None = None, reason: str | None = None) -> None:
         """Store how a trial ended: `COMPLETE` with its value, `PRUNED`, or `FAIL` with the reason.
 
-        Of the finished trials the best one alone keeps its checkpoints. Its recipe becomes best.yaml.
+        Of the finished trials that nobody resumes, the best one alone keeps its checkpoints. Its recipe becomes
+        best.yaml.
         """
         from optuna.trial import TrialState
 
@@ -200,7 +206,7 @@ class Study:
         best = best_trial(self.all_trials())
         kept = {*self.unfinished(), *([] if best is None else [best.number])}
         for folder in self.trials.glob("*/checkpoints"):
-            if int(folder.parent.name) not in kept:
+            if int(folder.parent.name) not in kept and not is_locked(folder.parent):
                 shutil.rmtree(folder, ignore_errors=True)
         if best is not None:
             comment = f"# Trial {best.number} of {self.path}: validation accuracy {best.value:.2%}.\n"
@@ -269,7 +275,7 @@ def open_journal(path: Path, lock: FileLock) -> Any:
     return optuna.create_study(storage=storage, study_name="tune", direction="maximize", load_if_exists=True)
 
 
-def best_trial(trials: list[Any]) -> Any:
+def best_trial(trials: Sequence[Any]) -> Any:
     """Return the completed trial with the highest value, the earlier of equals; None if none has completed."""
     completed = [each for each in trials if each.state.name == "COMPLETE"]
     return max(completed, key=lambda each: each.value, default=None)

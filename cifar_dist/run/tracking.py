@@ -14,6 +14,8 @@ from cifar_dist.config.schema import flatten
 from cifar_dist.run.results import EpochRecord, RunMetadata, Summary
 from cifar_dist.runtime.distributed import tracker_class
 
+_MLFLOW_URI = "MLFLOW_TRACKING_URI"
+
 
 class Trackers:
     """The trackers of a run. One that fails is reported once and left out; training continues without it."""
@@ -21,6 +23,7 @@ class Trackers:
     def __init__(self, note: Callable[[str], None]) -> None:
         self._note = note
         self._open: dict[str, Any] = {}
+        self._has_set_uri = _MLFLOW_URI not in os.environ
 
     def start(self, metadata: RunMetadata, directory: Path, step: int) -> None:
         """Start the trackers. An id that is stored in the run directory continues the same tracked run after `step`."""
@@ -71,6 +74,8 @@ class Trackers:
         """Flush and close all trackers."""
         self._on_each(lambda tracker: tracker.finish())
         self._open.clear()
+        if self._has_set_uri:  # another run of this process has a database of its own
+            os.environ.pop(_MLFLOW_URI, None)
 
     def _log(self, values: dict[str, float], step: int) -> None:
         self._on_each(lambda tracker: tracker.log(values, step=step))
@@ -100,8 +105,8 @@ def _arguments(name: str, folder: Path, run: str, run_id: str, after: int | None
         return {"run_name": "cifar-dist", **place, "settings": settings}
     if name == "mlflow":
         arguments = {"experiment_name": "cifar-dist", "run_name": run, "run_id": run_id or None}
-        if "MLFLOW_TRACKING_URI" not in os.environ:
-            os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{(folder / 'mlflow.db').absolute()}"
+        if _MLFLOW_URI not in os.environ:
+            os.environ[_MLFLOW_URI] = f"sqlite:///{(folder / 'mlflow.db').absolute()}"
             arguments["logging_dir"] = (folder / "artifacts").absolute().as_uri()  # else below the current folder
         return arguments
     needs_folder = tracker_class(name).requires_logging_directory

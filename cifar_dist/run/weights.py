@@ -103,7 +103,7 @@ def _tested_checkpoint(path: Path) -> Path:
         return path
     summary = run.read_summary()
     selected_best = run.read_config()["recipe"].get("selection") == "best" and run.best.exists()
-    return run.best if selected_best and summary is not None and summary.test is not None else last
+    return run.best if selected_best and summary is not None and summary.is_complete else last
 
 
 def _run_weights(

@@ -15,7 +15,6 @@ from cifar_dist.config.accelerate_config import (
     cpu_requested,
     precision_requested,
     process_count_note,
-    requested_compiler,
 )
 from cifar_dist.config.cpus import choose_num_threads
 from cifar_dist.config.errors import UserError
@@ -111,7 +110,7 @@ def choose_compute(
             f"accelerate launch has mixed_precision no, its default: using {FULL_NAMES[precision]};"
             " --precision no for float32"
         )
-    backend = requested_compiler(config, environ)
+    backend = config.compiler
     compiler = None if backend == "CUDAGRAPHS" else backend
     if compiler and facts.type == "mps":
         compiler = None

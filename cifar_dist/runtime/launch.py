@@ -18,7 +18,6 @@ from cifar_dist.config.accelerate_config import (
     cpu_requested,
     has_outer_launcher,
     precision_requested,
-    requested_compiler,
 )
 from cifar_dist.config.errors import EXIT_FAILED, EXIT_KEYBOARD_INTERRUPT
 from cifar_dist.config.world import DEFAULT_PORT, LAUNCHED, LISTENING_SOCKET
@@ -79,7 +78,7 @@ def child_environment(environ: Mapping[str, str], config: AccelerateConfig, num_
     child = {name: value for name, value in environ.items() if not name.startswith(foreign)}
     requested = {
         "ACCELERATE_MIXED_PRECISION": precision_requested(None, config, environ),
-        "ACCELERATE_DYNAMO_BACKEND": requested_compiler(config, environ),
+        "ACCELERATE_DYNAMO_BACKEND": config.compiler,
         "ACCELERATE_DYNAMO_MODE": config.dynamo_mode,
     }
     child |= {name: value for name, value in requested.items() if value not in (None, "no", "auto")}

@@ -207,6 +207,7 @@ class _Joining(threading.Thread):
         if store.add(f"rank-{rank}", 1) > 1 and not self._has_agent:
             store.set("twice", str(rank))
         else:
+            store.add(self._backend, 1)
             store.add("arrived", 1)
         self._begin(f"waiting for others at {self._address}", _PEERS_SECONDS, "are all of them running?")
         while (arrived := store.add("arrived", 0)) < size:
@@ -215,6 +216,11 @@ class _Joining(threading.Thread):
                 twice = store.get("twice").decode()
                 raise UserError(f"two processes have rank {twice}: set another machine_rank, or RANK, for each machine")
             self._pause(0.1)
+        if (count := store.add(self._backend, 0)) < size:
+            raise UserError(
+                f"only {count} of {size} processes would use {self._backend}, and all must have a GPU or none:"
+                " run doctor on each machine, or name a --config with use_cpu: true"
+            )
 
     def _pause(self, seconds: float) -> None:
         if self.cancelled.wait(seconds):

@@ -19,6 +19,8 @@ from cifar_dist.training.state import Best, TrainState, copy_weights, monitored_
 from cifar_dist.training.step import TrainingStep
 
 _SLOWDOWN, _SLOW_SECONDS = 3, 20.0
+_AGREE_SECONDS = 1.0
+"""The time between two agreements of the ranks on steps so slow that `RunPlan.agree_every_steps` would take longer."""
 RankRows = Sequence[Sequence[float]]
 """A row of numbers for each rank."""
 
@@ -71,7 +73,7 @@ class Trainer:
         self._save_is_due = False
         self._clock = time.perf_counter()
         self._shown = (0.0, 0.0)  # loss and images when the loss was last shown
-        self._has_shown = False
+        self._agree_every, self._steps_since = 1, 0  # steps between agreements, and since the last one
         self._is_watched = self.runtime.is_main and self.runtime.device.type == "cpu"
         self._image_size, self._fastest_seconds, self._slow_seconds = 0, math.inf, 0.0
 
@@ -136,8 +138,8 @@ class Trainer:
         if state.ema is not None:
             state.ema.update(state.model, state.step)
         number, mean_loss = self._step_of(epoch), None
-        if number % self.plan.agree_every_steps == 0 or not self._has_shown:
-            self._has_shown = True
+        self._steps_since += 1
+        if number % self._agree_every == 0:
             loss, _, images = self._agree()
             mean_loss = (loss - self._shown[0]) / max(images - self._shown[1], 1)
             self._shown = (loss, images)
@@ -168,6 +170,7 @@ class Trainer:
         self.observer.on_epoch_end(record, is_best)
         begun = time.perf_counter()
         self.recorder.on_epoch_end(record, state)
+        self._save_is_due = False
         state.train_seconds += time.perf_counter() - begun
         return record
 
@@ -177,9 +180,14 @@ class Trainer:
         Raises DivergedError or InterruptedRun on all ranks if one of them has a reason.
         """
         own = (*self.state.sums.read(), self.interrupt.wanted, self.recorder.should_save_now())
-        losses, correct, images, bad_steps, stops, saves = zip(*self.runtime.ranks.all_gather(own), strict=True)
+        seconds = time.perf_counter() - self._clock
+        rows = self.runtime.ranks.all_gather((*own, seconds))
+        losses, correct, images, bad_steps, stops, saves, all_seconds = zip(*rows, strict=True)
         now = time.perf_counter()
         self.state.epoch_seconds, self._clock = self.state.epoch_seconds + now - self._clock, now
+        if self._steps_since > 0:  # slow steps are few between two agreements
+            fitting = int(_AGREE_SECONDS * self._steps_since / max(*all_seconds, 1e-6))
+            self._agree_every, self._steps_since = min(max(fitting, 1), self.plan.agree_every_steps), 0
         if math.isfinite(first := min(bad_steps)):
             raise self._divergence(int(first))
         if any(stops):

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cifar_dist.cli import main
+from cifar_dist.config.files import write_json
 from cifar_dist.config.recipe import recipe_to_mapping
 from cifar_dist.config.schema import flatten
 from tests.conftest import make_dataset, make_recipe
@@ -189,6 +191,18 @@ def test_files_that_are_read_or_belong_to_a_run_are_not_overwritten(command):
             why = "is read" if place in READ else "own file"
             code, line = run(command, "--ckpt", "model.pth", "--recipe", "mine.yaml", "--json", place, *images)
             assert code == 2 and line.startswith(f"--json {place} would overwrite ") and why in line
+
+
+def test_a_pipe_and_a_link_stay_what_they_are():
+    """As /dev/null does, which root could replace."""
+    os.mkfifo("pipe")
+    Path("link.json").symlink_to("real.json")
+    reader = os.open("pipe", os.O_RDONLY | os.O_NONBLOCK)
+    for name in ("pipe", "link.json"):
+        write_json(Path(name), {"top1": 0.5})
+    assert os.read(reader, 100) == Path("real.json").read_bytes() == b'{"top1": 0.5}\n'
+    os.close(reader)
+    assert Path("pipe").is_fifo() and Path("link.json").is_symlink()
 
 
 @pytest.mark.parametrize(

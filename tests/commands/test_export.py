@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from cifar_dist.cli import main
 from cifar_dist.commands import export
 from cifar_dist.run.weights import read_weights
-from tests.commands.test_train import NarrowResNet, small_world_in, train
+from tests.commands.test_train import NarrowResNet, error_of, small_world_in, train
 from tests.conftest import ROOT, make_recipe
 
 RUN = "runs/first-shapes-seed0"
@@ -88,6 +89,13 @@ def test_a_graph_that_gives_other_logits_is_not_written(folder, monkeypatch, cap
     monkeypatch.setattr(onnxruntime.InferenceSession, "run", lambda self, *words: [run(self, *words)[0] + 0.001])
     assert main(["export", "--ckpt", RUN, "--out", "other.onnx"]) == 2
     assert "differ from torch's by 0.001" in capsys.readouterr().err
+    assert not (folder / "other.onnx").exists()
+
+
+def test_a_network_that_has_no_graph_is_one_line(folder, monkeypatch, capsys):
+    monkeypatch.setattr(torch.onnx, "export", Mock(side_effect=RuntimeError("a branch on the data\nand more")))
+    assert main(["export", "--ckpt", RUN, "--out", "other.onnx"]) == 2
+    assert error_of(capsys) == "torch.onnx cannot export this network; export to .safetensors: a branch on the data"
     assert not (folder / "other.onnx").exists()
 
 

@@ -192,9 +192,14 @@ def test_a_requeued_slurm_job_resumes_its_own_run(monkeypatch, capsys):
     train("--epochs", "2")
     assert "run            runs/original-shapes-seed0-2, resumed after epoch" in capsys.readouterr().out
     assert status("runs/original-shapes-seed0") == "interrupted"
+    train("--epochs", "2", "--set", "label_smoothing=0.1")  # the job's next command
+    assert (
+        status("runs/original-shapes-seed0-3") == "interrupted"
+        and status("runs/original-shapes-seed0-4") == "completed"
+    )
     monkeypatch.setenv("SLURM_JOB_ID", "9")  # was requeued before it made a run
     train("--epochs", "1")
-    assert status("runs/original-shapes-seed0-4") == "completed"
+    assert status("runs/original-shapes-seed0-5") == "completed"
 
 
 @pytest.mark.parametrize("name", ["checkpoints/best.pt", "test_predictions.npz", "report.html", "figures/curves.png"])

@@ -2,15 +2,20 @@
 
 import importlib.util
 import json
+import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import yaml
 
 from cifar_dist.cli import main
+from cifar_dist.run import tracking
 from cifar_dist.run.directory import RunDirectory
+from cifar_dist.run.tracking import Trackers
 from cifar_dist.runtime.distributed import tracker_class
 from tests.commands.test_train import error_of, small_world, train
+from tests.runs import make_metadata
 
 __all__ = ["small_world"]  # a fixture that every test here uses
 
@@ -50,6 +55,25 @@ def test_tensorboard_has_each_epoch_once_at_its_step():
     (parameters,) = Path("run/tracking/tensorboard").glob("*/hparams.yml")
     stored = yaml.safe_load(parameters.read_text())
     assert (stored["optimizer.learning_rate"], stored["world_size"], stored["device"]) == (0.01, 1, "cpu")
+
+
+def test_each_run_of_a_process_has_a_database_of_its_own(tmp_path, monkeypatch):
+    places = []
+
+    def mlflow(**named):
+        places.append(os.environ["MLFLOW_TRACKING_URI"])
+        tracker = Mock()
+        tracker.tracker.info.run_id = "7"
+        return tracker
+
+    monkeypatch.setattr(tracking, "tracker_class", lambda name: mlflow)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name in ("a", "b"):
+        trackers = Trackers(pytest.fail)
+        trackers.start(make_metadata(trackers=("mlflow",)), tmp_path / name, 0)
+        trackers.finish()
+    assert places == [f"sqlite:///{tmp_path}/{name}/tracking/mlflow/mlflow.db" for name in ("a", "b")]
+    assert "MLFLOW_TRACKING_URI" not in os.environ
 
 
 @pytest.mark.full  # it starts a process of its own

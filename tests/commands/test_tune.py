@@ -2,8 +2,10 @@
 
 import contextlib
 import importlib.util
+import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,13 +20,16 @@ from matplotlib import image as matplotlib_image
 from rich.console import Console
 
 from cifar_dist.cli import main
+from cifar_dist.commands import lr_range
 from cifar_dist.commands.lr_range import smooth, suggest
 from cifar_dist.config.command_line import parse_arguments
 from cifar_dist.config.recipe import Recipe
 from cifar_dist.display.study import LiveStudy, make_table, study_view
 from cifar_dist.run.directory import RunDirectory
+from cifar_dist.run.lock import RunLock
 from cifar_dist.run.results import EpochRecord, Summary
 from cifar_dist.run.study import Study, read_definition
+from cifar_dist.run.weights import _tested_checkpoint
 from cifar_dist.training.evaluation import EvaluationSet
 from tests.commands.test_train import SMALL, error_of, small_world, train
 from tests.conftest import ROOT
@@ -228,6 +233,29 @@ def test_an_interrupted_study_goes_on_with_its_trial(pretend, capsys, number, co
     assert "trial 0 goes on: " in capsys.readouterr().out
 
 
+def test_the_command_that_resumes_names_the_code_that_the_space_chooses_from(pretend, capsys):
+    pretend(lambda trial, done: iter([0.5, 75]))
+    Path("own.py").write_text("def same(images):\n    return images\n")
+    Path("space.yaml").write_text("augmentation.custom: {choices: [own.py:same]}")
+    tune("--trials", "1", code=75)
+    line = capsys.readouterr().err
+    assert line == "interrupted; resume with: python launch.py tune --study s --trials 1 --space space.yaml\n"
+
+
+def test_a_trial_that_somebody_resumes_keeps_its_checkpoints(pretend):
+    def checkpointed(trial, done):
+        Path(f"s/trials/{trial:04}/checkpoints/last.pt").write_bytes(b"")
+        return iter([0.5 + trial / 10] * 3)
+
+    pretend(checkpointed)
+    tune("--trials", "2")
+    assert [path.parent.name for path in Path("s/trials").glob("*/checkpoints")] == ["0001"]
+    with RunLock() as lock:
+        lock.acquire(Path("s/trials/0001"))
+        tune("--trials", "3")
+    assert sorted(path.parent.name for path in Path("s/trials").glob("*/checkpoints")) == ["0001", "0002"]
+
+
 def test_a_training_that_ends_by_itself_ends_the_worker(pretend):
     """At the end of a Slurm job it stops without a signal of ours."""
     pretend(lambda trial, done: iter([0.5, 75]))
@@ -311,11 +339,19 @@ def test_real_trials_touch_no_test_image_and_the_best_one_can_be_tested(monkeypa
 
 
 def test_training_without_the_test(capsys):
-    train("--epochs", "1", "--run-dir", "x", "--skip-test")
+    """`eval`, which is advised, reads the weights that the run would test."""
+    train("--epochs", "1", "--run-dir", "x", "--skip-test", "--set", "validation_size=16", "selection=best")
     summary = RunDirectory(Path("x")).read_summary()
     assert (summary.status, summary.test, summary.epochs) == ("completed", None, 1)
     assert "test it with: python launch.py eval --ckpt x\n" in capsys.readouterr().out
     assert not list(Path("x").rglob("*.npz"))
+    assert _tested_checkpoint(Path("x")) == RunDirectory(Path("x")).best
+    shutil.copytree("x", "moved")
+    for file in Path("moved/checkpoints").iterdir():
+        file.unlink()
+    assert main(["--resume", "moved"]) == 2
+    assert "the checkpoints of moved are gone" in error_of(capsys)
+    assert len(RunDirectory(Path("moved")).read_records()) == 1, "and its records are not"
     assert main(["--resume", "x"]) == 0
     assert RunDirectory(Path("x")).read_summary().test.num_samples == 40
 
@@ -334,6 +370,10 @@ def test_the_report_of_a_study(pretend, capsys):
     assert len(list(Path("elsewhere").iterdir())) == 3
     assert main(["report", "s", "elsewhere"]) == 2
     assert error_of(capsys) == "s is a study, which is reported alone: name no other folder"
+    Path("s/.lock").unlink()
+    Path("s/.lock").mkdir()  # refused as in a folder of another user
+    assert main(["report", "s", "--out", "elsewhere"]) == 2
+    assert "a report locks the study: copy it to a folder of your own" in error_of(capsys)
 
 
 def test_the_live_view(pretend):
@@ -387,7 +427,8 @@ def test_a_missing_package_is_one_line(monkeypatch, capsys, sampler, missing):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == missing else find(name, *rest))
     assert main(["tune", *QUICK, "--sampler", sampler]) == 2
-    assert error_of(capsys) == f"tune needs the package {missing}: pip install optuna scipy"
+    needed = "optuna" if sampler == "tpe" else "optuna scipy"
+    assert error_of(capsys) == f"tune needs the package {missing}: pip install {needed}"
 
 
 def test_a_learning_rate_range_test(capsys, tmp_path):
@@ -398,6 +439,12 @@ def test_a_learning_rate_range_test(capsys, tmp_path):
     assert f"--set optimizer.learning_rate={found[1]}" in out
     assert [path.name for path in tmp_path.rglob("*")] == ["s", "lr_range.png"]
     assert matplotlib_image.imread("s/lr_range.png").std() > 0.05
+
+
+def test_a_learning_rate_range_test_needs_a_loss(capsys, monkeypatch):
+    monkeypatch.setattr(lr_range, "_step_losses", lambda trainer: iter([math.nan]))
+    assert main(["tune", "--lr-range", *REAL, "--study", "s"]) == 2
+    assert error_of(capsys) == "the loss of the first step is not finite: look at the network and its images"
 
 
 def test_the_suggested_rate():

@@ -12,7 +12,6 @@ from cifar_dist.config.accelerate_config import (
     precision_requested,
     process_count_note,
     processes_to_start,
-    requested_compiler,
     with_processes,
 )
 from cifar_dist.config.errors import UserError
@@ -55,7 +54,7 @@ def both_ways(folder, text: str) -> tuple[str, dict[str, str]]:
 def test_what_is_served_means_the_same(tmp_path, text, precision, compiler, mode):
     path, environ = both_ways(tmp_path, text)
     for config, around in ((load_accelerate_config(path), {}), (load_accelerate_config(None, environ), environ)):
-        assert (precision_requested(None, config, around), requested_compiler(config, around)) == (precision, compiler)
+        assert (precision_requested(None, config, around), config.compiler) == (precision, compiler)
         assert config.dynamo_mode in (mode, "default" if mode is None else mode)
         assert config.notes == ()
 
@@ -252,7 +251,7 @@ def test_the_config_says_what_compiles_else_the_environment(tmp_path):
     file, outer = tmp_path / "config.yaml", {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}
     switched_off = ", ".join(f"dynamo_use_{what}: false" for what in ("dynamic", "fullgraph", "regional_compilation"))
     file.write_text(f"dynamo_config: {{dynamo_backend: inductor, {switched_off}}}")  # as `accelerate config` writes it
-    assert requested_compiler(load_accelerate_config(str(file)), {}) == "INDUCTOR"
+    assert load_accelerate_config(str(file), {}).compiler == "INDUCTOR"
     file.write_text("use_cpu: true")
-    assert requested_compiler(load_accelerate_config(str(file)), outer) is None
-    assert requested_compiler(AccelerateConfig(), outer) == "INDUCTOR"
+    assert load_accelerate_config(str(file), outer).compiler is None
+    assert load_accelerate_config(None, outer).compiler == "INDUCTOR"

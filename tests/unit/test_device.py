@@ -14,7 +14,7 @@ import torch
 
 from cifar_dist import cli
 from cifar_dist.config import cpus
-from cifar_dist.config.accelerate_config import AccelerateConfig
+from cifar_dist.config.accelerate_config import AccelerateConfig, load_accelerate_config
 from cifar_dist.config.cpus import choose_num_threads
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.world import World
@@ -83,7 +83,7 @@ def test_steps_are_replayed_unless_a_config_compiles_or_says_no(monkeypatch, bac
         assert compute.backend == expected
         assert not any("not replayed" in note for note in compute.notes)
     outer = {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}  # of an outer launcher that compiles
-    assert choose_compute(AccelerateConfig(), outer, World(), doing=doing).backend == (
+    assert choose_compute(load_accelerate_config(None, outer), outer, World(), doing=doing).backend == (
         None if facts is MPS else "INDUCTOR"
     )
 

@@ -82,6 +82,12 @@ def test_the_seed_alone_decides_the_weights():
     assert torch.equal(before, torch.get_rng_state()), "the caller's random state was changed"
 
 
+def test_muon_without_a_parameter_for_sgd_is_refused():
+    config = make_recipe("optimizer.name=muon", "optimizer.sgd_learning_rate=0.1").optimizer
+    with pytest.raises(UserError, match=r"muon needs a parameter that it leaves to SGD"):
+        build_optimizer(nn.Linear(4, 3, bias=False), config)
+
+
 def test_adamw_is_torchs():
     config = make_recipe("optimizer.name=adamw", "optimizer.momentum=0.8", "optimizer.weight_decay=0.1").optimizer
     optimizer = build_optimizer(narrow_resnet(), config)

@@ -20,7 +20,7 @@ from cifar_dist.training import setup
 from cifar_dist.training import trainer as trainer_module
 from cifar_dist.training.evaluation import EvaluationSet, batch_loss, views
 from cifar_dist.training.setup import build_trainer
-from cifar_dist.training.trainer import DivergedError, InterruptedRun, Trainer
+from cifar_dist.training.trainer import DivergedError, InterruptedRun, Recorder, Trainer
 from tests.conftest import make_dataset, make_recipe
 from tests.runs import begin
 from tests.unit.test_model import build_narrow
@@ -148,8 +148,9 @@ def test_the_epoch_decides_order_and_pixels(runtime):
     assert not (looks[0] == looks[1]).flatten(1).all(1).any(), "a sample looks the same in two epochs"
 
 
-def test_the_observer_is_called_in_order(runtime):
+def test_the_observer_is_called_in_order(runtime, monkeypatch):
     """The loss that is shown is that of the steps since the last one; the first step has one."""
+    monkeypatch.setattr(trainer_module, "_AGREE_SECONDS", 1e9)
     observer = Mock(spec=Observer)
     fields = ("epochs=1", "validation_size=16")
     trainer = trainer_for(runtime, *fields, dataset=make_dataset(num_train=128), observer=observer)
@@ -217,6 +218,30 @@ def test_steps_are_compared_with_those_of_their_size_and_only_on_the_main_proces
     assert steps_with_notes(runtime, clock, seconds=grown) == advice
     monkeypatch.setattr(runtime, "is_main", False)
     assert steps_with_notes(runtime, clock, seconds=grown) == []
+
+
+def test_what_an_epoch_has_saved_is_not_saved_again_in_the_next(runtime):
+    """Though the ranks agreed shortly before that a checkpoint is due."""
+    trainer = trainer_for(runtime)
+    trainer.recorder = Mock(spec=Recorder, should_save=Mock(return_value=False))
+    trainer.recorder.should_save_now.side_effect = lambda: trainer.state.step == 3
+    trainer.fit()
+    assert trainer.recorder.on_epoch_end.call_count == 2 and trainer.recorder.save.call_count == 0
+
+
+def test_ranks_agree_once_a_second_on_slow_steps(runtime, clock):
+    """With steps of 0.3 s in the third step, and not only in the eighth, as the plan has it for fast ones."""
+    observer = Mock(spec=Observer)
+    trainer = trainer_for(runtime, dataset=make_dataset(num_train=320), observer=observer)
+    trainer.plan = dataclasses.replace(trainer.plan, agree_every_steps=8)
+
+    def step(batch) -> None:
+        clock.now += 0.3
+
+    trainer.step.train_on = step
+    assert len(list(trainer.steps(1))) == 10
+    shown = [number for number, loss in (each.args for each in observer.on_step.call_args_list) if loss is not None]
+    assert shown == [1, 3, 6, 9]
 
 
 def test_the_first_loss_after_a_resume_is_that_of_the_steps_since(runtime):

@@ -188,6 +188,24 @@ def test_two_processes_of_one_rank_both_end(port):
     assert errors == ["two processes have rank 0: set another machine_rank, or RANK, for each machine"] * 2
 
 
+def test_machines_that_chose_different_devices_both_end(port):
+    """As where one of them has lost its GPU."""
+    errors = []
+
+    def join(world, backend):
+        try:
+            rendezvous(world, backend)
+        except UserError as error:
+            errors.append(str(error).partition(",")[0])
+
+    both = [threading.Thread(target=join, args=each, daemon=True) for each in ((TWO, "gloo"), (OTHER, "nccl"))]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join(timeout=30)
+    assert sorted(errors) == [f"only 1 of 2 processes would use {backend}" for backend in ("gloo", "nccl")]
+
+
 @pytest.mark.parametrize(
     ("world", "line"),
     [
