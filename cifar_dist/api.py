@@ -134,7 +134,7 @@ def evaluate(
         recipe: For a bare state dict: the recipe whose stem and normalization it has.
         tta: `mirror` averages the predictions of each image and its mirror image, `six` also of shifts by a pixel
                 (arXiv 2404.00498).
-        precision: `auto` (the default) is the best of the device, `no` is float32.
+        precision: Default: that of the training; of bare weights float32. `auto` is the best of the device.
         config: An Accelerate config: device and mixed precision.
         quiet: Print nothing.
 
