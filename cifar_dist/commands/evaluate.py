@@ -68,7 +68,7 @@ def evaluate(options: EvalOptions, world: World, config: AccelerateConfig, conso
                 with writing(options.figures, "name another folder"):
                     options.figures.mkdir(parents=True, exist_ok=True)
                     draw_evaluation(options.figures, evaluation, split.figure_arrays(logits), title=f"{name}, {how}")
-                note = font_note([*names, dataset.name], "evaluate again")
+                note = font_note([*names, dataset.name], "repeat this command")
                 print_notes(console, [f"pictures: {options.figures}", note])
     return evaluation
 

@@ -134,7 +134,7 @@ def where_found(archive: Archive, data_dir: Path) -> str:
     if tarball.exists():
         return f"found: {tarball}, to be unpacked"
     if not tarball.parent.exists():
-        return f"the folder {tarball.parent} does not exist: it would be made, and the files downloaded"
+        return f"the folder {tarball.parent} is not there yet: a training makes it, and downloads the files"
     names = f"{', '.join(missing)} " if folder.exists() else ""
     return f"{names}missing in {folder}: would be downloaded"
 

@@ -76,7 +76,9 @@ class Dataset:
         if class_names == self.class_names:
             return self
         if missing := [name for name in self.class_names if name not in class_names]:
-            raise ValueError(f"there is no class '{missing[0]}'")
+            raise ValueError(
+                f"'{missing[0]}' is none of {', '.join(class_names[:3])}{', ...' if len(class_names) > 3 else ''}"
+            )
         places = torch.tensor([class_names.index(name) for name in self.class_names])
         parts: dict[str, Any] = {
             name: LabelledImages(images=part.images, labels=places[part.labels])

@@ -147,9 +147,10 @@ def _check_training(path: Path, parts: Mapping[str, Classes], depth: int) -> Non
             f"no class folder of {path} holds an image itself, only folders do: name the folder whose folders are the"
             f" classes, perhaps {path / likely}, or move the images up"
         )
+    if not any(train.values()):
+        raise UserError(f"no folder in {path} holds an image: name the folder whose subfolders are the classes")
     if len(train) < 2:
-        count = f"{len(train)} class folder{'' if len(train) == 1 else 's'}"
-        raise UserError(f"{path} holds {count} for training: a dataset needs two or more")
+        raise UserError(f"{path} holds 1 class folder for training: a dataset needs two or more")
     if empty := [name for name, members in train.items() if not members]:
         raise UserError(f"there are no training images in {path} of {name_some(empty)}: add some, or remove the class")
     if unknown := sorted({name for classes in parts.values() for name in classes if name not in train}):

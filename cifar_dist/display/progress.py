@@ -114,7 +114,7 @@ class PlainTraining(Display):
         self.plan, self.epoch = plan, 0
         self._loss, self._epoch_steps, self._epoch_start = "", 0, 0.0
 
-    def on_epoch_start(self, epoch: int, lr: float) -> None:
+    def on_epoch_start(self, epoch: int) -> None:
         """Start to measure the pace."""
         self.epoch, self._epoch_steps, self._epoch_start = epoch, 0, time.monotonic()
 
@@ -156,7 +156,7 @@ class LiveTraining(Display):
         self.plan, self.facts, self.memory, self._mib = plan, facts, memory, memory()
         self.epochs: list[EpochRecord] = []
         self.best: EpochRecord | None = None
-        self.epoch, self._lr, self._loss = 0, 0.0, "waiting for the first step"
+        self.epoch, self._loss = 0, "waiting for the first step"
         columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(table_column=_WHOLE))
         self.progress = Progress(*columns, _TimeLeft(_WHOLE), console=console, expand=True)
         self.run = self.progress.add_task("run", total=plan.total_steps)
@@ -215,9 +215,9 @@ class LiveTraining(Display):
         self.epochs = list(records)
         self.best = next((record for record in records if record.epoch == best_epoch), None)
 
-    def on_epoch_start(self, epoch: int, lr: float) -> None:
+    def on_epoch_start(self, epoch: int) -> None:
         """Start a new bar."""
-        self.epoch, self._lr = epoch, lr
+        self.epoch = epoch
         self.progress.reset(self.steps, description=f"epoch {epoch}/{self.plan.epochs}")
 
     def on_step(self, step_in_epoch: int, loss: float | None) -> None:
@@ -229,7 +229,7 @@ class LiveTraining(Display):
         self.progress.update(self.run, completed=step)
         self.progress.update(self.steps, completed=step_in_epoch)
         if loss is not None:
-            self._loss, self._mib = f"loss {loss:.3f}  lr {self._lr:.4g}", self.memory()
+            self._loss, self._mib = f"loss {loss:.3f}", self.memory()
 
     def on_evaluation(self, done: int, total: int) -> None:
         """Show a bar while an evaluation runs."""

@@ -101,8 +101,10 @@ def format_worst_classes(evaluation: Evaluation, *, count: int) -> list[str]:
         others = [(n, name) for name, n in zip(names, row, strict=True) if name != names[i]]
         wrong, other = max(others, default=(0, ""))
         if wrong:
-            often = "most often " if [n for n, _ in others].count(wrong) == 1 else ""
-            found.append((row[i] / sum(row), names[i], f"{often}taken for {other} ({wrong:,} of {sum(row):,})"))
+            mistakes, is_alone = sum(n for n, _ in others), [n for n, _ in others].count(wrong) == 1
+            words = f"{'most often ' if is_alone and wrong < mistakes else ''}taken for {other}"
+            shown, words = (wrong, words) if is_alone else (mistakes, f"{words} and others")
+            found.append((row[i] / sum(row), names[i], f"{words} ({shown:,} of {sum(row):,})"))
     worst = sorted(found)[:count]
     width = max((cell_len(name) for _, name, _ in worst), default=0)
     return [

@@ -120,8 +120,8 @@ class Observer:
     def on_earlier_epochs(self, records: Sequence[EpochRecord], best_epoch: int | None) -> None:
         """A resumed run has done these epochs."""
 
-    def on_epoch_start(self, epoch: int, lr: float) -> None:
-        """An epoch, counted from 1, begins at this learning rate."""
+    def on_epoch_start(self, epoch: int) -> None:
+        """An epoch, counted from 1, begins."""
 
     def on_step(self, step_in_epoch: int, loss: float | None) -> None:
         """A step, counted from 1, is done. `loss` is a number every `agree_every_steps` steps."""

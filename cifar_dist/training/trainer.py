@@ -94,7 +94,7 @@ class Trainer:
     def steps(self, epoch: int) -> Iterator[int]:
         """Train the rest of an epoch. Yield the number of each optimizer step, from 1, once it is done."""
         self._clock = time.perf_counter()
-        self.observer.on_epoch_start(epoch, learning_rate(self.recipe, self.plan, self.state.step))
+        self.observer.on_epoch_start(epoch)
         self.step.begin_epoch(epoch)
         loss, _, images = self._agree() if self._step_of(epoch) else (0.0, 0.0, 0.0)
         self._shown = (loss, images)  # a resumed epoch has sums of its steps so far

@@ -43,7 +43,9 @@ def test_doctor_prints_the_machine_and_what_is_missing(capsys, tmp_path):
     assert "for this process" in lines["processor"]
     assert lines["CPU"].endswith("fast bf16 arithmetic")
     assert lines["CUDA"].startswith("no GPU is visible")
-    assert lines["cifar10"].startswith(f"the folder {tmp_path / 'data'} does not exist: it would be made"), "a typo?"
+    assert lines["cifar10"].startswith(f"the folder {tmp_path / 'data'} is not there yet: a training makes it"), (
+        "a typo?"
+    )
     assert lines["ImageNet weights"].startswith("missing")
     assert " for Chinese" in lines["fonts"]
     assert list(lines)[-2:] == ["plan of a run", "time of a run"]

@@ -179,7 +179,7 @@ DEEPER = "no class folder of FOLDER holds an image itself, only folders do"
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ((), ONE_CLASS),
+        ((), "no folder in FOLDER holds an image: name the folder whose subfolders are the classes"),
         (("a/1.png", "a/2.png"), ONE_CLASS),
         (("train/a/1.png", "test/a/1.png"), ONE_CLASS),
         ((*TWO, "test/fox/1.png"), FOREIGN),

@@ -35,7 +35,7 @@ REFUSALS = {
     "--recipe misspelt.yaml --seeds 2": "there is no dataset or folder 'shaps', did you mean 'shapes'?",
     "--recipe number.yaml": "dataset must be text, not 3",
     "--set dataset=shapes": "--set dataset=shapes: the dataset has a flag of its own, type --dataset shapes",
-    "--dataset done": "done holds 1 class folder for training",
+    "--dataset done": "no folder in ",
     "--dataset images --set global_batch_size=7 gradient_accumulation_steps=2": "global_batch_size=7 does not divide",
     "--dataset images --set validation_size=26": "validation_size=26 leaves",
     "--dataset images --set image_size=1000000 image_size_schedule=null": "33 images of 1000000 x 1000000 take",

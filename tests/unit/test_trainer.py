@@ -162,7 +162,7 @@ def test_the_observer_is_called_in_order(runtime, monkeypatch):
     assert nothing is None
     assert first != second != third
     assert (32 * first + 32 * second + 48 * third) / 112 == pytest.approx(record.train_loss, rel=1e-5)
-    assert calls[0] == call.on_epoch_start(1, 0.05)
+    assert calls[0] == call.on_epoch_start(1)
     assert calls[-2:] == [call.on_evaluation(16, 16), call.on_epoch_end(record, True)]
 
 
