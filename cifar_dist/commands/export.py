@@ -60,7 +60,10 @@ def _metadata(weights: SavedWeights) -> dict[str, str]:
     }
     if weights.class_names is not None:  # with this, the file is read as a checkpoint
         metadata["recipe"] = recipe_to_mapping(replace(recipe, pretrained=None, freeze_epochs=0))
-    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
+    return {
+        name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for name, value in metadata.items()
+    }
 
 
 def _pth(weights: SavedWeights) -> bytes:

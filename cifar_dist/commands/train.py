@@ -147,6 +147,8 @@ def _build(
     if not quiet:
         step = (prepared.checkpoint or {}).get("step")
         where = f"{prepared.directory}" + (f", resumed after {plan.place_of(step)}" if step else "")
+        if spec.stored is not None and not step:
+            where += ", from its first step: there is no checkpoint yet"
         lines = _header(where, spec, runtime.compute, plan, recipe, prepared.damage)
         if dataset.origin is not None:
             mean, std = list(recipe.normalization.mean), list(recipe.normalization.std)
@@ -333,8 +335,12 @@ def _header(
     if spec.recipe.validation_size == "auto" and plan.num_validation == 0:
         reason = "0 validation (too few images to hold some out)"
         lines["images"] = lines["images"].replace("0 validation", reason)
-    note = plan.few_steps_note if spec.stored is None else version_note(spec.stored.versions)
-    notes = "; ".join(each for each in (*compute.notes, damage, note) if each)
+    note, processes = plan.few_steps_note, None
+    if spec.stored is not None:
+        note, before = version_note(spec.stored.versions), spec.stored.world_size
+        processes = f"{before} process{'es' if before > 1 else ''} before, {plan.world_size} now: rounding differs"
+        processes = None if before == plan.world_size else processes
+    notes = "; ".join(each for each in (*compute.notes, damage, note, processes) if each)
     return lines | {"note": notes} if notes else lines
 
 

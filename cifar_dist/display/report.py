@@ -6,6 +6,7 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -197,8 +198,9 @@ def write_run(run: ReportedRun, saved: Mapping[str, NDArray[Any]] | None, figure
     if page is None:
         return
     standard, recipe = (flatten(recipe_to_mapping(each)) for each in (Recipe.load(), run.metadata.recipe))
+    show = partial(json.dumps, ensure_ascii=False)
     changed = [
-        f"{name}: {json.dumps(value)}  (standard: {json.dumps(standard.get(name))})"
+        f"{name}: {show(value)}  (standard: {show(standard.get(name))})"
         for name, value in recipe.items()
         if value != standard.get(name)
     ]

@@ -80,7 +80,7 @@ def format_evaluation(evaluation: Evaluation, *, split: str = "") -> list[str]:
         lines.append(f"the {len(names)} worst of {len(accuracies)} classes:")
     width = max(map(cell_len, names))
     for name in names:
-        bar = "█" * round(20 * (accuracies[name] or 0.0))
+        bar = "█" * int(20 * (accuracies[name] or 0.0))
         line = f"{name}{' ' * (width - cell_len(name))}  {format_percent(accuracies[name]):>7}  {bar}"
         lines.append(line.rstrip())
     confusions = format_confusions(evaluation, count=3)

@@ -127,7 +127,8 @@ def _run_weights(
         raise UserError(
             f"{told} {describe_network(other)}, and {path} has {describe_network(recipe)}: name none, or other weights"
         )
-    images = {"normalization": other.normalization, "image_size": other.image_size, "image_size_schedule": None}
+    schedule = recipe.image_size_schedule if other.image_size == recipe.image_size else None
+    images = {"normalization": other.normalization, "image_size": other.image_size, "image_size_schedule": schedule}
     note = None
     if metadata is not None and "model" in (sources := metadata.sources):
         is_other = sources["model"] != own_sources({"model": other.model})["model"]

@@ -182,6 +182,19 @@ def test_run_dir_with_resume_starts_where_there_is_no_checkpoint_yet():
     assert len(RunDirectory(Path("x")).read_records()) == 1
 
 
+def test_what_a_resume_changes_is_noted(capsys):
+    train("--epochs", "2", "--run-dir", "x", "--max-minutes", "0.0001", code=75)
+    config = Path("x/config.yaml")
+    config.write_text(config.read_text().replace("world_size: 1", "world_size: 2", 1))
+    for file in Path("x/checkpoints").iterdir():
+        file.unlink()
+    capsys.readouterr()
+    assert main(["--resume", "x"]) == 0
+    out = capsys.readouterr().out
+    assert "run            x, from its first step: there is no checkpoint yet\n" in out
+    assert "2 processes before, 1 now: rounding differs" in out
+
+
 def test_a_requeued_slurm_job_resumes_its_own_run(monkeypatch, capsys):
     """Not another job's of the same name, nor does a job resume that starts for the first time."""
     for job in ("7", "8", "8"):  # the last as from a shell in an allocation, where a command is typed twice
