@@ -101,7 +101,7 @@ def test_the_automatic_image_size_is_that_of_torchvisions_weights():
         assert PRETRAINED_SIDES.get(name, 224) == side, name
     assert resolve_recipe(_finetune(), {"model": "efficientnet_b3"}).image_size == 300
     assert resolve_recipe(_finetune()).image_size == 224
-    with pytest.raises(UserError, match=r"recipe field 'model' must be a string"):
+    with pytest.raises(UserError, match=r"model must be text"):
         resolve_recipe(_finetune(), {"model": ["resnet50"]})
 
 
