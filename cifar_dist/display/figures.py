@@ -267,8 +267,9 @@ def draw_evaluation(
     shown = saved.get("shown", np.arange(len(saved["images"])))
     count = min(_NUM_IMAGES, len(shown))
     spread = np.arange(count) * len(shown) // count
-    heading += f"\ntrue class; ✗ marks a mistake: {legend}"
-    draw_images(saved["images"][spread], _captions(saved, shown[spread]), files[2], title=heading)
+    captions = _captions(saved, shown[spread])
+    heading += "\ntrue class" + (f"; ✗ marks a mistake: {legend}" if "✗" in "".join(captions) else "")
+    draw_images(saved["images"][spread], captions, files[2], title=heading)
     if len(rows := saved["mistakes"]):
         files.append(folder / "mistakes.png")
         captions = [caption.removeprefix("✗ ") for caption in _captions(saved, rows)]
