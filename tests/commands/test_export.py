@@ -82,6 +82,14 @@ def test_the_metadata_says_how_to_use_it(folder):
     assert json.loads(other["std"]) == [0.2470, 0.2435, 0.2616]
 
 
+def test_the_image_sizes_of_the_training_are_kept_with_the_network_named_again(folder):
+    train("--epochs", "1", "--run-dir", "sized", "--skip-test", "--set", "image_size_schedule=[[0.5, 0.5], [1.0, 1.0]]")
+    recipe = read_weights(folder / "sized", assignments={"model": "resnet18"}).recipe
+    assert recipe.image_size_schedule == ((0.5, 0.5), (1.0, 1.0))
+    larger = read_weights(folder / "sized", assignments={"image_size": 31}).recipe
+    assert (larger.image_size, larger.image_size_schedule) == (31, None)
+
+
 def test_a_graph_that_gives_other_logits_is_not_written(folder, monkeypatch, capsys):
     import onnxruntime
 
