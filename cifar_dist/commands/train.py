@@ -338,8 +338,8 @@ def _header(
     note, processes = plan.few_steps_note, None
     if spec.stored is not None:
         note, before = version_note(spec.stored.versions), spec.stored.world_size
-        processes = f"{before} process{'es' if before > 1 else ''} before, {plan.world_size} now: rounding differs"
-        processes = None if before == plan.world_size else processes
+        if before != plan.world_size:
+            processes = f"{before} process{'es' if before > 1 else ''} before, {plan.world_size} now: rounding differs"
     notes = "; ".join(each for each in (*compute.notes, damage, note, processes) if each)
     return lines | {"note": notes} if notes else lines
 
