@@ -5,9 +5,9 @@
     python benchmarks/accuracy.py table PROGRAMME
 
 A programme (benchmarks/programmes/*.yaml) is a list of rows: a name, a recipe, what is `set` otherwise, how many
-`seeds` (0, 1, ...), and perhaps an Accelerate `config`. Its rows are for tuning (`test: false`: the validation split
-decides, and what the test images say is not kept) or for the table (`test: true`: trained on all images, the last
-weights, the test images used once).
+`seeds` (0, 1, ...), and perhaps an Accelerate `config` and a `change` (benchmarks/changes.py). Its rows are for tuning
+(`test: false`: the validation split decides, and what the test images say is not kept) or for the table (`test: true`:
+trained on all images, the last weights, the test images used once).
 
 `run` appends a line to benchmarks/results/PROGRAMME.jsonl as soon as a run ends, and does no run again that has a line
 there with the same recipe: stopped at any moment, it goes on, on this machine or on another. With `--minutes` it stops
@@ -39,6 +39,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.changes import CHANGES
 from cifar_dist.config.errors import EXIT_INTERRUPTED
 from cifar_dist.config.provenance import git_commit, package_versions
 from cifar_dist.config.recipe import Recipe, read_recipe, recipe_to_mapping, resolve_recipe
@@ -58,12 +59,17 @@ class Row:
     seeds: int
     test: bool
     config: str | None
+    change: str | None
 
     def resolved(self, seed: int) -> Recipe:
         """Give the whole recipe of a run."""
         protocol = {"validation_size": 0, "selection": "last"} if self.test else {"selection": "last"}
         base = self.recipe if not self.recipe.endswith(".yaml") else str(ROOT / self.recipe)
         return resolve_recipe(read_recipe(base), protocol, {**self.settings, "seed": seed})
+
+    def digest(self, seed: int) -> str:
+        """Give letters that tell this run from any other."""
+        return digest(self.resolved(seed)) + ("" if self.change is None else f"-{self.change.replace(' ', '-')}")
 
 
 def digest(recipe: Recipe) -> str:
@@ -100,6 +106,7 @@ def read_programme(path: Path) -> list[Row]:
             seeds=row.get("seeds", 1),
             test=row.get("test", True),
             config=row.get("config"),
+            change=row.get("change"),
         )
         for row in rows
     ]
@@ -151,7 +158,7 @@ def runs_left(rows: list[Row], results: Path, seeds: list[int] | None) -> Iterat
     done = {(line["name"], line["seed"], line["digest"]) for line in read_lines(results) if "seed" in line}
     for seed in seeds or range(max(row.seeds for row in rows)):
         for row in rows:
-            if seed < row.seeds and (row.name, seed, digest(row.resolved(seed))) not in done:
+            if seed < row.seeds and (row.name, seed, row.digest(seed)) not in done:
                 yield row, seed
 
 
@@ -166,7 +173,7 @@ def run(rows: list[Row], results: Path, typed: argparse.Namespace) -> int:
         return failures.pop() if failures else max(codes, default=0)
     for row, seed in left:
         recipe = row.resolved(seed)
-        folder = typed.work / f"{typed.programme.stem}-{row.name.replace(' ', '-')}-seed{seed}-{digest(recipe)}"
+        folder = typed.work / f"{typed.programme.stem}-{row.name.replace(' ', '-')}-seed{seed}-{row.digest(seed)}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_to_mapping(recipe)))
         minutes = (until - time.monotonic()) / 60
@@ -176,7 +183,8 @@ def run(rows: list[Row], results: Path, typed: argparse.Namespace) -> int:
         command = ["--recipe", str(folder / "recipe.yaml"), "--run-dir", str(folder / "run"), "--resume"]
         command += ["--data-dir", str(typed.data_dir), "--max-minutes", f"{minutes:.2f}", *typed.launcher]
         command += ["--config", str(ROOT / row.config)] if row.config else []
-        code = launch(*command)
+        with CHANGES[row.change]():
+            code = launch(*command)
         if code:
             return code
         append_line(results, outcome(row, seed, folder, typed))
@@ -206,7 +214,7 @@ def outcome(row: Row, seed: int, folder: Path, typed: argparse.Namespace) -> dic
     line = {
         "name": row.name,
         "seed": seed,
-        "digest": digest(row.resolved(seed)),
+        "digest": row.digest(seed),
         "test": row.test,
         "at_once": typed.at_once,
         **{key: summary[key] for key in ("status", "epochs", "train_seconds", "device", "precision")},
@@ -255,7 +263,8 @@ def measure(rows: list[Row], results: Path, typed: argparse.Namespace) -> int:
                 one = resolve_recipe(recipe_to_mapping(recipe), endless)
                 plan = make_plan(one, world_size=1, sizes=dataset.sizes, device_type=runtime.device.type)
                 loop = endless_steps(build_trainer(one, plan, dataset, runtime, Observer()))
-                rounds = alternate([loop, other], 1, typed.seconds, runtime, timer=fair_seconds_of)
+                with CHANGES[row.change]():
+                    rounds = alternate([loop, other], 1, typed.seconds, runtime, timer=fair_seconds_of)
                 # Seconds an image of ours over those of the script, in each round.
                 ratios = [theirs * SCRIPT_BATCH / (ours * recipe.global_batch_size) for ours, theirs in rounds]
                 rate = recipe.global_batch_size * statistics.median(ours for ours, _ in rounds)
@@ -264,7 +273,7 @@ def measure(rows: list[Row], results: Path, typed: argparse.Namespace) -> int:
                 begun = end
             line = {
                 "name": row.name,
-                "timed": digest(recipe),
+                "timed": row.digest(0),
                 "script_epochs": total,
                 "parts": parts,
                 "precision": runtime.precision,
@@ -284,9 +293,9 @@ def table(rows: list[Row], results: Path) -> int:
     print("| " + " | ".join(heads) + " |")
     print("|" + "---|" * len(heads))
     for row in rows:
-        digests = {digest(row.resolved(seed)) for seed in range(row.seeds)}
+        digests = {row.digest(seed) for seed in range(row.seeds)}
         done = [line for line in lines if line["name"] == row.name and line.get("digest") in digests]
-        times = [line for line in lines if line.get("timed") == digest(row.resolved(0))]
+        times = [line for line in lines if line.get("timed") == row.digest(0)]
         for machine in sorted({line["hardware"] for line in done}) or [""]:
             here = [line for line in done if line["hardware"] == machine]
             cells = [row.name, str(len(here))]

@@ -43,7 +43,7 @@ def _machine() -> dict[str, str]:
     versions, commit, cores = package_versions(), git_commit(), usable_cores()
     threads = os.environ.get("OMP_NUM_THREADS")
     return {
-        "system": f"{platform.platform()}, Python {versions.pop('python')}",
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}, Python {versions.pop('python')}",
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items())
         + (f" (commit {commit[:12]})" if commit else ""),
         "processor": f"{cores} core{'s' if cores > 1 else ''} for this process"

@@ -365,9 +365,11 @@ def read_recipe(name_or_file: str, typed: Mapping[str, Any] | None = None) -> di
 
 
 def recipe_label(name_or_file: str) -> str:
-    """Return the short name of a recipe, as in the name of the run directory."""
+    """Return the short name of a recipe, as in the name of the run directory; a run's config.yaml holds it."""
     path = Path(name_or_file)
-    return path.parent.name if path.name == "config.yaml" and path.parent.name else path.stem
+    if path.name != "config.yaml" or not path.exists():
+        return path.stem
+    return Path(str(read_yaml(path, "recipe file").get("recipe_name") or path.parent.name or path.stem)).name
 
 
 def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:

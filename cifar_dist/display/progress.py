@@ -132,19 +132,21 @@ class PlainTraining(Display):
 
     def on_epoch_end(self, record: EpochRecord, is_best: bool) -> None:
         """Print the epoch."""
-        end = self._expected_end(record.step) if record.step < self.plan.total_steps else ""
-        self.on_note(format_epoch(record, self.plan.epochs, is_best=is_best, end=end))
+        self.on_note(format_epoch(record, self.plan.epochs, is_best=is_best, end=self._expected_end(record.step)))
 
     def _place(self, step_in_epoch: int) -> str:
         place = f"epoch {self.epoch}/{self.plan.epochs}  step {step_in_epoch}/{self.plan.steps_per_epoch}"
         end = self._expected_end((self.epoch - 1) * self.plan.steps_per_epoch + step_in_epoch)
-        return f"{place}{self._loss}  end {end}"
+        return f"{place}{self._loss}" + (f"  end {end}" if end else "")
 
     def _expected_end(self, steps_done: int) -> str:
-        """Return when the run ends at the pace of this epoch; its evaluation counts once it is done."""
+        """Return when the run ends at the pace of this epoch; nothing in the last minute.
+
+        The epoch's evaluation counts once it is done.
+        """
         seconds_a_step = (time.monotonic() - self._epoch_start) / max(self._epoch_steps, 1)
         seconds = min((self.plan.total_steps - steps_done) * seconds_a_step, 1e11)  # the calendar ends in year 9999
-        return f"{datetime.now() + timedelta(seconds=seconds):%b %d %H:%M}"
+        return f"{datetime.now() + timedelta(seconds=seconds):%b %d %H:%M}" if seconds >= 60 else ""
 
 
 class LiveTraining(Display):

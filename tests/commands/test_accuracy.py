@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.changes import CHANGES
+from cifar_dist import Recipe, load_model, train
 from tests.commands.test_train import small_world
 from tests.conftest import ROOT
 
@@ -59,6 +61,25 @@ def test_a_programme_continues_and_does_no_run_twice(capsys, monkeypatch, tmp_pa
     assert rows[0][2:5] == ["", "", f"{tuned['val_acc']:.2%}"]
     mean = sum(line["plain"] for line in lines[1:]) / 2
     assert rows[1][2].startswith(f"{mean:.2%} ± ")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("change", [each for each in CHANGES if each is not None])
+def test_a_change_of_the_training_changes_its_weights_and_nothing_after_it(change, tmp_path):
+    how = {"epochs": 3, "global_batch_size": 8, "image_size": 12, "image_size_schedule": None, "validation_size": 0}
+    recipe = Recipe.load("fast", **how)
+
+    def weights(name: str) -> dict[str, torch.Tensor]:
+        train(recipe, dataset="shapes", run_dir=tmp_path / name, quiet=True)
+        return load_model(tmp_path / name).state_dict()
+
+    before = weights("before")
+    with CHANGES[change]():
+        changed = weights("changed")
+    after = weights("after")
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]) and tensor.isfinite().all() and changed[name].isfinite().all()
+    assert any(not torch.equal(tensor, changed[name]) for name, tensor in before.items())
 
 
 @pytest.mark.parametrize(

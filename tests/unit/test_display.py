@@ -211,14 +211,19 @@ def test_plain_training_prints_an_epoch_a_line_and_signs_of_life(clock):
             view.on_evaluation(done, 20)
         clock[0] = 1e15
         view.on_epoch_end(record(3, step=1173), False)
+        view.on_epoch_start(20)
+        view.on_step(350, 2.0)
+        clock[0] += 40.0  # a step in 40 s, and one is left
+        view.on_step(389, None)
         view.on_epoch_end(record(20, step=7820), False)
-    step, first, evaluation, second, last = text_of(shown).splitlines()
+    step, first, evaluation, second, soon, last = text_of(shown).splitlines()
     assert re.fullmatch(r"epoch 2/20  step 103/391  loss 2.000  end \w{3} \d\d \d\d:\d\d", step)
     assert first.startswith("epoch  2/20  loss 1.000") and first.endswith("  best")
     end = datetime.strptime(f"{expected.year} {re.search('end (.+)  best', first)[1]}", "%Y %b %d %H:%M")
     assert abs(end - expected) < timedelta(minutes=2)
     assert evaluation == "evaluating 15/20 images"
-    assert "  end " in second and "end" not in last, "no calendar goes so far"
+    assert "  end " in second, "no calendar goes so far"
+    assert soon == "epoch 20/20  step 389/391  loss 2.000" and "end" not in last, "it ends within a minute"
 
 
 @pytest.mark.parametrize("terminal", [True, False])

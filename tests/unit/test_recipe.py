@@ -130,8 +130,11 @@ def test_a_resumed_run_keeps_its_dataset_whatever_the_recipe_names(tmp_path):
 def test_the_config_of_a_run_is_a_recipe_file(tmp_path):
     file = tmp_path / "config.yaml"
     recipe = make_recipe("epochs=5")
-    file.write_text(yaml.safe_dump({"recipe": recipe_to_mapping(recipe), "dataset": {"name": "shapes"}}))
-    assert make_recipe(base=str(file)) == recipe
+    content = {"recipe": recipe_to_mapping(recipe), "dataset": {"name": "shapes"}}
+    file.write_text(yaml.safe_dump(content))
+    assert make_recipe(base=str(file)) == recipe and recipe_label(str(file)) == tmp_path.name
+    file.write_text(yaml.safe_dump({"recipe_name": "quick", **content}))
+    assert recipe_label(str(file)) == "quick"
 
 
 @pytest.mark.parametrize(
