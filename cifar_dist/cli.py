@@ -4,6 +4,7 @@ import errno
 import importlib
 import importlib.util
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -151,8 +152,9 @@ def _report(error: BaseException, world: World, interrupt: InterruptBeforeTraini
     lost = ("gloo/transport/", "ncclRemoteError")
     is_lost_peer = isinstance(error, PeerFailedError) or type(error).__name__ == "DistNetworkError"
     if is_lost_peer or any(word in str(error) for word in lost):
-        reason = " ".join(str(error).split("\n")[0].split())
-        print(f"rank {world.rank} ends: another process is gone ({reason})", file=sys.stderr)
+        reason = re.sub(r"^\[\S*\] ", "", str(error).partition("\n")[0]).partition(". ")[0]  # without gloo's advice
+        advice = "; ".join(["", *getattr(error, "__notes__", [])]) if world.rank == 0 else ""
+        print(f"rank {world.rank} ends: another process is gone ({reason}){advice}", file=sys.stderr)
     else:
         traceback.print_exception(error)
     return EXIT_FAILED

@@ -105,6 +105,9 @@ def train(
             text, code = recorder.directory.explain_write_error(error, resume_command), EXIT_FAILED
         except KeyboardInterrupt:
             text, code = f"interrupted; resume with: {resume_command}", EXIT_KEYBOARD_INTERRUPT
+        except Exception as error:  # such as that of a lost process
+            error.add_note(f"resume with: {resume_command}")
+            raise
         else:
             recorder.trackers.finish()
             own_model = words_to_type({"model": spec.recipe.model})

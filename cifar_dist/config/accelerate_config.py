@@ -200,4 +200,4 @@ def planned_processes(world: World, config: AccelerateConfig) -> str:
     if world.size > 1:
         return f"nothing more: this is rank {world.rank} of {world.size} processes, started by {world.launcher}"
     where = "here" if machines == 1 else f"on each of {machines} machines"
-    return f"{count // machines} processes {where}" if count > 1 else "one process: this one"
+    return f"{count // machines} processes {where}" if count > 1 else "one process"

@@ -25,7 +25,7 @@ EXAMPLES: dict[str, Mapping[str, str]] = {
     "": {"--recipe first": "train in under a minute, without a download", f"eval --ckpt {_FIRST_RUN}": "evaluate it"},
     "train": {
         "--recipe quick": "CIFAR-10, which is downloaded if it is missing",
-        "--recipe quick --dataset photos --epochs 20": "your own images: photos/<class>/*.jpg",
+        "--recipe quick --dataset photos --epochs 30 --set global_batch_size=32": "your own images: photos/CLASS/*.jpg",
     },
     "eval": {
         f"eval --ckpt {_FIRST_RUN} --tta mirror": "a run, also over mirror images",

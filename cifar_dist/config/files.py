@@ -60,7 +60,7 @@ def write_output(path: Path, content: bytes) -> None:
 
 def write_json(path: Path | None, content: Mapping[str, Any]) -> None:
     """Write what `--json` asks for, if it was typed. Raises UserError."""
-    text = json.dumps(content, allow_nan=False) + "\n"
+    text = json.dumps(content, allow_nan=False, ensure_ascii=path == STANDARD_OUTPUT) + "\n"
     if path == STANDARD_OUTPUT:
         sys.stdout.write(text)
     elif path is not None:

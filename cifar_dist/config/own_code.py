@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar_dist.config.errors import UserError
+from cifar_dist.config.schema import nearest
 
 OWN_CODE_FIELDS = ("model", "augmentation.custom")
 """Recipe fields that may name a function."""
@@ -49,13 +50,17 @@ def load_function(name: str) -> Callable[..., Any]:
     path, attribute = _split(name)
     try:
         absolute = str(Path(path).absolute()) if path.endswith(".py") else path
-        function = getattr(_import(absolute, source_hash(name)), attribute, None)
+        module = _import(absolute, source_hash(name))
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # of the user's module
         raise UserError(f"cannot import {path}: {type(error).__name__}: {error}") from error
+    function = getattr(module, attribute, None)
     if not callable(function):
-        raise UserError(f"{path} has no function '{attribute}': name it as file.py:function")
+        own = (each for each in vars(module).values() if getattr(each, "__module__", None) == module.__name__)
+        names = [each.__name__ for each in own if callable(each) and hasattr(each, "__name__")]
+        there = f" (functions: {', '.join(names)})" if names else ""
+        raise UserError(f"{path} has no function '{attribute}'{nearest(attribute, names)}{there}")
     return function
 
 

@@ -98,7 +98,9 @@ class RunPlan:
         if self.steps_per_epoch >= _FEW_STEPS or fitting >= self.global_batch_size:
             return None
         steps = f"{self.steps_per_epoch} step{'s' if self.steps_per_epoch > 1 else ''} an epoch"
-        other = f"--set global_batch_size={fitting} gives {self.num_train // fitting} steps"
+        other = (
+            f"--set global_batch_size={fitting} gives {-(-_images_per_epoch(self.num_train, fitting) // fitting)} steps"
+        )
         return f"{steps} may be too few to learn: {other}"
 
     def place_of(self, step: int) -> str:
@@ -169,7 +171,7 @@ def make_plan(recipe: Recipe, *, world_size: int, sizes: DatasetSizes, device_ty
             f" set it to {nearest}{batch - below + factor}"
         )
     num_train, num_left_out = num_trained(recipe, sizes)
-    images_per_epoch = num_train - (1 if num_train % batch == 1 else 0)
+    images_per_epoch = _images_per_epoch(num_train, batch)
     steps_per_epoch = -(-images_per_epoch // batch)
     total_steps = recipe.epochs * steps_per_epoch
     ends: dict[int, int] = {}  # last step -> side in pixels
@@ -193,6 +195,11 @@ def make_plan(recipe: Recipe, *, world_size: int, sizes: DatasetSizes, device_ty
         image_sizes=tuple((side, last) for last, side in ends.items() if last > 0),
         agree_every_steps=max(1, min(images_a_second // batch, steps_per_epoch)),
     )
+
+
+def _images_per_epoch(num_train: int, batch: int) -> int:
+    """Return the images that are trained on: a last batch of one is left out, for BatchNorm needs two."""
+    return num_train - (1 if num_train % batch == 1 else 0)
 
 
 def _batch_norm_groups(size: int | None, micro_batch: int, world_size: int) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cifar_dist.config.errors import UserError
-from cifar_dist.config.own_code import is_own_code, refuse_untyped_code
+from cifar_dist.config.own_code import OWN_CODE_FIELDS, is_own_code, refuse_untyped_code
 from cifar_dist.config.schema import Check, build, flatten, merge, nearest, nested, parse_yaml, read_yaml, to_mapping
 
 DEFAULT_RECIPE = "standard"
@@ -381,7 +381,8 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"--set takes FIELD=VALUE, not '{assignment}'")
         if name.strip() == "dataset":
             raise UserError(f"--set {assignment}: the dataset has a flag of its own, type --dataset {text}")
-        if text.endswith(":"):  # which YAML reads as a mapping
+        is_file = name.strip() in OWN_CODE_FIELDS and text.endswith(".py")
+        if is_file or text.endswith(":"):  # the latter YAML reads as a mapping
             raise UserError(f"--set {name.strip()}: '{text}' names no function: type file.py:function")
         value = parse_yaml(text, f"--set {name.strip()}: '{text}'")
         result = merge(result, nested({name.strip(): value}))

@@ -166,7 +166,7 @@ def _provide_tarball(archive: Archive, tarball: Path, progress: Progress | None,
     except DownloadError as error:
         data_dir = tarball.absolute().parent
         raise UserError(
-            f"missing in {data_dir / archive.folder}: {', '.join(missing)}; the download failed ({error}); put"
+            f"the download failed ({error}), and {data_dir / archive.folder} lacks {', '.join(missing)}; put"
             f" {archive.tarball} or the folder {archive.folder} into {data_dir}, name another place with --data-dir"
             f" DIR, set {variable} to addresses of the tarball, or use --dataset shapes, which needs no files"
         ) from error

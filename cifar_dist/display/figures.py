@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findSystemFonts, fontManager, get_font
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 from numpy.typing import NDArray
 from rich.cells import cell_len, set_cell_size
 
@@ -127,12 +127,13 @@ def draw_curves(
     for axes, (heading, fields) in zip(figure.subplots(1, 3), _PANELS.items(), strict=True):
         for look, records in zip(looks, runs.values(), strict=True):
             for (part, field), dash in zip(fields.items(), ("-", "--"), strict=False):
-                _plot(axes, records, field, part, **look, linestyle=dash)
+                _plot(axes, records, field, part, **look, linestyle=dash, fillstyle="full" if dash == "-" else "none")
         for (label, epoch), dash in zip(marks.items(), (":", "-."), strict=False):
             if epoch is not None:
                 axes.axvline(epoch, color="0.45", linestyle=dash, label=f"{label} ({epoch})")
         axes.set_title(heading)
         axes.set_xlabel("epoch")
+        axes.set_xlim(left=0.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if len(runs) == 1:
             axes.legend()
@@ -141,6 +142,7 @@ def draw_curves(
     if known and max(known) > _LOG_SPAN * min(known):
         figure.axes[0].set_yscale("log")
         figure.axes[0].yaxis.set_major_formatter("{x:g}")
+        figure.axes[0].yaxis.set_minor_formatter(LogFormatter())  # plain numbers: the style shows TeX as it is
     figure.axes[1].yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%")
     figure.axes[2].set_ylim(bottom=0)
     if len(runs) > 1:
@@ -157,7 +159,7 @@ def _plot(axes: Axes, records: Sequence[EpochRecord], field: str, part: str, **l
     if points:
         epochs, values = zip(*points, strict=True)
         last = f"{values[-1]:.1%}" if field.endswith("acc") else f"{values[-1]:.3g}"
-        axes.plot(epochs, values, label=f"{part} ({last})", markevery=max(1, len(points) // 10), **line)
+        axes.plot(epochs, values, label=f"{part} ({last})", markevery=max(1, len(points) // 30), **line)
 
 
 @_own_style()
@@ -217,7 +219,7 @@ def draw_images(images: NDArray[np.uint8], captions: Sequence[str], path: Path, 
     images = images[:_NUM_IMAGES]
     rows = -(-len(images) // 8)
     columns = -(-len(images) // rows)
-    width = max(6.0, 1.5 * columns)
+    width = max(8.0, 1.5 * columns)
     figure = _figure(width, 1 + rows * min(3.5, 0.25 + width / columns), title)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in grid:
@@ -268,7 +270,8 @@ def draw_evaluation(
     count = min(_NUM_IMAGES, len(shown))
     spread = np.arange(count) * len(shown) // count
     captions = _captions(saved, shown[spread])
-    heading += "\ntrue class" + (f"; ✗ marks a mistake: {legend}" if "✗" in "".join(captions) else "")
+    has_mistakes = "✗" in "".join(captions)
+    heading += "\ntrue class; " + (f"✗ marks a mistake: {legend}" if has_mistakes else "all of these are right")
     draw_images(saved["images"][spread], captions, files[2], title=heading)
     if len(rows := saved["mistakes"]):
         files.append(folder / "mistakes.png")

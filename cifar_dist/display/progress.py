@@ -17,7 +17,7 @@ from cifar_dist.display.terminal import can_draw, format_duration, format_epoch,
 from cifar_dist.run.results import EpochRecord, Observer
 
 _HEARTBEAT_SECONDS = 30.0
-_LIVE_EPOCHS = 6
+_LIVE_EPOCHS = 12
 
 # Columns of the live view, and their cells.
 _COLUMNS: dict[str, Callable[[EpochRecord], str]] = {
@@ -137,7 +137,7 @@ class PlainTraining(Display):
     def _place(self, step_in_epoch: int) -> str:
         place = f"epoch {self.epoch}/{self.plan.epochs}  step {step_in_epoch}/{self.plan.steps_per_epoch}"
         end = self._expected_end((self.epoch - 1) * self.plan.steps_per_epoch + step_in_epoch)
-        return f"{place}{self._loss}" + (f"  end {end}" if end else "")
+        return f"{place}{self._loss}" + (f"  ends about {end}" if end else "")
 
     def _expected_end(self, steps_done: int) -> str:
         """Return when the run ends at the pace of this epoch; nothing in the last minute.

@@ -125,14 +125,17 @@ def comparison_notes(runs: Sequence[ReportedRun]) -> list[str]:
         count = Counter(run.metadata.recipe.seed for run in group)
         if names := ", ".join(f"{run.name} (seed {s})" for run in group if count[s := run.metadata.recipe.seed] > 1):
             notes.append(f"no mean over these runs, which have the same recipe and the same seed: {names}")
-    notes += [f"{run.name}, in no mean, is {untested_note(run)}" for run in runs if run.summary.test is None]
+    notes += [f"{run.name} is in no mean: {untested_note(run)}" for run in runs if run.summary.test is None]
     if differing := _differing_fields(runs):
         notes.append(f"the runs differ in {', '.join(differing)}")
     return notes
 
 
 def untested_note(run: ReportedRun) -> str:
-    """Describe an untested run, with the command that tests its last checkpoint."""
+    """Describe an untested run, with the command that resumes it or tests its last checkpoint."""
+    if run.summary.status == "interrupted":
+        own_code = words_to_type(flatten(recipe_to_mapping(run.metadata.recipe)))
+        return f"not at its end; resume with: {command_line('--resume', run.path, *own_code)}"
     command = command_line("eval", "--ckpt", run.path, *words_to_type({"model": run.metadata.recipe.model}))
     return f"not tested yet: {command}" if RunDirectory(run.path).last.exists() else "not tested yet"
 

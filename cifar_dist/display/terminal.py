@@ -53,7 +53,7 @@ def format_epoch(record: EpochRecord, epochs: int, *, is_best: bool, end: str = 
     if record.val_loss is not None and record.val_acc is not None:
         parts += [f"val loss {record.val_loss:.3f}", f"val acc {record.val_acc:6.2%}"]
     parts += [f"lr {record.lr:.4g}", f"{record.images_per_second:,.0f} images/s", format_duration(record.epoch_seconds)]
-    parts += [f"end {end}"] if end else []
+    parts += [f"ends about {end}"] if end else []
     return "  ".join(parts) + ("  best" if is_best else "")
 
 

@@ -125,7 +125,7 @@ def _run(
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}"
         if advice is None:
             fitting = next((other for other in _SIDES if other != side and _works(model, other)), None)
-            advice = f"set image_size={fitting}" if fitting else "other sizes fail, too"
+            advice = f"set image_size={fitting}" if fitting else "the other sizes that were tried fail, too"
         raise UserError(f"{name} fails on images of {side} x {side} pixels ({reason}): {advice}") from error
 
 

@@ -129,10 +129,14 @@ def _run_weights(
         )
     schedule = recipe.image_size_schedule if other.image_size == recipe.image_size else None
     images = {"normalization": other.normalization, "image_size": other.image_size, "image_size_schedule": schedule}
-    note = None
-    if metadata is not None and "model" in (sources := metadata.sources):
-        is_other = sources["model"] != own_sources({"model": other.model})["model"]
-        note = f"the source of {other.model} has changed since the training" if is_other else None
+    notes = []
+    source = None if metadata is None else metadata.sources.get("model")
+    if source is not None and source != own_sources({"model": other.model})["model"]:
+        notes.append(f"the source of {other.model} has changed since the training")
+    if "early_stopping" in content and not content["early_stopping"]["stopped"] and content["epoch"] < recipe.epochs:
+        notes.append(
+            f"{path} is of a run that is not at its end: {content['epoch']} of {recipe.epochs} epochs are done"
+        )
     return SavedWeights(
         path=path,
         tensors=_state_dict(path, content)[0],
@@ -140,7 +144,7 @@ def _run_weights(
         num_classes=len(class_names),
         class_names=class_names,
         metadata=metadata,
-        notes=(note,) if note else (),
+        notes=tuple(notes),
     )
 
 

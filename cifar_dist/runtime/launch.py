@@ -150,7 +150,11 @@ class _Processes:
         return next(code for code in codes if code >= 0)
 
     def _first_failed(self) -> "subprocess.Popen[bytes] | None":
-        failed = next((process for process in self._started if process.returncode), None)
+        # One that was killed comes first: the others may have ended because of it.
+        ended = sorted(
+            (process for process in self._started if process.returncode), key=lambda each: each.returncode > 0
+        )
+        failed = next(iter(ended), None)
         if failed is not None and failed.returncode < 0 and not self._killed:
             name, local_rank = signal.Signals(-failed.returncode).name, self._started.index(failed)
             hint = "; out of memory?" if name == "SIGKILL" else ""

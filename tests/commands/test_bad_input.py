@@ -144,6 +144,7 @@ CASES = {
     "--precision fp8": "argument --precision: invalid choice: 'fp8' (choose from ",
     "eval": "the following arguments are required: --ckpt (see python launch.py eval --help)",
     "--set model=nets.py:": "--set model: 'nets.py:' names no function: type file.py:function",
+    "--set model=nets.py": "--set model: 'nets.py' names no function: type file.py:function",
     "--set epochs": "--set takes FIELD=VALUE, not 'epochs'",
     "--set stem=!!python/name:os.system": "--set stem: '!!python/name:os.system' is not valid YAML",
     "--set optimizer.foo=0.1": "unknown recipe field 'optimizer.foo' (known are name, learning_rate, ",

@@ -72,7 +72,7 @@ def test_doctor_finds_data_and_weights(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("config", "batch", "starts"),
     [
-        ("mps", "512 = 512 per device x 1 process", "one process: this one"),
+        ("mps", "512 = 512 per device x 1 process", "one process"),
         ("multi_gpu", "512 = 256 per device x 2 processes", "2 processes here"),
         ("multi_node", "512 = 64 per device x 8 processes", "4 processes on each of 2 machines"),
     ],

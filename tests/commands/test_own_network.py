@@ -80,7 +80,7 @@ def test_commands_need_it_typed_again(folder, capsys, command):
 def test_a_missing_function_is_found_before_the_plan(folder, capsys):
     assert main([*TRAIN, "--set", "model=nets.py:missing", "--run-dir", "missing"]) == 2
     out, err = capsys.readouterr()
-    assert (out, err) == ("", "error: nets.py has no function 'missing': name it as file.py:function\n")
+    assert (out, err) == ("", "error: nets.py has no function 'missing' (functions: net)\n")
     assert not Path("missing").exists()
 
 

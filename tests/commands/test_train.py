@@ -230,13 +230,18 @@ def test_eval_repeats_the_results_of_training(finished):
     assert evaluate("--ckpt", finished.path, "--split", "validation", "--recipe", "original") == result
 
 
-def test_eval_of_a_file_or_of_an_untested_run_uses_those_weights(finished):
+def test_eval_of_a_file_or_of_an_untested_run_uses_those_weights(finished, capsys):
     last = evaluate("--ckpt", str(finished.run.last))
     shutil.copytree(finished.path, "x")
     summary = json.loads(Path("x/summary.json").read_text())
     Path("x/summary.json").write_text(json.dumps({**summary, "test": None, "status": "interrupted"}))
     untested = evaluate("--ckpt", "x")
     assert untested["checkpoint"] == "x/checkpoints/last.pt" and untested["loss"] == last["loss"]
+    assert "not at its end" not in capsys.readouterr().out
+    content = torch.load("x/checkpoints/last.pt", weights_only=True)
+    torch.save({**content, "epoch": 1}, "x/checkpoints/last.pt")
+    evaluate("--ckpt", "x")
+    assert "x/checkpoints/last.pt is of a run that is not at its end: 1 of 2 epochs are done" in capsys.readouterr().out
 
 
 def test_eval_with_mirror_and_figures(finished, capsys, monkeypatch):

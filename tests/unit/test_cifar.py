@@ -162,7 +162,7 @@ def test_missing_files_are_named_with_the_ways_out(folder, monkeypatch):
         path.unlink()
     monkeypatch.chdir(folder.parent)  # a relative folder is shown as an absolute one
     text = refused(Path())
-    assert text.startswith(f"missing in {folder}: batch_2, test; the download failed (there is no address to ask); ")
+    assert text.startswith(f"the download failed (there is no address to ask), and {folder} lacks batch_2, test; put ")
     for way in (
         f"put fake.tar.gz or the folder fake-batches into {folder.parent},",
         "--data-dir DIR",

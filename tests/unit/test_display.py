@@ -217,13 +217,13 @@ def test_plain_training_prints_an_epoch_a_line_and_signs_of_life(clock):
         view.on_step(389, None)
         view.on_epoch_end(record(20, step=7820), False)
     step, first, evaluation, second, soon, last = text_of(shown).splitlines()
-    assert re.fullmatch(r"epoch 2/20  step 103/391  loss 2.000  end \w{3} \d\d \d\d:\d\d", step)
+    assert re.fullmatch(r"epoch 2/20  step 103/391  loss 2.000  ends about \w{3} \d\d \d\d:\d\d", step)
     assert first.startswith("epoch  2/20  loss 1.000") and first.endswith("  best")
-    end = datetime.strptime(f"{expected.year} {re.search('end (.+)  best', first)[1]}", "%Y %b %d %H:%M")
+    end = datetime.strptime(f"{expected.year} {re.search('ends about (.+)  best', first)[1]}", "%Y %b %d %H:%M")
     assert abs(end - expected) < timedelta(minutes=2)
     assert evaluation == "evaluating 15/20 images"
-    assert "  end " in second, "no calendar goes so far"
-    assert soon == "epoch 20/20  step 389/391  loss 2.000" and "end" not in last, "it ends within a minute"
+    assert "  ends about " in second, "no calendar goes so far"
+    assert soon == "epoch 20/20  step 389/391  loss 2.000" and "ends" not in last, "it ends within a minute"
 
 
 @pytest.mark.parametrize("terminal", [True, False])

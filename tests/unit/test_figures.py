@@ -139,7 +139,7 @@ def test_mistakes_are_marked_with_the_predicted_class_and_its_probability(drawn)
     assert titles["predictions"] == f"55.00% of 40 images right: x\ntrue class; ✗ marks a mistake: {legend}"
     assert titles["mistakes"] == f"x\nthe most confident mistakes: {legend}"
     draw_evaluation(Path(), TEST, SAVED | {"shown": np.array([0])}, title="x")
-    assert drawn["predictions"].get_suptitle() == "55.00% of 40 images right: x\ntrue class", "none is a mistake"
+    assert drawn["predictions"].get_suptitle() == "55.00% of 40 images right: x\ntrue class; all of these are right"
 
 
 @pytest.mark.parametrize(("count", "width", "columns"), [(1, 6, 1), (3, 6, 3), (9, 7.5, 5), (24, 12, 8)])

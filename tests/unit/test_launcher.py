@@ -82,6 +82,7 @@ def run(*scripts: str) -> int:
         (("exit 0", "exit 1"), 0, ""),  # the first has written that the run is complete
         (("exec sleep 60", "exit 2"), 2, ""),  # it waits for who is gone, and is killed
         (("sleep 0.2; exit 1", "kill -KILL $$"), 1, "process 1 of this machine was killed by SIGKILL; out of memory?"),
+        (("exit 3", "kill -KILL $$"), 3, "process 1 of this machine was killed by SIGKILL; out of memory?"),
         (("kill -SEGV $$", "exec sleep 60"), 1, "process 0 of this machine was killed by SIGSEGV"),
     ],
 )

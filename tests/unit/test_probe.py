@@ -119,7 +119,7 @@ WRONG = {
     "two outputs": (Function(lambda inputs: inputs.repeat(2, 1)), r"a tensor of shape \[10, 4\] for 5 images: it must"),
     "bug": (
         Function(lambda inputs: inputs.nothing),
-        r"16 x 16 pixels \(AttributeError: .*\): other sizes fail",
+        r"16 x 16 pixels \(AttributeError: .*\): the other sizes that were tried fail",
     ),
 }
 

@@ -154,7 +154,7 @@ def test_a_run_without_a_test_has_its_curves(tmp_path, capsys, no_pixels, epochs
     assert main(["report", str(run), "--out", str(tmp_path / "out")]) == 0
     assert names_in(tmp_path / "out") == {"report.html", *(["curves.png"] if epochs else [])}
     assert names_in(run) == {"config.yaml", "metrics.jsonl", "summary.json"}
-    assert "not tested yet" in capsys.readouterr().out
+    assert re.search(rf"^not at its end; resume with: \S+.* --resume {run}$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_an_unfinished_run_is_reported_from_its_epochs(tmp_path):
@@ -195,7 +195,7 @@ def test_untested_runs_are_in_no_mean(tmp_path, capsys):
     assert main(["report", *runs, str(untested)]) == 0
     text = capsys.readouterr().out
     assert re.search(r"mean ± sd of 3 runs +60.00 ± 10.00", text)
-    assert "\nc, in no mean, is not tested yet\n" in text
+    assert "\nc is in no mean: not tested yet\n" in text
     (untested / "checkpoints").mkdir()
     (untested / "checkpoints" / "last.pt").touch()
     assert main(["report", str(untested)]) == 0
