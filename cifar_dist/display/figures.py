@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findSystemFonts, fontManager, get_font
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogFormatter, MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 from rich.cells import cell_len, set_cell_size
 
@@ -141,8 +141,10 @@ def draw_curves(
     known = [each for each in losses if each]
     if known and max(known) > _LOG_SPAN * min(known):
         figure.axes[0].set_yscale("log")
-        figure.axes[0].yaxis.set_major_formatter("{x:g}")
-        figure.axes[0].yaxis.set_minor_formatter(LogFormatter())  # plain numbers: the style shows TeX as it is
+        axis = figure.axes[0].yaxis
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())  # its labels are TeX, which the style shows as it is
     figure.axes[1].yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g}%")
     figure.axes[2].set_ylim(bottom=0)
     if len(runs) > 1:

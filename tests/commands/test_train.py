@@ -241,7 +241,7 @@ def test_eval_of_a_file_or_of_an_untested_run_uses_those_weights(finished, capsy
     content = torch.load("x/checkpoints/last.pt", weights_only=True)
     torch.save({**content, "epoch": 1}, "x/checkpoints/last.pt")
     evaluate("--ckpt", "x")
-    assert "x/checkpoints/last.pt is of a run that is not at its end: 1 of 2 epochs are done" in capsys.readouterr().out
+    assert "x/checkpoints/last.pt is of a run that is not at its end: 1 of 3 epochs are done" in capsys.readouterr().out
 
 
 def test_eval_with_mirror_and_figures(finished, capsys, monkeypatch):

@@ -1,6 +1,7 @@
 """Figures: which number belongs to which name, and what of the surroundings counts."""
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -117,6 +118,14 @@ def test_a_high_first_loss_leaves_room_for_the_others(drawn):
         assert drawn["curves"].axes[0].get_yscale() == scale
 
 
+def test_a_logarithmic_axis_has_plain_numbers(drawn):
+    draw_curves({"x": [record(1, val_loss=4.1), record(2, val_loss=0.25)]}, Path("curves.png"), title="", marks={})
+    axis = drawn["curves"].axes[0].yaxis
+    drawn["curves"].draw_without_rendering()
+    labels = [label.get_text() for label in axis.get_ticklabels(which="both") if label.get_text()]
+    assert len(labels) > 2 and all(re.fullmatch(r"[\d.]+", label) for label in labels), labels
+
+
 @pytest.mark.parametrize(("name", "turn"), [("cat", 0), ("automobile", 90)])
 def test_short_class_names_are_not_turned(drawn, name, turn):
     accuracies = {f"{name}{number}": 0.5 for number in range(10)}
@@ -142,7 +151,7 @@ def test_mistakes_are_marked_with_the_predicted_class_and_its_probability(drawn)
     assert drawn["predictions"].get_suptitle() == "55.00% of 40 images right: x\ntrue class; all of these are right"
 
 
-@pytest.mark.parametrize(("count", "width", "columns"), [(1, 6, 1), (3, 6, 3), (9, 7.5, 5), (24, 12, 8)])
+@pytest.mark.parametrize(("count", "width", "columns"), [(1, 8, 1), (3, 8, 3), (9, 8, 5), (24, 12, 8)])
 def test_a_figure_has_the_size_of_its_images(drawn, count, width, columns):
     images = np.zeros((count, 3, 8, 8), np.uint8)
     saved = SAVED | {"mistakes": np.ones(count, int), "mistaken_images": images}

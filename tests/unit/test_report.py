@@ -191,7 +191,7 @@ def test_several_runs_have_one_table_everywhere(tmp_path, capsys):
 
 def test_untested_runs_are_in_no_mean(tmp_path, capsys):
     runs = [str(make_run(tmp_path / f"a{seed}", f"seed={seed}", top1=0.5 + seed / 10)) for seed in range(3)]
-    untested = make_run(tmp_path / "c", "seed=9", top1=None, status="running")
+    untested = make_run(tmp_path / "c", "seed=9", top1=None)
     assert main(["report", *runs, str(untested)]) == 0
     text = capsys.readouterr().out
     assert re.search(r"mean ± sd of 3 runs +60.00 ± 10.00", text)

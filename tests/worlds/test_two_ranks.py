@@ -5,6 +5,8 @@ import functools
 import json
 import math
 import os
+import re
+import signal
 import socket
 from contextlib import contextmanager
 from itertools import count
@@ -31,6 +33,7 @@ from cifar_dist.training import trainer as trainer_module
 from cifar_dist.training.evaluation import EvaluationSet
 from cifar_dist.training.measure import measure_pace
 from cifar_dist.training.setup import build_trainer
+from cifar_dist.training.step import TrainingStep
 from cifar_dist.training.trainer import DivergedError, InterruptedRun
 from tests.conftest import make_dataset, make_images, make_recipe
 from tests.worlds.harness import models_in_float64, run_ranks, run_world, thin_models
@@ -501,3 +504,15 @@ def test_a_rank_that_fails_ends_the_others_which_are_in_a_collective(folder):
     assert (code, other_code) == (1, 1)
     assert "No space left on device" in err
     assert other_err.startswith("rank 1 ends: another process is gone")
+
+
+def die_as_rank_1() -> None:
+    if os.environ["RANK"] == "1":
+        TrainingStep.train_on = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_rank_0_says_how_to_resume_when_another_is_killed(folder):
+    (code, _, err), _ = run_ranks(2, QUICK, folder, prepare=die_as_rank_1)
+    assert code == 1
+    found = re.fullmatch(r"rank 0 ends: another process is gone \((.+)\); resume with: .+ --resume run\n", err)
+    assert found and "gloo" not in found[1], err
