@@ -68,26 +68,20 @@ def lookahead() -> Iterator[None]:
         yield
 
 
-def _first_block_frozen(is_frozen: Callable[[int, int], bool]) -> Callable[[], AbstractContextManager[None]]:
-    """Return the change that trains neither FastNet's first block nor the bias before it in some of the epochs."""
+@contextmanager
+def first_block_frozen_at_last() -> Iterator[None]:
+    """Train neither FastNet's first block nor the bias before it in the last third of the epochs."""
+    begin = TrainingStep.begin_epoch
 
-    @contextmanager
-    def freeze_first_block() -> Iterator[None]:
-        begin = TrainingStep.begin_epoch
-
-        def begin_epoch(self: TrainingStep, epoch: int) -> None:
-            begin(self, epoch)
+    def begin_epoch(self: TrainingStep, epoch: int) -> None:
+        begin(self, epoch)
+        if 3 * epoch > 2 * self.recipe.epochs:
             network: Any = self.state.model
-            first = (network.whitening.bias, *network.blocks[0].parameters())
-            # Not the scales of BatchNorm, which the recipe itself does not train.
-            trained = vars(self).setdefault("trained_first", [each for each in first if each.requires_grad])
-            for each in trained:
-                each.requires_grad_(not is_frozen(epoch, self.recipe.epochs))
+            for each in (network.whitening.bias, *network.blocks[0].parameters()):
+                each.requires_grad_(False)
 
-        with patch.object(TrainingStep, "begin_epoch", begin_epoch):
-            yield
-
-    return freeze_first_block
+    with patch.object(TrainingStep, "begin_epoch", begin_epoch):
+        yield
 
 
 @contextmanager
@@ -138,8 +132,7 @@ CHANGES: dict[str | None, Callable[[], AbstractContextManager[None]]] = {
     None: nullcontext,
     "selective backpropagation": selective_backpropagation,
     "lookahead": lookahead,
-    "first block frozen at first": _first_block_frozen(lambda epoch, epochs: 3 * epoch <= epochs),
-    "first block frozen at last": _first_block_frozen(lambda epoch, epochs: 3 * epoch > 2 * epochs),
+    "first block frozen at last": first_block_frozen_at_last,
     "orthogonalize every second step": orthogonalize_every_second_step,
     "Polar Express": polar_express,
 }
