@@ -60,8 +60,9 @@ def write_output(path: Path, content: bytes) -> None:
 
 def write_json(path: Path | None, content: Mapping[str, Any]) -> None:
     """Write what `--json` asks for, if it was typed. Raises UserError."""
-    text = json.dumps(content, allow_nan=False, ensure_ascii=path == STANDARD_OUTPUT) + "\n"
+    is_terminal = path == STANDARD_OUTPUT  # which may have another encoding than UTF-8
+    text = json.dumps(content, allow_nan=False, ensure_ascii=is_terminal) + "\n"
     if path == STANDARD_OUTPUT:
         sys.stdout.write(text)
     elif path is not None:
-        write_output(path, text.encode())
+        write_output(path, text.encode(errors="backslashreplace"))  # JSON's escapes for a path that is no text

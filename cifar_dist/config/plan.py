@@ -98,10 +98,8 @@ class RunPlan:
         if self.steps_per_epoch >= _FEW_STEPS or fitting >= self.global_batch_size:
             return None
         steps = f"{self.steps_per_epoch} step{'s' if self.steps_per_epoch > 1 else ''} an epoch"
-        other = (
-            f"--set global_batch_size={fitting} gives {-(-_images_per_epoch(self.num_train, fitting) // fitting)} steps"
-        )
-        return f"{steps} may be too few to learn: {other}"
+        more = -(-_images_per_epoch(self.num_train, fitting) // fitting)
+        return f"{steps} may be too few to learn: --set global_batch_size={fitting} gives {more} steps"
 
     def place_of(self, step: int) -> str:
         """Return epoch and step in it of the run's `step`, all counted from 1."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import yaml
 from torch import nn
 
 from cifar_dist.config.errors import UserError
+from cifar_dist.config.files import write_json
 from cifar_dist.config.recipe import EarlyStoppingConfig
 from cifar_dist.run.checkpoint import load_checkpoint, save_checkpoint
 from cifar_dist.run.directory import RunDirectory
@@ -174,3 +176,10 @@ def test_the_best_weights_have_a_file_of_their_own(run):
     assert run.best.stat().st_mtime_ns == stamp, "the same best weights were written again"
     recorder.on_epoch_end(record(4), state_at(4, best=4))
     assert load_checkpoint(run.best)["epoch"] == 4
+
+
+def test_json_in_a_file_can_be_read_by_people_and_holds_any_path(tmp_path):
+    content = {"checkpoint": os.fsdecode(b"caf\xe9"), "per_class_accuracy": {"猫": 0.5}}
+    write_json(tmp_path / "a.json", content)
+    assert "猫" in (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "a.json").read_bytes()) == content
