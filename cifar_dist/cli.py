@@ -153,7 +153,7 @@ def _report(error: BaseException, world: World, interrupt: InterruptBeforeTraini
     is_lost_peer = isinstance(error, PeerFailedError) or type(error).__name__ == "DistNetworkError"
     if is_lost_peer or any(word in str(error) for word in lost):
         reason = re.sub(r"^\[\S*\] ", "", str(error).partition("\n")[0]).partition(". ")[0]  # without gloo's advice
-        advice = "; ".join(["", *getattr(error, "__notes__", [])]) if world.rank == 0 else ""
+        advice = "; ".join(["", *getattr(error, "__notes__", [])]) if world.rank < 2 else ""
         print(f"rank {world.rank} ends: another process is gone ({reason}){advice}", file=sys.stderr)
     else:
         traceback.print_exception(error)

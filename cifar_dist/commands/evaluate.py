@@ -15,7 +15,7 @@ from cifar_dist.config.plan import num_held_out
 from cifar_dist.config.world import World
 from cifar_dist.data.dataset import Dataset, LabelledImages, load_dataset, stratified_split
 from cifar_dist.display.progress import CountProgress, loading_progress
-from cifar_dist.display.terminal import format_evaluation, make_console, print_lines, print_notes
+from cifar_dist.display.terminal import can_draw, format_evaluation, make_console, print_lines, print_notes
 from cifar_dist.run.checks import check_evaluation
 from cifar_dist.run.resolve import DEFAULT_DATA_DIR, DEFAULT_DATASET, check_dataset_name
 from cifar_dist.run.results import Evaluation
@@ -49,7 +49,8 @@ def evaluate(options: EvalOptions, world: World, config: AccelerateConfig, conso
         with ranks.together():
             weights.check_finite(torch.tensor(evaluation.loss), runtime.precision)
         how = f"{dataset.name} {options.split}, tta {options.tta}, {FULL_NAMES[runtime.precision]}"
-        print_lines(console, format_evaluation(evaluation), title=f"{weights.path}, {how}")
+        title, lines = f"{weights.path}, {how}", format_evaluation(evaluation)
+        print_lines(console, lines if can_draw(console) else [title, *lines], title=title)
         if ranks.is_main:
             described = {
                 "checkpoint": str(weights.path),

@@ -16,6 +16,7 @@ from cifar_dist.config.options import ExportOptions
 from cifar_dist.config.provenance import package_versions
 from cifar_dist.config.recipe import describe_network, recipe_to_mapping
 from cifar_dist.config.world import World
+from cifar_dist.data.folder import name_some
 from cifar_dist.data.loader import Normalizer
 from cifar_dist.display.terminal import make_console, print_notes
 from cifar_dist.run.weights import SavedWeights, read_weights
@@ -35,7 +36,8 @@ def run(options: ExportOptions, world: World, config: AccelerateConfig) -> int:
     mean, std = list(recipe.normalization.mean), list(recipe.normalization.std)
     images = f"RGB images (N, 3, {recipe.image_size}, {recipe.image_size}) in [0, 1]"
     images += "" if kind == ".onnx" else f", normalized by mean {mean} and std {std}"
-    what = f"{out}: {describe_network(recipe)}, {weights.num_classes} classes; takes {images}"
+    names = f" ({name_some(weights.class_names)})" if weights.class_names else ""
+    what = f"{out}: {describe_network(recipe)}, {weights.num_classes} classes{names}; takes {images}"
     print_notes(make_console(), (*weights.notes, what))
     return EXIT_DONE
 

@@ -149,7 +149,7 @@ def _build(
         check_epochs(prepared, plan)
     if not quiet:
         step = (prepared.checkpoint or {}).get("step")
-        where = f"{prepared.directory}" + (f", resumed after {plan.place_of(step)}" if step else "")
+        where = f"{prepared.directory}" + (f", resumed in {plan.place_of(step + 1)}" if step else "")
         if spec.stored is not None and not step:
             where += ", from its first step: there is no checkpoint yet"
         lines = _header(where, spec, runtime.compute, plan, recipe, prepared.damage)

@@ -20,12 +20,12 @@ from cifar_dist.config.provenance import PROGRAM
 from cifar_dist.config.recipe import RECIPE_FIELDS, find_field, parse_assignments, recipe_names
 from cifar_dist.config.schema import nearest
 
-_FIRST_RUN = "runs/first-shapes-seed0"
+_FIRST_RUN, _SMALL_BATCHES = "runs/first-shapes-seed0", "--set image_size=64 global_batch_size=32"
 EXAMPLES: dict[str, Mapping[str, str]] = {
     "": {"--recipe first": "train in under a minute, without a download", f"eval --ckpt {_FIRST_RUN}": "evaluate it"},
     "train": {
         "--recipe quick": "CIFAR-10, which is downloaded if it is missing",
-        "--recipe quick --dataset photos --epochs 30 --set global_batch_size=32": "your own images: photos/CLASS/*.jpg",
+        f"--recipe quick --dataset photos --epochs 30 {_SMALL_BATCHES}": "your own images: photos/CLASS/*.jpg",
     },
     "eval": {
         f"eval --ckpt {_FIRST_RUN} --tta mirror": "a run, also over mirror images",
@@ -98,7 +98,9 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError: one line, like every other."""
-        raise UserError(f"{message} (see {self.prog} --help)")
+        fields = [word for word in message.removeprefix("unrecognized arguments: ").split() if "=" in word]
+        hint = f"type --set {fields[0]}, or " if fields and message.startswith("unrecognized") else ""
+        raise UserError(f"{message} ({hint}see {self.prog} --help)")
 
 
 def parse_arguments(argv: list[str]) -> tuple[str, Options]:

@@ -378,7 +378,7 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals or not all(name.strip().split(".")):
-            raise UserError(f"--set takes FIELD=VALUE, not '{assignment}'")
+            raise UserError(f"--set takes FIELD=VALUE without spaces, not '{assignment}'")
         if name.strip() == "dataset":
             raise UserError(f"--set {assignment}: the dataset has a flag of its own, type --dataset {text}")
         is_file = name.strip() in OWN_CODE_FIELDS and text.endswith(".py")

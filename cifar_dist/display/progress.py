@@ -17,7 +17,7 @@ from cifar_dist.display.terminal import can_draw, format_duration, format_epoch,
 from cifar_dist.run.results import EpochRecord, Observer
 
 _HEARTBEAT_SECONDS = 30.0
-_LIVE_EPOCHS = 12
+_LIVE_EPOCHS = 30
 
 # Columns of the live view, and their cells.
 _COLUMNS: dict[str, Callable[[EpochRecord], str]] = {

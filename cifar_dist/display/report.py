@@ -135,7 +135,8 @@ def untested_note(run: ReportedRun) -> str:
     """Describe an untested run, with the command that resumes it or tests its last checkpoint."""
     if run.summary.status == "interrupted":
         own_code = words_to_type(flatten(recipe_to_mapping(run.metadata.recipe)))
-        return f"not at its end; resume with: {command_line('--resume', run.path, *own_code)}"
+        world = ["--num-processes", run.summary.world_size] if run.summary.world_size > 1 else []
+        return f"not at its end; resume with: {command_line(*world, '--resume', run.path, *own_code)}"
     command = command_line("eval", "--ckpt", run.path, *words_to_type({"model": run.metadata.recipe.model}))
     return f"not tested yet: {command}" if RunDirectory(run.path).last.exists() else "not tested yet"
 

@@ -72,8 +72,8 @@ def _build_torchvision(recipe: Recipe, num_classes: int) -> nn.Module:
     name = recipe.model
     if name not in TORCHVISION:
         raise UserError(
-            f"unknown model '{name}'{nearest(name, [*TORCHVISION, 'fastnet'])}: name a classification network of"
-            " torchvision (resnet18, mobilenet_v2, efficientnet_b0, ...), fastnet, or file.py:function"
+            f"unknown model '{name}'{nearest(name, [*TORCHVISION, 'fastnet'])} (resnet18, mobilenet_v2 or another"
+            " classification network of torchvision, fastnet, or file.py:function)"
         )
     if name in _AUXILIARY:
         raise UserError(f"{name} has auxiliary outputs, which this loop does not train: name another model")

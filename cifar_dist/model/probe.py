@@ -89,7 +89,7 @@ def _check_layers(model: nn.Module) -> None:
     for name, module in model.named_modules():
         what = _label(name, module)
         if isinstance(module, LazyModuleMixin):
-            raise UserError(f"{what} is lazy: give its sizes")
+            raise UserError(f"{what} is lazy: take the layer that is not, with its sizes")
         if isinstance(module, _BatchNorm):
             if type(module).forward is not _BatchNorm.forward:
                 raise UserError(f"{what} {_OWN_STATISTICS}")

@@ -13,7 +13,7 @@ import yaml
 
 from cifar_dist.config.errors import UserError
 from cifar_dist.config.files import STANDARD_OUTPUT, write_atomically
-from cifar_dist.config.schema import read_yaml
+from cifar_dist.config.schema import nearest, read_yaml
 from cifar_dist.run.results import FORMAT_VERSION, EpochRecord, RunMetadata, Summary, check_format
 
 T = TypeVar("T")
@@ -185,13 +185,14 @@ def verify(path: Path) -> None:
 def find_checkpoint(path: Path) -> Path:
     """Return `path`, or the last checkpoint of a run directory. Raises UserError if it is missing or damaged."""
     if not path.exists():
-        raise UserError(f"there is no checkpoint {path}")
+        beside = [str(each) for each in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UserError(f"there is no checkpoint {path}{nearest(str(path), beside)}")
     if not path.is_dir():
         verify(path)
         return path
     run = RunDirectory(path)
     if not run.last.exists():
-        raise UserError(f"there is no checkpoint in {path}: {run.last} does not exist")
+        raise UserError(f"there is no checkpoint in {path}: name a run directory, or a file")
     run.read_config()
     return run.last
 

@@ -237,4 +237,4 @@ def _refuse(changed: list[str]) -> None:
     if changed:
         more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
         what = f"this differs: {', '.join(changed[:5])}{more}"
-        raise UserError(f"a resumed run stays what it was, and {what}; type a new --run-dir")
+        raise UserError(f"a resumed run stays what it was, and {what}; undo that, or type a new --run-dir")

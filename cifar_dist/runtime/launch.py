@@ -144,6 +144,7 @@ class _Processes:
             elif failed is not None and time.monotonic() > deadline:
                 self._signal_all(signal.SIGKILL)
             time.sleep(0.05)
+        failed = failed or self._first_failed()  # all may have ended at once
         if self._killed:
             return EXIT_KEYBOARD_INTERRUPT
         codes = [self._started[0].returncode, (failed or self._started[0]).returncode, EXIT_FAILED]

@@ -145,7 +145,8 @@ CASES = {
     "eval": "the following arguments are required: --ckpt (see python launch.py eval --help)",
     "--set model=nets.py:": "--set model: 'nets.py:' names no function: type file.py:function",
     "--set model=nets.py": "--set model: 'nets.py' names no function: type file.py:function",
-    "--set epochs": "--set takes FIELD=VALUE, not 'epochs'",
+    "--set epochs": "--set takes FIELD=VALUE without spaces, not 'epochs'",
+    "--epochs 3 image_size=64": "unrecognized arguments: image_size=64 (type --set image_size=64, or see",
     "--set stem=!!python/name:os.system": "--set stem: '!!python/name:os.system' is not valid YAML",
     "--set optimizer.foo=0.1": "unknown recipe field 'optimizer.foo' (known are name, learning_rate, ",
     "--set gradient_accumulation_steps=3": "global_batch_size=512 does not divide by 1 processes x 3 accumulation:"

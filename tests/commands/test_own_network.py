@@ -95,7 +95,7 @@ def test_its_weights_load_into_the_function_itself(folder):
 def test_another_source_is_another_run(folder, capsys):
     Path("other.py").write_text(NETS + "\n# changed\n")
     assert main(["--resume", "run", "--epochs", "9", "--set", "model=other.py:net"]) == 2
-    assert "this differs: the source of other.py:net; type a new --run-dir" in capsys.readouterr().err
+    assert "this differs: the source of other.py:net; undo that, or type a new --run-dir" in capsys.readouterr().err
     Path("moved").mkdir()
     Path("moved/nets.py").write_text(NETS)
     assert main(["eval", "--ckpt", "run", "--set", "model=moved/nets.py:net"]) == 0
@@ -167,7 +167,7 @@ def test_python_passes_a_function(folder):
 @pytest.mark.parametrize(
     ("last", "message"),
     [
-        (nn.LazyLinear(10), "is lazy: give its sizes"),
+        (nn.LazyLinear(10), "is lazy: take the layer that is not, with its sizes"),
         (nn.Linear(3072, 10).requires_grad_(False), "has nothing to train"),
         (nn.Sequential(nn.Linear(3072, 10), nn.BatchNorm1d(10, affine=False), nn.Softmax(0)), "mixes the images"),
     ],

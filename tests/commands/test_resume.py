@@ -203,7 +203,7 @@ def test_a_requeued_slurm_job_resumes_its_own_run(monkeypatch, capsys):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     capsys.readouterr()
     train("--epochs", "2")
-    assert "run            runs/original-shapes-seed0-2, resumed after epoch" in capsys.readouterr().out
+    assert "run            runs/original-shapes-seed0-2, resumed in epoch" in capsys.readouterr().out
     assert status("runs/original-shapes-seed0") == "interrupted"
     train("--epochs", "2", "--set", "label_smoothing=0.1")  # the job's next command
     assert (
@@ -276,7 +276,7 @@ def test_a_resumed_run_stays_what_it_was(capsys):
     train("--epochs", "2", "--run-dir", "x")
     files = files_of("x")
     for argv, message in (
-        (["--seed", "4"], "this differs: seed 0 -> 4; type a new --run-dir"),
+        (["--seed", "4"], "this differs: seed 0 -> 4; undo that, or type a new --run-dir"),
         (["--set", "optimizer.momentum=0.5", "stem=small"], "optimizer.momentum 0.9 -> 0.5, stem imagenet -> small;"),
         (["--recipe", "plain", "--dataset", "cifar10"], "dataset shapes -> cifar10"),
     ):
@@ -300,7 +300,7 @@ def test_other_data_is_refused_on_resume(capsys, monkeypatch, checkpoint):
     ):
         monkeypatch.setattr("cifar_dist.commands.train.load_dataset", lambda *_, given=dataset, **__: given)
         line = refused(capsys, "--resume", "x", "--epochs", "2")
-        assert f"this differs: {difference}; type a new --run-dir" in line
+        assert f"this differs: {difference}; undo that, or type a new --run-dir" in line
         assert files_of("x") == files
 
 

@@ -139,7 +139,7 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on(folder):
     ranks(process)[0].kill()  # it has the lock
     ((code, out, err),) = finish(process)
     assert code == 0, err
-    assert out.count("resumed after epoch") == 1
+    assert out.count("resumed in epoch") == 1
     assert (summary_of(run)["status"], summary_of(run)["world_size"]) == ("completed", 2)
     assert epochs_of(run) == list(range(1, 13))
 
@@ -168,7 +168,7 @@ def test_a_run_goes_on_with_the_same_bits_however_its_processes_were_ended(folde
         process.send_signal(number)
         ((code, out, err),) = finish(process)
         assert code == 75, err
-        assert ("resumed after epoch" in out) == (arguments is again)
+        assert ("resumed in epoch" in out) == (arguments is again)
         line, command = err.strip().splitlines()[-1], shlex.join([LAUNCH, *arguments[:2], "--resume", "run"])
         assert line.startswith("interrupted in epoch ")
         assert line.endswith(f"and saved; resume with: python {command}")

@@ -140,7 +140,7 @@ def test_a_job_that_is_warned_preempted_and_cancelled_loses_nothing(cluster, sub
     wait_for_training(cluster, job_id, starts=2)
     (job,) = cluster.jobs(job_id)
     log = read_log(job)
-    assert (job["Restarts"], log.count("interrupted in epoch"), log.count("resumed after epoch")) == ("1", 1, 1)
+    assert (job["Restarts"], log.count("interrupted in epoch"), log.count("resumed in epoch")) == ("1", 1, 1)
     assert "requeued: interrupted, after" in log
 
     whole_nodes = ("--partition=high", "--nodes=2", "--cpus-per-task=64", "--output=/dev/null")
@@ -181,7 +181,7 @@ def test_a_killed_rank_and_a_killed_node_end_the_step_and_the_job_goes_on(cluste
     cluster.wait_until(job_id, "end", lambda job: read_log(job).count("rank 0 ends: another") == 2, timeout=20)
     cluster.restore("n2")
     (job,) = cluster.wait_until(
-        job_id, "a second going on", lambda job: read_log(job).count("resumed after epoch") == 2, timeout=300
+        job_id, "a second going on", lambda job: read_log(job).count("resumed in epoch") == 2, timeout=300
     )
     assert job["Restarts"] == "2"
 

@@ -320,8 +320,8 @@ def test_each_evaluation_has_a_bar_until_it_ends():
 
 def test_the_best_epoch_stays_in_sight_and_a_low_terminal_shows_less():
     view = view_on(console(True))
-    train(view, 20)
-    assert list(epochs_in(drawn(view))) == ["2", *map(str, range(10, 21))]
+    train(view, 40)
+    assert list(epochs_in(drawn(view, height=60))) == ["2", *map(str, range(12, 41))]
     assert epochs_in(drawn(view))["2"] == "best"
     assert len(drawn(view, height=14)) == 12 and len(drawn(view, height=9)) == 8
 

@@ -99,6 +99,15 @@ def test_a_killed_process_is_named_before_those_that_ended_because_of_it(capsys)
     assert capsys.readouterr().err.startswith("process 1 of this machine was killed by SIGKILL")
 
 
+def test_processes_that_are_all_killed_at_once_are_named(capfd, monkeypatch):
+    monkeypatch.setattr(_Processes, "start", lambda self, process: self._started.append(process))
+    with _Processes() as processes:
+        for _ in range(2):
+            processes.start(SimpleNamespace(returncode=-signal.SIGKILL, poll=lambda: -signal.SIGKILL))
+        assert processes.wait() == 1
+    assert capfd.readouterr().err.startswith("process 0 of this machine was killed by SIGKILL")
+
+
 # As a process of ours: signals are blocked until it has handlers, which takes rank 0 a while. Rank 1 signals its
 # launcher meanwhile, and after each Ctrl-C.
 PROCESS = """
