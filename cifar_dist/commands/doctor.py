@@ -57,5 +57,5 @@ def _data(data_dir: Path) -> dict[str, str]:
     return {
         "cifar10": where_found(CIFAR10, data_dir),
         "cifar100": where_found(CIFAR100, data_dir),
-        "ImageNet weights": f"found: {path}" if path.exists() else "missing (only --recipe finetune needs them)",
+        "ImageNet weights": f"found: {path}" if path.exists() else f"missing: {path} (for --recipe finetune)",
     }

@@ -138,3 +138,8 @@ def test_a_missing_package_is_named(folder, capsys, monkeypatch):
     assert main(["export", "--ckpt", RUN, "--out", "another.onnx"]) == 2
     message = "error: .onnx needs the package onnx: pip install onnx onnxscript onnxruntime\n"
     assert capsys.readouterr().err == message and not (folder / "another.onnx").exists()
+
+
+def test_the_classes_are_printed_in_the_order_of_the_logits(folder, capsys):
+    assert main(["export", "--ckpt", RUN, "--out", "named.pth"]) == 0
+    assert "10 classes (class0, class1, " in capsys.readouterr().out

@@ -1,13 +1,16 @@
 """The network of docs/your-network.md is trained on two processes, killed, resumed and exported by the commands."""
 
+import json
 import os
 import re
 import shlex
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cifar_dist import Recipe
 from cifar_dist.run.checkpoint import load_checkpoint
@@ -18,7 +21,8 @@ from tests.launching.test_launch import BIN, begin, family, finish, wait_for
 pytestmark = pytest.mark.full
 SECTION = (ROOT / "docs" / "your-network.md").read_text().split("\n### ")[0]
 (NETWORK,) = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
-TRAIN, RESUME = re.findall(r"```sh\n(.*?)```", SECTION, re.DOTALL)
+_FIRST, RESUME = re.findall(r"```sh\n(.*?)```", SECTION, re.DOTALL)
+TRAIN, TRAIN_ON_PHOTOS = [f"python launch.py {each}" for each in _FIRST.split("python launch.py ")[1:]]
 (EXPORT,) = re.findall(r"`(python launch\.py export [^`]+)`", SECTION)
 
 
@@ -61,3 +65,15 @@ def test_a_network_of_your_own_is_trained_killed_resumed_and_exported(folder):
     names: dict = {}
     exec(NETWORK, names)
     names["net"](num_classes=10).load_state_dict(torch.load(folder / "mynet.pth", weights_only=True), strict=True)
+
+
+def test_it_trains_on_images_of_your_own(folder):
+    for number, name in enumerate(["猫", "狗", "汽车"]):
+        (folder / "photos" / name).mkdir(parents=True)
+        for index in range(20):
+            Image.fromarray(np.full((40, 50, 3), 80 * number + index, np.uint8)).save(
+                folder / "photos" / name / f"{index}.png"
+            )
+    run(TRAIN_ON_PHOTOS, folder)
+    summary = json.loads((folder / "runs" / "photos" / "summary.json").read_text())
+    assert summary["status"] == "completed" and set(summary["test"]["per_class_accuracy"]) == {"猫", "狗", "汽车"}

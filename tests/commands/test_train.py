@@ -237,7 +237,8 @@ def test_eval_of_a_file_or_of_an_untested_run_uses_those_weights(finished, capsy
     Path("x/summary.json").write_text(json.dumps({**summary, "test": None, "status": "interrupted"}))
     untested = evaluate("--ckpt", "x")
     assert untested["checkpoint"] == "x/checkpoints/last.pt" and untested["loss"] == last["loss"]
-    assert "not at its end" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "not at its end" not in out and "\nx/checkpoints/last.pt, brightness test, tta none, float32\n" in out
     content = torch.load("x/checkpoints/last.pt", weights_only=True)
     torch.save({**content, "epoch": 1}, "x/checkpoints/last.pt")
     evaluate("--ckpt", "x")

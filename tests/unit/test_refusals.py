@@ -48,6 +48,7 @@ REFUSALS = {
     "--resume run": "checkpoint run/checkpoints/last.pt is damaged",
     "--resume done --epochs 1": "epochs=1 is below the 3 that are done in done",
     "eval --ckpt nothere": "there is no checkpoint nothere",
+    "eval --ckpt god.pt": "there is no checkpoint god.pt, did you mean 'good.pt'?",
     "eval --ckpt done": "there is no checkpoint in done",
     "eval --ckpt damaged.pt": "checkpoint damaged.pt is damaged",
     "eval --ckpt good.pt --dataset done": "done has no images for test",

@@ -154,7 +154,9 @@ def test_a_run_without_a_test_has_its_curves(tmp_path, capsys, no_pixels, epochs
     assert main(["report", str(run), "--out", str(tmp_path / "out")]) == 0
     assert names_in(tmp_path / "out") == {"report.html", *(["curves.png"] if epochs else [])}
     assert names_in(run) == {"config.yaml", "metrics.jsonl", "summary.json"}
-    assert re.search(rf"^not at its end; resume with: \S+.* --resume {run}$", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(
+        rf"^not at its end; resume with: \S+.* --num-processes 2 --resume {run}$", capsys.readouterr().out, re.MULTILINE
+    )
 
 
 def test_an_unfinished_run_is_reported_from_its_epochs(tmp_path):
