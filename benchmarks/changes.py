@@ -68,20 +68,28 @@ def lookahead() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def first_block_frozen_at_last() -> Iterator[None]:
-    """Train neither FastNet's first block nor the bias before it in the last third of the epochs."""
-    begin = TrainingStep.begin_epoch
+def _first_block_frozen(is_frozen: Callable[[float], bool]) -> Callable[[], AbstractContextManager[None]]:
+    """Return the change that trains neither FastNet's first block nor the bias before it in some of the epochs.
 
-    def begin_epoch(self: TrainingStep, epoch: int) -> None:
-        begin(self, epoch)
-        if 3 * epoch > 2 * self.recipe.epochs:
+    `is_frozen` is called with the part of the training that is done at the end of an epoch, from 0 to 1.
+    """
+
+    @contextmanager
+    def freeze() -> Iterator[None]:
+        begin = TrainingStep.begin_epoch
+
+        def begin_epoch(self: TrainingStep, epoch: int) -> None:
+            begin(self, epoch)
             network: Any = self.state.model
-            for each in (network.whitening.bias, *network.blocks[0].parameters()):
-                each.requires_grad_(False)
+            first = (network.whitening.bias, *network.blocks[0].parameters())
+            # Not the scales of BatchNorm, which the recipe itself does not train.
+            for each in vars(self).setdefault("first", [each for each in first if each.requires_grad]):
+                each.requires_grad_(not is_frozen(epoch / self.recipe.epochs))
 
-    with patch.object(TrainingStep, "begin_epoch", begin_epoch):
-        yield
+        with patch.object(TrainingStep, "begin_epoch", begin_epoch):
+            yield
+
+    return freeze
 
 
 @contextmanager
@@ -132,7 +140,8 @@ CHANGES: dict[str | None, Callable[[], AbstractContextManager[None]]] = {
     None: nullcontext,
     "selective backpropagation": selective_backpropagation,
     "lookahead": lookahead,
-    "first block frozen at last": first_block_frozen_at_last,
+    "first block frozen at first": _first_block_frozen(lambda done: done < 0.34),
+    "first block frozen at last": _first_block_frozen(lambda done: done > 0.67),
     "orthogonalize every second step": orthogonalize_every_second_step,
     "Polar Express": polar_express,
 }

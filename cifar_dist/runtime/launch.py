@@ -151,11 +151,9 @@ class _Processes:
         return next(code for code in codes if code >= 0)
 
     def _first_failed(self) -> "subprocess.Popen[bytes] | None":
-        # One that was killed comes first: the others may have ended because of it.
-        ended = sorted(
-            (process for process in self._started if process.returncode), key=lambda each: each.returncode > 0
-        )
-        failed = next(iter(ended), None)
+        # A killed one comes first: the others may have ended because of it.
+        ended = [process for process in self._started if process.returncode]
+        failed = min(ended, key=lambda process: process.returncode > 0, default=None)
         if failed is not None and failed.returncode < 0 and not self._killed:
             name, local_rank = signal.Signals(-failed.returncode).name, self._started.index(failed)
             hint = "; out of memory?" if name == "SIGKILL" else ""
